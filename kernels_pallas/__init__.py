@@ -1,0 +1,1 @@
+"""The operations that decide this model's speed, one folder each: a readable reference in jnp, kernels beside it."""

@@ -1,0 +1,89 @@
+"""Checkpoints: finding one, and reading it into a plain tree of arrays.
+
+    folder = resolve("openbmb/MiniCPM-V-4_6")               # or a folder
+    params = load_params(folder, ModelConfig.from_folder(folder), dtype=jnp.bfloat16)
+
+Two kinds of folder hold the same tensors: a released one (safetensors) and a converted one (Orbax; see `convert`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from minicpmv46_jax import model
+from minicpmv46_jax.checkpoint import manifest, released
+from minicpmv46_jax.checkpoint.names import Slot, slots
+from minicpmv46_jax.checkpoint.source import SIDE_FILES, resolve
+from minicpmv46_jax.config import ModelConfig, read_json
+from minicpmv46_jax.model import Params
+
+__all__ = ["PARAMS", "SIDE_FILES", "Slot", "is_converted", "load_params", "read_tensors", "resolve", "slots"]
+
+PARAMS = "params"  # a converted folder's Orbax checkpoint
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Whether `folder` is one that `python -m convert` wrote (of any format version)."""
+    path = Path(folder) / manifest.FILE
+    return path.is_file() and manifest.is_manifest(read_json(path))
+
+
+def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None = None) -> Params:
+    """Every parameter of a released or converted folder, on jax's default device.
+
+    Memory peaks at about the parameters and one tensor (of a converted folder: one group of `store.GROUP_BYTES`).
+
+    Args:
+      folder: a released folder (model.safetensors, or shards and their index) or a converted one.
+      config: what the model is; `ModelConfig.from_folder(folder)`.
+      dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's own.
+
+    Returns:
+      A tree shaped as `model.parameter_shapes(config)`.
+
+    Raises:
+      ValueError: the folder's files are missing or damaged, or hold another model than `config`; all disagreements are listed.
+    """
+    leaves = [jnp.asarray(tensor) for _, tensor in read_tensors(Path(folder), slots(config), dtype)]
+    return jax.tree.unflatten(jax.tree.structure(model.parameter_shapes(config)), leaves)
+
+
+def read_tensors(folder: Path, wanted: tuple[Slot, ...], dtype: DTypeLike | None = None) -> Iterator[tuple[Slot, np.ndarray]]:
+    """Checks a released or converted folder against `wanted` at once, then reads one tensor at a time, in the order of `wanted`.
+
+    Raises ValueError as `load_params` does.
+    """
+    if is_converted(folder):
+        tensors = _converted_tensors(folder, wanted)
+    else:
+        found = released.entries(folder)
+        released.check(folder, found, wanted)
+        tensors = released.tensors(found, wanted)
+    return tensors if dtype is None else _cast(tensors, _floating(dtype))
+
+
+def _cast(tensors: Iterator[tuple[Slot, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[Slot, np.ndarray]]:
+    for slot, tensor in tensors:
+        tensor = tensor.astype(dtype, copy=False)  # rebinding drops the original before the caller takes over
+        yield slot, tensor
+        del tensor  # and this one before the next is read
+
+
+def _converted_tensors(folder: Path, wanted: tuple[Slot, ...]) -> Iterator[tuple[Slot, np.ndarray]]:
+    from minicpmv46_jax.checkpoint import store  # Orbax takes a second to import, and a released folder needs none of it
+
+    manifest.Manifest.read(folder)
+    found = store.contents(folder / PARAMS)
+    released.raise_faults(folder, released.coverage_faults(found, {slot.dotted: slot.shape for slot in wanted}))
+    return store.read(folder / PARAMS, wanted, found)
+
+
+def _floating(dtype: DTypeLike) -> np.dtype:
+    found = jnp.dtype(dtype)
+    if found not in released.DTYPES.values():
+        raise ValueError(f"dtype {found.name} was asked for, parameters are bfloat16, float16 or float32")
+    return found

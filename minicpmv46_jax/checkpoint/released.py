@@ -1,0 +1,179 @@
+"""Reading a released folder: one or more safetensors files, checked against the model, then read a tensor at a time.
+
+Quirks: the safetensors library reads bfloat16 into numpy once ml_dtypes has registered the type (importing it is enough), and its
+`pread` backend (0.8 and later) reads just the tensor asked for; the default maps the file, whose pages then count as memory in use.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from minicpmv46_jax.checkpoint.names import EMBEDDING, HEAD, Shape, Slot
+from minicpmv46_jax.config import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+COMPARED_ROWS = 8192  # of two copies of the embedding at once: 16 MiB each in bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor; `dtype` as numpy names it, or the file's own code where this code reads no such tensors."""
+
+    file: Path
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a released folder, as transformers picks them: the single file first, else what the index names.
+
+    Raises:
+      ValueError: there are none, the index is malformed, or a shard that it names is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(_no_weights(folder))
+    files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{folder / INDEX} names shards that are missing: {', '.join(missing)}")
+    return files
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a released folder by name; reads headers only.
+
+    Raises:
+      ValueError: see `weight_files`; a file is truncated or corrupt; index and shards disagree; two shards hold one tensor.
+    """
+    files = weight_files(folder)
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in _header(file).items():
+            if name in found:
+                raise ValueError(f"tensor {name} is in two files: {found[name].file} and {file}")
+            found[name] = entry
+    if files[0].name != WEIGHTS:
+        _check_index(folder, found)
+    return found
+
+
+def check(folder: Path, found: dict[str, Entry], wanted: Iterable[Slot]) -> None:
+    """Holds a folder's tensors against the model's, both ways.
+
+    Raises:
+      ValueError: lists every tensor that is missing, left over, of another shape or of a dtype that is not read.
+    """
+    shapes = {slot.name: slot.released_shape for slot in wanted}
+    tied = {EMBEDDING: found[EMBEDDING], HEAD: found[HEAD]} if EMBEDDING in found and HEAD in found else {}
+    rest = {name: entry for name, entry in found.items() if not (tied and name == HEAD)}
+    faults = coverage_faults({name: (entry.shape, entry.dtype) for name, entry in rest.items()}, shapes)
+    if tied and not _same_bytes(tied[EMBEDDING], tied[HEAD]):
+        faults.append(f"untied: {HEAD} differs from {EMBEDDING}, but config.json ties them")
+    raise_faults(folder, faults)
+
+
+def coverage_faults(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape]) -> list[str]:
+    """A line for every disagreement between tensors found (shape and dtype by name) and wanted (shape by name)."""
+    known = {dtype.name for dtype in DTYPES.values()}
+    both = [name for name in wanted if name in found]
+    return [
+        *(f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found),
+        *(f"extra: {name} {list(found[name][0])}" for name in found if name not in wanted),
+        *(f"shape: {name} is {list(found[name][0])}, expected {list(wanted[name])}" for name in both if found[name][0] != wanted[name]),
+        *(f"dtype: {name} is {found[name][1]}, expected bfloat16, float16 or float32" for name in both if found[name][1] not in known),
+    ]
+
+
+def raise_faults(folder: Path, faults: list[str]) -> None:
+    """Raises one ValueError that lists all `faults`, if there are any."""
+    if faults:
+        raise ValueError(f"{folder} does not hold the model that its config.json describes:\n  " + "\n  ".join(faults))
+
+
+def tensors(found: dict[str, Entry], wanted: Iterable[Slot]) -> Iterator[tuple[Slot, np.ndarray]]:
+    """Reads one tensor after another, in our shape and the file's dtype; `found` must have passed `check`.
+
+    Raises ValueError naming the file where reading fails.
+    """
+    with contextlib.ExitStack() as stack:
+        files = {file: stack.enter_context(_opened(file)) for file in sorted({entry.file for entry in found.values()})}
+        for slot in wanted:
+            yield slot, _read(files, found[slot.name].file, slot)
+
+
+def _read(files: dict[Path, safe_open], file: Path, slot: Slot) -> np.ndarray:
+    try:
+        return files[file].get_tensor(slot.name).reshape(slot.shape)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: tensor {slot.name} cannot be read: {error}") from None
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if not pickles:
+        return f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there (only safetensors are read)"
+    return (
+        f"{folder / pickles[0]} is a pickle file, and only safetensors are read: download a revision with {WEIGHTS}, "
+        "or write one with transformers' save_pretrained"
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    raw = read_json(path)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{path}: field 'weight_map' is not an object of file names")
+    for name in weight_map.values():
+        if Path(name).name != name:
+            raise ValueError(f"{path}: shard {name!r} is not a plain file name")
+    return weight_map
+
+
+def _check_index(folder: Path, found: dict[str, Entry]) -> None:
+    weight_map = _weight_map(folder)
+    for name, shard in weight_map.items():
+        if name not in found or found[name].file.name != shard:
+            raise ValueError(f"{folder / INDEX} puts tensor {name} into {shard}, which lacks it")
+    for name, entry in found.items():
+        if name not in weight_map:
+            raise ValueError(f"{entry.file} holds tensor {name}, which {INDEX} does not name")
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    with _opened(file) as reader:
+        views = {name: reader.get_slice(name) for name in reader.keys()}
+        return {name: _entry(file, view.get_dtype(), view.get_shape()) for name, view in views.items()}
+
+
+def _entry(file: Path, code: str, shape: list[int]) -> Entry:
+    return Entry(file, DTYPES[code].name if code in DTYPES else code, tuple(shape))
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="numpy", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+
+
+def _same_bytes(a: Entry, b: Entry) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with _opened(a.file) as file_a, _opened(b.file) as file_b:
+        rows_a, rows_b = file_a.get_slice(EMBEDDING), file_b.get_slice(HEAD)
+        ends = [min(start + COMPARED_ROWS, a.shape[0]) for start in range(0, a.shape[0], COMPARED_ROWS)]
+        return all(rows_a[start:end].tobytes() == rows_b[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False))

@@ -1,0 +1,288 @@
+"""Answering one prompt: encode its pictures, prefill in buckets, decode several tokens a dispatch.
+
+Every jitted function here has static shapes drawn from few buckets: prefill blocks, cache capacities, packed pictures.
+`Generator.programs` counts what was compiled.
+Glossary: B sequences (1 here), T tokens in a block, S cache slots, V vocabulary, R feature rows, N steps a dispatch.
+"""
+
+import dataclasses
+import functools
+import secrets
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from minicpmv46_jax import model, packing
+from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.model import Params, TokenBlock
+from minicpmv46_jax.options import GenerationOptions
+from minicpmv46_jax.processing import Inputs, View
+from minicpmv46_jax.sampling import MAX_LOGPROBS, History, Sampled, SamplingParams, new_history, sample
+from minicpmv46_jax.state import DeltaState, KeyValues, TextState, empty_state
+from minicpmv46_jax.trees import tree_dataclass
+
+PREFILL_BUCKETS = (64, 256, 1024)  # tokens a block; multiples of the gated delta chunk
+SMALLEST_CAPACITY = 512  # cache slots; doubled as an answer grows
+STEPS_PER_DISPATCH = 8  # a stream's first token comes alone, then up to 8 at a time
+DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One decoded token. `top` holds the alternatives asked for: (id, log probability), best first."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@tree_dataclass
+class Decoding:
+    """What a decode step carries on: the sequences, their histories, and each row's newest token."""
+
+    state: TextState
+    history: History
+    last: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+
+
+class Generator:
+    """The jitted functions over one set of parameters."""
+
+    def __init__(self, config: ModelConfig, params: Params):
+        self.config, self.params = config, params
+        graph = model.schema(config)
+        self.dtype = params["text"]["embed"]["weight"].dtype
+        vocab = config.text.vocab_size
+        self._encode = jax.jit(functools.partial(model.encode, graph))
+        self._embed = jax.jit(functools.partial(model.embed, graph))
+        self._advance = jax.jit(functools.partial(model.advance, graph), donate_argnums=1)
+        self._forward = jax.jit(lambda params, *args: model.forward(graph, params, config, *args))
+        self._decode = jax.jit(
+            functools.partial(decode, graph), static_argnames=("steps", "num_logprobs"), donate_argnames="decoding"
+        )
+        self._empty = jax.jit(lambda capacity: empty_state(config.text, 1, capacity, self.dtype), static_argnums=0)
+        # A partial each: jax shares the compilations of a bare function among all who jit it, and `programs` counts ours alone.
+        self._grow = jax.jit(functools.partial(grow), static_argnums=1)
+        self._place = jax.jit(functools.partial(place), donate_argnums=0)
+        self._history = jax.jit(functools.partial(new_history, vocab_size=vocab))
+        self._sample = jax.jit(functools.partial(sample), static_argnames="num_logprobs", donate_argnames="history")
+
+    def programs(self) -> dict[str, int]:
+        """How many variants of each function have been compiled so far."""
+        return {name[1:]: f._cache_size() for name, f in vars(self).items() if hasattr(f, "_cache_size")}
+
+    def features(self, views: Sequence[View]) -> tuple[Float[Array, "R D"], list[int]]:
+        """Encodes pictures.
+
+        Returns:
+          The feature rows of all views, padded to a power of two, and each view's first row.
+        """
+        side = self.config.vision.positions_per_side
+        passes = [(group, self._encode(self.params, packed)) for group, packed in packing.pack(views, side)]
+        rows = max(_power_of_two(sum(features.shape[0] for _, features in passes)), 64)
+        bank = jnp.zeros((rows, self.config.text.hidden_size), self.dtype)
+        firsts, at = [], 0
+        for group, features in passes:
+            bank = self._place(bank, features, at)
+            sizes = [views[i].num_tokens for i in group]
+            firsts += (at + np.cumsum([0, *sizes[:-1]])).tolist()
+            at += features.shape[0]
+        return bank, firsts
+
+    def feature_rows(self, inputs: Inputs, firsts: Sequence[int]) -> Int32[np.ndarray, " T"]:
+        """For every token the feature row that replaces it, -1 for words."""
+        rows = np.full(len(inputs.token_ids), -1, np.int32)
+        for view, first in zip(inputs.views, firsts, strict=True):
+            rows[view.start : view.start + view.num_tokens] = np.arange(first, first + view.num_tokens)
+        return rows
+
+    def logits(self, inputs: Inputs) -> Float32[np.ndarray, "T V"]:
+        """Scores at every token of a prompt, without a cache."""
+        total = len(inputs.token_ids)
+        features, firsts = self.features(inputs.views)
+        block = token_block(inputs.token_ids, self.feature_rows(inputs, firsts), packing.bucket(total))
+        return np.asarray(self._forward(self.params, block, features)[0, :total])
+
+    def prefill(self, inputs: Inputs) -> tuple[Float32[Array, "B V"], TextState]:
+        """Reads a prompt; returns the logits after its last token and the state to decode from.
+
+        Raises:
+          ValueError: if the prompt leaves no room for an answer in the context.
+        """
+        total, context = len(inputs.token_ids), self.config.text.max_position_embeddings
+        if total >= context:
+            raise ValueError(f"the prompt has {total} tokens, but the context holds {context}, at least one of them the answer's")
+        features, firsts = self.features(inputs.views)
+        rows = self.feature_rows(inputs, firsts)
+        state = self._empty(self.capacity(total + 1))
+        for start, size, block in blocks(total):
+            tokens = token_block(inputs.token_ids[start : start + size], rows[start : start + size], block)
+            x = self._embed(self.params, tokens, features)
+            logits, state = self._advance(self.params, state, x, tokens.num_valid)
+        return logits, state
+
+    def tokens(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Token]:
+        """Decodes an answer token by token, a stop token included as the last one.
+
+        Ends after a stop token, after `max_new_tokens`, or when the context is full.
+        """
+        total = len(inputs.token_ids)
+        logits, state = self.prefill(inputs)
+        room = self.config.text.max_position_embeddings - total
+        left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
+        params = sampling_params(options)
+        stops = set(options.stop_token_ids)
+        device_stops = np.full(DEVICE_STOPS, -1, np.int32)
+        device_stops[: min(len(stops), DEVICE_STOPS)] = sorted(stops)[:DEVICE_STOPS]
+        num_logprobs = MAX_LOGPROBS if options.logprobs else 0
+
+        padded = np.zeros((1, self.capacity(total)), np.int32)
+        padded[0, :total] = inputs.token_ids
+        history = self._history(padded, np.array([total], np.int32))
+        first, history = self._sample(logits, params, history, num_logprobs=num_logprobs)
+        yield (token := _tokens(jax.tree.map(lambda x: x[:, None], first), 1, options.logprobs)[0])
+        decoding = Decoding(state, history, first.ids, jnp.zeros(1, bool))
+        left -= 1
+        while left > 0 and token.id not in stops:
+            used = total + 1
+            decoding = self._fit(decoding, used + min(left, STEPS_PER_DISPATCH))
+            limit = min(left, STEPS_PER_DISPATCH)
+            decoding, sampled, count = self._decode(
+                self.params, decoding, params, device_stops, limit, steps=STEPS_PER_DISPATCH, num_logprobs=num_logprobs
+            )
+            for token in _tokens(sampled, int(count), options.logprobs):
+                yield token
+                if token.id in stops:
+                    return
+            left -= int(count)
+            total += int(count)
+
+    def capacity(self, tokens: int) -> int:
+        """The cache size that holds this many tokens: a power of two, or the whole context."""
+        return min(max(_power_of_two(tokens), SMALLEST_CAPACITY), self.config.text.max_position_embeddings)
+
+    def _fit(self, decoding: Decoding, tokens: int) -> Decoding:
+        slots = next((layer.keys.shape[1] for layer in decoding.state.layers if isinstance(layer, KeyValues)), tokens)
+        if tokens <= slots or slots == self.config.text.max_position_embeddings:
+            return decoding
+        return dataclasses.replace(decoding, state=self._grow(decoding.state, self.capacity(tokens)))
+
+
+def decode(
+    graph,
+    params: Params,
+    decoding: Decoding,
+    sampling: SamplingParams,
+    stops: Int32[Array, " E"],
+    limit: Int32[Array, ""],
+    *,
+    steps: int,
+    num_logprobs: int,
+) -> tuple[Decoding, Sampled, Int32[Array, ""]]:
+    """Up to `limit` tokens for every row, in one loop on the device that ends early once every row is done.
+
+    Args:
+      graph, params: the model.
+      decoding: where the rows stand; donated.
+      sampling: how each row is sampled.
+      stops: tokens after which a row is done; -1 for none. A done row repeats its last token and its state rests.
+      limit: steps to take, at most `steps`.
+      steps: static size N of the result.
+      num_logprobs: static number K of alternatives.
+
+    Returns:
+      Where the rows stand now, what was sampled ([B, N] and [B, N, K]), and how many steps were taken.
+    """
+    text = model.merge(graph, params).text
+    B = decoding.last.shape[0]
+    buffers = Sampled(
+        jnp.zeros((B, steps), jnp.int32),
+        jnp.zeros((B, steps), jnp.float32),
+        jnp.zeros((B, steps, num_logprobs), jnp.int32),
+        jnp.zeros((B, steps, num_logprobs), jnp.float32),
+    )
+
+    def step(carry):
+        i, at, buffers = carry
+        hidden, state = text(text.embed(at.last)[:, None], at.state, (~at.done).astype(jnp.int32))
+        sampled, history = sample(text.logits(hidden[:, 0]), sampling, at.history, num_logprobs)
+        sampled = sampled._replace(ids=jnp.where(at.done, at.last, sampled.ids))
+        buffers = jax.tree.map(lambda buffer, new: buffer.at[:, i].set(new), buffers, sampled)
+        done = at.done | (sampled.ids[:, None] == stops[None]).any(axis=1)
+        return i + 1, Decoding(state, history, sampled.ids, done), buffers
+
+    def unfinished(carry):
+        i, at, _ = carry
+        return (i < limit) & ~at.done.all()
+
+    count, decoding, buffers = jax.lax.while_loop(unfinished, step, (jnp.int32(0), decoding, buffers))
+    return decoding, buffers, count
+
+
+def grow(state: TextState, capacity: int) -> TextState:
+    """The same sequences with room for `capacity` tokens."""
+
+    def grown(layer: KeyValues | DeltaState) -> KeyValues | DeltaState:
+        if isinstance(layer, DeltaState):
+            return layer
+        pad = [(0, 0), (0, capacity - layer.keys.shape[1]), (0, 0), (0, 0)]
+        return KeyValues(jnp.pad(layer.keys, pad), jnp.pad(layer.values, pad))
+
+    return TextState(tuple(grown(layer) for layer in state.layers), state.length)
+
+
+def place(bank: Float[Array, "R D"], features: Float[Array, "r D"], at: Int32[Array, ""]) -> Float[Array, "R D"]:
+    """The bank with `features` written from row `at` on."""
+    return jax.lax.dynamic_update_slice(bank, features, (at, 0))
+
+
+def blocks(total: int) -> Iterator[tuple[int, int, int]]:
+    """Cuts a prompt into (start, real tokens, padded tokens): whole largest blocks, then the smallest that holds the rest."""
+    largest = PREFILL_BUCKETS[-1]
+    for start in range(0, total, largest):
+        size = min(largest, total - start)
+        yield start, size, next(bucket for bucket in PREFILL_BUCKETS if bucket >= size)
+
+
+def token_block(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], padded: int) -> TokenBlock:
+    """One sequence's tokens as a padded batch of one."""
+    size = len(ids)
+    block = TokenBlock(np.zeros((1, padded), np.int32), np.full((1, padded), -1, np.int32), np.array([size], np.int32))
+    block.ids[0, :size], block.feature_rows[0, :size] = ids, rows
+    return block
+
+
+def sampling_params(options: GenerationOptions) -> SamplingParams:
+    """A request's sampling as a batch of one; without a seed, one is drawn."""
+    seed = secrets.randbits(63) if options.seed is None else options.seed
+    # A seed is 64 bits; jax.random.key keeps 32 of them unless x64 is on, so the halves are folded in one after the other.
+    key = jax.random.fold_in(jax.random.key(np.uint32(seed & 0xFFFFFFFF)), np.uint32((seed >> 32) & 0xFFFFFFFF))
+    one = functools.partial(np.full, 1, dtype=np.float32)
+    return SamplingParams(
+        temperature=one(options.temperature),
+        top_k=np.full(1, min(options.top_k, 2**31 - 1), np.int32),
+        top_p=one(options.top_p),
+        min_p=one(options.min_p),
+        repetition_penalty=one(options.repetition_penalty),
+        presence_penalty=one(options.presence_penalty),
+        frequency_penalty=one(options.frequency_penalty),
+        key=key[None],
+    )
+
+
+def _tokens(sampled: Sampled, count: int, logprobs: int | None) -> list[Token]:
+    """The first row's sampled tokens, fetched from the device at once."""
+    ids, own, top_ids, top = (x[0] for x in jax.device_get(tuple(sampled)))
+    wanted = logprobs or 0
+    return [
+        Token(int(ids[i]), float(own[i]), tuple(zip(top_ids[i, :wanted].tolist(), top[i, :wanted].tolist(), strict=True)))
+        for i in range(count)
+    ]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,151 @@
+"""`MiniCPMV`: a checkpoint as a Python object that answers."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from minicpmv46_jax import checkpoint
+from minicpmv46_jax.config import GenerationConfig, ModelConfig
+from minicpmv46_jax.detokenize import Detokenizer
+from minicpmv46_jax.generate import Generator, Token
+from minicpmv46_jax.model import Params
+from minicpmv46_jax.options import GenerationOptions, generation_options
+from minicpmv46_jax.processing import Inputs, Processor
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+_PROCESS_OPTIONS = frozenset(inspect.signature(Processor.__call__).parameters) - {"self", "messages"} | {"enable_thinking"}
+_GENERATION_OPTIONS = frozenset(inspect.signature(generation_options).parameters) - {"defaults"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """A step of an answer.
+
+    Attributes:
+      text: what became certain with this step; often "" inside a character or a possible stop text.
+      tokens: the tokens decoded in this step.
+      finish_reason: None until the last step; then "stop" (a stop token or text) or "length".
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None = None
+
+
+class MiniCPMV:
+    """MiniCPM-V 4.6, ready to answer.
+
+        model = MiniCPMV.from_pretrained("openbmb/MiniCPM-V-4.6", dtype="bfloat16")
+        parts = [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What is it?"}]
+        text = model.chat([{"role": "user", "content": parts}])
+
+    Attributes:
+      config: what config.json says.
+      generation_config: the checkpoint's decoding defaults.
+      params: every parameter, a plain tree of arrays (see `minicpmv46_jax.model` for the functions over it).
+      processor: messages to model inputs.
+      generator: the compiled functions.
+      folder: where the checkpoint lies on this machine.
+    """
+
+    def __init__(
+        self, config: ModelConfig, generation_config: GenerationConfig, params: Params, processor: Processor, folder: Path
+    ):
+        self.config, self.generation_config = config, generation_config
+        self.params, self.processor, self.folder = params, processor, folder
+        self.generator = Generator(config, params)
+        self.detokenizer = Detokenizer(processor.tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dtype: str | None = None, revision: str | None = None) -> "MiniCPMV":
+        """Loads a Hugging Face or a converted folder, or a model from the hub.
+
+        Args:
+          source: a folder, or a hub id such as "openbmb/MiniCPM-V-4.6".
+          dtype: "bfloat16", "float32", or None for the checkpoint's own.
+          revision: a hub branch, tag or commit.
+
+        Raises:
+          ValueError: in one line, naming what is missing, unknown or broken.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        folder = checkpoint.resolve(source, revision)
+        config = ModelConfig.from_folder(folder)
+        generation_config = GenerationConfig.from_folder(folder)
+        processor = Processor.from_folder(folder)
+        params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype])
+        return cls(config, generation_config, params, processor, folder)
+
+    def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
+        """Token ids, pictures and their places for a conversation.
+
+        Args:
+          messages: role and content, as transformers and OpenAI's API write them.
+          enable_thinking: the template's variable; None leaves it to the template.
+          **options: `tools`, `downsample_mode`, `max_slice_nums`, ...: see `processing.Processor.__call__`.
+
+        Raises:
+          ValueError: naming the option, message or picture at fault.
+        """
+        _refuse_unknown(options, _PROCESS_OPTIONS)
+        if enable_thinking is not None:
+            variables = {**(options.get("chat_template_kwargs") or {}), "enable_thinking": enable_thinking}
+            options = {**options, "chat_template_kwargs": variables}
+        return self.processor(messages, **options)
+
+    def options(self, **options: Any) -> GenerationOptions:
+        """Decoding options over the checkpoint's defaults: see `options.generation_options`."""
+        _refuse_unknown(options, _GENERATION_OPTIONS)
+        return generation_options(self.generation_config, **options)
+
+    def logits(self, inputs: Inputs) -> Float32[np.ndarray, "T V"]:
+        """The model's scores after every token of a prompt."""
+        return self.generator.logits(inputs)
+
+    def generate(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Delta]:
+        """Answers step by step; the last step has a `finish_reason`."""
+        stream = self.detokenizer.stream(options.stop)
+        stops = frozenset(options.stop_token_ids)
+        reason = "length"
+        for token in self.generator.tokens(inputs, options):
+            if token.id in stops:
+                reason = "stop"
+                break
+            yield Delta(stream.push(token.id), (token,))
+            if stream.stopped:
+                reason = "stop"
+                break
+        yield Delta(stream.finish(), (), reason)
+
+    def stream(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
+        """The answer's text piece by piece, never half a character. Options as `process` and `options` take them."""
+        inputs, generation = self.prepare(messages, options)
+        return (delta.text for delta in self.generate(inputs, generation) if delta.text)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The whole answer. Options as `process` and `options` take them."""
+        return "".join(self.stream(messages, **options))
+
+    def prepare(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> tuple[Inputs, GenerationOptions]:
+        """Sorts a call's options into what `process` and what `options` takes, and does both."""
+        _refuse_unknown(options, _PROCESS_OPTIONS | _GENERATION_OPTIONS)
+        generation = self.options(**{name: value for name, value in options.items() if name in _GENERATION_OPTIONS})
+        inputs = self.process(messages, **{name: value for name, value in options.items() if name in _PROCESS_OPTIONS})
+        return inputs, generation
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: frozenset[str]) -> None:
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"option {name!r} is unknown{hint}")

@@ -1,0 +1,116 @@
+"""What a caller may ask of decoding, checked once, before anything runs."""
+
+import dataclasses
+import numbers
+import typing
+from collections.abc import Sequence
+
+from minicpmv46_jax.config import GenerationConfig
+from minicpmv46_jax.sampling import MAX_LOGPROBS
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOptions:
+    """One request's decoding. Made by `generation_options`, which fills what the caller leaves open from generation_config.json.
+
+    Attributes:
+      max_new_tokens: the most tokens to answer with; None for as many as the context holds.
+      temperature: 0 is greedy.
+      top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
+      repetition_penalty: over prompt and answer, 1 is off (arXiv:1909.05858).
+      presence_penalty, frequency_penalty: over the answer, 0 is off.
+      seed: the same seed, prompt and options give the same answer; None draws one.
+      stop_token_ids: tokens that end the answer; they are no part of it.
+      stop: texts that end the answer; they are no part of it.
+      ignore_eos: go on past the checkpoint's own end tokens (for load tests); they then stand in the answer as what they are.
+      logprobs: None, or how many alternatives (0 to 20) to report beside each token's log probability.
+    """
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop_token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    logprobs: int | None
+
+
+@typing.no_type_check  # it checks its arguments itself, with messages for users
+def generation_options(
+    defaults: GenerationConfig,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int | None = None,
+    stop_token_ids: Sequence[int] = (),
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+) -> GenerationOptions:
+    """Checks a request's wishes and completes them from the checkpoint's defaults.
+
+    Raises:
+      ValueError: naming the option, its value and what it may be.
+    """
+    default_temperature = defaults.temperature if defaults.do_sample else 0.0
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop is {stop!r}, expected texts of at least one character")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stop_token_ids):
+        raise ValueError(f"stop_token_ids is {stop_token_ids!r}, expected token ids")
+    own_stops = () if ignore_eos else defaults.stop_token_ids
+    return GenerationOptions(
+        max_new_tokens=_optional_integer("max_new_tokens", max_new_tokens, 1, None),
+        temperature=_number("temperature", default_temperature if temperature is None else temperature, 0.0, None),
+        top_k=max(_optional_integer("top_k", defaults.top_k if top_k is None else top_k, -1, None), 0),
+        top_p=_number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, above=True),
+        min_p=_number("min_p", defaults.min_p if min_p is None else min_p, 0.0, 1.0),
+        repetition_penalty=_number(
+            "repetition_penalty",
+            defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
+            0.0,
+            None,
+            above=True,
+        ),
+        presence_penalty=_number("presence_penalty", presence_penalty, -2.0, 2.0),
+        frequency_penalty=_number("frequency_penalty", frequency_penalty, -2.0, 2.0),
+        seed=_optional_integer("seed", seed, -(2**63), 2**63 - 1),
+        stop_token_ids=tuple(dict.fromkeys((*own_stops, *stop_token_ids))),
+        stop=stops,
+        ignore_eos=bool(ignore_eos),
+        logprobs=_optional_integer("logprobs", logprobs, 0, MAX_LOGPROBS),
+    )
+
+
+def _number(name: str, value: object, low: float, high: float | None, above: bool = False) -> float:
+    wanted = f"{'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}")
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected a number {wanted}")
+    value = float(value)
+    inside = (value > low if above else value >= low) and (high is None or value <= high) and value < float("inf")
+    if not inside:
+        raise ValueError(f"{name} is {value}, expected {wanted}")
+    return value
+
+
+def _optional_integer(name: str, value: object, low: int, high: int | None) -> int | None:
+    wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected {wanted}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}, expected {wanted}")
+    return int(value)

@@ -1,0 +1,258 @@
+"""Messages -> prompt -> token ids and views. Source: transformers' models/minicpmv4_6/processing_minicpmv4_6.py.
+
+The template writes one placeholder token for an image or video. It is replaced by a block that has one placeholder for
+each view, the block is tokenised with the text around it, and then each placeholder's id is repeated once for each
+feature of its view. (The reference repeats the string first. The ids are the same, since special tokens split the text.)
+
+Quirks of a block: slices stand in rows joined by a newline; a video has one block, its frames follow each other without
+one; ids count images and videos apart, from 0 in each prompt, and a video has one id for all its frames.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, cut, image_table, load_rgb, resize_pillow
+from minicpmv46_jax.processing.inputs import Inputs, View
+from minicpmv46_jax.processing.messages import Medium, check_choices, normalise
+from minicpmv46_jax.processing.options import MediaConfig, Options, read_configs
+from minicpmv46_jax.processing.sources import Fetch, fetch
+from minicpmv46_jax.processing.video import load_video, video_table
+
+_ROLES = (
+    "image_token",
+    "video_token",
+    "image_start_token",
+    "image_end_token",
+    "slice_start_token",
+    "slice_end_token",
+    "image_id_start_token",
+    "image_id_end_token",
+)
+
+
+class Tokens(NamedTuple):
+    """The strings of the special tokens, by their roles in tokenizer_config.json."""
+
+    image: str
+    video: str
+    image_start: str
+    image_end: str
+    slice_start: str
+    slice_end: str
+    image_id_start: str
+    image_id_end: str
+
+
+class _Loaded(NamedTuple):
+    """An image (one cut) or a video (one cut for each frame or composite), and the options it was cut with."""
+
+    kind: str
+    cuts: tuple[Cut, ...]
+    options: Options
+
+
+class Processor:
+    """Prepares conversations for the model. Holds no state between calls; may be shared by threads.
+
+    Attributes:
+        tokenizer: a transformers tokenizer with a chat template.
+        images, videos: the checkpoint's settings.
+        fetch: takes any URL or path given as a string (data URLs aside) to its bytes or file. A server passes its own,
+            to decide what may be opened; `pathlib.Path` objects come from the program itself and are opened without it.
+        max_pixels: most pixels of an image or of a video's frame.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        images: MediaConfig,
+        videos: MediaConfig,
+        *,
+        fetch: Fetch = fetch,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.images = images
+        self.videos = videos
+        self.fetch = fetch
+        self.max_pixels = max_pixels
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template; expected chat_template.jinja in the checkpoint folder")
+        if missing := [role for role in _ROLES if not getattr(tokenizer, role, None)]:
+            raise ValueError(f"the tokenizer has no {missing[0]}; expected it in tokenizer_config.json")
+        self.tokens = Tokens(*(getattr(tokenizer, role) for role in _ROLES))
+        self._placeholder_ids = tokenizer.convert_tokens_to_ids([self.tokens.image, self.tokens.video])
+        self._tables = {"image": image_table(images), "video": video_table(videos)}
+        self._template_names = set(inspect.signature(tokenizer.apply_chat_template).parameters)
+
+    @classmethod
+    def from_folder(cls, path: str | Path, *, fetch: Fetch = fetch, max_pixels: int = MAX_PIXELS) -> "Processor":
+        """Read a checkpoint folder: its preprocessor files, tokenizer and chat template.
+
+        Raises:
+            ValueError: something is missing or not supported; the text names the file and the field.
+        """
+        # Imported here: it takes seconds, and only a folder needs it.
+        from transformers import AutoTokenizer
+
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such checkpoint folder")
+        images, videos = read_configs(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder}: no tokenizer.json")  # transformers would go on with an empty vocabulary
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
+        return cls(tokenizer, images, videos, fetch=fetch, max_pixels=max_pixels)
+
+    def __call__(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Any = None,
+        downsample_mode: Any = None,
+        max_slice_nums: Any = None,
+        use_image_id: Any = None,
+        max_num_frames: Any = None,
+        stack_frames: Any = None,
+    ) -> Inputs:
+        """Prepare one conversation. What comes from users is checked here, so its types are not in the signature.
+
+        Args:
+            messages: a list of mappings in OpenAI's or transformers' form. Content is a string or a list of parts:
+                {"type": "text", "text"}, {"type": "image", "image" | "url" | "path"}, {"type": "image_url", "image_url":
+                {"url"} or str}, and the same for video. For image sources see `images.load_rgb`, for videos
+                `video.load_video`. A message may carry `mm_processor_kwargs`, options for its own media, which go before
+                the call's.
+            tools: a list of JSON schemas of functions the model may call.
+            add_generation_prompt: end with the opening of an answer. Must be False with `continue_final_message`.
+            continue_final_message: leave the last message open.
+            chat_template_kwargs: a mapping of the template's variables, such as {"enable_thinking": True}.
+            downsample_mode, max_slice_nums, use_image_id, max_num_frames, stack_frames: see `Options`; None takes what
+                the checkpoint says.
+        Returns:
+            `Inputs`, of about len(prompt) tokens plus one for every 16 (or 4) patches.
+        Raises:
+            ValueError: one line that names the message, part or option, and what is wrong with it.
+        """
+        choices = {
+            "downsample_mode": downsample_mode,
+            "max_slice_nums": max_slice_nums,
+            "use_image_id": use_image_id,
+            "max_num_frames": max_num_frames,
+            "stack_frames": stack_frames,
+        }
+        check_choices(choices, "options")
+        plain, media = normalise(messages, (self.tokens.image, self.tokens.video))
+        prompt = self._render(plain, tools, add_generation_prompt, continue_final_message, chat_template_kwargs)
+        self._check_placeholders(prompt, media)
+        return self._assemble(prompt, [self._load(medium, choices) for medium in media])
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Any,
+    ) -> str:
+        """The prompt, with one placeholder for each image and video."""
+        variables = {} if variables is None else variables
+        if not isinstance(variables, Mapping):
+            raise ValueError(f"chat_template_kwargs: expected a mapping, got {type(variables).__name__}")
+        if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
+            raise ValueError(f"tools: expected a list of JSON schemas, got {type(tools).__name__}")
+        if taken := [name for name in variables if name in self._template_names or name == "messages"]:
+            raise ValueError(f"chat_template_kwargs: {taken[0]!r} is not a template variable that can be set here")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=None if tools is None else list(tools),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise ValueError(f"chat template: {_one_line(error)}") from error
+
+    def _check_placeholders(self, prompt: str, media: list[Medium]) -> None:
+        """One placeholder for each medium, in the same order: else a block would take another's place."""
+        found = re.findall(f"{re.escape(self.tokens.image)}|{re.escape(self.tokens.video)}", prompt)
+        kinds = ["image" if token == self.tokens.image else "video" for token in found]
+        expected = [medium.kind for medium in media]
+        if kinds != expected:
+            raise ValueError(
+                f"the prompt has placeholders for {kinds.count('image')} images and {kinds.count('video')} videos, the "
+                f"messages have {expected.count('image')} and {expected.count('video')}: no text or tool may contain "
+                f"{self.tokens.image} or {self.tokens.video}"
+            )
+
+    def _load(self, medium: Medium, choices: Mapping[str, Any]) -> _Loaded:
+        config = self.images if medium.kind == "image" else self.videos
+        options = config.options.updated(choices, "options").updated(medium.choices, medium.where)
+        try:
+            if medium.kind == "video":
+                return _Loaded("video", load_video(medium.source, config, options, self.fetch, self.max_pixels), options)
+            picture = load_rgb(medium.source, self.fetch, self.max_pixels)
+            return _Loaded("image", (cut(picture, config, options, resize_pillow),), options)
+        except ValueError as error:
+            raise ValueError(f"{medium.where}: {error}") from error
+
+    def _assemble(self, prompt: str, media: list[_Loaded]) -> Inputs:
+        blocks = iter(_numbered(media, self._block))
+        pattern = f"{re.escape(self.tokens.image)}|{re.escape(self.tokens.video)}"
+        text = re.sub(pattern, lambda _: next(blocks), prompt)
+        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+        crops = [(item, crop) for item in media for frame in item.cuts for crop in frame.crops]
+        tokens = [crop.grid[0] * crop.grid[1] // item.options.merge_factor**2 for item, crop in crops]
+        at = np.flatnonzero(np.isin(ids, self._placeholder_ids))
+        assert len(at) == len(crops), (len(at), len(crops))
+        repeats = np.ones(len(ids), np.int64)
+        repeats[at] = tokens
+        starts = (np.cumsum(repeats) - repeats)[at]
+        views = (
+            View(crop.pixels, crop.grid, self._tables[item.kind], int(start), number, item.options.downsample_mode)
+            for (item, crop), start, number in zip(crops, starts, tokens, strict=True)
+        )
+        return Inputs(
+            token_ids=np.repeat(ids, repeats),
+            views=tuple(views),
+            image_grids=tuple(item.cuts[0].grid for item in media if item.kind == "image"),
+            video_grids=tuple(tuple(frame.grid for frame in item.cuts) for item in media if item.kind == "video"),
+        )
+
+    def _block(self, item: _Loaded, number: int) -> str:
+        """What stands for an image or video in the text, with one placeholder for each view."""
+        tokens = self.tokens
+        pad = tokens.image if item.kind == "image" else tokens.video
+        text = f"{tokens.image_id_start}{number}{tokens.image_id_end}" if item.options.use_image_id else ""
+        for frame in item.cuts:
+            rows, columns = frame.grid
+            row = f"{tokens.slice_start}{pad}{tokens.slice_end}" * columns
+            text += f"{tokens.image_start}{pad}{tokens.image_end}" + "\n".join([row] * rows)
+        return text
+
+
+def _numbered(media: Iterable[_Loaded], block: Callable[[_Loaded, int], str]) -> Iterable[str]:
+    """Each medium's block; images and videos are numbered apart."""
+    seen = {"image": 0, "video": 0}
+    for item in media:
+        yield block(item, seen[item.kind])
+        seen[item.kind] += 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,141 @@
+"""Chat messages as users write them -> messages as a chat template reads them, and the media in them, in order.
+
+OpenAI's and transformers' forms are taken: content is a string or a list of parts, of type text, image, image_url,
+video or video_url. The released template knows neither "video_url" nor tool arguments that are still JSON text.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from minicpmv46_jax.processing.options import Options
+
+# The keys under which a part of each type may carry its source; the key names the type it becomes.
+_SOURCES = {
+    "image": ("image", ("image", "url", "path")),
+    "image_url": ("image", ("image_url",)),
+    "video": ("video", ("video", "url", "path")),
+    "video_url": ("video", ("video_url",)),
+}
+
+
+class Medium(NamedTuple):
+    """An image or video of a conversation. kind: "image" or "video"; where: its place, for messages."""
+
+    kind: str
+    source: Any
+    choices: Mapping[str, Any]
+    where: str
+
+
+def normalise(messages: Any, reserved: Iterable[str]) -> tuple[list[dict[str, Any]], list[Medium]]:
+    """Messages for the template, fresh copies, and their media in prompt order.
+
+    Keys whose value is None are dropped, as transformers does. `mm_processor_kwargs` moves from a message to its media.
+
+    Args:
+        messages: a list of mappings, at least one, each with a role.
+        reserved: strings that stand for media in a prompt and so may not be in anyone's text.
+    Raises:
+        ValueError: naming the message, or the part, and what is wrong with it.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+        raise ValueError(f"messages must be a list of messages, got {type(messages).__name__}")
+    plain, media = [], []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where}: expected a mapping, got {type(message).__name__}")
+        copy = {key: value for key, value in message.items() if value is not None}
+        if not isinstance(copy.get("role"), str):
+            raise ValueError(f"{where}: role must be a string, got {copy.get('role')!r}")
+        choices = copy.pop("mm_processor_kwargs", {})
+        check_choices(choices, f"{where}.mm_processor_kwargs")
+        if "content" in copy:
+            copy["content"], found = _content(copy["content"], choices, where, tuple(reserved))
+            media += found
+        if "tool_calls" in copy:
+            copy["tool_calls"] = _tool_calls(copy["tool_calls"], f"{where}.tool_calls")
+        plain.append(copy)
+    if not plain:
+        raise ValueError("messages is empty")
+    return plain, media
+
+
+def check_choices(choices: Any, where: str) -> None:
+    """Raise ValueError for an option that is unknown or wrong, whether or not anything here would use it."""
+    Options(max_slice_nums=1, use_image_id=True).updated(choices, where)
+
+
+def _content(
+    content: Any, choices: Mapping[str, Any], where: str, reserved: tuple[str, ...]
+) -> tuple[str | list[dict[str, Any]], list[Medium]]:
+    if isinstance(content, str):
+        _check_text(content, where, reserved)
+        return content, []
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{where}.content: expected a string or a list of parts, got {type(content).__name__}")
+    parts, media = [], []
+    for i, part in enumerate(content):
+        at = f"{where}.content[{i}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"{at}: text must be a string, got {type(part.get('text')).__name__}")
+            _check_text(part["text"], at, reserved)
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind in _SOURCES:
+            media.append(_medium(part, kind, choices, at))
+            parts.append({"type": media[-1].kind})
+        else:
+            raise ValueError(f"{at}: type must be one of text, {', '.join(_SOURCES)}, got {kind!r}")
+    return parts, media
+
+
+def _check_text(text: str, where: str, reserved: tuple[str, ...]) -> None:
+    for token in reserved:
+        if token in text:
+            raise ValueError(f"{where}: the text contains {token}, which stands for an image or video; send it as a part")
+
+
+def _medium(part: Mapping[str, Any], type_: str, choices: Mapping[str, Any], where: str) -> Medium:
+    kind, keys = _SOURCES[type_]
+    given = [key for key in keys if part.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(f"{where}: a part of type {type_} needs exactly one of {', '.join(keys)}, got {given}")
+    source = part[given[0]]
+    if isinstance(source, Mapping):
+        if not isinstance(source.get("url"), str):
+            raise ValueError(f"{where}: {given[0]}.url must be a string, got {type(source.get('url')).__name__}")
+        source = source["url"]
+    return Medium(kind, source, choices, where)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls whose arguments are mappings; OpenAI's are JSON text."""
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(f"{where}: expected a list of mappings")
+    plain = []
+    for i, call in enumerate(calls):
+        at = f"{where}[{i}]"
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{at}: a tool call needs a function with a name")
+        function = dict(function)
+        if function.get("arguments") is None:
+            function.pop("arguments", None)
+        else:
+            function["arguments"] = _arguments(function["arguments"], f"{at}.function.arguments")
+        plain.append({**call, "function": function} if "function" in call else function)
+    return plain
+
+
+def _arguments(arguments: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: expected a mapping, got {type(arguments).__name__}")
+    return arguments

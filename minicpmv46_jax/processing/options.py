@@ -1,0 +1,227 @@
+"""What a checkpoint fixes about its pictures (`MediaConfig`) and what a request may choose (`Options`).
+
+The defaults of `downsample_mode`, `max_num_frames` and `stack_frames` are those of transformers' classes
+(models/minicpmv4_6): the released checkpoint leaves them out. Everything else must stand in the checkpoint's files.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+DOWNSAMPLE_MODES = ("16x", "4x")
+# Frames of one second become one canvas: the released model was shown up to 5 (ours to bound, the reference does not;
+# an unbounded number is an unbounded canvas).
+MAX_STACK_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one request, or one message of it, may choose.
+
+    Attributes:
+        max_slice_nums: most slices a picture is cut into, >= 1; 1 leaves pictures whole.
+        use_image_id: write `<image_id>0</image_id>` before each image or video.
+        downsample_mode: "16x" (a token per 16 patches) or "4x" (a token per 4).
+        max_num_frames: most main frames taken from a video, >= 1.
+        stack_frames: frames looked at per second, 1 to 16; those after the first are joined into one composite picture.
+    """
+
+    max_slice_nums: int
+    use_image_id: bool
+    downsample_mode: str = "16x"
+    max_num_frames: int = 128
+    stack_frames: int = 1
+
+    def __post_init__(self) -> None:
+        for name in OPTION_NAMES:
+            check_option(name, getattr(self, name))
+
+    @property
+    def merge_factor(self) -> int:
+        """Patches of a view's side that end in one token: 2 or 4."""
+        return 2 if self.downsample_mode == "4x" else 4
+
+    def updated(self, choices: Any, where: str) -> "Options":
+        """These options with `choices`, a mapping, in their place; a choice of None keeps what was there.
+
+        Raises:
+            ValueError: an unknown name, a wrong type or a value out of range; the text starts with `where`.
+        """
+        if not isinstance(choices, Mapping):
+            raise ValueError(f"{where}: expected a mapping of options, got {type(choices).__name__}")
+        if unknown := [name for name in choices if name not in OPTION_NAMES]:
+            raise ValueError(f"{where}: unknown option {unknown[0]!r}; known are {', '.join(OPTION_NAMES)}")
+        chosen = {name: value for name, value in choices.items() if value is not None}
+        for name, value in chosen.items():
+            check_option(name, value, f"{where}: ")
+        return replace(self, **chosen)
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+def check_option(name: str, value: Any, prefix: str = "") -> None:
+    """Raise ValueError where `value` is not one that the option may have."""
+    if name == "downsample_mode":
+        if value not in DOWNSAMPLE_MODES:
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(DOWNSAMPLE_MODES)}, got {value!r}")
+    elif name == "use_image_id":
+        if not isinstance(value, bool):
+            raise ValueError(f"{prefix}{name} must be True or False, got {value!r}")
+    else:
+        _check_int(prefix + name, value, 1, MAX_STACK_FRAMES if name == "stack_frames" else None)
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """How a checkpoint wants its images, or its videos, prepared.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        scale_resolution: a view covers about scale_resolution**2 pixels.
+        slice_mode: whether large pictures are cut into slices at all.
+        image_mean, image_std: per channel, of values from 0 to 1.
+        options: what holds where a request does not choose.
+        rescale_factor: takes a byte to 0..1.
+    """
+
+    patch_size: int
+    scale_resolution: int
+    slice_mode: bool
+    image_mean: tuple[float | int, float | int, float | int]
+    image_std: tuple[float | int, float | int, float | int]
+    options: Options
+    rescale_factor: float | int = 1 / 255
+
+    @classmethod
+    def from_dict(cls, section: Any, where: str) -> "MediaConfig":
+        """Read one section of a checkpoint's preprocessor files.
+
+        Raises:
+            ValueError: a needed field is missing, an unknown one is there, or one asks for what is not built.
+        """
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{where}: expected a JSON object, got {type(section).__name__}")
+        if missing := [name for name in _NEEDED if section.get(name) is None]:
+            raise ValueError(f"{where}: {missing[0]} is missing")
+        for name, value in section.items():
+            _check_field(name, value, where)
+        _check_int(f"{where}: patch_size", section["patch_size"], 1)
+        _check_int(f"{where}: scale_resolution", section["scale_resolution"], 1)
+        if not isinstance(section["slice_mode"], bool):
+            raise ValueError(f"{where}: slice_mode must be true or false, got {section['slice_mode']!r}")
+        if 0 in (std := _three_numbers(section, "image_std", where)):
+            raise ValueError(f"{where}: image_std must not be zero, got {std}")
+        defaults = Options(max_slice_nums=1, use_image_id=True)
+        return cls(
+            patch_size=section["patch_size"],
+            scale_resolution=section["scale_resolution"],
+            slice_mode=section["slice_mode"],
+            image_mean=_three_numbers(section, "image_mean", where),
+            image_std=std,
+            options=defaults.updated({name: value for name, value in section.items() if name in OPTION_NAMES}, where),
+            rescale_factor=_factor(section.get("rescale_factor"), where),
+        )
+
+
+_NEEDED = ("patch_size", "scale_resolution", "slice_mode", "image_mean", "image_std", "max_slice_nums", "use_image_id")
+_READ = {*_NEEDED, *OPTION_NAMES, "rescale_factor"}
+_NAMES_ONLY = {"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
+# Fields that transformers writes and of which one value, or null, is built here (3 is PIL's BICUBIC).
+_FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "do_sample_frames": True,
+    "do_center_crop": False,
+    "do_pad": False,
+    "resample": 3,
+    "default_to_square": True,
+    "data_format": "channels_first",
+    "return_metadata": False,
+}
+# Fields that must be null: each would change the pictures.
+_UNSET = {"size", "crop_size", "pad_size", "num_frames", "fps", "input_data_format", "video_metadata", "image_seq_length"}
+_WITHOUT_EFFECT = {"device", "return_tensors", "disable_grouping"}
+
+
+def _check_field(name: str, value: Any, where: str) -> None:
+    if name in _READ or name in _NAMES_ONLY or name in _WITHOUT_EFFECT:
+        return
+    if name in _FIXED:
+        if value is not None and value != _FIXED[name]:
+            raise ValueError(f"{where}: {name} = {value!r} is not supported, only {_FIXED[name]!r}")
+    elif name in _UNSET:
+        if value is not None:
+            raise ValueError(f"{where}: {name} = {value!r} is not supported, only null")
+    else:
+        raise ValueError(f"{where}: unknown field {name!r}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _three_numbers(section: Mapping[str, Any], name: str, where: str) -> tuple[float | int, float | int, float | int]:
+    """One number for all channels, or one for each of three."""
+    value = section[name]
+    values = [value] * 3 if _is_number(value) else value
+    if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
+        raise ValueError(f"{where}: {name} must be a number or a list of three, got {value!r}")
+    return tuple(values)
+
+
+def _factor(value: Any, where: str) -> float | int:
+    if value is None:
+        return 1 / 255
+    if not _is_number(value) or value <= 0:
+        raise ValueError(f"{where}: rescale_factor must be a number above 0, got {value!r}")
+    return value
+
+
+def read_configs(folder: Path) -> tuple[MediaConfig, MediaConfig]:
+    """(images, videos) of a checkpoint folder, looked up where transformers looks (video_processing_utils.py).
+
+    Images: processor_config.json's "image_processor", else preprocessor_config.json. Videos: processor_config.json's
+    "video_processor", else video_preprocessor_config.json, else preprocessor_config.json.
+
+    Raises:
+        ValueError: none of the files is there, or one is not a JSON object, or see `MediaConfig.from_dict`.
+    """
+    nested = _read_json(folder / "processor_config.json") or {}
+    images = _section(folder, nested, "image_processor", ["preprocessor_config.json"])
+    videos = _section(folder, nested, "video_processor", ["video_preprocessor_config.json", "preprocessor_config.json"])
+    # transformers' processor asks its image processor about ids, for videos too.
+    same_ids = replace(videos.options, use_image_id=images.options.use_image_id)
+    return images, replace(videos, options=same_ids)
+
+
+def _section(folder: Path, nested: Mapping[str, Any], name: str, files: list[str]) -> MediaConfig:
+    if name in nested:
+        return MediaConfig.from_dict(nested[name], f"{folder / 'processor_config.json'}: {name}")
+    for file in files:
+        if (section := _read_json(folder / file)) is not None:
+            return MediaConfig.from_dict(section, str(folder / file))
+    raise ValueError(f"{folder}: no {name} settings; looked for {', '.join(['processor_config.json', *files])}")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,114 @@
+"""Where the bytes of an image or video come from: paths, bytes, data URLs and http(s) URLs.
+
+Every failure is one `ValueError` that names its source; base64 is never repeated in it.
+"""
+
+import base64
+import binascii
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import httpx
+
+Fetch = Callable[[str], bytes | Path]
+"""Takes a URL or a path as the user wrote it (never a data URL); gives its bytes, or the file that holds them."""
+
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two letters or more: "C:" starts a path
+
+
+def describe(source: Any) -> str:
+    """A short name of a source for messages."""
+    if isinstance(source, (bytes, bytearray)):
+        return f"{len(source)} bytes"
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return "data URL"
+    if isinstance(source, (str, Path)):
+        text = str(source)
+        return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
+    return type(source).__name__
+
+
+def fetch(url: str, *, timeout_s: float | int = 30.0, max_bytes: int = 512 * 2**20) -> bytes | Path:
+    """The default way to an http(s) URL, a file URL or a local path. Not for strangers' URLs: it follows any of them.
+
+    Args:
+        timeout_s: seconds the whole download may take.
+        max_bytes: most bytes to accept from the network.
+    Raises:
+        ValueError: unsupported scheme, no such file, a failed, late or too large download.
+    """
+    match = _SCHEME.match(url)
+    scheme = match[1].lower() if match else None
+    if scheme in ("http", "https"):
+        return _download(url, timeout_s, max_bytes)
+    if scheme == "file":
+        return Path(url2pathname(urlsplit(url).path))
+    if scheme and url[match.end() :].startswith("//"):
+        raise ValueError(f"{describe(url)}: unsupported scheme {scheme!r}; supported are http, https, file and data")
+    return Path(url)
+
+
+def _download(url: str, timeout_s: float | int, max_bytes: int) -> bytes:
+    deadline = time.monotonic() + timeout_s
+    body = bytearray()
+    try:
+        with httpx.stream("GET", url, timeout=timeout_s, follow_redirects=True) as response:
+            if response.status_code != 200:
+                raise ValueError(f"{describe(url)}: HTTP status {response.status_code}")
+            for chunk in response.iter_bytes():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise ValueError(f"{describe(url)}: more than the {max_bytes} bytes allowed")
+                if time.monotonic() > deadline:  # httpx limits the wait for each chunk, not for all of them
+                    raise ValueError(f"{describe(url)}: not complete after {timeout_s:g} seconds")
+    except httpx.TimeoutException:
+        raise ValueError(f"{describe(url)}: no answer within {timeout_s:g} seconds") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{describe(url)}: {error or type(error).__name__}") from None
+    return bytes(body)
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes of a base64 data URL (RFC 2397).
+
+    Raises:
+        ValueError: not base64, or broken base64.
+    """
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ValueError("data URL: expected data:<type>;base64,<content>")
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
+        raise ValueError(f"data URL: broken base64 of {len(body)} characters") from None
+
+
+def read(source: str | bytes | Path, fetch: Fetch) -> bytes | Path:
+    """Bytes, or an existing file, of a source.
+
+    Raises:
+        ValueError: no such file, an empty source, or whatever `fetch` and `decode_data_url` raise.
+    """
+    if isinstance(source, str):
+        data = decode_data_url(source) if source[:5].lower() == "data:" else fetch(source)
+    else:
+        data = bytes(source) if isinstance(source, bytearray) else source
+    if isinstance(data, Path):
+        _check_file(data, describe(source))
+    elif not data:
+        raise ValueError(f"{describe(source)}: it is empty")
+    return data
+
+
+def _check_file(path: Path, name: str) -> None:
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise ValueError(f"{name}: not a usable file name ({type(error).__name__})") from None
+    if not found:
+        raise ValueError(f"{name}: {'not a file' if path.exists() else 'no such file'}")

@@ -1,0 +1,287 @@
+"""Video sources -> sampled frames and composites -> patches, as transformers' MiniCPMV4_6VideoProcessor has them.
+
+A video is a row of pictures. One main frame a second is taken; with `stack_frames` = n > 1, the n - 1 frames in between
+are joined on one canvas, which follows its main frame. Each such unit is then cut like an image.
+
+What the reference does and one would not guess:
+- a video longer than `max_num_frames` seconds is sampled evenly from ticks of 0.1 s, and so are its frames in between;
+  yet the i-th main frame is followed by the composite of second i, which then lies elsewhere in the video;
+- frames are taken as `video[indices]`, so that a frame asked for twice comes twice (its PyAV reader drops the second);
+- a frame is resized by torch's uint8 kernel (resize.py), not by Pillow, and normalised with x255 folded into mean and
+  deviation, so that the same bytes give values that differ from an image's in the last bit.
+"""
+
+import io
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, check_size, cut, load_rgb
+from minicpmv46_jax.processing.options import MediaConfig, Options
+from minicpmv46_jax.processing.resize import resize_bicubic
+from minicpmv46_jax.processing.sources import Fetch, describe, read
+
+SEAM = 6  # black pixels between the frames of a composite
+TICK = 0.1  # seconds between the moments from which a long video is sampled
+
+Unit = tuple[int, ...]
+"""The frames that make one picture: one, or those of a composite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames already decoded: uint8 [frames, height, width, 3], or a list of PIL images or uint8 [height, width, 3].
+
+    fps: frames a second, a number above 0. An array does not say it and sampling depends on it.
+    """
+
+    frames: Any
+    fps: Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How many frames a video has, and how many a second."""
+
+    frames: int
+    rate: float | int | Fraction
+
+    @property
+    def fps(self) -> float:
+        return float(self.rate)
+
+    @property
+    def duration(self) -> float:
+        """Seconds; a container's rate is a fraction, so that this is rounded once."""
+        return float(self.frames / self.rate)
+
+
+def sample(timing: Timing, max_num_frames: int, stack_frames: int) -> tuple[list[int], dict[int, list[int]]]:
+    """Which frames to look at.
+
+    Returns:
+        The main frames' indices, in order; and per second, those of the frames between (none without stacking).
+    """
+    last, fps, duration = timing.frames - 1, timing.fps, timing.duration
+    seconds = math.ceil(duration)
+    if duration > max_num_frames:
+        ticks = _evenly(int(duration / TICK), max_num_frames)
+        main = [min(int(round(i * TICK, 1) * fps), last) for i in ticks]
+    else:
+        main = [min(int(i * fps), last) for i in range(seconds)]
+    between: dict[int, list[int]] = {}
+    per_second = stack_frames - 1
+    if per_second:
+        in_last = sum(seconds - 1 + j / stack_frames < duration for j in range(1, stack_frames))
+        for i in _evenly((seconds - 1) * per_second + in_last, max_num_frames * per_second):
+            second, j = divmod(i, per_second)
+            moment = second + (j + 1) / stack_frames
+            between.setdefault(second, []).append(min(int(moment * fps), last))
+    return main, between
+
+
+def _evenly(number: int, most: int) -> list[int]:
+    """Indices 0..number-1, thinned evenly to `most` of them."""
+    return list(range(number)) if number <= most else np.linspace(0, number - 1, most, dtype=int).tolist()
+
+
+def plan(timing: Timing, options: Options) -> list[Unit]:
+    """The pictures of a video, in order: each main frame, then the composite of the second with its number."""
+    main, between = sample(timing, options.max_num_frames, options.stack_frames)
+    units: list[Unit] = []
+    for second, frame in enumerate(main):
+        units.append((frame,))
+        if second in between:
+            units.append(tuple(between[second]))
+    return units
+
+
+def composite(frames: list[np.ndarray]) -> np.ndarray:
+    """Join n frames, uint8 [height, width, 3], on one black canvas with 6-pixel seams.
+
+    Four make a square; of two or three, the row or the column that comes nearer to a square; more make a row.
+    """
+    height, width, _ = frames[0].shape
+    rows, columns = _layout(len(frames), height, width)
+    canvas = np.zeros((rows * (height + SEAM) - SEAM, columns * (width + SEAM) - SEAM, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        top, left = i // columns * (height + SEAM), i % columns * (width + SEAM)
+        canvas[top : top + height, left : left + width] = frame
+    return canvas
+
+
+def _layout(number: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of a composite."""
+    if number == 4:
+        return 2, 2
+    if number not in (2, 3):
+        return 1, number
+    row = abs((number * (width + SEAM) - SEAM) / height - 1)
+    column = abs(width / (number * (height + SEAM) - SEAM) - 1)
+    if row == column:
+        return (1, number) if number == 3 or width >= height else (number, 1)
+    return (1, number) if row < column else (number, 1)
+
+
+def cut_units(frames: Iterable[tuple[int, np.ndarray]], units: list[Unit], make: Callable[[np.ndarray], Cut]) -> list[Cut]:
+    """Cut each unit as soon as its frames are there; a frame is let go after its last unit, so that few are held.
+
+    Args:
+        frames: (index, uint8 [height, width, 3]) with rising indices. Units whose frames do not come are left out.
+    """
+    ready: dict[int, list[Unit]] = {}
+    for unit in set(units):
+        ready.setdefault(max(unit), []).append(unit)
+    last_use = {frame: max(unit) for unit in sorted(set(units), key=max) for frame in unit}
+    held: dict[int, np.ndarray] = {}
+    done: dict[Unit, Cut] = {}
+    for index, frame in frames:
+        held[index] = frame
+        for unit in ready.get(index, []):
+            done[unit] = make(frame if len(unit) == 1 else composite([held[i] for i in unit]))
+        held = {i: f for i, f in held.items() if last_use[i] > index}
+    return [done[unit] for unit in units if unit in done]
+
+
+def load_video(source: Any, config: MediaConfig, options: Options, fetch: Fetch, max_pixels: int = MAX_PIXELS) -> tuple[Cut, ...]:
+    """Sample a video and cut each of its frames and composites.
+
+    Args:
+        source: a path, URL or data URL (str), `pathlib.Path`, bytes, or a `Video` of decoded frames.
+        fetch: how to get at URLs and paths.
+        max_pixels: frames larger than this are refused.
+    Raises:
+        ValueError: not a video, no video stream, no frames, broken, frames too large, or not to be had.
+    """
+    name = describe(source)
+
+    def make(picture: np.ndarray) -> Cut:
+        return cut(picture, config, options, resize_bicubic)
+
+    if isinstance(source, Video):
+        return _cut_frames(source, options, make, fetch, max_pixels)
+    if not isinstance(source, (str, bytes, bytearray, Path)):
+        raise ValueError(f"{name}: frames alone have no frame rate, pass Video(frames, fps); or a str, Path or bytes")
+    data = read(source, fetch)
+    try:
+        return _cut_file(data, options, make, max_pixels, name)
+    except av.FFmpegError as error:
+        raise ValueError(f"{name}: not a video, or a broken one ({error.strerror})") from None
+
+
+def _cut_frames(
+    video: Video, options: Options, make: Callable[[np.ndarray], Cut], fetch: Fetch, max_pixels: int
+) -> tuple[Cut, ...]:
+    name, fps = "Video", video.fps
+    if not isinstance(video.frames, (np.ndarray, list, tuple)):
+        raise ValueError(f"{name}: frames must be an array or a list, got {type(video.frames).__name__}")
+    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
+        raise ValueError(f"{name}: fps must be a number above 0, got {fps!r}")
+    if isinstance(video.frames, np.ndarray) and (video.frames.ndim != 4 or video.frames.dtype != np.uint8):
+        shape, dtype = video.frames.shape, video.frames.dtype
+        raise ValueError(f"{name}: expected uint8 [frames, height, width, 3], got {dtype} {shape}")
+    if not (total := len(video.frames)):
+        raise ValueError(f"{name}: it has no frames")
+    units = plan(Timing(total, fps), options)
+    needed = sorted({frame for unit in units for frame in unit})
+
+    def pictures() -> Iterator[tuple[int, np.ndarray]]:
+        for i in needed:
+            if not isinstance(video.frames[i], (np.ndarray, Image.Image)):
+                raise ValueError(f"{name}: frame {i} is a {type(video.frames[i]).__name__}, not an array or PIL image")
+            yield i, load_rgb(video.frames[i], fetch, max_pixels)
+
+    return tuple(cut_units(_of_one_size(pictures(), name), units, make))
+
+
+def _of_one_size(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterator[tuple[int, np.ndarray]]:
+    shape = None
+    for i, frame in frames:
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise ValueError(f"{name}: frame {i} is {frame.shape[1]}x{frame.shape[0]}, earlier ones {shape[1]}x{shape[0]}")
+        yield i, frame
+
+
+def _cut_file(
+    data: bytes | Path, options: Options, make: Callable[[np.ndarray], Cut], max_pixels: int, name: str
+) -> tuple[Cut, ...]:
+    timing = probe(data, max_pixels, name)
+    units = plan(timing, options)
+    cuts = cut_units(_of_one_size(decode(data, units, name), name), units, make)
+    if len(cuts) < len(units):
+        # The container named more frames than come out (an edit list, say): its number is wrong, so count.
+        timing = _counted(data, timing.rate, name)
+        units = plan(timing, options)
+        cuts = cut_units(_of_one_size(decode(data, units, name), name), units, make)
+    assert len(cuts) == len(units)
+    return tuple(cuts)
+
+
+def _open(data: bytes | Path) -> av.container.InputContainer:
+    return av.open(data if isinstance(data, Path) else io.BytesIO(data))
+
+
+def _stream(container: av.container.InputContainer, name: str) -> av.video.stream.VideoStream:
+    """The first video stream that is not a cover picture."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise ValueError(f"{name}: no decoder for its video stream")
+            stream.thread_type = "AUTO"
+            return stream
+    raise ValueError(f"{name}: it has no video stream")
+
+
+def probe(data: bytes | Path, max_pixels: int, name: str) -> Timing:
+    """What the container says about its first video stream (transformers' video_utils.py, `read_video_pyav`).
+
+    Where it does not say the number of frames (WebM, for one), all of them are decoded and counted.
+    """
+    with _open(data) as container:
+        stream = _stream(container, name)
+        check_size(stream.height, stream.width, max_pixels, name)
+        rate, frames = stream.average_rate, stream.frames
+    if not rate or rate < 0:
+        raise ValueError(f"{name}: the video has no frame rate")
+    return Timing(frames, rate) if frames > 0 else _counted(data, rate, name)
+
+
+def _counted(data: bytes | Path, rate: Fraction, name: str) -> Timing:
+    with _open(data) as container:
+        frames = sum(1 for _ in container.decode(_stream(container, name)))
+    if not frames:
+        raise ValueError(f"{name}: the video has no frames")
+    return Timing(frames, rate)
+
+
+def decode(data: bytes | Path, units: list[Unit], name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames that `units` need, as (index, uint8 [height, width, 3]), decoding no further than the last of them."""
+    needed = {frame for unit in units for frame in unit}
+    last = max(needed)
+    with _open(data) as container:
+        for i, frame in enumerate(container.decode(_stream(container, name))):
+            if i in needed:
+                yield i, frame.to_ndarray(format="rgb24")
+            if i == last:
+                return
+
+
+def video_table(config: MediaConfig) -> np.ndarray:
+    """float32 [3, 256]: what each byte of a frame becomes; (x - 255 mean) / (255 std), all in float32.
+
+    Source: transformers' image_processing_backends.py, `rescale_and_normalize`.
+    """
+    scale = np.float32(1 / config.rescale_factor)
+    mean, std = (np.array(x, np.float32)[:, None] * scale for x in (config.image_mean, config.image_std))
+    table = (np.arange(256, dtype=np.float32) - mean) / std
+    table.setflags(write=False)
+    return table

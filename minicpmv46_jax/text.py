@@ -1,0 +1,76 @@
+"""The text backbone: six times three gated delta nets and one full attention (transformers: models/qwen3_5).
+
+Quirks: plain positions 0, 1, 2, ... for images too (4.6 uses no spatial M-RoPE); the output head is the embedding table, tied.
+Glossary: B batch, T tokens, D width, V vocabulary.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from minicpmv46_jax.attention import Attention
+from minicpmv46_jax.config import TextConfig
+from minicpmv46_jax.gated_delta_net import GatedDeltaNet
+from minicpmv46_jax.layers import Embedding, RMSNorm, SwiGLU, Taps, precise, tap
+from minicpmv46_jax.state import DeltaState, KeyValues, TextState
+
+
+class Block(nnx.Module):
+    """One layer: mix tokens, then mix channels, each behind a norm and around a residual."""
+
+    def __init__(self, config: TextConfig, kind: str, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = (Attention if kind == "full_attention" else GatedDeltaNet)(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: KeyValues | DeltaState,
+        positions: Int32[Array, "B T"],
+        num_valid: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T D"], KeyValues | DeltaState]:
+        mixed, state = self.mixer(self.input_norm(x), state, positions, num_valid)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class TextModel(nnx.Module):
+    """Embeddings in, final hidden states out; `logits` reads them through the tied table."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List([Block(config, kind, rngs=rngs) for kind in config.layer_types])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: TextState,
+        num_valid: Int32[Array, " B"],
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "B T D"], TextState]:
+        """Advances every sequence by its `num_valid` first tokens; the rest of each row is padding.
+
+        Args:
+          x: token or picture embeddings.
+          state: what came before.
+          num_valid: real tokens in each row.
+          taps: if given, receives each layer's output.
+
+        Returns:
+          The normalised hidden states, and the state after the real tokens.
+        """
+        positions = state.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        layers = []
+        for i, (block, layer_state) in enumerate(zip(self.layers, state.layers, strict=True)):
+            x, layer_state = block(x, layer_state, positions, num_valid)
+            layers.append(layer_state)
+            tap(taps, f"text.layers.{i}", x)
+        return self.norm(x), TextState(tuple(layers), state.length + num_valid)
+
+    def logits(self, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        """Scores of every vocabulary entry, float32."""
+        table = self.embed.weight[...]
+        return jnp.einsum("...d,vd->...v", x, table, precision=precise(x.dtype), preferred_element_type=jnp.float32)

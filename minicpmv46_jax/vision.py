@@ -1,0 +1,150 @@
+"""The vision tower: SigLIP2 over packed views, a mid-tower window merger, and the final merger into text embeddings.
+
+Source: transformers models/minicpmv4_6. Quirks: no class token, no pooling; attention stays inside each view; after layer
+`insert_layer_id` the window merger turns every 2x2 window into one token ("16x"; "4x" skips it), with the window's mean as
+residual; the tower's MLPs and the window merger use the tanh GELU, the final merger the exact one. Patches come in the packer's
+block order, which makes both merges reshapes.
+Glossary: P rows (patches, later tokens), D width, N heads, H head width, I views, E text width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.packed_attention import packed_attention
+from minicpmv46_jax.config import VisionConfig
+from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, precise, tap
+from minicpmv46_jax.packing import PackedViews
+
+WINDOW = 4  # a 2x2 window
+FINAL_MERGER_EPS = 1e-6  # fixed in the reference, not a field of the checkpoint
+
+tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head attention with biases; who attends to whom is the caller's."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.heads = config.num_attention_heads
+        D = config.hidden_size
+        self.q_proj = Linear(D, D, bias=True, rngs=rngs)
+        self.k_proj = Linear(D, D, bias=True, rngs=rngs)
+        self.v_proj = Linear(D, D, bias=True, rngs=rngs)
+        self.out_proj = Linear(D, D, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "P D"], attend) -> Float[Array, "P D"]:
+        q, k, v = (proj(x).reshape(x.shape[0], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v).reshape(x.shape))
+
+
+class VisionMLP(nnx.Module):
+    """Two linear layers around a tanh GELU."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "P D"]:
+        return self.fc2(tanh_gelu(self.fc1(x)))
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attn = VisionAttention(config, rngs=rngs)
+        self.norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = VisionMLP(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "P D"], attend) -> Float[Array, "P D"]:
+        x = x + self.attn(self.norm1(x), attend)
+        return x + self.mlp(self.norm2(x))
+
+
+class WindowMerger(nnx.Module):
+    """Mid-tower: attention inside each 2x2 window, then an MLP that makes one token of it."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.norm1 = LayerNorm(D, config.layer_norm_eps)
+        self.attn = VisionAttention(config, rngs=rngs)
+        self.pre_norm = LayerNorm(WINDOW * D, config.layer_norm_eps)
+        self.linear_1 = Linear(WINDOW * D, WINDOW * F, bias=True, rngs=rngs)
+        self.linear_2 = Linear(WINDOW * F, D, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "P/4 D"]:
+        x = x + self.attn(self.norm1(x), window_attention)
+        windows = x.reshape(-1, WINDOW, x.shape[1])
+        merged = self.linear_2(tanh_gelu(self.linear_1(self.pre_norm(windows.reshape(windows.shape[0], -1)))))
+        return merged + windows.mean(axis=1)
+
+
+class FinalMerger(nnx.Module):
+    """Each 2x2 of the tower's tokens becomes one text embedding."""
+
+    def __init__(self, width: int, text_width: int, *, rngs: nnx.Rngs):
+        merged = WINDOW * width
+        self.pre_norm = LayerNorm(merged, FINAL_MERGER_EPS)
+        self.linear_1 = Linear(merged, merged, bias=True, rngs=rngs)
+        self.linear_2 = Linear(merged, text_width, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "P/4 E"]:
+        x = self.pre_norm(x.reshape(x.shape[0] // WINDOW, -1))
+        return self.linear_2(exact_gelu(self.linear_1(x)))
+
+
+class VisionTower(nnx.Module):
+    """Packed views in, text embeddings out."""
+
+    def __init__(self, config: VisionConfig, text_width: int, *, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.insert_layer_id = config.insert_layer_id
+        self.patch_embed = Linear(config.patch_dim, D, bias=True, rngs=rngs)
+        self.position_embed = Embedding(config.positions_per_side**2, D, rngs=rngs)
+        self.layers = nnx.List([VisionBlock(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.window_merger = WindowMerger(config, rngs=rngs)
+        self.post_norm = LayerNorm(D, config.layer_norm_eps)
+        self.merger = FinalMerger(D, text_width, rngs=rngs)
+
+    def __call__(self, views: PackedViews, taps: Taps | None = None) -> Float[Array, "tokens E"]:
+        """Every view's tokens, one view after another; P/16 rows in "16x", P/4 in "4x", padding at the end.
+
+        Args:
+          views: one pass, as `packing.pack` lays it.
+          taps: if given, receives the embeddings, each layer's output, both mergers'.
+        """
+        dtype = self.patch_embed.weight.dtype
+        x = self.patch_embed(views.patches.astype(dtype)) + self.position_embed(views.position_ids)
+        tap(taps, "vision.embeddings", x)
+        attend = within_views(views.starts, views.lengths, views.longest)
+        for i, block in enumerate(self.layers):
+            x = block(x, attend)
+            tap(taps, f"vision.layers.{i}", x)
+            if i == self.insert_layer_id and views.downsample_mode == "16x":
+                x = self.window_merger(x)
+                tap(taps, "vision.window_merger", x)
+                attend = within_views(views.starts // WINDOW, views.lengths // WINDOW, views.longest // WINDOW)
+        features = self.merger(self.post_norm(x))
+        tap(taps, "vision.merger", features)
+        return features
+
+
+def within_views(starts: Int32[Array, " I"], lengths: Int32[Array, " I"], longest: int):
+    """An attention that keeps each view to itself."""
+    return functools.partial(packed_attention, starts=starts, lengths=lengths, longest=longest)
+
+
+def window_attention(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"]) -> Float[Array, "P N H"]:
+    """An attention inside each run of four rows."""
+    shape = q.shape
+    q, k, v = (x.reshape(-1, WINDOW, *shape[1:]) for x in (q, k, v))
+    precision = precise(q.dtype)
+    scores = jnp.einsum("wqnh,wknh->wnqk", q, k, precision=precision, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * shape[-1] ** -0.5, axis=-1).astype(q.dtype)
+    return jnp.einsum("wnqk,wknh->wqnh", weights, v, precision=precision).reshape(shape)

@@ -1,0 +1,57 @@
+"""Tests run stricter than users do: strict dtype promotion, no rank promotion, checked annotations, eight virtual devices."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["kernels_pallas", "minicpmv46_jax"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import jax  # noqa: E402 (the hook comes first)
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|tests\.oracle)\b", re.MULTILINE)
+
+# Where the oracle is not installed, the files that compare with it are left out, and the header says so.
+collect_ignore = [
+    path.name for path in Path(__file__).parent.glob("test_*.py") if not HAVE_TORCH and NEEDS_TORCH.search(path.read_text())
+]
+
+
+def pytest_report_header():
+    return f"without torch: not run are {', '.join(sorted(collect_ignore))}" if collect_ignore else None
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """The project's own small checkpoint, in the released format."""
+    from convert.demo import write_demo_checkpoint
+
+    return write_demo_checkpoint(tmp_path_factory.mktemp("demo") / "model")
+
+
+@pytest.fixture(scope="session")
+def demo(demo_folder):
+    """The small checkpoint, loaded."""
+    from minicpmv46_jax import MiniCPMV
+
+    return MiniCPMV.from_pretrained(demo_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """Two real photographs, 640 x 427, that scikit-learn ships: (china, flower) as PIL images."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(image) for image in load_sample_images().images]

@@ -1,0 +1,63 @@
+"""Text as it streams: the tokenizer's own decoding, never half a character, never a stop text's beginning."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minicpmv46_jax.detokenize import Detokenizer
+
+
+@pytest.fixture(scope="module")
+def detokenizer(demo):
+    return Detokenizer(demo.processor.tokenizer)
+
+
+def ids_of(detokenizer, text):
+    return detokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_ids_decode_as_the_tokenizer_decodes_them(detokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, len(detokenizer.tokenizer) - 1), max_size=30))
+    assert detokenizer.decode(ids) == detokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_streams_never_split_a_character(detokenizer, text):
+    stream = detokenizer.stream()
+    ids = ids_of(detokenizer, text)
+    pieces = [stream.push(i) for i in ids]
+    assert not any("�" in piece for piece in pieces if "�" not in text)
+    assert "".join(pieces) + stream.finish() == detokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("abé", max_size=20), stops=st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_texts_end_the_answer_wherever_tokens_fall(detokenizer, text, stops):
+    stream = detokenizer.stream(tuple(stops))
+    out = ""
+    for i in ids_of(detokenizer, text):
+        out += stream.push(i)
+        if stream.stopped:
+            break
+    out += stream.finish()
+    found = [text.find(stop) for stop in stops if stop in text]
+    if not found:
+        assert out == text and not stream.stopped
+    else:
+        # The stop whose text is complete first ends the answer; nothing of any stop text is shown.
+        end = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+        first = min(text[:end].find(stop) for stop in stops if stop in text[:end])
+        assert out == text[:first] and stream.stopped
+
+
+def test_markers_that_are_no_special_tokens_stay(detokenizer):
+    ids = ids_of(detokenizer, "<think>\nHm.</think><|im_end|>")
+    assert detokenizer.decode(ids) == "<think>\nHm.</think>"
+    assert detokenizer.decode(ids, skip_special_tokens=False).endswith("<|im_end|>")
+
+
+def test_an_id_beyond_the_vocabulary_is_no_text(detokenizer):
+    assert detokenizer.token_bytes(10**7) == b""

@@ -1,0 +1,174 @@
+"""Decoding with a cache against the cache-free forward; buckets, stops, growth, seeds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minicpmv46_jax import MiniCPMV, generate
+from minicpmv46_jax.generate import Generator, blocks, grow
+from minicpmv46_jax.processing import Inputs
+from tests.tolerances import CACHED_FORWARD, relative_rms
+
+
+def prompt(demo, words, pictures=(), **options):
+    parts = [{"type": "image", "image": p} for p in pictures] + [{"type": "text", "text": words}]
+    return demo.process([{"role": "user", "content": parts}], **options)
+
+
+def extended(inputs, ids):
+    return Inputs(np.concatenate([inputs.token_ids, np.array(ids, np.int32)]), inputs.views)
+
+
+def test_decoding_equals_the_cache_free_forward_at_every_step(demo, photos):
+    inputs = prompt(demo, "What is this?", [photos[0].resize((100, 80))], max_slice_nums=1)
+    tokens = list(demo.generator.tokens(inputs, demo.options(max_new_tokens=24, temperature=0.0, ignore_eos=True, logprobs=20)))
+    whole = demo.logits(extended(inputs, [t.id for t in tokens]))
+    logprobs = np.asarray(jax.nn.log_softmax(whole, axis=-1))
+    for step, token in enumerate(tokens):
+        row = logprobs[len(inputs.token_ids) - 1 + step]
+        ids, found = zip(*token.top, strict=True)
+        assert relative_rms(found, row[list(ids)]) < CACHED_FORWARD
+        assert token.id == row.argmax()
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 700, 1025])
+def test_prefill_in_blocks_equals_the_whole_forward(demo, length):
+    ids = np.random.default_rng(length).integers(0, 256, length).astype(np.int32)
+    inputs = Inputs(ids, ())
+    logits, state = demo.generator.prefill(inputs)
+    assert int(state.length[0]) == length
+    assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
+
+
+def test_a_block_may_end_inside_a_picture(demo, photos, monkeypatch):
+    inputs = prompt(demo, "x", [photos[1]], max_slice_nums=1, downsample_mode="4x")
+    view = inputs.views[0]
+    monkeypatch.setattr(generate, "PREFILL_BUCKETS", (64,))
+    assert view.start % 64 and view.num_tokens > 128
+    logits, _ = demo.generator.prefill(inputs)
+    assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
+
+
+def test_blocks_cover_the_prompt_with_few_sizes():
+    for total in (1, 64, 65, 256, 1000, 1024, 1025, 5000):
+        cut = list(blocks(total))
+        assert sum(size for _, size, _ in cut) == total
+        assert [start for start, _, _ in cut] == list(np.cumsum([0] + [size for _, size, _ in cut])[:-1])
+        assert all(size <= padded and padded in generate.PREFILL_BUCKETS for _, size, padded in cut)
+
+
+def test_growing_the_cache_changes_nothing(demo, monkeypatch):
+    inputs = prompt(demo, "a" * 40)
+    options = demo.options(max_new_tokens=100, temperature=0.0, ignore_eos=True)
+    expected = [t.id for t in demo.generator.tokens(inputs, options)]
+    monkeypatch.setattr(generate, "SMALLEST_CAPACITY", 64)
+    assert demo.generator.capacity(len(inputs.token_ids) + 1) < len(inputs.token_ids) + 100
+    assert [t.id for t in demo.generator.tokens(inputs, options)] == expected
+
+
+def test_grow_keeps_what_was_there(demo):
+    _, state = demo.generator.prefill(prompt(demo, "hello"))
+    bigger = grow(state, 2048)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(bigger), strict=True):
+        np.testing.assert_array_equal(new[tuple(slice(0, n) for n in old.shape)], old)
+
+
+def test_compilations_are_as_many_as_buckets(demo, photos):
+    generator = Generator(demo.config, demo.params)
+    options = demo.options(max_new_tokens=20, temperature=0.0, ignore_eos=True)
+    for words in ("a", "ab", "abc" * 9, "b" * 70, "c" * 100, "d" * 150):
+        list(generator.tokens(prompt(demo, words), options))
+    programs = generator.programs()
+    assert programs["advance"] == programs["embed"] == 2  # blocks of 64 and 256, one capacity
+    assert programs["decode"] == programs["sample"] == programs["history"] == 1
+    for size in ((100, 100), (101, 99), (98, 102)):
+        list(generator.tokens(prompt(demo, "a", [photos[0].resize(size)], max_slice_nums=1), options))
+    assert generator.programs()["encode"] == 1
+
+
+def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(demo):
+    inputs = prompt(demo, "Count.")
+    free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
+    stop = next(i for i in free[5:] if i not in free[:5])
+    options = demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True, stop_token_ids=[stop])
+    deltas = list(demo.generate(inputs, options))
+    assert [t.id for d in deltas for t in d.tokens] == free[: free.index(stop)]
+    assert deltas[-1].finish_reason == "stop"
+    assert all(d.finish_reason is None for d in deltas[:-1])
+
+
+def test_more_stop_tokens_than_the_device_looks_for(demo):
+    inputs = prompt(demo, "Count.")
+    free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
+    stop = max(set(free))
+    many = [i for i in range(stop + 1) if i not in free][: generate.DEVICE_STOPS + 4] + [stop]
+    options = demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True, stop_token_ids=many)
+    assert [t.id for t in demo.generator.tokens(inputs, options)] == free[: free.index(stop) + 1]
+
+
+def test_length_and_stop_texts(demo):
+    messages = [{"role": "user", "content": "Count."}]
+    greedy = {"temperature": 0.0, "ignore_eos": True}
+    whole = demo.chat(messages, max_new_tokens=40, **greedy)
+    inputs, options = demo.prepare(messages, {"max_new_tokens": 40, **greedy})
+    assert list(demo.generate(inputs, options))[-1].finish_reason == "length"
+    stop = whole[6:9]
+    assert demo.chat(messages, max_new_tokens=40, stop=stop, **greedy) == whole[: whole.find(stop)]
+    assert "".join(demo.stream(messages, max_new_tokens=40, **greedy)) == whole
+
+
+def test_seeds_repeat_an_answer_however_it_is_dispatched(demo, monkeypatch):
+    inputs = prompt(demo, "Tell me.")
+    options = demo.options(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
+    first = [t.id for t in demo.generator.tokens(inputs, options)]
+    monkeypatch.setattr(generate, "STEPS_PER_DISPATCH", 3)
+    assert [t.id for t in demo.generator.tokens(inputs, options)] == first
+    other = demo.options(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=8, ignore_eos=True)
+    assert [t.id for t in demo.generator.tokens(inputs, other)] != first
+
+
+def test_a_prompt_longer_than_the_context_is_refused(demo):
+    context = demo.config.text.max_position_embeddings
+    with pytest.raises(ValueError, match=f"the prompt has {context} tokens, but the context holds {context}"):
+        demo.generator.prefill(Inputs(np.zeros(context, np.int32), ()))
+
+
+def test_the_answer_ends_where_the_context_does(demo):
+    context = demo.config.text.max_position_embeddings
+    inputs = Inputs(np.full(context - 5, 65, np.int32), ())
+    tokens = list(demo.generator.tokens(inputs, demo.options(temperature=0.0, ignore_eos=True)))
+    assert len(tokens) == 5
+
+
+def test_the_functional_core_is_differentiable(demo):
+    from minicpmv46_jax import model
+
+    graph = model.schema(demo.config)
+    ids = np.arange(10, dtype=np.int32)
+    block = jax.tree.map(jnp.asarray, generate.token_block(ids, np.full(10, -1, np.int32), 10))
+
+    def loss(params):
+        logits = model.forward(graph, params, demo.config, block, jnp.zeros((1, demo.config.text.hidden_size)))
+        return -jax.nn.log_softmax(logits[0, :-1])[jnp.arange(9), block.ids[0, 1:]].mean()
+
+    gradient = jax.jit(jax.grad(loss))(demo.params)
+    norms = jax.tree.map(lambda g: float(jnp.linalg.norm(g)), gradient["text"])
+    assert all(np.isfinite(n) and n > 0 for n in jax.tree.leaves(norms))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 3}, "option 'max_tokens' is unknown; did you mean 'max_new_tokens'"),
+        ({"zzz": 1}, "option 'zzz' is unknown"),
+    ],
+)
+def test_unknown_options_are_refused(demo, options, message):
+    with pytest.raises(ValueError, match=message):
+        demo.chat([{"role": "user", "content": "x"}], **options)
+
+
+def test_an_unknown_dtype_is_refused(demo_folder):
+    with pytest.raises(ValueError, match="dtype is 'float16', expected one of bfloat16, float32"):
+        MiniCPMV.from_pretrained(demo_folder, dtype="float16")

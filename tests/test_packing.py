@@ -1,0 +1,71 @@
+"""Packing: block order, learned positions as transformers picks them, few sizes."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.vision_utils import get_vision_nearest_position_ids, get_vision_window_index
+
+from minicpmv46_jax import packing
+
+
+@given(h=st.integers(1, 8), w=st.integers(1, 8), merges=st.integers(1, 3))
+def test_block_order_nests_2x2_windows(h, w, merges):
+    h, w = h << merges, w << merges
+    order = packing.block_order(h, w, merges)
+    assert sorted(order) == list(range(h * w))
+    rows, columns = order // w, order % w
+    for merge in range(1, merges + 1):
+        side, size = 2**merge, 4**merge
+        corners = (rows // side) * w + columns // side
+        assert (corners.reshape(-1, size) == corners.reshape(-1, size)[:, :1]).all()
+    window = slice(0, 4)
+    assert (rows[window].tolist(), columns[window].tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+
+
+def test_block_order_of_one_merge_is_the_reference_window_index():
+    index, _ = get_vision_window_index(torch.tensor([[1, 6, 10]]), spatial_merge_size=1, window_size=2, patch_size=1)
+    np.testing.assert_array_equal(packing.block_order(6, 10, 1), index.numpy())
+
+
+# 70 is the released side. Not every side can be tested: torch.arange rounds some boundaries as the processor's vector width has it.
+@pytest.mark.parametrize("side", [70, 16, 32])
+def test_positions_are_the_reference_buckets(side):
+    for n in range(1, 4 * side):
+        expected = get_vision_nearest_position_ids(torch.tensor([[n, 3]]), side).numpy()
+        np.testing.assert_array_equal(packing.nearest_positions(n, 3, side).reshape(-1), expected)
+
+
+@pytest.mark.parametrize(("h", "w"), [(6, 8), (8, 6), (7, 8)])
+def test_a_grid_that_cannot_be_merged_is_refused(h, w):
+    with pytest.raises(ValueError, match=f"{h} x {w}"):
+        packing.block_order(h, w, 2)
+
+
+@given(st.integers(1, 10**6))
+def test_buckets_waste_at_most_an_eighth_and_are_few(size):
+    bucket = packing.bucket(size)
+    assert size <= bucket <= max(64, size * 9 / 8 + 8)
+    assert bucket % 8 == 0
+    assert len({packing.bucket(s) for s in range(1, 4097)}) <= 8 * math.log2(4096 / 64) + 1
+
+
+def view(h, w, mode="16x", value=0.0):
+    return SimpleNamespace(grid=(h, w), downsample_mode=mode, pixel_values=np.full((h * w, 6), value, np.float32))
+
+
+def test_passes_hold_every_view_once_in_order_and_one_mode_each():
+    views = [view(8, 8, value=1), view(4, 12, value=2), view(8, 8, "4x", 3), view(40, 40, value=4), view(4, 4, value=5)]
+    passes = list(packing.pack(views, 70, limit=1000))
+    assert [i for group, _ in passes for i in group] == list(range(5))
+    for group, packed in passes:
+        assert {views[i].downsample_mode for i in group} == {packed.downsample_mode}
+        for slot, i in enumerate(group):
+            rows = packed.patches[packed.starts[slot] : packed.starts[slot] + packed.lengths[slot]]
+            assert (rows == i + 1).all()
+        assert (packed.starts[len(group) :] == len(packed.patches)).all()
+        assert packed.lengths.max() <= packed.longest

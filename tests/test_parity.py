@@ -1,0 +1,169 @@
+"""The whole model against transformers: every tap, the logits, greedy answers, both downsample modes, float32 and bfloat16."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from convert.demo import demo_config
+from minicpmv46_jax import MiniCPMV, model, packing
+from minicpmv46_jax.generate import token_block
+from minicpmv46_jax.processing import Video
+from tests.oracle import Oracle, row_major, write_checkpoint
+from tests.tolerances import BFLOAT16_RATIO, FLOAT32_FORWARD, relative_rms
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def image(picture):
+    return {"type": "image", "image": picture}
+
+
+def moving_square(frames=5):
+    video = np.zeros((frames, 60, 90, 3), np.uint8)
+    for t in range(frames):
+        video[t, 10 : 30 + t, 10 * t : 10 * t + 20] = (200, 30 * t, 90)
+    return {"type": "video", "video": Video(video, fps=2.0)}
+
+
+@pytest.fixture(scope="module")
+def conversations(photos):
+    china, flower = photos
+    small = flower.resize((120, 90))
+    return {
+        "text": (user(text("Why is the sky blue? " * 12)), {}),
+        "thinking": (user(text("Prove it.")), {"enable_thinking": True}),
+        "image": (user(image(small), text("What is this?")), {"max_slice_nums": 2}),
+        "sliced": (user(image(china.resize((520, 300))), text("Where?")), {"max_slice_nums": 4}),
+        "images": (user(image(small), text("and"), image(china.resize((64, 200))), text("differ how?")), {"max_slice_nums": 1}),
+        "video": (user(moving_square(), text("What moves?")), {"max_slice_nums": 1}),
+    }
+
+
+def variant(**text_fields):
+    config = demo_config()
+    config["text_config"].update(text_fields)
+    return config
+
+
+# The second has what the released sizes do not exercise: more value heads than key heads, other widths for keys and values.
+CONFIGS = {
+    "demo": variant(),
+    "grouped": variant(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=24, linear_value_head_dim=16),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request, tmp_path_factory, demo_folder):
+    return write_checkpoint(tmp_path_factory.mktemp("parity") / request.param, CONFIGS[request.param], demo_folder)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return MiniCPMV.from_pretrained(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    return Oracle(folder)
+
+
+CASES = ["text", "thinking", "image", "sliced", "images", "video"]
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, mode, conversations, ours, oracle):
+    messages, options = conversations[case]
+    inputs = ours.process(messages, downsample_mode=mode, **options)
+    assert relative_rms(ours.logits(inputs), oracle.logits(inputs)) < FLOAT32_FORWARD
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+def test_every_tap(mode, conversations, ours, oracle):
+    messages, options = conversations["sliced"]
+    inputs = ours.process(messages, downsample_mode=mode, **options)
+    expected = oracle.taps(inputs)
+    found = our_taps(ours, inputs)
+    assert set(found) - {"text.embeddings"} == set(expected)
+    for name in expected:
+        assert relative_rms(found[name], expected[name]) < FLOAT32_FORWARD, name
+
+
+def our_taps(ours, inputs):
+    """Our named results in transformers' row order."""
+    graph = model.schema(ours.config)
+    ((_, packed),) = packing.pack(inputs.views, ours.config.vision.positions_per_side)
+    total = len(inputs.token_ids)
+    rows = ours.generator.feature_rows(inputs, np.cumsum([0] + [v.num_tokens for v in inputs.views])[:-1].tolist())
+
+    @functools.partial(jax.jit)
+    def run(params, packed, block):
+        taps = {}
+        features = model.encode(graph, params, packed, taps)
+        taps["logits"] = model.forward(graph, params, ours.config, block, features, taps)[0]
+        return taps
+
+    taps = run(ours.params, packed, token_block(inputs.token_ids, rows, total))
+    patches = sum(h * w for h, w in (v.grid for v in inputs.views))
+    out = {}
+    for name, x in taps.items():
+        x = np.asarray(x).reshape(-1, x.shape[-1])
+        if name.startswith("vision."):
+            merged = {packed.patches.shape[0] >> 2 * m: m for m in range(3)}[x.shape[0]]
+            x = x[: patches >> 2 * merged]
+            x = row_major(x, inputs, merged)
+        out[name] = x
+    return out
+
+
+@pytest.mark.parametrize("case", ["text", "images", "video"])
+def test_64_greedy_tokens(case, conversations, ours, oracle):
+    messages, options = conversations[case]
+    inputs, decoding = ours.prepare(messages, {**options, "max_new_tokens": 64, "temperature": 0.0, "ignore_eos": True})
+    expected, logits = oracle.greedy(inputs, 64)
+    found = [token.id for token in ours.generator.tokens(inputs, decoding)]
+    assert_same_greedy(found, expected, logits, FLOAT32_FORWARD)
+
+
+def assert_same_greedy(found, expected, logits, error):
+    """Equal up to the first place where the reference's own two best are closer than the error; past it the prompts differ."""
+    assert len(found) == len(expected)
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        second, best = np.sort(logits[step])[-2:]
+        if best - second <= 2 * error * np.sqrt(np.mean(logits[step] ** 2)):
+            assert step > 0, "the very first choice was a tie: the test proves nothing"
+            return
+        assert a == b, f"token {step}: {a}, expected {b}"
+
+
+@pytest.mark.parametrize("case", ["text", "image"])
+def test_bfloat16_is_as_close_as_transformers(case, conversations, folder, oracle):
+    messages, options = conversations[case]
+    ours = MiniCPMV.from_pretrained(folder, dtype="bfloat16")
+    inputs = ours.process(messages, **options)
+    # The truth starts from the same rounded weights: what is compared is the arithmetic.
+    rounded = Oracle(folder, torch.bfloat16)
+    theirs = rounded.logits(inputs)
+    rounded.model.float()
+    truth = rounded.logits(inputs)
+    assert relative_rms(ours.logits(inputs), truth) <= BFLOAT16_RATIO * relative_rms(theirs, truth)
+
+
+def test_config_of_a_saved_model_is_read_too(folder, oracle, tmp_path):
+    """config.json as transformers' save_pretrained writes it has more fields than the released one."""
+    oracle.model.config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "merger_times" in written
+    from minicpmv46_jax.config import ModelConfig
+
+    assert ModelConfig.from_dict(written) == ModelConfig.from_folder(folder)

@@ -1,0 +1,158 @@
+"""Sampling against transformers' logits processors, and against the probabilities it promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from minicpmv46_jax.config import GenerationConfig
+from minicpmv46_jax.generate import sampling_params
+from minicpmv46_jax.options import generation_options
+from minicpmv46_jax.sampling import History, filter_scores, new_history, penalise, sample
+
+V = 50
+draw = jax.jit(sample, static_argnames="num_logprobs")
+
+
+def params(**options):
+    return sampling_params(generation_options(GenerationConfig(), **{"seed": 0, "temperature": 1.0, **options}))
+
+
+def fresh_history(batch=1, vocab=V):
+    return History(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
+
+
+def logits(seed, vocab=V):
+    return np.random.default_rng(seed).standard_normal((1, vocab)).astype(np.float32) * 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    top_k=st.sampled_from([0, 1, 5, 60]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3, 1e-6]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+    temperature=st.sampled_from([0.2, 1.0, 1.7]),
+)
+def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, temperature):
+    scores = logits(seed)
+    expected = TemperatureLogitsWarper(temperature)(None, torch.tensor(scores))
+    for warper, on in (
+        (lambda: TopKLogitsWarper(top_k), top_k > 0),
+        (lambda: TopPLogitsWarper(top_p), top_p < 1),
+        (lambda: MinPLogitsWarper(min_p), min_p > 0),
+    ):
+        expected = warper()(None, expected) if on else expected
+    found = jax.jit(filter_scores)(
+        jnp.asarray(scores) / temperature, params(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    )
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+@given(seed=st.integers(0, 1000), penalty=st.sampled_from([0.5, 1.0, 1.3]))
+@settings(max_examples=10, deadline=None)
+def test_repetition_penalty_is_transformers(seed, penalty):
+    scores, prompt, answer = logits(seed), [3, 7, 7, 12], [7, 20]
+    history = new_history(jnp.array([[*prompt, 49, 49]]), jnp.array([len(prompt)]), V)  # two tokens of padding
+    history = dataclasses.replace(history, counts=history.counts.at[0, jnp.array(answer)].add(1))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + answer]), torch.tensor(scores))
+    found = penalise(jnp.asarray(scores), params(repetition_penalty=penalty), history)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_presence_and_frequency_penalties_look_at_the_answer_alone():
+    history = new_history(jnp.array([[1, 2]]), jnp.array([2]), V)
+    history = dataclasses.replace(history, counts=history.counts.at[0, 2].add(3))
+    change = penalise(jnp.zeros((1, V)), params(presence_penalty=0.5, frequency_penalty=0.25), history)
+    expected = np.zeros((1, V))
+    expected[0, 2] = -0.5 - 3 * 0.25
+    np.testing.assert_allclose(change, expected)
+
+
+def test_temperature_zero_takes_the_best_and_counts_it():
+    scores = jnp.asarray(logits(1))
+    sampled, history = draw(scores, params(temperature=0.0), fresh_history())
+    assert sampled.ids[0] == scores.argmax()
+    assert history.counts[0, sampled.ids[0]] == 1 and history.counts.sum() == 1
+
+
+def test_draws_follow_the_probabilities():
+    rows, vocab = 20_000, 8
+    scores = jnp.broadcast_to(jnp.asarray(logits(5, vocab)), (rows, vocab))
+    one = params(temperature=0.8)
+    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), dataclasses.replace(one, key=jnp.zeros(1)))
+    many = dataclasses.replace(many, key=jax.random.split(jax.random.key(0), rows))
+    sampled, _ = draw(scores, many, fresh_history(rows, vocab))
+    seen = np.bincount(np.asarray(sampled.ids), minlength=vocab) / rows
+    expected = np.asarray(jax.nn.softmax(scores[0] / 0.8))
+    assert np.abs(seen - expected).max() < 5 * np.sqrt(0.25 / rows)  # five standard deviations
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    scores = jnp.asarray(np.concatenate([logits(i) for i in range(3)]))
+    rows = [params(seed=i, top_p=0.9) for i in range(3)]
+    together = jax.tree.map(lambda *x: jnp.concatenate([jnp.asarray(y) for y in x]), *rows)
+    sampled, _ = draw(scores, together, fresh_history(3))
+    alone = [draw(scores[i : i + 1], rows[i], fresh_history())[0].ids[0] for i in range(3)]
+    assert sampled.ids.tolist() == [int(i) for i in alone]
+
+
+def test_seeds_of_64_bits_all_count():
+    scores = jnp.zeros((1, V))
+    ids = {int(draw(scores, params(seed=seed), fresh_history())[0].ids[0]) for seed in [1, 1 + 2**32, 1 + 2**33, -1, 1 - 2**40]}
+    assert len(ids) > 2
+
+
+def test_logprobs_are_the_models_own():
+    scores = jnp.asarray(logits(3))
+    sampled, _ = draw(scores, params(temperature=0.3, top_k=2), fresh_history(), num_logprobs=5)
+    expected = torch.log_softmax(torch.tensor(np.asarray(scores)), -1)[0]
+    assert float(sampled.logprob[0]) == pytest.approx(float(expected[int(sampled.ids[0])]), rel=1e-5)
+    top = expected.topk(5)
+    assert sampled.top_ids[0].tolist() == top.indices.tolist()
+    np.testing.assert_allclose(sampled.top_logprobs[0], top.values.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1.0, expected at least 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+        ({"top_p": 0}, "top_p is 0.0, expected above 0.0 and at most 1.0"),
+        ({"min_p": 2}, "min_p is 2.0, expected at least 0.0 and at most 1.0"),
+        ({"top_k": 1.5}, "top_k is 1.5, expected an integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected an integer of at least 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0, expected above 0.0"),
+        ({"presence_penalty": 3}, "presence_penalty is 3.0, expected at least -2.0 and at most 2.0"),
+        ({"logprobs": 21}, "logprobs is 21, expected an integer of at least 0 and at most 20"),
+        ({"stop": ""}, "stop is ''"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids is"),
+        ({"seed": 2**70}, "seed is"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        generation_options(GenerationConfig(), **options)
+    assert message in str(error.value)
+
+
+def test_defaults_come_from_the_checkpoint():
+    defaults = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, stop_token_ids=(5, 6))
+    options = generation_options(defaults, stop_token_ids=[6, 7])
+    assert (options.temperature, options.top_k, options.stop_token_ids) == (0.7, 20, (5, 6, 7))
+    assert generation_options(dataclasses.replace(defaults, do_sample=False)).temperature == 0.0
+    assert generation_options(defaults, ignore_eos=True).stop_token_ids == ()

@@ -1,0 +1,16 @@
+"""Every tolerance of the tests, with its reason. All are relative RMS errors: |a - b| / |b|."""
+
+import numpy as np
+
+FLOAT32_FORWARD = 1e-4  # the project's bar for every tap and the logits; seen: 3e-7 to 3e-6
+FLOAT32_ONE_OP = 2e-6  # one operation against float64: sums of up to some thousand float32 products
+CACHED_FORWARD = 2e-5  # decode against the cache-free forward: the same float32 sums in another order; seen: 5e-6
+BFLOAT16_RATIO = 1.2  # our bfloat16 error over transformers' own bfloat16 error, both against its float32
+
+
+def relative_rms(found, expected) -> float:
+    """Root mean square of the difference over that of what was expected, in float64."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, f"shapes {found.shape} and {expected.shape}"
+    assert np.isfinite(found).all()
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
