@@ -5,14 +5,13 @@ The tokenizer is byte-level (GPT-2's table): a token is a run of bytes, a charac
 
 import codecs
 import functools
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 
 class Detokenizer:
     """The vocabulary as bytes. One for a model; `stream()` starts one for an answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: Any):  # a transformers tokenizer; not imported for the annotation, it takes seconds
         decoder = type(tokenizer.backend_tokenizer.decoder).__name__
         if decoder != "ByteLevel":
             raise ValueError(f"the tokenizer's decoder is {decoder}, expected ByteLevel")

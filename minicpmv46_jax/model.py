@@ -68,14 +68,12 @@ def parameter_shapes(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> Params:
-    """Freshly initialised parameters, as a plain tree."""
+    """Freshly initialised parameters, as a plain tree.
 
-    @jax.jit
-    def create() -> Params:
-        params = nnx.to_pure_dict(nnx.split(MiniCPMV46(config, rngs=nnx.Rngs(seed)))[1])
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-
-    return create()
+    Not jitted: as one program the full-size model's took minutes to compile on an H200; op by op it compiles once a shape.
+    """
+    params = nnx.to_pure_dict(nnx.split(MiniCPMV46(config, rngs=nnx.Rngs(seed)))[1])
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> MiniCPMV46:

@@ -1,14 +1,18 @@
 """transformers' own model as the truth: random checkpoints in its format, its logits and every named intermediate result."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
-from minicpmv46_jax import packing
+from minicpmv46_jax import MiniCPMV, model, packing
+from minicpmv46_jax.generate import token_block
 from minicpmv46_jax.processing import Inputs
 
 SIDE_FILES = (
@@ -23,7 +27,8 @@ SIDE_FILES = (
 def write_checkpoint(folder: Path, config: dict, side_files: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A Hugging Face folder whose weights transformers drew, with norms and biases moved off 0 and 1."""
     torch.manual_seed(seed)
-    model = MiniCPMV4_6ForConditionalGeneration(AutoConfig.for_model(**config))
+    # A copy: some versions take model_type out of the dicts they are given.
+    model = MiniCPMV4_6ForConditionalGeneration(AutoConfig.for_model(**copy.deepcopy(config)))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1 and "A_log" not in name and "dt_bias" not in name:
@@ -119,3 +124,43 @@ def row_major(x: np.ndarray, inputs: Inputs, merged: int) -> np.ndarray:
         out.append(rows)
         at += h * w
     return np.concatenate(out)
+
+
+def our_taps(ours: MiniCPMV, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Our named results in transformers' row order; of pictures at most one pass through the tower."""
+    graph = model.schema(ours.config)
+    passes = [packed for _, packed in packing.pack(inputs.views, ours.config.vision.positions_per_side)]
+    assert len(passes) <= 1
+    total = len(inputs.token_ids)
+    rows = ours.generator.feature_rows(inputs, np.cumsum([0] + [v.num_tokens for v in inputs.views])[:-1].tolist())
+
+    @jax.jit
+    def run(params, passes, block):
+        taps = {}
+        features = jnp.zeros((1, ours.config.text.hidden_size), ours.generator.dtype)
+        for packed in passes:
+            features = model.encode(graph, params, packed, taps)
+        taps["logits"] = model.forward(graph, params, ours.config, block, features, taps)[0]
+        return taps
+
+    taps = run(ours.params, passes, token_block(inputs.token_ids, rows, total))
+    patches = sum(h * w for h, w in (v.grid for v in inputs.views))
+    out = {}
+    for name, x in taps.items():
+        x = np.asarray(x).reshape(-1, x.shape[-1])
+        if name.startswith("vision."):
+            merged = {len(passes[0].patches) >> 2 * m: m for m in range(3)}[len(x)]
+            x = row_major(x[: patches >> 2 * merged], inputs, merged)
+        out[name] = x
+    return out
+
+
+def assert_same_greedy(found: list[int], expected: list[int], logits: np.ndarray, error: float) -> None:
+    """Equal up to the first place where the reference's own two best are closer than the error; past it the prompts differ."""
+    assert len(found) == len(expected)
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        second, best = np.sort(logits[step])[-2:]
+        if best - second <= 2 * error * np.sqrt(np.mean(logits[step] ** 2)):
+            assert step > 0, "the very first choice was a tie: the test proves nothing"
+            return
+        assert a == b, f"token {step}: {a}, expected {b}"

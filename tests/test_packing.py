@@ -32,7 +32,7 @@ def test_block_order_of_one_merge_is_the_reference_window_index():
     np.testing.assert_array_equal(packing.block_order(6, 10, 1), index.numpy())
 
 
-# 70 is the released side. Not every side can be tested: torch.arange rounds some boundaries as the processor's vector width has it.
+# 70 is the released side. Not every side can be tested: torch.arange rounds some boundaries as the vector width has it.
 @pytest.mark.parametrize("side", [70, 16, 32])
 def test_positions_are_the_reference_buckets(side):
     for n in range(1, 4 * side):

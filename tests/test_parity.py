@@ -1,18 +1,15 @@
 """The whole model against transformers: every tap, the logits, greedy answers, both downsample modes, float32 and bfloat16."""
 
-import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 import torch
 
 from convert.demo import demo_config
-from minicpmv46_jax import MiniCPMV, model, packing
-from minicpmv46_jax.generate import token_block
+from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.processing import Video
-from tests.oracle import Oracle, row_major, write_checkpoint
+from tests.oracle import Oracle, assert_same_greedy, our_taps, write_checkpoint
 from tests.tolerances import BFLOAT16_RATIO, FLOAT32_FORWARD, relative_rms
 
 
@@ -99,33 +96,6 @@ def test_every_tap(mode, conversations, ours, oracle):
         assert relative_rms(found[name], expected[name]) < FLOAT32_FORWARD, name
 
 
-def our_taps(ours, inputs):
-    """Our named results in transformers' row order."""
-    graph = model.schema(ours.config)
-    ((_, packed),) = packing.pack(inputs.views, ours.config.vision.positions_per_side)
-    total = len(inputs.token_ids)
-    rows = ours.generator.feature_rows(inputs, np.cumsum([0] + [v.num_tokens for v in inputs.views])[:-1].tolist())
-
-    @functools.partial(jax.jit)
-    def run(params, packed, block):
-        taps = {}
-        features = model.encode(graph, params, packed, taps)
-        taps["logits"] = model.forward(graph, params, ours.config, block, features, taps)[0]
-        return taps
-
-    taps = run(ours.params, packed, token_block(inputs.token_ids, rows, total))
-    patches = sum(h * w for h, w in (v.grid for v in inputs.views))
-    out = {}
-    for name, x in taps.items():
-        x = np.asarray(x).reshape(-1, x.shape[-1])
-        if name.startswith("vision."):
-            merged = {packed.patches.shape[0] >> 2 * m: m for m in range(3)}[x.shape[0]]
-            x = x[: patches >> 2 * merged]
-            x = row_major(x, inputs, merged)
-        out[name] = x
-    return out
-
-
 @pytest.mark.parametrize("case", ["text", "images", "video"])
 def test_64_greedy_tokens(case, conversations, ours, oracle):
     messages, options = conversations[case]
@@ -133,17 +103,6 @@ def test_64_greedy_tokens(case, conversations, ours, oracle):
     expected, logits = oracle.greedy(inputs, 64)
     found = [token.id for token in ours.generator.tokens(inputs, decoding)]
     assert_same_greedy(found, expected, logits, FLOAT32_FORWARD)
-
-
-def assert_same_greedy(found, expected, logits, error):
-    """Equal up to the first place where the reference's own two best are closer than the error; past it the prompts differ."""
-    assert len(found) == len(expected)
-    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
-        second, best = np.sort(logits[step])[-2:]
-        if best - second <= 2 * error * np.sqrt(np.mean(logits[step] ** 2)):
-            assert step > 0, "the very first choice was a tie: the test proves nothing"
-            return
-        assert a == b, f"token {step}: {a}, expected {b}"
 
 
 @pytest.mark.parametrize("case", ["text", "image"])

@@ -1,8 +1,8 @@
 """manifest.json: what a converted folder says of itself.
 
-    {"format": "minicpmv46-jax", "version": 1, "source": ..., "revision": ..., "dtype": null or the dtype cast to,
-     "jax": ..., "orbax": ..., "parameters": count, "files": {source file: sha256},
-     "tensors": {dotted path: {"released": name, "dtype": ..., "shape": [...], "sha256": of the stored values}}}
+{"format": "minicpmv46-jax", "version": 1, "source": ..., "revision": ..., "dtype": null or the dtype cast to,
+ "jax": ..., "orbax": ..., "parameters": count, "files": {source file: sha256},
+ "tensors": {dotted path: {"released": name, "dtype": ..., "shape": [...], "sha256": of the stored values}}}
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The weight map, as data: which released tensor is which parameter of ours.
 
-Quirk: nothing is transposed or joined. A tensor keeps its bytes in both directions; two of them only drop or regain axes (the causal
-convolution's middle 1, and the patch embedding's channel, row and column).
+Quirk: nothing is transposed or joined. A tensor keeps its bytes in both directions; two of them only drop or regain axes (the
+causal convolution's middle 1, and the patch embedding's channel, row and column).
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ _WINDOW = ("vision.window_merger", "model.vision_tower.vit_merger")
 _FINAL = ("vision.merger", "model.merger.mlp.0")
 
 
-def _rows(prefixes: tuple[str, str], renamed: dict[str, str], group: tuple[str, str] = ("", ""), kept: str = "") -> dict[str, str]:
+def _rows(
+    prefixes: tuple[str, str], renamed: dict[str, str], group: tuple[str, str] = ("", ""), kept: str = ""
+) -> dict[str, str]:
     """Rows under two prefixes: those renamed, and those whose name `kept` is the same inside `group`."""
     names = renamed | {group[0] + name: group[1] + name for name in kept.split()}
     return {f"{prefixes[0]}.{ours}": f"{prefixes[1]}.{released}" for ours, released in names.items()}

@@ -1,7 +1,7 @@
 """Reading a released folder: one or more safetensors files, checked against the model, then read a tensor at a time.
 
 Quirks: the safetensors library reads bfloat16 into numpy once ml_dtypes has registered the type (importing it is enough), and its
-`pread` backend (0.8 and later) reads just the tensor asked for; the default maps the file, whose pages then count as memory in use.
+`pread` backend (0.8 and later) reads just the tensor asked for; the default maps the file, whose pages then count as memory used.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ COMPARED_ROWS = 8192  # of two copies of the embedding at once: 16 MiB each in b
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a header says of one tensor; `dtype` as numpy names it, or the file's own code where this code reads no such tensors."""
+    """What a header says of one tensor; `dtype` as numpy names it, or the file's own code for a kind that is not read."""
 
     file: Path
     dtype: str
@@ -92,8 +92,16 @@ def coverage_faults(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape
     return [
         *(f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found),
         *(f"extra: {name} {list(found[name][0])}" for name in found if name not in wanted),
-        *(f"shape: {name} is {list(found[name][0])}, expected {list(wanted[name])}" for name in both if found[name][0] != wanted[name]),
-        *(f"dtype: {name} is {found[name][1]}, expected bfloat16, float16 or float32" for name in both if found[name][1] not in known),
+        *(
+            f"shape: {name} is {list(found[name][0])}, expected {list(wanted[name])}"
+            for name in both
+            if found[name][0] != wanted[name]
+        ),
+        *(
+            f"dtype: {name} is {found[name][1]}, expected bfloat16, float16 or float32"
+            for name in both
+            if found[name][1] not in known
+        ),
     ]
 
 
@@ -155,7 +163,7 @@ def _check_index(folder: Path, found: dict[str, Entry]) -> None:
 
 def _header(file: Path) -> dict[str, Entry]:
     with _opened(file) as reader:
-        views = {name: reader.get_slice(name) for name in reader.keys()}
+        views = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
         return {name: _entry(file, view.get_dtype(), view.get_shape()) for name, view in views.items()}
 
 
@@ -176,4 +184,6 @@ def _same_bytes(a: Entry, b: Entry) -> bool:
     with _opened(a.file) as file_a, _opened(b.file) as file_b:
         rows_a, rows_b = file_a.get_slice(EMBEDDING), file_b.get_slice(HEAD)
         ends = [min(start + COMPARED_ROWS, a.shape[0]) for start in range(0, a.shape[0], COMPARED_ROWS)]
-        return all(rows_a[start:end].tobytes() == rows_b[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False))
+        return all(
+            rows_a[start:end].tobytes() == rows_b[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)
+        )

@@ -15,7 +15,9 @@ SIDE_FILES = (
 ).split()
 
 
-def resolve(source: str | Path, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None) -> Path:
+def resolve(
+    source: str | Path, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
+) -> Path:
     """The folder of a checkpoint: `source` itself if it is one, else the hub repository of that id, downloaded or from the cache.
 
     Args:
@@ -25,10 +27,10 @@ def resolve(source: str | Path, revision: str | None = None, *, endpoint: str | 
       cache_dir: another cache than huggingface_hub's.
 
     Raises:
-      ValueError: neither a folder nor an id; a revision of a folder; the repository or revision is unknown or closed to this account;
-        the hub cannot be reached and the cache lacks the repository.
+      ValueError: neither a folder nor an id; a revision of a folder; the repository or revision is unknown or closed to this
+        account; the hub cannot be reached and the cache lacks the repository.
     """
-    if Path(source).is_dir():
+    if str(source) and Path(source).is_dir():  # Path("") is the working folder
         if revision is not None:
             raise ValueError(f"revision {revision!r} was asked for, but {source} is a folder: revisions are the hub's")
         return Path(source)
@@ -73,8 +75,8 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
             )
         case errors.LocalEntryNotFoundError():
             return (
-                f"{repo} is not a folder here nor in the hub's cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE "
-                "is set): pass a checkpoint folder instead of the id"
+                f"{repo} is not a folder here nor in the hub's cache, and the hub cannot be reached (no network, or "
+                "HF_HUB_OFFLINE is set): pass a checkpoint folder instead of the id"
             )
         case errors.HfHubHTTPError():
             return f"the hub refused {repo} (status {error.response.status_code}): pass a checkpoint folder instead of the id"

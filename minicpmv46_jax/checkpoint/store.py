@@ -56,7 +56,7 @@ def contents(path: Path) -> dict[str, tuple[Shape, str]]:
     """Shape and dtype of every tensor by dotted path. Raises ValueError if `path` holds no Orbax checkpoint."""
     if not (path / TREE_FILE).is_file():
         raise ValueError(f"{path} is not an Orbax checkpoint: {TREE_FILE} is missing")
-    tree = ocp.PyTreeCheckpointHandler().metadata(path.absolute())
+    tree = ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in _leaves(tree)}
 
 

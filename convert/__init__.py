@@ -1,0 +1,12 @@
+"""Checkpoints in and out: released folder -> converted folder -> released folder, and a small checkpoint of our own.
+
+python -m convert --hf openbmb/MiniCPM-V-4_6 --out minicpmv46-jax
+python -m convert --export-hf released-again --model minicpmv46-jax
+python -m convert --demo demo
+"""
+
+from convert.convert import convert
+from convert.demo import write_demo_checkpoint
+from convert.export import export_converted, export_hf
+
+__all__ = ["convert", "export_converted", "export_hf", "write_demo_checkpoint"]

@@ -1,0 +1,79 @@
+"""Command line of the converter; see `python -m convert --help`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from convert import convert, export_converted, write_demo_checkpoint
+from convert.convert import default_out
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 1 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        print(_run(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _run(args: argparse.Namespace) -> str:
+    _refuse_strays(args)
+    if args.hf:
+        out = args.out or default_out(args.hf, args.dtype)
+        return f"wrote {convert(args.hf, out, args.dtype, args.revision, progress=True)}"
+    if args.export_hf:
+        if args.model is None:
+            raise ValueError("--export-hf needs --model, a converted folder")
+        return f"wrote {export_converted(args.model, args.export_hf)}"
+    return f"wrote {write_demo_checkpoint(args.demo)}"
+
+
+def _refuse_strays(args: argparse.Namespace) -> None:
+    """An option that the chosen command would ignore is a mistake."""
+    takes = {"hf": {"out", "dtype", "revision"}, "export_hf": {"model"}, "demo": set()}
+    command = next(name for name in takes if getattr(args, name))
+    for name in ("out", "dtype", "revision", "model"):
+        if getattr(args, name) is not None and name not in takes[command]:
+            raise ValueError(f"--{name} does not go with --{command.replace('_', '-')}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert", description="Convert MiniCPM-V 4.6 checkpoints.")
+    command = parser.add_mutually_exclusive_group(required=True)
+    command.add_argument("--hf", metavar="ID_OR_DIR", help="released checkpoint to convert: a hub id or a folder")
+    command.add_argument("--export-hf", metavar="DIR", type=Path, help="write a converted folder back in the released format")
+    command.add_argument("--demo", metavar="DIR", type=Path, help="write a small checkpoint with random weights, released format")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="converted folder to make (default: derived from the name)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="cast every tensor (default: keep each tensor's own)")
+    parser.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
+    parser.add_argument("--model", metavar="CONVERTED", type=Path, help="converted folder to export")
+    return parser
+
+
+def _quiet() -> None:
+    """Keeps Orbax from printing a failed write 30 times over, with tracebacks: the exception says it once.
+
+    Two ways it talks: absl's log, and writes that end after the failed one, to find its event loop closed.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    print_unraisable = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = hook
+
+
+if __name__ == "__main__":
+    _quiet()
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The way back: parameters to a folder in the released format, which transformers loads.
+
+Quirk: with dtypes unchanged every tensor has the bytes it came with. The whole model is in memory once: safetensors' writer takes
+all tensors of a file together (it copies none of them).
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from convert.folder import building, copy_side_files
+from minicpmv46_jax import checkpoint
+from minicpmv46_jax.checkpoint import Slot, manifest, names, released
+from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.model import Params
+
+
+def export_hf(params: Params, config_folder: str | Path, out: str | Path) -> Path:
+    """Writes live parameters as a released folder.
+
+    Args:
+      params: a tree as `load_params` or training gives it; each tensor keeps its dtype (float32, bfloat16 or float16).
+      config_folder: a released or converted folder whose config.json describes `params`; its small files are copied.
+      out: the folder to make; it appears whole or not at all.
+
+    Returns:
+      `out`.
+
+    Raises:
+      ValueError: `params` is not the model of that config.json (all disagreements are listed); see `building`.
+    """
+    config_folder = Path(config_folder)
+    slots = checkpoint.slots(ModelConfig.from_folder(config_folder))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    held = {".".join(map(str, names.tree_path(keys))): leaf for keys, leaf in leaves}
+    found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in held.items()}
+    faults = released.coverage_faults(found, {slot.dotted: slot.shape for slot in slots})
+    if faults:
+        raise ValueError(f"params are not the model of {config_folder / 'config.json'}:\n  " + "\n  ".join(faults))
+    return _write({slot: np.asarray(held[slot.dotted]) for slot in slots}, config_folder, Path(out))
+
+
+def export_converted(folder: str | Path, out: str | Path) -> Path:
+    """Writes a converted folder as a released one; the inverse of `convert`.
+
+    Raises:
+      ValueError: `folder` is not a converted one, or is damaged: a tensor does not match the manifest; see `building`.
+    """
+    folder = Path(folder)
+    if not checkpoint.is_converted(folder):
+        raise ValueError(f"{folder} is not a converted folder: it has no {manifest.FILE} of ours")
+    records = manifest.Manifest.read(folder).tensors
+    tensors = {}
+    for slot, tensor in checkpoint.read_tensors(folder, checkpoint.slots(ModelConfig.from_folder(folder))):
+        if records.get(slot.dotted) != manifest.tensor_record(slot, tensor):
+            raise ValueError(f"{folder}: tensor {slot.dotted} is not the one that {manifest.FILE} records: convert again")
+        tensors[slot] = tensor
+    return _write(tensors, folder, Path(out))
+
+
+def _write(tensors: dict[Slot, np.ndarray], config_folder: Path, out: Path) -> Path:
+    dtypes = {tensor.dtype.name for tensor in tensors.values()}
+    with building(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        copy_side_files(config_folder, partial, dtypes.pop() if len(dtypes) == 1 else None)
+        weights = {slot.name: np.ascontiguousarray(tensor.reshape(slot.released_shape)) for slot, tensor in tensors.items()}
+        safetensors.numpy.save_file(weights, partial / released.WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(
+            partial / "config.json", partial / released.WEIGHTS
+        )  # safetensors makes files that only the owner may read
+    return out

@@ -1,0 +1,139 @@
+"""How fast one conversation runs on this device, beside what the device could do: `python -m minicpmv46_jax.bench --model FOLDER`.
+
+Weights are drawn at random unless `--load` is given: speed does not depend on them, and only config.json is read. Times are medians, on the
+host's clock around work that is waited for. Limits are measured first: a large copy for bandwidth, a large product for arithmetic.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpmv46_jax import checkpoint, model
+from minicpmv46_jax.config import ModelConfig, VisionConfig
+from minicpmv46_jax.generate import Generator
+from minicpmv46_jax.options import generation_options
+from minicpmv46_jax.packing import MERGES
+from minicpmv46_jax.processing import Inputs
+
+PHOTO = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 picture: its source view and 2 x 3 slices
+
+
+def seconds(run: Callable[[], object], repeats: int = 10) -> float:
+    """Median time of `run`, its result waited for, after two runs to warm up."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes a second, read plus written, of copying `size` bytes on the device."""
+    x = jax.random.normal(jax.random.key(0), (size // 4,), jnp.float32)
+    copy = jax.jit(lambda x: -x)
+    return 2 * x.nbytes / seconds(lambda: copy(x))
+
+
+def matrix_rate(n: int, dtype: jnp.dtype) -> float:
+    """FLOP a second of an n x n x n product of random numbers."""
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    product = jax.jit(lambda a: a @ a)
+    return 2 * n**3 / seconds(lambda: product(a))
+
+
+def tower_flops(config: VisionConfig, text_width: int, grids: list[tuple[int, int]]) -> float:
+    """Multiply-adds x 2 of encoding these views in "16x", padding not counted."""
+    D, F = config.hidden_size, config.intermediate_size
+    total = 0.0
+    for h, w in grids:
+        n = h * w
+        for layer in range(config.num_hidden_layers):
+            rows = n if layer <= config.insert_layer_id else n // 4
+            total += rows * 2 * (4 * D * D + 2 * D * F) + 4 * rows * rows * D
+        windows = n // 4
+        total += n * 2 * 4 * D * D + n * 4 * 4 * D + windows * 2 * (4 * D * 4 * F + 4 * F * D)
+        total += windows // 4 * 2 * (4 * D * 4 * D + 4 * D * text_width) + n * 2 * config.patch_dim * D
+    return total
+
+
+def photo_inputs(config: ModelConfig, words: int) -> Inputs:
+    """A prompt of `words` random tokens after a random 1280 x 720 picture."""
+    rng = np.random.default_rng(0)
+    views, at = [], 0
+    for h, w in PHOTO:
+        tokens = h * w // 4 ** MERGES["16x"]
+        pixels = rng.standard_normal((h * w, config.vision.patch_dim)).astype(np.float32)
+        views.append(SimpleNamespace(grid=(h, w), downsample_mode="16x", pixel_values=pixels, start=at, num_tokens=tokens))
+        at += tokens
+    ids = np.concatenate([np.full(at, config.image_token_id), rng.integers(0, 1000, words)]).astype(np.int32)
+    return Inputs(ids, tuple(views))
+
+
+def decode_seconds(generator: Generator, inputs: Inputs, tokens: int = 257) -> tuple[float, float]:
+    """Time to the first token, and per token after it."""
+    options = generation_options(_no_defaults(), max_new_tokens=tokens, temperature=0.0)
+    firsts, rests = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        stream = generator.tokens(inputs, options)
+        next(stream)
+        first = time.perf_counter()
+        count = sum(1 for _ in stream)
+        firsts.append(first - start)
+        rests.append((time.perf_counter() - first) / count)
+    return statistics.median(firsts[1:]), statistics.median(rests[1:])
+
+
+def _no_defaults():
+    from minicpmv46_jax.config import GenerationConfig
+
+    return GenerationConfig()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint folder; without --load only its config.json is read")
+    parser.add_argument("--load", action="store_true", help="load its weights instead of drawing random ones")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    args = parser.parse_args(arguments)
+    config, dtype = ModelConfig.from_folder(args.model), jnp.dtype(args.dtype)
+    on_cpu = jax.default_backend() == "cpu"
+    bandwidth, rate = copy_bandwidth(2**26 if on_cpu else 2**32), matrix_rate(1024 if on_cpu else 8192, dtype)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, {args.dtype}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
+
+    params = checkpoint.load_params(args.model, config, dtype) if args.load else model.init_params(config, dtype=dtype)
+    generator = Generator(config, params)
+    text_bytes = sum(x.nbytes for x in jax.tree.leaves(params["text"]))
+    inputs = photo_inputs(config, 128)
+    words = Inputs(inputs.token_ids[-128:], ())
+    long_words = Inputs(np.random.default_rng(1).integers(0, 1000, 2048).astype(np.int32), ())
+
+    rows = []
+    first, rest = decode_seconds(generator, words)
+    rows.append(("text, 128 tokens: first token", first * 1e3, "ms", ""))
+    limit = text_bytes / bandwidth
+    rows.append(("decode, one conversation: a token", rest * 1e3, "ms", f"{limit / rest:.0%} of reading the weights once"))
+    prefill = seconds(lambda: generator.prefill(long_words)[0])
+    flops = 2 * (text_bytes / dtype.itemsize) * len(long_words.token_ids)
+    rows.append(("prefill of 2,048 tokens", prefill * 1e3, "ms", f"{flops / prefill / rate:.0%} of the matrix rate"))
+    encode = seconds(lambda: generator.features(inputs.views)[0])
+    flops = tower_flops(config.vision, config.text.hidden_size, PHOTO)
+    rows.append(("encode a 1280x720 picture", encode * 1e3, "ms", f"{flops / encode / rate:.0%} of the matrix rate"))
+    first, _ = decode_seconds(generator, inputs, tokens=2)
+    rows.append(("picture and 128 tokens: first token", first * 1e3, "ms", "decoding and slicing of the file not counted"))
+    for name, value, unit, note in rows:
+        print(f"{name:38s} {value:9.2f} {unit}  {note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

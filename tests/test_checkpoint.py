@@ -1,0 +1,443 @@
+"""Reading checkpoints: the weight map against transformers, all that can be wrong with a folder, and a hub on this machine."""
+
+import hashlib
+import http.server
+import json
+import shutil
+import socket
+import threading
+import types
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
+
+from convert.demo import demo_config
+from minicpmv46_jax import checkpoint, model
+from minicpmv46_jax.checkpoint import names, store
+from minicpmv46_jax.config import ModelConfig
+
+EMBEDDING, HEAD = names.EMBEDDING, names.HEAD
+NORM = "model.language_model.norm.weight"
+UP_PROJ = "model.language_model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def config(demo_folder):
+    return ModelConfig.from_folder(demo_folder)
+
+
+@pytest.fixture(scope="module")
+def weights(demo_folder):
+    """Every released tensor of the demo, read by the safetensors library whole."""
+    return safetensors.numpy.load_file(demo_folder / "model.safetensors")
+
+
+@pytest.fixture
+def write(demo_folder, tmp_path):
+    """Writes a released folder of the demo's config with these tensors; several dicts make shards and an index."""
+
+    def write(*shards):
+        folder = tmp_path / "released"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(demo_folder / "config.json", folder / "config.json")
+        if len(shards) == 1:
+            safetensors.numpy.save_file(shards[0], folder / "model.safetensors")
+            return folder
+        weight_map = {}
+        for i, shard in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            safetensors.numpy.save_file(shard, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+        write_index(folder, weight_map)
+        return folder
+
+    return write
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def read_index(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def halves(weights):
+    cut = len(weights) // 2
+    return dict(list(weights.items())[:cut]), dict(list(weights.items())[cut:])
+
+
+def same_trees(a, b):
+    pairs = zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True)
+    return all(i == j and x.dtype == y.dtype and np.array_equal(x, y) for (i, x), (j, y) in pairs)
+
+
+def refusal(folder, config, **options):
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_params(folder, config, **options)
+    return str(error.value)
+
+
+# The weight map.
+
+
+@pytest.mark.parametrize("changes", [{}, {"linear_num_value_heads": 8}, {"num_hidden_layers": 8}])
+def test_map_has_every_tensor_of_transformers_model_and_no_other(changes):
+    raw = demo_config()
+    raw["text_config"] |= changes
+    raw["text_config"]["layer_types"] *= raw["text_config"]["num_hidden_layers"] // 4
+    with torch.device("meta"):
+        theirs = MiniCPMV4_6ForConditionalGeneration(AutoConfig.for_model(**raw)).state_dict()
+    theirs = {name: tuple(x.shape) for name, x in theirs.items() if name != HEAD}
+    assert {slot.name: slot.released_shape for slot in checkpoint.slots(ModelConfig.from_dict(raw))} == theirs
+
+
+def test_map_goes_both_ways(config):
+    slots = checkpoint.slots(config)
+    assert len({slot.name for slot in slots}) == len({slot.path for slot in slots}) == len(slots)
+    assert all(np.prod(slot.shape) == np.prod(slot.released_shape) for slot in slots)
+
+
+def test_map_refuses_a_path_it_lacks():
+    with pytest.raises(KeyError):
+        names.released_name(("text", "layers", 0, "mixer", "rope", "weight"))
+
+
+# Loading.
+
+
+def test_load_gives_the_schemas_tree_with_the_files_values(demo_folder, config, weights):
+    params = checkpoint.load_params(demo_folder, config)
+    assert jax.tree.structure(params) == jax.tree.structure(model.parameter_shapes(config))
+    for slot, leaf in zip(checkpoint.slots(config), jax.tree.leaves(params), strict=True):
+        assert isinstance(leaf, jax.Array)
+        np.testing.assert_array_equal(leaf, weights[slot.name].reshape(slot.shape), strict=True)
+
+
+def test_load_puts_a_tensor_where_the_schema_has_it(demo_folder, config, weights):
+    params = checkpoint.load_params(demo_folder, config)
+    mixer = params["text"]["layers"][1]["mixer"]
+    np.testing.assert_array_equal(mixer["conv"], weights["model.language_model.layers.1.linear_attn.conv1d.weight"][:, 0])
+    patches = weights["model.vision_tower.embeddings.patch_embedding.weight"]
+    np.testing.assert_array_equal(params["vision"]["patch_embed"]["weight"], patches.reshape(48, 3 * 14 * 14))
+
+
+def test_load_keeps_each_tensors_dtype(write, config, weights):
+    mixed = weights | {UP_PROJ: weights[UP_PROJ].astype(ml_dtypes.bfloat16), NORM: weights[NORM].astype(np.float16)}
+    params = checkpoint.load_params(write(mixed), config)
+    up_proj, norm = params["text"]["layers"][0]["mlp"]["up_proj"]["weight"], params["text"]["norm"]["weight"]
+    assert (up_proj.dtype, norm.dtype) == (jnp.bfloat16, jnp.float16)
+    assert np.asarray(up_proj).tobytes() == mixed[UP_PROJ].tobytes()
+    assert params["text"]["embed"]["weight"].dtype == jnp.float32
+
+
+def test_load_casts_as_torch_does(demo_folder, config, weights):
+    params = checkpoint.load_params(demo_folder, config, dtype=jnp.bfloat16)
+    for slot, leaf in zip(checkpoint.slots(config), jax.tree.leaves(params), strict=True):
+        theirs = torch.from_numpy(weights[slot.name]).to(torch.bfloat16).view(torch.int16)
+        assert np.asarray(leaf).tobytes() == theirs.numpy().tobytes(), slot.name
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64"])
+def test_load_refuses_a_dtype_parameters_do_not_have(demo_folder, config, dtype):
+    assert dtype in refusal(demo_folder, config, dtype=dtype)
+
+
+def test_shards_load_as_one_file_does(write, demo_folder, config, weights):
+    assert same_trees(checkpoint.load_params(write(*halves(weights)), config), checkpoint.load_params(demo_folder, config))
+
+
+# Two-sided coverage.
+
+
+def test_all_faults_are_reported_at_once(write, config, weights):
+    wrong = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
+    wrong["model.language_model.layers.9.mlp.up_proj.weight"] = weights[UP_PROJ]
+    wrong[UP_PROJ] = weights[UP_PROJ][:100]
+    wrong[NORM] = weights[NORM].astype(np.int32)
+    lines = refusal(write(wrong), config).splitlines()
+    assert len(lines) == 5 and "config.json" in lines[0]
+    assert lines[1].split() == ["missing:", EMBEDDING, "[306,", "64]"]
+    assert "extra: model.language_model.layers.9.mlp.up_proj.weight [128, 64]" in lines[2]
+    assert f"shape: {UP_PROJ} is [100, 64], expected [128, 64]" in lines[3]
+    assert f"dtype: {NORM} is I32" in lines[4]
+
+
+def test_a_repeated_head_equal_to_the_embedding_is_accepted(write, demo_folder, config, weights):
+    folder = write(weights | {HEAD: weights[EMBEDDING]})
+    assert same_trees(checkpoint.load_params(folder, config), checkpoint.load_params(demo_folder, config))
+
+
+@pytest.mark.parametrize("change", ["one value", "dtype", "rows"])
+def test_a_head_of_its_own_is_refused_by_name(write, config, weights, change, monkeypatch):
+    monkeypatch.setattr(checkpoint.released, "COMPARED_ROWS", 100)  # so that the last value lies in the last of several blocks
+    head = weights[EMBEDDING].copy()
+    head[-1, -1] += change == "one value"
+    head = {"one value": head, "dtype": head.astype(np.float16), "rows": head[:-1]}[change]
+    assert f"untied: {HEAD} differs from {EMBEDDING}" in refusal(write(weights | {HEAD: head}), config)
+
+
+def test_a_head_without_an_embedding_is_no_substitute(write, config, weights):
+    renamed = {HEAD if name == EMBEDDING else name: tensor for name, tensor in weights.items()}
+    message = refusal(write(renamed), config)
+    assert f"missing: {EMBEDDING}" in message and f"extra: {HEAD}" in message
+
+
+# Damaged folders: one line that names the file.
+
+
+@pytest.mark.parametrize("damage", ["cut in the data", "cut in the header", "empty", "no safetensors", "longer"])
+def test_damaged_file_is_named(write, config, weights, damage):
+    folder = write(weights)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(
+        {
+            "cut in the data": data[:-1000],
+            "cut in the header": data[:1000],
+            "empty": b"",
+            "no safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            "longer": data + b"\0" * 8,
+        }[damage]
+    )
+    message = refusal(folder, config)
+    assert str(file) in message and "\n" not in message
+
+
+def test_missing_shard_is_named(write, config, weights):
+    folder = write(*halves(weights))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    message = refusal(folder, config)
+    assert "index.json" in message and "missing: model-00002-of-00002.safetensors" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+def test_tensor_that_the_index_names_and_its_shard_lacks(write, config, weights, shard):
+    folder = write(*halves(weights))
+    name = "ghost" if shard.startswith("model-00002") else list(weights)[-1]  # in no shard; in the other shard
+    write_index(folder, read_index(folder) | {name: shard})
+    assert f"puts tensor {name} into {shard}, which lacks it" in refusal(folder, config)
+
+
+def test_tensor_that_the_index_does_not_name(write, config, weights):
+    folder = write(*halves(weights))
+    write_index(folder, {name: shard for name, shard in read_index(folder).items() if name != NORM})
+    message = refusal(folder, config)
+    assert NORM in message and "does not name" in message
+
+
+def test_tensor_in_two_shards(write, config, weights):
+    first, second = halves(weights)
+    name = next(iter(first))
+    message = refusal(write(first, second | {name: first[name]}), config)
+    assert name in message and "model-00001-of-00002" in message and "model-00002-of-00002" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}']
+)
+def test_malformed_index_is_named(tmp_path, config, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    message = refusal(tmp_path, config)
+    assert "model.safetensors.index.json" in message and "\n" not in message
+
+
+def test_pickles_are_refused_with_a_way_out(tmp_path, config):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    message = refusal(tmp_path, config)
+    assert "pytorch_model.bin" in message and "only safetensors are read" in message and "save_pretrained" in message
+
+
+def test_folder_without_weights_is_refused(tmp_path, config):
+    assert f"{tmp_path} holds no weights" in refusal(tmp_path, config)
+
+
+# The converted side (whole conversions are in test_convert.py).
+
+
+def test_store_writes_in_groups_and_reads_back_the_same(tmp_path, config, weights, monkeypatch):
+    monkeypatch.setattr(store, "GROUP_BYTES", 200_000)
+    slots, saved = checkpoint.slots(config), []
+    store.write(tmp_path / "params", ((slot, weights[slot.name].reshape(slot.shape)) for slot in slots), saved.append)
+    assert len(saved) > 4 and sum(saved) == sum(tensor.nbytes for tensor in weights.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["params"]
+    read = list(store.read(tmp_path / "params", slots, store.contents(tmp_path / "params")))
+    assert [slot for slot, _ in read] == list(slots)
+    for slot, tensor in read:
+        np.testing.assert_array_equal(tensor, weights[slot.name].reshape(slot.shape), strict=True)
+
+
+def test_store_takes_one_tensor_at_a_time(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(store, "GROUP_BYTES", 1)
+    slots, made = checkpoint.slots(config)[:5], []
+
+    def tensors():
+        for slot in slots:
+            made.append(len(saved))
+            yield slot, np.zeros(slot.shape, np.float32)
+
+    saved = []
+    store.write(tmp_path / "params", tensors(), saved.append)
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_is_converted_asks_for_our_manifest(demo_folder, tmp_path):
+    assert not checkpoint.is_converted(demo_folder)
+    (tmp_path / "manifest.json").write_text('{"name": "somebody else\'s"}')
+    assert not checkpoint.is_converted(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "minicpmv46-jax", "version": 99}')
+    assert checkpoint.is_converted(tmp_path)
+
+
+# Finding a checkpoint.
+
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's API as a download needs; owner/model has two revisions of a few small files."""
+
+    protocol_version = "HTTP/1.1"
+    files = types.MappingProxyType(
+        {"config.json": b'{"a": 1}', "model.safetensors": b"weights", "chat_template.jinja": b"{{ x }}", "README.md": b"# no"}
+    )
+
+    def do_GET(self):
+        revision = self.path.split("?")[0].partition("/revision/")[2] or "main"
+        if "closed/model" in self.path:
+            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"})
+        if "owner/model" not in self.path:
+            return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if "/resolve/" in self.path:
+            return self.file(*self.path.split("/resolve/")[1].split("/"))
+        if "/tree/" in self.path:
+            return self.answer(200, json.dumps([self.entry(name) for name in self.files]).encode())
+        commit = COMMITS.get(revision, revision if revision in COMMITS.values() else None)
+        if commit is None:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": name} for name in self.files]
+        info = {"id": "owner/model", "modelId": "owner/model", "sha": commit, "siblings": siblings, "tags": [], "private": False}
+        return self.answer(200, json.dumps(info).encode())
+
+    do_HEAD = do_GET
+
+    def entry(self, name):
+        oid = hashlib.sha1(self.files[name]).hexdigest()
+        return {"type": "file", "oid": oid, "size": len(self.files[name]), "path": name}
+
+    def file(self, revision, name):
+        data = self.files[name] + revision[:1].encode()
+        etag = hashlib.sha1(data).hexdigest()
+        self.answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMITS.get(revision, revision)})
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The suite runs with HF_HUB_OFFLINE=1; these tests reach a server on this machine."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(online):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def unused_endpoint():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def unresolved(*args, **options):
+    with pytest.raises(ValueError) as error:
+        checkpoint.resolve(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    assert checkpoint.resolve(tmp_path) == tmp_path == checkpoint.resolve(str(tmp_path))
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    assert "revision 'main'" in unresolved(tmp_path, revision="main")
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "checkpoint", "a/b/c", "a//b", "./here", "", "owner/mo del"])
+def test_neither_a_folder_nor_an_id(source):
+    assert "neither a folder nor a hub id" in unresolved(source)
+
+
+@pytest.mark.parametrize("revision", [None, "v2", "b" * 40])
+def test_a_hub_id_is_downloaded_without_what_we_do_not_need(hub, tmp_path, revision):
+    folder = checkpoint.resolve("owner/model", revision, endpoint=hub, cache_dir=tmp_path)
+    commit = COMMITS["v2" if revision else "main"]
+    assert folder.name == commit
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "chat_template.jinja"}
+    assert (folder / "model.safetensors").read_bytes() == b"weights" + commit[:1].encode()
+
+
+def test_a_downloaded_id_needs_no_network_again(hub, tmp_path):
+    folder = checkpoint.resolve("owner/model", endpoint=hub, cache_dir=tmp_path)
+    assert checkpoint.resolve("owner/model", endpoint=unused_endpoint(), cache_dir=tmp_path) == folder
+
+
+def test_unknown_repository(hub, tmp_path):
+    message = unresolved("owner/other", endpoint=hub, cache_dir=tmp_path)
+    assert "owner/other is not a folder here, and the hub knows no such repository" in message
+
+
+def test_unknown_revision(hub, tmp_path):
+    assert "owner/model has no revision 'v9'" in unresolved("owner/model", "v9", endpoint=hub, cache_dir=tmp_path)
+
+
+def test_gated_repository(hub, tmp_path):
+    assert "closed/model is gated" in unresolved("closed/model", endpoint=hub, cache_dir=tmp_path)
+
+
+def test_no_network(online, tmp_path):
+    message = unresolved("owner/model", endpoint=unused_endpoint(), cache_dir=tmp_path)
+    assert "owner/model" in message and "cannot be reached" in message and "pass a checkpoint folder" in message
+
+
+def test_offline_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = unresolved("owner/model", cache_dir=tmp_path)
+    assert "owner/model" in message and "HF_HUB_OFFLINE" in message
+
+
+def test_our_own_faults_stay_visible(monkeypatch):
+    def broken(*args, **options):
+        raise AttributeError("a fault in the code")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(AttributeError):
+        checkpoint.resolve("owner/model")
+
+
+def test_paths_are_reported_as_given(tmp_path):
+    assert str(Path("no/such")) in unresolved(Path("no/such/folder"))
