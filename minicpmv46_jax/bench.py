@@ -1,7 +1,8 @@
-"""How fast one conversation runs on this device, beside what the device could do: `python -m minicpmv46_jax.bench --model FOLDER`.
+"""How fast one conversation runs on this device: `python -m minicpmv46_jax.bench --model FOLDER`.
 
-Weights are drawn at random unless `--load` is given: speed does not depend on them, and only config.json is read. Times are medians, on the
-host's clock around work that is waited for. Limits are measured first: a large copy for bandwidth, a large product for arithmetic.
+Weights are drawn at random unless `--load` is given: speed does not depend on them, and only config.json is read. Times are
+medians, on the host's clock around work that is waited for. What the device could do is measured first: a large copy for
+bandwidth, a large product for arithmetic.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def _no_defaults():
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint folder; without --load only its config.json is read")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json without --load")
     parser.add_argument("--load", action="store_true", help="load its weights instead of drawing random ones")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args(arguments)
@@ -109,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     on_cpu = jax.default_backend() == "cpu"
     bandwidth, rate = copy_bandwidth(2**26 if on_cpu else 2**32), matrix_rate(1024 if on_cpu else 8192, dtype)
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {args.dtype}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
+    print(
+        f"{device}, jax {jax.__version__}, {args.dtype}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s"
+    )
 
     params = checkpoint.load_params(args.model, config, dtype) if args.load else model.init_params(config, dtype=dtype)
     generator = Generator(config, params)

@@ -17,7 +17,7 @@ from minicpmv46_jax.detokenize import Detokenizer
 from minicpmv46_jax.generate import Generator, Token
 from minicpmv46_jax.model import Params
 from minicpmv46_jax.options import GenerationOptions, generation_options
-from minicpmv46_jax.processing import Inputs, Processor
+from minicpmv46_jax.processing import Fetch, Inputs, Processor, fetch
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -65,13 +65,16 @@ class MiniCPMV:
         self.detokenizer = Detokenizer(processor.tokenizer)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, dtype: str | None = None, revision: str | None = None) -> "MiniCPMV":
+    def from_pretrained(
+        cls, source: str | Path, dtype: str | None = None, revision: str | None = None, fetch: Fetch = fetch
+    ) -> "MiniCPMV":
         """Loads a Hugging Face or a converted folder, or a model from the hub.
 
         Args:
           source: a folder, or a hub id such as "openbmb/MiniCPM-V-4.6".
           dtype: "bfloat16", "float32", or None for the checkpoint's own.
           revision: a hub branch, tag or commit.
+          fetch: how pictures and videos given as URLs or paths are read; a server passes its own rules.
 
         Raises:
           ValueError: in one line, naming what is missing, unknown or broken.
@@ -81,7 +84,7 @@ class MiniCPMV:
         folder = checkpoint.resolve(source, revision)
         config = ModelConfig.from_folder(folder)
         generation_config = GenerationConfig.from_folder(folder)
-        processor = Processor.from_folder(folder)
+        processor = Processor.from_folder(folder, fetch=fetch)
         params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype])
         return cls(config, generation_config, params, processor, folder)
 

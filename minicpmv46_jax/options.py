@@ -68,7 +68,7 @@ def generation_options(
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop is {stop!r}, expected texts of at least one character")
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stop_token_ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in stop_token_ids):
         raise ValueError(f"stop_token_ids is {stop_token_ids!r}, expected token ids")
     own_stops = () if ignore_eos else defaults.stop_token_ids
     return GenerationOptions(

@@ -18,6 +18,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Workers compile the same programs: each waits for a compilation once.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|tests\.oracle)\b", re.MULTILINE)

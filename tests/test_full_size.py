@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.oracle import Oracle, assert_same_greedy, our_taps, write_checkpoint
-from tests.tolerances import BFLOAT16_RATIO, FLOAT32_FORWARD, relative_rms
 
 from convert.demo import demo_config
 from minicpmv46_jax import MiniCPMV
+from tests.oracle import Oracle, assert_same_greedy, our_taps, write_checkpoint
+from tests.tolerances import BFLOAT16_RATIO, FLOAT32_FORWARD, relative_rms
 
 pytestmark = pytest.mark.full
 

@@ -295,3 +295,22 @@ def test_plan_pairs_main_frames_with_the_second_of_their_number():
     options = CONFIG.options.updated({"max_num_frames": 2, "stack_frames": 2}, "test")
     # 4 seconds at 10 frames a second: main frames from the ends, the frames between from seconds 0 and 3 (thinned to 2).
     assert plan(Timing(40, 10), options) == [(0,), (5,), (39,)]
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        b"ffconcat version 1.0\nfile 'clip.mp4'\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n",
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+    ids=["ffconcat", "m3u8", "sdp"],
+)
+def test_files_that_name_other_files_are_refused(playlist, tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(CLIP)
+    (tmp_path / "list.txt").write_bytes(playlist)
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path / "clip.mp4")
+    for source in (playlist, tmp_path / "list.txt"):
+        with pytest.raises(ValueError, match="not a video, or a broken one"):
+            load(source)

@@ -141,6 +141,7 @@ def test_logprobs_are_the_models_own():
         ({"logprobs": 21}, "logprobs is 21, expected an integer of at least 0 and at most 20"),
         ({"stop": ""}, "stop is ''"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids is"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids is [2147483648], expected token ids"),
         ({"seed": 2**70}, "seed is"),
     ],
 )

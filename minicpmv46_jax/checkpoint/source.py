@@ -4,6 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import validate_repo_id
 
 from minicpmv46_jax.checkpoint.released import INDEX, WEIGHTS
 
@@ -55,7 +56,7 @@ def resolve(
 
 def _is_hub_id(repo: str) -> bool:
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
     except errors.HFValidationError:
         return False
     return repo.count("/") == 1

@@ -13,7 +13,7 @@
 from minicpmv46_jax.processing.chat import Processor
 from minicpmv46_jax.processing.inputs import Inputs, View
 from minicpmv46_jax.processing.options import MediaConfig, Options
-from minicpmv46_jax.processing.sources import fetch
+from minicpmv46_jax.processing.sources import Fetch, fetch
 from minicpmv46_jax.processing.video import Video
 
-__all__ = ["Inputs", "MediaConfig", "Options", "Processor", "Video", "View", "fetch"]
+__all__ = ["Fetch", "Inputs", "MediaConfig", "Options", "Processor", "Video", "View", "fetch"]

@@ -9,6 +9,7 @@ one; ids count images and videos apart, from 0 in each prompt, and a video has o
 """
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -98,6 +99,8 @@ class Processor:
         Raises:
             ValueError: something is missing or not supported; the text names the file and the field.
         """
+        # A tokenizer needs no torch; transformers would say on stderr that there is none.
+        logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
         # Imported here: it takes seconds, and only a folder needs it.
         from transformers import AutoTokenizer
 

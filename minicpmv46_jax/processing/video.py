@@ -32,6 +32,12 @@ from minicpmv46_jax.processing.sources import Fetch, describe, read
 SEAM = 6  # black pixels between the frames of a composite
 TICK = 0.1  # seconds between the moments from which a long video is sampled
 
+# FFmpeg's names of containers that hold their frames themselves; those of sound too, to say that there is no video in them.
+CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,gif,apng,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,ogg,asf,wtv,nut,mxf,dv,"
+    "aac,aiff,amr,flac,mp3,wav"
+)
+
 Unit = tuple[int, ...]
 """The frames that make one picture: one, or those of a composite."""
 
@@ -227,7 +233,9 @@ def _cut_file(
 
 
 def _open(data: bytes | Path) -> av.container.InputContainer:
-    return av.open(data if isinstance(data, Path) else io.BytesIO(data))
+    """A video file. Playlists, session descriptions and image sequences, which name further files or hosts, are no video here."""
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file" if isinstance(data, Path) else ""}
+    return av.open(data if isinstance(data, Path) else io.BytesIO(data), options=options)
 
 
 def _stream(container: av.container.InputContainer, name: str) -> av.video.stream.VideoStream:
@@ -252,6 +260,7 @@ def probe(data: bytes | Path, max_pixels: int, name: str) -> Timing:
         rate, frames = stream.average_rate, stream.frames
     if not rate or rate < 0:
         raise ValueError(f"{name}: the video has no frame rate")
+    rate = Fraction(rate.numerator, rate.denominator)  # some versions of PyAV have a rational type of their own
     return Timing(frames, rate) if frames > 0 else _counted(data, rate, name)
 
 

@@ -1,0 +1,145 @@
+"""From flags to a model that answers: platform, caches, checkpoint, first compilation.
+
+Nothing here is imported before the command line has been read, and jax is told its platform before it looks for devices.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+import convert.demo
+import minicpmv46_jax
+from minicpmv46_jax import MiniCPMV
+from minicpmv46_jax.processing import Fetch
+
+DEMO_NAME = "minicpm-v-4.6-demo"
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and what jax calls them
+_INSTALL = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
+
+
+def choose_platform(wanted: str | None) -> str:
+    """Starts jax on the platform of that flag, or on what jax finds.
+
+    Returns:
+      "cpu", "gpu" or "tpu".
+
+    Raises:
+      ValueError: there is no such device, or this installation of jax cannot use it.
+    """
+    if wanted is not None:
+        jax.config.update("jax_platforms", PLATFORMS[wanted])
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        if wanted is None:
+            raise ValueError(f"jax finds no device: {' '.join(str(error).split())}") from None
+        raise ValueError(_missing(wanted)) from None
+    return jax.default_backend()
+
+
+def _missing(wanted: str) -> str:
+    jax.config.update("jax_platforms", None)
+    try:
+        found = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    except RuntimeError:
+        found = "no device at all"
+    return f"--{wanted}: jax finds no {wanted.upper()} here, it found: {found}{_INSTALL.get(wanted, '')}"
+
+
+def cache_folder() -> Path:
+    """This project's folder among the user's caches, made if need be."""
+    folder = _user_caches() / "minicpmv46-jax"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _user_caches() -> Path:
+    """$XDG_CACHE_HOME (if absolute, as its specification asks), else where the platform keeps caches."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(chosen):
+        return Path(chosen)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path.home() / ".cache"
+
+
+def keep_compilations(cache: Path) -> None:
+    """Has jax keep what it compiles for the next start, unless the user has told jax a place of their own."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
+
+
+def demo_checkpoint(cache: Path) -> Path:
+    """The project's own small checkpoint, written on first use: beside, then renamed, so that none is ever half there."""
+    folder = cache / f"demo-{minicpmv46_jax.__version__}-{_fingerprint()}"
+    if folder.is_dir():
+        return folder
+    beside = Path(tempfile.mkdtemp(prefix=".demo-", dir=cache))
+    try:
+        with step("making the demo checkpoint (random weights)"):
+            written = convert.demo.write_demo_checkpoint(beside / "model")
+        with contextlib.suppress(FileExistsError if os.name == "nt" else OSError):
+            written.rename(folder)  # fails where another server was faster, and then its folder is as good
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} could not be written")
+    return folder
+
+
+def _fingerprint() -> str:
+    """Of the code and files that make the demo: other ones, another demo."""
+    files = (path for path in Path(convert.demo.__file__).parent.iterdir() if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
+
+
+def load(source: str | Path, revision: str | None, dtype: str, fetch: Fetch) -> MiniCPMV:
+    """A checkpoint on the device. Raises ValueError for what is wrong with it."""
+    with step(f"loading {source} in {dtype}"), _fitting():
+        model = MiniCPMV.from_pretrained(source, dtype=dtype, revision=revision, fetch=fetch)
+        jax.block_until_ready(model.params)
+    return model
+
+
+def warm_up(model: MiniCPMV) -> None:
+    """Compiles the smallest prefill block and the decode step by answering something."""
+    with step("compiling (kept for the next start)"), _fitting():
+        options = model.options(max_new_tokens=2, temperature=0.0, ignore_eos=True)  # the second token is the decode step's
+        for _ in model.generate(model.process([{"role": "user", "content": "Hi"}]), options):
+            pass
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """A model too large for the device is the user's to solve, in one line; any other fault of jax is not."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        where = jax.devices()[0]
+        raise ValueError(f"the model does not fit in the free memory of {where}; bfloat16 needs half of float32") from error
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Says what goes on, and how long it took."""
+    print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        print(file=sys.stderr, flush=True)  # the error gets a line of its own
+        raise
+    print(f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,198 @@
+"""`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve import startup
+from serve.__main__ import bind, listen, main, served_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**changes):
+    """Of a user, not of pytest: one device, and no word about the platform."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    return {**kept, "PYTHONPATH": str(ROOT), **changes}
+
+
+def run(*arguments, **changes):
+    command = [sys.executable, "-m", "serve", *map(str, arguments)]
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=120)
+
+
+def mistake(capsys, *arguments):
+    """The one line of a mistake that is found before anything is loaded."""
+    assert main([str(argument) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_help_comes_at_once():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "--allowed-local-media-path" in done.stdout
+    imported = subprocess.run(
+        [sys.executable, "-c", "import serve.__main__, sys; print('jax' in sys.modules)"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert imported.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--cpu --tpu", "--port 70000", "--port x", "--dtype int8", "--prot 1", "--api 1", "--max-model-len 5", "folder"]
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    assert "usage: python -m serve" in capsys.readouterr().err
+
+
+def test_a_port_in_use(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = mistake(capsys, "--port", port)
+    assert "'127.0.0.1'" in line and str(port) in line and "in use" in line
+
+
+def test_hosts_that_are_not_ours(capsys):
+    assert "'no.such.host.invalid'" in mistake(capsys, "--host", "no.such.host.invalid")
+    assert "'192.0.2.1'" in mistake(capsys, "--host", "192.0.2.1")  # a documentation address
+
+
+def test_another_server_was_faster():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:  # allowed as long as nobody listens
+            listen(first)
+            with pytest.raises(ValueError, match=f"port {port}: .*in use"):
+                listen(second)
+
+
+def test_flags_that_make_no_sense(capsys, tmp_path):
+    assert "--revision" in mistake(capsys, "--revision", "main")
+    assert "--api-key is empty" in mistake(capsys, "--api-key", "")
+    assert f"{tmp_path / 'none'}, which is not a folder" in mistake(capsys, "--allowed-local-media-path", tmp_path / "none")
+
+
+def test_both_internet_protocols():
+    for host in ("127.0.0.1", "::1"):
+        with bind(host, 0) as listening:
+            assert listening.getsockname()[0] == host
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="this jax may have a TPU")
+def test_a_tpu_where_there_is_none(tmp_path):
+    done = run("--tpu", "--port", 0, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line.startswith("error: --tpu: jax finds no TPU here, it found: ")
+    assert 'pip install "minicpmv46-jax[tpu]"' in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    done = run("--cpu", "--port", 0, "--model", tmp_path / "none", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and str(tmp_path / "none") in line
+    assert "Traceback" not in done.stderr
+
+
+def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
+    command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
+    with subprocess.Popen(
+        command, env=environment(XDG_CACHE_HOME=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        ready = server.stdout.readline()  # nothing is printed there before
+        assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
+        with httpx.Client(base_url=ready.split()[1], headers={"Authorization": "Bearer k"}, timeout=60) as http:
+            content = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+            answer = http.post("chat/completions", json=content)
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=60)
+    assert server.returncode == 0, err
+    assert out == ""
+    assert "making the demo checkpoint" in err and "loading" in err and "compiling" in err
+    assert err.endswith("stopped\n") and "Traceback" not in err
+    (cache,) = tmp_path.iterdir()
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"demo", "jax"}  # and nothing half-made
+    assert any((cache / "jax").iterdir())
+
+
+def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert startup.cache_folder() == tmp_path / "xdg" / "minicpmv46-jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert startup.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert startup.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
+
+
+def fake_writer(monkeypatch, during=lambda: None):
+    """In place of the demo's writer: it counts its calls."""
+    calls = []
+
+    def write(folder):
+        calls.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        during()
+        return folder
+
+    monkeypatch.setattr(startup.convert.demo, "write_demo_checkpoint", write)
+    return calls
+
+
+def test_the_demo_is_written_once(monkeypatch, tmp_path):
+    calls = fake_writer(monkeypatch)
+    first, second = startup.demo_checkpoint(tmp_path), startup.demo_checkpoint(tmp_path)
+    assert first == second and len(calls) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+def test_an_interrupted_demo_leaves_nothing(monkeypatch, tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    fake_writer(monkeypatch, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        startup.demo_checkpoint(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_servers_that_make_the_demo_at_once(monkeypatch, tmp_path):
+    faster = []
+
+    def other_server():
+        if not faster:
+            faster.append(True)
+            startup.demo_checkpoint(tmp_path)
+
+    fake_writer(monkeypatch, other_server)
+    folder = startup.demo_checkpoint(tmp_path)
+    assert (folder / "config.json").is_file()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_clients_call_the_model(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    assert served_name(None, "demo") == "demo"
+    assert served_name(str(tmp_path / "my-model") + "/", "demo") == "my-model"
+    assert served_name("openbmb/MiniCPM-V-4.6", "demo") == "openbmb/MiniCPM-V-4.6"
