@@ -155,12 +155,13 @@ def our_taps(ours: MiniCPMV, inputs: Inputs) -> dict[str, np.ndarray]:
     return out
 
 
-def assert_same_greedy(found: list[int], expected: list[int], logits: np.ndarray, error: float) -> None:
-    """Equal up to the first place where the reference's own two best are closer than the error; past it the prompts differ."""
+def assert_same_greedy(found: list[int], expected: list[int], logits: np.ndarray, error: float) -> int:
+    """How many tokens were compared: up to the first place where the reference's two best are closer than the error."""
     assert len(found) == len(expected)
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
         second, best = np.sort(logits[step])[-2:]
         if best - second <= 2 * error * np.sqrt(np.mean(logits[step] ** 2)):
             assert step > 0, "the very first choice was a tie: the test proves nothing"
-            return
+            return step
         assert a == b, f"token {step}: {a}, expected {b}"
+    return len(expected)
