@@ -95,10 +95,12 @@ def _alive(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder into which a failed Orbax write may still be putting its last files."""
-    for _ in range(20):
+    """Removes a folder into which a failed Orbax write may still be putting its last files: until it has stayed away a second."""
+    away = 0
+    for _ in range(100):
         shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
+        away = 0 if path.exists() else away + 1
+        if away == 10:
             return
         time.sleep(0.1)
 

@@ -306,6 +306,7 @@ def test_a_disk_too_small_is_told_before_writing(demo_folder, converted, tmp_pat
 
 def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_path, monkeypatch, capsys):
     save, finished = store.partial.save, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -317,7 +318,7 @@ def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_
     assert finished == [True]
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert no_leftovers(tmp_path)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_others_are_not(demo_folder, tmp_path):
