@@ -9,40 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert.demo import demo_config
 from minicpmv46_jax import MiniCPMV
 from tests.oracle import Oracle, assert_same_greedy, our_taps, write_checkpoint
+from tests.released import released_config
 from tests.tolerances import BFLOAT16_RATIO, FLOAT32_FORWARD, relative_rms
 
 pytestmark = pytest.mark.full
-
-RELEASED_TEXT = {
-    "hidden_size": 1024,
-    "intermediate_size": 3584,
-    "num_hidden_layers": 24,
-    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 16,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "vocab_size": 248094,
-    "max_position_embeddings": 262144,
-}
-RELEASED_VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, demo_folder):
     if given := os.environ.get("MINICPMV46_CHECKPOINT"):
         return Path(given)
-    config = demo_config()
-    config["text_config"].update(RELEASED_TEXT)
-    config["vision_config"].update(RELEASED_VISION)
-    config["insert_layer_id"] = 6
-    return write_checkpoint(tmp_path_factory.mktemp("full") / "model", config, demo_folder, dtype=torch.bfloat16)
+    return write_checkpoint(tmp_path_factory.mktemp("full") / "model", released_config(), demo_folder, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+"""Compiles the steps at the released size for a TPU topology and prints their memory as JSON; test_compile_tpu.py runs it."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from minicpmv46_jax import generate, model, packing
+from minicpmv46_jax.config import GenerationConfig, ModelConfig
+from minicpmv46_jax.options import generation_options
+from minicpmv46_jax.sampling import new_history
+from minicpmv46_jax.state import TextState, empty_state
+from tests.released import released_config
+
+CAPACITY, BLOCK, PATCHES, VIEWS = 1024, 256, 7168, 8
+
+
+def bytes_of(tree: object) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compiled(mesh: Mesh, state: TextState | None, f: Callable, *args: object, **jit: object) -> dict[str, int]:
+    with jax.set_mesh(mesh):
+        memory = jax.jit(f, **jit).trace(*args).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "state": bytes_of(state),
+    }
+
+
+def main(topology: str) -> None:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)).devices
+    mesh = Mesh(np.array(devices), ("chip",))
+    config, dtype, shape = ModelConfig.from_dict(released_config()), jnp.bfloat16, jax.ShapeDtypeStruct
+    graph = model.schema(config)
+    params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
+    state = jax.eval_shape(lambda: empty_state(config.text, 1, CAPACITY, dtype))
+    one = shape((1,), jnp.int32)
+    history = jax.eval_shape(lambda: new_history(jnp.zeros((1, 1), int), jnp.zeros(1, int), config.text.vocab_size))
+    decoding = generate.Decoding(state, history, one, shape((1,), bool))
+    sampling = jax.eval_shape(lambda: generate.sampling_params(generation_options(GenerationConfig(), seed=0)))
+    decode = functools.partial(generate.decode, graph, steps=generate.STEPS_PER_DISPATCH, num_logprobs=0)
+    stops = shape((generate.DEVICE_STOPS,), jnp.int32)
+    x = shape((1, BLOCK, config.text.hidden_size), dtype)
+    views = packing.PackedViews(
+        patches=shape((PATCHES, config.vision.patch_dim), jnp.float32),
+        position_ids=shape((PATCHES,), jnp.int32),
+        starts=shape((VIEWS,), jnp.int32),
+        lengths=shape((VIEWS,), jnp.int32),
+        longest=1088,
+        downsample_mode="16x",
+    )
+    steps = {
+        "decode": compiled(mesh, decoding, decode, params, decoding, sampling, stops, shape((), jnp.int32), donate_argnums=1),
+        "advance": compiled(mesh, state, functools.partial(model.advance, graph), params, state, x, one, donate_argnums=1),
+        "encode": compiled(mesh, None, functools.partial(model.encode, graph), params, views),
+    }
+    print(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,32 @@
+"""The whole steps at the released size, compiled for TPUs that are not here: memory, donation, and that they compile at all.
+
+libtpu's compiler needs no TPU, but a process of its own: its settings and the mesh are not the other tests'. Nothing runs.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HBM = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}
+TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=tpu")
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_the_steps_compile_and_fit(chip):
+    command = [sys.executable, "-m", "tests.compile_steps", TOPOLOGIES[chip]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = json.loads(done.stdout.strip().splitlines()[-1])
+    assert set(steps) == {"decode", "advance", "encode"}
+    for name, step in steps.items():
+        print(chip, name, step)
+        assert step["arguments"] + step["temporary"] < HBM[chip], name
+    for name in ("decode", "advance"):
+        assert steps[name]["aliased"] >= steps[name]["state"], f"{name} copies the state that it was given"
