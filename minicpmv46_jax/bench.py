@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from minicpmv46_jax.config import ModelConfig, VisionConfig
 from minicpmv46_jax.generate import Generator
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.packing import MERGES
-from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.processing import Inputs, View
 
 PHOTO = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 picture: its source view and 2 x 3 slices
 
@@ -72,8 +71,9 @@ def photo_inputs(config: ModelConfig, words: int) -> Inputs:
     views, at = [], 0
     for h, w in PHOTO:
         tokens = h * w // 4 ** MERGES["16x"]
-        pixels = rng.standard_normal((h * w, config.vision.patch_dim)).astype(np.float32)
-        views.append(SimpleNamespace(grid=(h, w), downsample_mode="16x", pixel_values=pixels, start=at, num_tokens=tokens))
+        pixels = rng.integers(0, 256, (h * w, config.vision.patch_dim), np.uint8)
+        table = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(config.vision.num_channels, axis=0)
+        views.append(View(pixels, (h, w), table, at, tokens, "16x"))
         at += tokens
     ids = np.concatenate([np.full(at, config.image_token_id), rng.integers(0, 1000, words)]).astype(np.int32)
     return Inputs(ids, tuple(views))

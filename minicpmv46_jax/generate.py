@@ -56,20 +56,18 @@ class Generator:
         self.config, self.params = config, params
         graph = model.schema(config)
         self.dtype = params["text"]["embed"]["weight"].dtype
-        vocab = config.text.vocab_size
-        self._encode = jax.jit(functools.partial(model.encode, graph))
-        self._embed = jax.jit(functools.partial(model.embed, graph))
-        self._advance = jax.jit(functools.partial(model.advance, graph), donate_argnums=1)
+        self._encode = jax.jit(functools.partial(model.encode, graph.vision))
+        self._embed = jax.jit(functools.partial(model.embed))
+        self._advance = jax.jit(functools.partial(model.advance, graph.text), donate_argnums=1)
         self._forward = jax.jit(lambda params, *args: model.forward(graph, params, config, *args))
         self._decode = jax.jit(
-            functools.partial(decode, graph), static_argnames=("steps", "num_logprobs"), donate_argnames="decoding"
+            functools.partial(decode, graph.text), static_argnames=("steps", "num_logprobs"), donate_argnames="decoding"
         )
         self._empty = jax.jit(lambda capacity: empty_state(config.text, 1, capacity, self.dtype), static_argnums=0)
-        # A partial each: jax shares the compilations of a bare function among all who jit it, and `programs` counts ours alone.
+        # Partials of bare functions too: jax shares a bare function's compilations among all who jit it; `programs` counts ours.
         self._grow = jax.jit(functools.partial(grow), static_argnums=1)
         self._place = jax.jit(functools.partial(place), donate_argnums=0)
-        self._history = jax.jit(functools.partial(new_history, vocab_size=vocab))
-        self._sample = jax.jit(functools.partial(sample), static_argnames="num_logprobs", donate_argnames="history")
+        self._begin = jax.jit(functools.partial(begin), static_argnames="num_logprobs", donate_argnames="state")
 
     def programs(self) -> dict[str, int]:
         """How many variants of each function have been compiled so far."""
@@ -82,7 +80,7 @@ class Generator:
           The feature rows of all views, padded to a power of two, and each view's first row.
         """
         side = self.config.vision.positions_per_side
-        passes = [(group, self._encode(self.params, packed)) for group, packed in packing.pack(views, side)]
+        passes = [(group, self._encode(self.params["vision"], packed)) for group, packed in packing.pack(views, side)]
         rows = max(_power_of_two(sum(features.shape[0] for _, features in passes)), 64)
         bank = jnp.zeros((rows, self.config.text.hidden_size), self.dtype)
         firsts, at = [], 0
@@ -118,48 +116,45 @@ class Generator:
             raise ValueError(f"the prompt has {total} tokens, but the context holds {context}, at least one of them the answer's")
         features, firsts = self.features(inputs.views)
         rows = self.feature_rows(inputs, firsts)
-        state = self._empty(self.capacity(total + 1))
+        state, text = self._empty(self.capacity(total + 1)), self.params["text"]
         for start, size, block in blocks(total):
             tokens = token_block(inputs.token_ids[start : start + size], rows[start : start + size], block)
-            x = self._embed(self.params, tokens, features)
-            logits, state = self._advance(self.params, state, x, tokens.num_valid)
+            x = self._embed(text["embed"], tokens, features)
+            logits, state = self._advance(text, state, x, tokens.num_valid)
         return logits, state
 
     def tokens(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Token]:
         """Decodes an answer token by token, a stop token included as the last one.
 
-        Ends after a stop token, after `max_new_tokens`, or when the context is full.
+        Ends after a stop token, after `max_new_tokens`, or when the context is full. While the caller has a dispatch's tokens the
+        device runs the next: an answer that ends early has then cost one dispatch in vain, which finds every row done.
         """
         total = len(inputs.token_ids)
         logits, state = self.prefill(inputs)
         room = self.config.text.max_position_embeddings - total
         left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
-        params = sampling_params(options)
-        stops = set(options.stop_token_ids)
-        device_stops = np.full(DEVICE_STOPS, -1, np.int32)
-        device_stops[: min(len(stops), DEVICE_STOPS)] = sorted(stops)[:DEVICE_STOPS]
+        params, stops = sampling_params(options), set(options.stop_token_ids)
+        watched = device_stops(stops)
         num_logprobs = MAX_LOGPROBS if options.logprobs else 0
+        begin = functools.partial(self._begin, num_logprobs=num_logprobs)
+        decode = functools.partial(self._decode, steps=STEPS_PER_DISPATCH, num_logprobs=num_logprobs)
 
-        padded = np.zeros((1, self.capacity(total)), np.int32)
-        padded[0, :total] = inputs.token_ids
-        history = self._history(padded, np.array([total], np.int32))
-        first, history = self._sample(logits, params, history, num_logprobs=num_logprobs)
-        yield (token := _tokens(jax.tree.map(lambda x: x[:, None], first), 1, options.logprobs)[0])
-        decoding = Decoding(state, history, first.ids, jnp.zeros(1, bool))
-        left -= 1
-        while left > 0 and token.id not in stops:
-            used = total + 1
-            decoding = self._fit(decoding, used + min(left, STEPS_PER_DISPATCH))
-            limit = min(left, STEPS_PER_DISPATCH)
-            decoding, sampled, count = self._decode(
-                self.params, decoding, params, device_stops, limit, steps=STEPS_PER_DISPATCH, num_logprobs=num_logprobs
-            )
-            for token in _tokens(sampled, int(count), options.logprobs):
+        prompt = np.zeros((1, self.capacity(total)), np.int32)
+        prompt[0, :total] = inputs.token_ids
+        decoding, first = begin(state, logits, params, prompt, watched)
+        dispatched = [(first, 1)]
+        left, total = left - 1, total + 1
+        while dispatched:
+            if left > 0:
+                limit = min(left, STEPS_PER_DISPATCH)
+                decoding = self._fit(decoding, total + limit)
+                decoding, sampled, count = decode(self.params["text"], decoding, params, watched, limit)
+                dispatched.append((sampled, count))
+                left, total = left - limit, total + limit
+            for token in _tokens(*dispatched.pop(0), options.logprobs):
                 yield token
                 if token.id in stops:
                     return
-            left -= int(count)
-            total += int(count)
 
     def capacity(self, tokens: int) -> int:
         """The cache size that holds this many tokens: a power of two, or the whole context."""
@@ -170,6 +165,33 @@ class Generator:
         if tokens <= slots or slots == self.config.text.max_position_embeddings:
             return decoding
         return dataclasses.replace(decoding, state=self._grow(decoding.state, self.capacity(tokens)))
+
+
+def begin(
+    state: TextState,
+    logits: Float32[Array, "B V"],
+    sampling: SamplingParams,
+    prompt: Int32[Array, "B T"],
+    stops: Int32[Array, " E"],
+    *,
+    num_logprobs: int,
+) -> tuple[Decoding, Sampled]:
+    """Samples every row's first token.
+
+    Args:
+      state, logits: what prefill left; the state is donated.
+      sampling: how each row is sampled.
+      prompt: the rows' tokens, padded.
+      stops: as `decode` takes them.
+      num_logprobs: static number K of alternatives.
+
+    Returns:
+      Where the rows stand, and what was sampled ([B, 1] and [B, 1, K]).
+    """
+    history = new_history(prompt, state.length, logits.shape[1])
+    first, history = sample(logits, sampling, history, num_logprobs)
+    sampled = jax.tree.map(lambda x: x[:, None], first)
+    return Decoding(state, history, first.ids, is_stop(first.ids, stops)), sampled
 
 
 def decode(
@@ -186,7 +208,7 @@ def decode(
     """Up to `limit` tokens for every row, in one loop on the device that ends early once every row is done.
 
     Args:
-      graph, params: the model.
+      graph, params: the text backbone.
       decoding: where the rows stand; donated.
       sampling: how each row is sampled.
       stops: tokens after which a row is done; -1 for none. A done row repeats its last token and its state rests.
@@ -197,7 +219,7 @@ def decode(
     Returns:
       Where the rows stand now, what was sampled ([B, N] and [B, N, K]), and how many steps were taken.
     """
-    text = model.merge(graph, params).text
+    text = model.merge(graph, params)
     B = decoding.last.shape[0]
     buffers = Sampled(
         jnp.zeros((B, steps), jnp.int32),
@@ -212,8 +234,7 @@ def decode(
         sampled, history = sample(text.logits(hidden[:, 0]), sampling, at.history, num_logprobs)
         sampled = sampled._replace(ids=jnp.where(at.done, at.last, sampled.ids))
         buffers = jax.tree.map(lambda buffer, new: buffer.at[:, i].set(new), buffers, sampled)
-        done = at.done | (sampled.ids[:, None] == stops[None]).any(axis=1)
-        return i + 1, Decoding(state, history, sampled.ids, done), buffers
+        return i + 1, Decoding(state, history, sampled.ids, at.done | is_stop(sampled.ids, stops)), buffers
 
     def unfinished(carry):
         i, at, _ = carry
@@ -221,6 +242,18 @@ def decode(
 
     count, decoding, buffers = jax.lax.while_loop(unfinished, step, (jnp.int32(0), decoding, buffers))
     return decoding, buffers, count
+
+
+def is_stop(ids: Int32[Array, " B"], stops: Int32[Array, " E"]) -> Bool[Array, " B"]:
+    """Which rows have sampled a token that ends them."""
+    return (ids[:, None] == stops[None]).any(axis=1)
+
+
+def device_stops(stops: set[int]) -> Int32[np.ndarray, " E"]:
+    """As many stop tokens as the device looks out for, -1 where there are fewer."""
+    out = np.full(DEVICE_STOPS, -1, np.int32)
+    out[: min(len(stops), DEVICE_STOPS)] = sorted(stops)[:DEVICE_STOPS]
+    return out
 
 
 def grow(state: TextState, capacity: int) -> TextState:
@@ -274,9 +307,10 @@ def sampling_params(options: GenerationOptions) -> SamplingParams:
     )
 
 
-def _tokens(sampled: Sampled, count: int, logprobs: int | None) -> list[Token]:
+def _tokens(sampled: Sampled, count: int | Int32[Array, ""], logprobs: int | None) -> list[Token]:
     """The first row's sampled tokens, fetched from the device at once."""
-    ids, own, top_ids, top = (x[0] for x in jax.device_get(tuple(sampled)))
+    fetched, count = jax.device_get((tuple(sampled), count))
+    ids, own, top_ids, top = (x[0] for x in fetched)
     wanted = logprobs or 0
     return [
         Token(int(ids[i]), float(own[i]), tuple(zip(top_ids[i, :wanted].tolist(), top[i, :wanted].tolist(), strict=True)))

@@ -1,17 +1,17 @@
 """The whole model: its schema as one NNX module, and the pure functions that run it on plain trees.
 
-    graph = schema(config)                                    # static: which modules, which shapes
-    params = checkpoint.load_params(folder, config)           # nested dicts of arrays
-    features = encode(graph, params, packed_views)            # pictures, once
-    x = embed(graph, params, tokens, features)
-    logits, state = advance(graph, params, state, x, num_valid)
+    graph = schema(config)                                              # static: which modules there are
+    params = checkpoint.load_params(folder, config)                     # nested dicts of arrays
+    features = encode(graph.vision, params["vision"], packed_views)     # pictures, once
+    x = embed(params["text"]["embed"], tokens, features)
+    logits, state = advance(graph.text, params["text"], state, x, num_valid)
 
-A Module never crosses `jit`: the functions take `graph` (bind it with functools.partial) and `params`, and merge them while
-tracing. A Module as an argument costs 18.6 ms a call on the host, a plain tree 0.3 ms.
+A Module never crosses `jit`: the functions take a graph (bind it with functools.partial) and parameters, and merge them while
+tracing; a Module as an argument costs 18.6 ms a call on the host, a plain tree 0.3 ms. Each function takes only the part it
+reads: on an H200 a call with all 779 parameters took 1.8 ms to dispatch.
 """
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,12 @@ class MiniCPMV46(nnx.Module):
         self.text = TextModel(config.text, rngs=rngs)
         self.vision = VisionTower(config.vision, config.text.hidden_size, rngs=rngs)
 
-    def embed(self, tokens: "TokenBlock", features: Float[Array, "R D"]) -> Float[Array, "B T D"]:
-        """Token embeddings, with picture features gathered into the places that hold them."""
-        words = self.text.embed(tokens.ids)
-        pictures = features[jnp.maximum(tokens.feature_rows, 0)]
-        return jnp.where((tokens.feature_rows >= 0)[..., None], pictures, words)
+
+class Schema(NamedTuple):
+    """The static halves of the model's two parts, for `merge`."""
+
+    text: nnx.GraphDef
+    vision: nnx.GraphDef
 
 
 @tree_dataclass
@@ -56,10 +57,10 @@ class TokenBlock:
     num_valid: Int32[Array, " B"]
 
 
-@functools.lru_cache(maxsize=8)
-def schema(config: ModelConfig) -> nnx.GraphDef:
-    """The model's static half, for `merge`; built without allocating a parameter."""
-    return nnx.split(_abstract(config))[0]
+def schema(config: ModelConfig) -> Schema:
+    """Which modules the model has; built without allocating a parameter."""
+    module = _abstract(config)
+    return Schema(nnx.split(module.text)[0], nnx.split(module.vision)[0])
 
 
 def parameter_shapes(config: ModelConfig) -> Params:
@@ -76,7 +77,7 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def merge(graph: nnx.GraphDef, params: Params) -> MiniCPMV46:
+def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
     """The module over these parameters; call it while tracing."""
     return nnx.merge(graph, params)
 
@@ -86,27 +87,29 @@ def _abstract(config: ModelConfig) -> MiniCPMV46:
 
 
 def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, taps: Taps | None = None) -> Float[Array, "R D"]:
-    """Text embeddings of one pass of packed views, in the order of the views; padding rows at the end."""
-    return merge(graph, params).vision(views, taps)
+    """The tower: text embeddings of one pass of packed views, in the order of the views; padding rows at the end."""
+    return merge(graph, params)(views, taps)
 
 
-def embed(graph: nnx.GraphDef, params: Params, tokens: TokenBlock, features: Float[Array, "R D"]) -> Float[Array, "B T D"]:
-    """A block's embeddings, words and pictures."""
-    return merge(graph, params).embed(tokens, features)
+def embed(table: Params, tokens: TokenBlock, features: Float[Array, "R D"]) -> Float[Array, "B T D"]:
+    """Token embeddings, with picture features gathered into the places that hold them."""
+    words = table["weight"][tokens.ids]
+    pictures = features[jnp.maximum(tokens.feature_rows, 0)]
+    return jnp.where((tokens.feature_rows >= 0)[..., None], pictures, words)
 
 
 def advance(
     graph: nnx.GraphDef, params: Params, state: TextState, x: Float[Array, "B T D"], num_valid: Int32[Array, " B"]
 ) -> tuple[Float32[Array, "B V"], TextState]:
-    """Runs a block of embeddings; returns the logits after each row's last real token, and the state after it."""
-    text = merge(graph, params).text
+    """The backbone over a block of embeddings: logits after each row's last real token, and the state after it."""
+    text = merge(graph, params)
     hidden, state = text(x, state, num_valid)
     last = jnp.maximum(num_valid - 1, 0)
     return text.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), state
 
 
 def forward(
-    graph: nnx.GraphDef,
+    graph: Schema,
     params: Params,
     config: ModelConfig,
     tokens: TokenBlock,
@@ -116,15 +119,15 @@ def forward(
     """Logits at every token, from nothing: the readable, cache-free forward. Differentiable.
 
     Args:
-      graph, params, config: the model.
+      graph, params, config: the whole model.
       tokens: whole sequences.
       features: picture embeddings, as `encode` gives them; any [1, D] array where there is no picture.
       taps: if given, receives the embeddings, every layer's output and the last hidden states, by name.
     """
-    model = merge(graph, params)
+    text = merge(graph.text, params["text"])
     B, T = tokens.ids.shape
-    x = model.embed(tokens, features)
+    x = embed(params["text"]["embed"], tokens, features)
     tap(taps, "text.embeddings", x)
-    hidden, _ = model.text(x, empty_state(config.text, B, T, x.dtype), tokens.num_valid, taps)
+    hidden, _ = text(x, empty_state(config.text, B, T, x.dtype), tokens.num_valid, taps)
     tap(taps, "text.norm", hidden)
-    return model.text.logits(hidden)
+    return text.logits(hidden)

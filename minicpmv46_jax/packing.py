@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt8
 
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -22,9 +22,14 @@ PACK_PATCHES = 16384  # one pass through the tower; larger requests take several
 
 @tree_dataclass
 class PackedViews:
-    """One pass through the tower. P patches in the row, I views; `longest` bounds a view and is static."""
+    """One pass through the tower. P patches in the row, I views; `longest` bounds a view and is static.
 
-    patches: Float32[np.ndarray, "P patch_dim"]
+    Patches are the picture's bytes, a quarter of the traffic of their values; the tower computes `byte * scale + offset`.
+    """
+
+    patches: UInt8[np.ndarray, "P patch_dim"]
+    scale: Float32[np.ndarray, "P channels"]
+    offset: Float32[np.ndarray, "P channels"]
     position_ids: Int32[np.ndarray, " P"]
     starts: Int32[np.ndarray, " I"]
     lengths: Int32[np.ndarray, " I"]
@@ -71,7 +76,7 @@ def pack(views: Sequence, positions_per_side: int, limit: int = PACK_PATCHES) ->
     """Splits views into passes of at most `limit` patches, each of one downsample mode.
 
     Args:
-      views: objects with `pixel_values` (float32 [h * w, patch_dim]), `grid` (h, w) and `downsample_mode`.
+      views: `processing.View`s.
       positions_per_side: side of the learned position table.
       limit: patches in a pass; a single larger view gets a pass of its own.
 
@@ -95,20 +100,23 @@ def _pack_group(views: Sequence, positions_per_side: int) -> PackedViews:
     mode = views[0].downsample_mode
     lengths = np.array([h * w for h, w in (view.grid for view in views)], np.int32)
     total, slots = bucket(int(lengths.sum())), _view_slots(len(views))
-    rows = np.zeros((total, views[0].pixel_values.shape[1]), np.float32)
+    patches = np.zeros((total, views[0].pixels.shape[1]), np.uint8)
+    scale, offset = np.zeros((2, total, len(views[0].table)), np.float32)
     positions = np.zeros(total, np.int32)
     at = 0
     for view, length in zip(views, lengths, strict=True):
         order = block_order(*view.grid, MERGES[mode])
-        rows[at : at + length] = view.pixel_values[order]
-        positions[at : at + length] = nearest_positions(*view.grid, positions_per_side).reshape(-1)[order]
+        row = slice(at, at + length)
+        patches[row] = view.pixels[order]
+        scale[row], offset[row] = (view.table[:, 255] - view.table[:, 0]) / 255, view.table[:, 0]
+        positions[row] = nearest_positions(*view.grid, positions_per_side).reshape(-1)[order]
         at += length
     starts = np.full(slots, total, np.int32)
     starts[: len(views)] = np.cumsum(lengths) - lengths
     padded_lengths = np.zeros(slots, np.int32)
     padded_lengths[: len(views)] = lengths
     longest = next((bound for bound in LONGEST if bound >= lengths.max()), bucket(int(lengths.max())))
-    return PackedViews(rows, positions, starts, padded_lengths, longest, mode)
+    return PackedViews(patches, scale, offset, positions, starts, padded_lengths, longest, mode)
 
 
 def _view_slots(count: int) -> int:

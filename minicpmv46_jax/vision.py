@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.packed_attention import packed_attention
 from minicpmv46_jax.config import VisionConfig
@@ -119,8 +119,8 @@ class VisionTower(nnx.Module):
           views: one pass, as `packing.pack` lays it.
           taps: if given, receives the embeddings, each layer's output, both mergers'.
         """
-        dtype = self.patch_embed.weight.dtype
-        x = self.patch_embed(views.patches.astype(dtype)) + self.position_embed(views.position_ids)
+        x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
+        x = x + self.position_embed(views.position_ids)
         tap(taps, "vision.embeddings", x)
         attend = within_views(views.starts, views.lengths, views.longest)
         for i, block in enumerate(self.layers):
@@ -133,6 +133,13 @@ class VisionTower(nnx.Module):
         features = self.merger(self.post_norm(x))
         tap(taps, "vision.merger", features)
         return features
+
+
+def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
+    """The normalised values of the patches' bytes: those of `processing.View.pixel_values`, to float32's last digit."""
+    P, channels = views.scale.shape
+    values = views.patches.reshape(P, channels, -1).astype(jnp.float32)
+    return (values * views.scale[..., None] + views.offset[..., None]).reshape(P, -1)
 
 
 def within_views(starts: Int32[Array, " I"], lengths: Int32[Array, " I"], longest: int):

@@ -50,11 +50,14 @@ def main(topology: str) -> None:
     history = jax.eval_shape(lambda: new_history(jnp.zeros((1, 1), int), jnp.zeros(1, int), config.text.vocab_size))
     decoding = generate.Decoding(state, history, one, shape((1,), bool))
     sampling = jax.eval_shape(lambda: generate.sampling_params(generation_options(GenerationConfig(), seed=0)))
-    decode = functools.partial(generate.decode, graph, steps=generate.STEPS_PER_DISPATCH, num_logprobs=0)
+    decode = functools.partial(generate.decode, graph.text, steps=generate.STEPS_PER_DISPATCH, num_logprobs=0)
+    advance = functools.partial(model.advance, graph.text)
     stops = shape((generate.DEVICE_STOPS,), jnp.int32)
     x = shape((1, BLOCK, config.text.hidden_size), dtype)
     views = packing.PackedViews(
-        patches=shape((PATCHES, config.vision.patch_dim), jnp.float32),
+        patches=shape((PATCHES, config.vision.patch_dim), jnp.uint8),
+        scale=shape((PATCHES, config.vision.num_channels), jnp.float32),
+        offset=shape((PATCHES, config.vision.num_channels), jnp.float32),
         position_ids=shape((PATCHES,), jnp.int32),
         starts=shape((VIEWS,), jnp.int32),
         lengths=shape((VIEWS,), jnp.int32),
@@ -62,9 +65,11 @@ def main(topology: str) -> None:
         downsample_mode="16x",
     )
     steps = {
-        "decode": compiled(mesh, decoding, decode, params, decoding, sampling, stops, shape((), jnp.int32), donate_argnums=1),
-        "advance": compiled(mesh, state, functools.partial(model.advance, graph), params, state, x, one, donate_argnums=1),
-        "encode": compiled(mesh, None, functools.partial(model.encode, graph), params, views),
+        "decode": compiled(
+            mesh, decoding, decode, params["text"], decoding, sampling, stops, shape((), jnp.int32), donate_argnums=1
+        ),
+        "advance": compiled(mesh, state, advance, params["text"], state, x, one, donate_argnums=1),
+        "encode": compiled(mesh, None, functools.partial(model.encode, graph.vision), params["vision"], views),
     }
     print(json.dumps(steps))
 

@@ -139,7 +139,7 @@ def our_taps(ours: MiniCPMV, inputs: Inputs) -> dict[str, np.ndarray]:
         taps = {}
         features = jnp.zeros((1, ours.config.text.hidden_size), ours.generator.dtype)
         for packed in passes:
-            features = model.encode(graph, params, packed, taps)
+            features = model.encode(graph.vision, params["vision"], packed, taps)
         taps["logits"] = model.forward(graph, params, ours.config, block, features, taps)[0]
         return taps
 

@@ -1,8 +1,9 @@
 """Packing: block order, learned positions as transformers picks them, few sizes."""
 
 import math
-from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_nearest_position_ids, get_vision_window_index
 
 from minicpmv46_jax import packing
+from minicpmv46_jax.processing import View
+from minicpmv46_jax.vision import pixel_values
 
 
 @given(h=st.integers(1, 8), w=st.integers(1, 8), merges=st.integers(1, 3))
@@ -54,8 +57,11 @@ def test_buckets_waste_at_most_an_eighth_and_are_few(size):
     assert len({packing.bucket(s) for s in range(1, 4097)}) <= 8 * math.log2(4096 / 64) + 1
 
 
-def view(h, w, mode="16x", value=0.0):
-    return SimpleNamespace(grid=(h, w), downsample_mode=mode, pixel_values=np.full((h * w, 6), value, np.float32))
+TABLE = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(3, axis=0)
+
+
+def view(h, w, mode="16x", value=0):
+    return View(np.full((h * w, 6), value, np.uint8), (h, w), TABLE, 0, h * w >> 2 * packing.MERGES[mode], mode)
 
 
 def test_passes_hold_every_view_once_in_order_and_one_mode_each():
@@ -69,3 +75,14 @@ def test_passes_hold_every_view_once_in_order_and_one_mode_each():
             assert (rows == i + 1).all()
         assert (packed.starts[len(group) :] == len(packed.patches)).all()
         assert packed.lengths.max() <= packed.longest
+
+
+def test_the_tower_sees_the_values_of_the_processor(photos, demo):
+    parts = [{"type": "image", "image": photo} for photo in photos]
+    views = demo.process([{"role": "user", "content": parts}]).views
+    for group, packed in packing.pack(views, 70):
+        found = np.asarray(pixel_values(jax.tree.map(jnp.asarray, packed)))
+        for slot, i in enumerate(group):
+            order = packing.block_order(*views[i].grid, 2)
+            expected = views[i].pixel_values[order]
+            np.testing.assert_allclose(found[packed.starts[slot] :][: len(order)], expected, rtol=0, atol=1.2e-7)
