@@ -26,7 +26,8 @@ from minicpmv46_jax.trees import tree_dataclass
 
 PREFILL_BUCKETS = (64, 256, 1024)  # tokens a block; multiples of the gated delta chunk
 SMALLEST_CAPACITY = 512  # cache slots; doubled as an answer grows
-STEPS_PER_DISPATCH = 8  # a stream's first token comes alone, then up to 8 at a time
+STEPS_PER_DISPATCH = {"cpu": 2}  # tokens; where a step takes as long as on a CPU, those past an answer's end are dear
+STEPS_ELSEWHERE = 8
 DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
 
 
@@ -56,6 +57,7 @@ class Generator:
         self.config, self.params = config, params
         graph = model.schema(config)
         self.dtype = params["text"]["embed"]["weight"].dtype
+        self.steps = STEPS_PER_DISPATCH.get(jax.default_backend(), STEPS_ELSEWHERE)
         self._encode = jax.jit(functools.partial(model.encode, graph.vision))
         self._embed = jax.jit(functools.partial(model.embed))
         self._advance = jax.jit(functools.partial(model.advance, graph.text), donate_argnums=1)
@@ -127,7 +129,7 @@ class Generator:
         """Decodes an answer token by token, a stop token included as the last one.
 
         Ends after a stop token, after `max_new_tokens`, or when the context is full. While the caller has a dispatch's tokens the
-        device runs the next: an answer that ends early has then cost one dispatch in vain, which finds every row done.
+        device runs the next; when an answer ends, that one was in vain.
         """
         total = len(inputs.token_ids)
         logits, state = self.prefill(inputs)
@@ -137,24 +139,23 @@ class Generator:
         watched = device_stops(stops)
         num_logprobs = MAX_LOGPROBS if options.logprobs else 0
         begin = functools.partial(self._begin, num_logprobs=num_logprobs)
-        decode = functools.partial(self._decode, steps=STEPS_PER_DISPATCH, num_logprobs=num_logprobs)
+        decode = functools.partial(self._decode, steps=self.steps, num_logprobs=num_logprobs)
 
         prompt = np.zeros((1, self.capacity(total)), np.int32)
         prompt[0, :total] = inputs.token_ids
         decoding, first = begin(state, logits, params, prompt, watched)
-        dispatched = [(first, 1)]
-        left, total = left - 1, total + 1
+        dispatched, asked, total = [first], 1, total + 1
         while dispatched:
-            if left > 0:
-                limit = min(left, STEPS_PER_DISPATCH)
-                decoding = self._fit(decoding, total + limit)
-                decoding, sampled, count = decode(self.params["text"], decoding, params, watched, limit)
-                dispatched.append((sampled, count))
-                left, total = left - limit, total + limit
-            for token in _tokens(*dispatched.pop(0), options.logprobs):
+            if asked < left:
+                decoding = self._fit(decoding, total + self.steps)
+                decoding, sampled = decode(self.params["text"], decoding, params, watched)
+                dispatched.append(sampled)
+                asked, total = asked + self.steps, total + self.steps
+            for token in _tokens(dispatched.pop(0), options.logprobs)[:left]:
                 yield token
                 if token.id in stops:
                     return
+                left, asked = left - 1, asked - 1
 
     def capacity(self, tokens: int) -> int:
         """The cache size that holds this many tokens: a power of two, or the whole context."""
@@ -200,48 +201,35 @@ def decode(
     decoding: Decoding,
     sampling: SamplingParams,
     stops: Int32[Array, " E"],
-    limit: Int32[Array, ""],
     *,
     steps: int,
     num_logprobs: int,
-) -> tuple[Decoding, Sampled, Int32[Array, ""]]:
-    """Up to `limit` tokens for every row, in one loop on the device that ends early once every row is done.
+) -> tuple[Decoding, Sampled]:
+    """The next `steps` tokens of every row, in one loop on the device.
+
+    The number of steps is static: a loop that looks whether to go on has the host of a GPU wait for every step.
 
     Args:
       graph, params: the text backbone.
       decoding: where the rows stand; donated.
       sampling: how each row is sampled.
       stops: tokens after which a row is done; -1 for none. A done row repeats its last token and its state rests.
-      limit: steps to take, at most `steps`.
-      steps: static size N of the result.
+      steps: static number N of tokens.
       num_logprobs: static number K of alternatives.
 
     Returns:
-      Where the rows stand now, what was sampled ([B, N] and [B, N, K]), and how many steps were taken.
+      Where the rows stand now, and what was sampled ([B, N] and [B, N, K]).
     """
     text = model.merge(graph, params)
-    B = decoding.last.shape[0]
-    buffers = Sampled(
-        jnp.zeros((B, steps), jnp.int32),
-        jnp.zeros((B, steps), jnp.float32),
-        jnp.zeros((B, steps, num_logprobs), jnp.int32),
-        jnp.zeros((B, steps, num_logprobs), jnp.float32),
-    )
 
-    def step(carry):
-        i, at, buffers = carry
+    def step(at: Decoding, _: None) -> tuple[Decoding, Sampled]:
         hidden, state = text(text.embed(at.last)[:, None], at.state, (~at.done).astype(jnp.int32))
         sampled, history = sample(text.logits(hidden[:, 0]), sampling, at.history, num_logprobs)
         sampled = sampled._replace(ids=jnp.where(at.done, at.last, sampled.ids))
-        buffers = jax.tree.map(lambda buffer, new: buffer.at[:, i].set(new), buffers, sampled)
-        return i + 1, Decoding(state, history, sampled.ids, at.done | is_stop(sampled.ids, stops)), buffers
+        return Decoding(state, history, sampled.ids, at.done | is_stop(sampled.ids, stops)), sampled
 
-    def unfinished(carry):
-        i, at, _ = carry
-        return (i < limit) & ~at.done.all()
-
-    count, decoding, buffers = jax.lax.while_loop(unfinished, step, (jnp.int32(0), decoding, buffers))
-    return decoding, buffers, count
+    decoding, sampled = jax.lax.scan(step, decoding, None, length=steps)
+    return decoding, jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)
 
 
 def is_stop(ids: Int32[Array, " B"], stops: Int32[Array, " E"]) -> Bool[Array, " B"]:
@@ -307,15 +295,12 @@ def sampling_params(options: GenerationOptions) -> SamplingParams:
     )
 
 
-def _tokens(sampled: Sampled, count: int | Int32[Array, ""], logprobs: int | None) -> list[Token]:
+def _tokens(sampled: Sampled, logprobs: int | None) -> list[Token]:
     """The first row's sampled tokens, fetched from the device at once."""
-    fetched, count = jax.device_get((tuple(sampled), count))
-    ids, own, top_ids, top = (x[0] for x in fetched)
+    ids, own, top_ids, top = (x[0] for x in jax.device_get(tuple(sampled)))
     wanted = logprobs or 0
-    return [
-        Token(int(ids[i]), float(own[i]), tuple(zip(top_ids[i, :wanted].tolist(), top[i, :wanted].tolist(), strict=True)))
-        for i in range(count)
-    ]
+    tops = [tuple(zip(i[:wanted].tolist(), p[:wanted].tolist(), strict=True)) for i, p in zip(top_ids, top, strict=True)]
+    return [Token(*token) for token in zip(ids.tolist(), own.tolist(), tops, strict=True)]
 
 
 def _power_of_two(n: int) -> int:

@@ -122,7 +122,7 @@ def test_seeds_repeat_an_answer_however_it_is_dispatched(demo, monkeypatch):
     inputs = prompt(demo, "Tell me.")
     options = demo.options(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     first = [t.id for t in demo.generator.tokens(inputs, options)]
-    monkeypatch.setattr(generate, "STEPS_PER_DISPATCH", 3)
+    monkeypatch.setattr(demo.generator, "steps", 3)
     assert [t.id for t in demo.generator.tokens(inputs, options)] == first
     other = demo.options(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=8, ignore_eos=True)
     assert [t.id for t in demo.generator.tokens(inputs, other)] != first
