@@ -26,8 +26,8 @@ from minicpmv46_jax.trees import tree_dataclass
 
 PREFILL_BUCKETS = (64, 256, 1024)  # tokens a block; multiples of the gated delta chunk
 SMALLEST_CAPACITY = 512  # cache slots; doubled as an answer grows
-STEPS_PER_DISPATCH = {"cpu": 2}  # tokens; where a step takes as long as on a CPU, those past an answer's end are dear
-STEPS_ELSEWHERE = 8
+STEPS_PER_DISPATCH = 8  # tokens; a stream's first comes alone
+STEPS_PER_DISPATCH_CPU = 2  # where a step takes as long as it does there, those past an answer's end are dear
 DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
 
 
@@ -57,7 +57,7 @@ class Generator:
         self.config, self.params = config, params
         graph = model.schema(config)
         self.dtype = params["text"]["embed"]["weight"].dtype
-        self.steps = STEPS_PER_DISPATCH.get(jax.default_backend(), STEPS_ELSEWHERE)
+        self.steps = STEPS_PER_DISPATCH_CPU if jax.default_backend() == "cpu" else STEPS_PER_DISPATCH
         self._encode = jax.jit(functools.partial(model.encode, graph.vision))
         self._embed = jax.jit(functools.partial(model.embed))
         self._advance = jax.jit(functools.partial(model.advance, graph.text), donate_argnums=1)
@@ -128,34 +128,38 @@ class Generator:
     def tokens(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Token]:
         """Decodes an answer token by token, a stop token included as the last one.
 
-        Ends after a stop token, after `max_new_tokens`, or when the context is full. While the caller has a dispatch's tokens the
-        device runs the next; when an answer ends, that one was in vain.
+        Ends after a stop token, after `max_new_tokens`, or when the context is full. The next dispatch waits until the caller has
+        taken this one's tokens: sent ahead it gained nothing on an H200, where sending takes as long as running, and delayed them.
         """
         total = len(inputs.token_ids)
         logits, state = self.prefill(inputs)
         room = self.config.text.max_position_embeddings - total
         left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
         params, stops = sampling_params(options), set(options.stop_token_ids)
-        watched = device_stops(stops)
         num_logprobs = MAX_LOGPROBS if options.logprobs else 0
-        begin = functools.partial(self._begin, num_logprobs=num_logprobs)
-        decode = functools.partial(self._decode, steps=self.steps, num_logprobs=num_logprobs)
 
+        watched = device_stops(stops)
         prompt = np.zeros((1, self.capacity(total)), np.int32)
         prompt[0, :total] = inputs.token_ids
-        decoding, first = begin(state, logits, params, prompt, watched)
-        dispatched, asked, total = [first], 1, total + 1
-        while dispatched:
-            if asked < left:
-                decoding = self._fit(decoding, total + self.steps)
-                decoding, sampled = decode(self.params["text"], decoding, params, watched)
-                dispatched.append(sampled)
-                asked, total = asked + self.steps, total + self.steps
-            for token in _tokens(dispatched.pop(0), options.logprobs)[:left]:
+        decoding, sampled = self._begin(state, logits, params, prompt, watched, num_logprobs=num_logprobs)
+        total += 1
+        while True:
+            for token in _tokens(sampled, options.logprobs)[:left]:
                 yield token
+                left -= 1
                 if token.id in stops:
                     return
-                left, asked = left - 1, asked - 1
+            if left == 0:
+                return
+            total += self.steps
+            decoding, sampled = self._decode(
+                self.params["text"],
+                self._fit(decoding, total),
+                params,
+                watched,
+                steps=self.steps,
+                num_logprobs=num_logprobs,
+            )
 
     def capacity(self, tokens: int) -> int:
         """The cache size that holds this many tokens: a power of two, or the whole context."""
@@ -207,7 +211,7 @@ def decode(
 ) -> tuple[Decoding, Sampled]:
     """The next `steps` tokens of every row, in one loop on the device.
 
-    The number of steps is static: a loop that looks whether to go on has the host of a GPU wait for every step.
+    The number of steps is static: on an H200 a loop that looks each time whether to go on took 1.53 ms a step, this one 1.46.
 
     Args:
       graph, params: the text backbone.

@@ -50,7 +50,7 @@ def main(topology: str) -> None:
     history = jax.eval_shape(lambda: new_history(jnp.zeros((1, 1), int), jnp.zeros(1, int), config.text.vocab_size))
     decoding = generate.Decoding(state, history, one, shape((1,), bool))
     sampling = jax.eval_shape(lambda: generate.sampling_params(generation_options(GenerationConfig(), seed=0)))
-    decode = functools.partial(generate.decode, graph.text, steps=generate.STEPS_ELSEWHERE, num_logprobs=0)
+    decode = functools.partial(generate.decode, graph.text, steps=generate.STEPS_PER_DISPATCH, num_logprobs=0)
     advance = functools.partial(model.advance, graph.text)
     stops = shape((generate.DEVICE_STOPS,), jnp.int32)
     x = shape((1, BLOCK, config.text.hidden_size), dtype)
