@@ -129,7 +129,7 @@ class Generator:
         """Decodes an answer token by token, a stop token included as the last one.
 
         Ends after a stop token, after `max_new_tokens`, or when the context is full. The next dispatch waits until the caller has
-        taken this one's tokens: sent ahead it gained nothing on an H200, where sending takes as long as running, and delayed them.
+        taken this one's tokens: sent ahead it gained nothing on an H200, where sending takes as long as running.
         """
         total = len(inputs.token_ids)
         logits, state = self.prefill(inputs)
