@@ -179,7 +179,7 @@ def _side_files(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "config.json": config,
         "generation_config.json": _generation_config(),
-        "preprocessor_config.json": _preprocessor_config(),
+        "preprocessor_config.json": preprocessor_config(),
         "tokenizer.json": _tokenizer(),
         "tokenizer_config.json": _tokenizer_config(config),
         "chat_template.jinja": TEMPLATE.read_text(encoding="utf-8"),
@@ -199,7 +199,8 @@ def _generation_config() -> dict[str, Any]:
     }
 
 
-def _preprocessor_config() -> dict[str, Any]:
+def preprocessor_config() -> dict[str, Any]:
+    """preprocessor_config.json: the released one's settings."""
     return {
         "image_mean": [0.5, 0.5, 0.5],
         "image_processor_type": "MiniCPMV4_6ImageProcessor",

@@ -20,21 +20,13 @@ from sklearn.datasets import load_sample_images
 from transformers.image_utils import load_image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
+from convert.demo import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Options, fetch
 from minicpmv46_jax.processing.images import cut, image_table, load_rgb, resize_pillow
 from minicpmv46_jax.processing.options import read_configs
 from minicpmv46_jax.processing.slicing import slice_grid, sliced_size, view_size
 
-SECTION = {
-    "image_processor_type": "MiniCPMV4_6ImageProcessor",
-    "max_slice_nums": 9,
-    "scale_resolution": 448,
-    "patch_size": 14,
-    "use_image_id": True,
-    "slice_mode": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+SECTION = preprocessor_config()
 ODD = {"image_mean": [0.481, 0.458, 0.408], "image_std": [0.269, 0.261, 0.276]}  # CLIP's, where roundings differ
 PHOTOS = [Path(path) for path in load_sample_images().filenames]
 

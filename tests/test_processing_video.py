@@ -21,6 +21,7 @@ from PIL import Image
 from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from convert.demo import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Video, fetch
 from minicpmv46_jax.processing.images import Cut
 from minicpmv46_jax.processing.resize import resize_bicubic
@@ -28,15 +29,7 @@ from minicpmv46_jax.processing.video import Timing, composite, cut_units, decode
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = json.loads((GOLDENS / "video.json").read_text())["cases"]
-SECTION = {
-    "max_slice_nums": 9,
-    "scale_resolution": 448,
-    "patch_size": 14,
-    "use_image_id": True,
-    "slice_mode": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+SECTION = preprocessor_config()
 CONFIG = MediaConfig.from_dict(SECTION, "test")
 
 _spec = importlib.util.spec_from_file_location("make_video_goldens", GOLDENS / "make_video_goldens.py")
