@@ -66,7 +66,12 @@ class MiniCPMV:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, dtype: str | None = None, revision: str | None = None, fetch: Fetch = fetch
+        cls,
+        source: str | Path,
+        dtype: str | None = None,
+        revision: str | None = None,
+        fetch: Fetch = fetch,
+        progress: bool = False,
     ) -> "MiniCPMV":
         """Loads a Hugging Face or a converted folder, or a model from the hub.
 
@@ -75,6 +80,7 @@ class MiniCPMV:
           dtype: "bfloat16", "float32", or None for the checkpoint's own.
           revision: a hub branch, tag or commit.
           fetch: how pictures and videos given as URLs or paths are read; a server passes its own rules.
+          progress: draw a bar on a terminal while parameters are loaded.
 
         Raises:
           ValueError: in one line, naming what is missing, unknown or broken.
@@ -85,7 +91,7 @@ class MiniCPMV:
         config = ModelConfig.from_folder(folder)
         generation_config = GenerationConfig.from_folder(folder)
         processor = Processor.from_folder(folder, fetch=fetch)
-        params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype])
+        params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype], progress)
         return cls(config, generation_config, params, processor, folder)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:

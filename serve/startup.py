@@ -107,7 +107,7 @@ def _fingerprint() -> str:
 def load(source: str | Path, revision: str | None, dtype: str, fetch: Fetch) -> MiniCPMV:
     """A checkpoint on the device. Raises ValueError for what is wrong with it."""
     with step(f"loading {source} in {dtype}"), _fitting():
-        model = MiniCPMV.from_pretrained(source, dtype=dtype, revision=revision, fetch=fetch)
+        model = MiniCPMV.from_pretrained(source, dtype=dtype, revision=revision, fetch=fetch, progress=True)
         jax.block_until_ready(model.params)
     return model
 

@@ -52,6 +52,20 @@ def demo(demo_folder):
 
 
 @pytest.fixture(scope="session")
+def full_size_folder(tmp_path_factory, demo_folder):
+    """A checkpoint of the released size: MINICPMV46_CHECKPOINT's, or one with random weights (2.6 GB)."""
+    if given := os.environ.get("MINICPMV46_CHECKPOINT"):
+        return Path(given)
+    import torch
+
+    from tests.oracle import write_checkpoint
+    from tests.released import released_config
+
+    folder = tmp_path_factory.mktemp("full") / "model"
+    return write_checkpoint(folder, released_config(), demo_folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
 def photos():
     """Two real photographs, 640 x 427, that scikit-learn ships: (china, flower) as PIL images."""
     from PIL import Image

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax.typing import DTypeLike
 
 from minicpmv46_jax import model
@@ -32,7 +33,7 @@ def is_converted(folder: str | Path) -> bool:
     return path.is_file() and manifest.is_manifest(read_json(path))
 
 
-def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None = None) -> Params:
+def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None = None, progress: bool = False) -> Params:
     """Every parameter of a released or converted folder, on jax's default device.
 
     Memory peaks at about the parameters and one tensor (of a converted folder: one group of `store.GROUP_BYTES`).
@@ -41,6 +42,7 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None
       folder: a released folder (model.safetensors, or shards and their index) or a converted one.
       config: what the model is; `ModelConfig.from_folder(folder)`.
       dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's own.
+      progress: draw a bar, on a terminal.
 
     Returns:
       A tree shaped as `model.parameter_shapes(config)`.
@@ -48,7 +50,10 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None
     Raises:
       ValueError: the folder's files are missing or damaged, or hold another model than `config`; all disagreements are listed.
     """
-    leaves = [jnp.asarray(tensor) for _, tensor in read_tensors(Path(folder), slots(config), dtype)]
+    wanted = slots(config)
+    tensors = read_tensors(Path(folder), wanted, dtype)
+    bar = tqdm.tqdm(tensors, total=len(wanted), unit=" tensors", leave=False, disable=None if progress else True)
+    leaves = [jnp.asarray(tensor) for _, tensor in bar]
     return jax.tree.unflatten(jax.tree.structure(model.parameter_shapes(config)), leaves)
 
 
