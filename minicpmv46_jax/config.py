@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-DOWNSAMPLE_MODES = ("16x", "4x")
-
 # Bookkeeping of transformers, of training and of serving: they change no number in the forward pass.
 IGNORED = frozenset(
     "_name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id id2label initializer_range label2id "
@@ -92,7 +90,6 @@ class ModelConfig:
     vision: VisionConfig
     image_token_id: int
     video_token_id: int
-    downsample_mode: str
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -108,13 +105,13 @@ class ModelConfig:
         fields.must_be("drop_vision_last_layer", False, optional=True)
         fields.must_be("merge_kernel_size", [2, 2], optional=True)
         fields.must_be("merger_times", 1, optional=True)
-        fields.skip("image_size", "patch_size")  # the processor's and the tower's own fields decide
+        # The processor's settings decide the mode and the sizes; each picture brings its own along.
+        fields.skip("downsample_mode", "image_size", "patch_size")
         config = cls(
             text=_text_config(fields.section("text_config")),
             vision=_vision_config(fields.section("vision_config"), fields.integer("insert_layer_id", minimum=0)),
             image_token_id=fields.integer("image_token_id", minimum=0),
             video_token_id=fields.integer("video_token_id", minimum=0),
-            downsample_mode=fields.one_of("downsample_mode", DOWNSAMPLE_MODES, default="16x"),
         )
         fields.finish()
         return config
@@ -184,12 +181,6 @@ class Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         return float(self.value(name, (int, float), default))
-
-    def one_of(self, name: str, known: tuple[str, ...], default: str | None = None) -> str:
-        found = self.value(name, str, default)
-        if found not in known:
-            raise ValueError(f"{self.where}: field {name!r} is {found!r}, expected one of {', '.join(known)}")
-        return found
 
     def must_be(self, name: str, expected: Any, optional: bool = False) -> None:
         """A field for which this code computes one value only."""

@@ -31,7 +31,6 @@ def changed(path, value):
         ("image_token_id", KeyError, "'image_token_id' is missing"),
         ("insert_layer_id", 99, "insert_layer_id is 99, but the tower has 4 layers"),
         ("merger_times", 2, "'merger_times' is 2"),
-        ("downsample_mode", "2x", "'downsample_mode' is '2x', expected one of 16x, 4x"),
         ("warp_factor", 9, "field 'warp_factor' = 9 is unknown"),
         ("text_config", [], "'text_config' is []"),
         ("text_config.hidden_size", KeyError, "text_config: field 'hidden_size' is missing"),

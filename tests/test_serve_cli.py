@@ -94,13 +94,15 @@ def test_both_internet_protocols():
             assert listening.getsockname()[0] == host
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="this jax may have a TPU")
-def test_a_tpu_where_there_is_none(tmp_path):
-    done = run("--tpu", "--port", 0, XDG_CACHE_HOME=str(tmp_path))
+@pytest.mark.parametrize("kind, plugin", [("gpu", "jax_cuda13_plugin"), ("tpu", "libtpu")])
+def test_a_chip_where_there_is_none(kind, plugin, tmp_path):
+    if importlib.util.find_spec(plugin) is not None:
+        pytest.skip(f"with {plugin} installed there may be one")
+    done = run(f"--{kind}", "--port", 0, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert line.startswith("error: --tpu: jax finds no TPU here, it found: ")
-    assert 'pip install "minicpmv46-jax[tpu]"' in line
+    assert line.startswith(f"error: --{kind}: jax finds no {kind.upper()} here, it found: ")
+    assert f'pip install "minicpmv46-jax[{kind}]"' in line
     assert "Traceback" not in done.stderr
 
 
