@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpmv46_jax import checkpoint, model
-from minicpmv46_jax.config import ModelConfig, VisionConfig
+from minicpmv46_jax.config import GenerationConfig, ModelConfig, VisionConfig
 from minicpmv46_jax.generate import Generator
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.packing import MERGES
@@ -81,7 +81,7 @@ def photo_inputs(config: ModelConfig, words: int) -> Inputs:
 
 def decode_seconds(generator: Generator, inputs: Inputs, tokens: int = 257) -> tuple[float, float]:
     """Time to the first token, and per token after it."""
-    options = generation_options(_no_defaults(), max_new_tokens=tokens, temperature=0.0)
+    options = generation_options(GenerationConfig(), max_new_tokens=tokens, temperature=0.0)
     firsts, rests = [], []
     for _ in range(5):
         start = time.perf_counter()
@@ -92,12 +92,6 @@ def decode_seconds(generator: Generator, inputs: Inputs, tokens: int = 257) -> t
         firsts.append(first - start)
         rests.append((time.perf_counter() - first) / count)
     return statistics.median(firsts[1:]), statistics.median(rests[1:])
-
-
-def _no_defaults():
-    from minicpmv46_jax.config import GenerationConfig
-
-    return GenerationConfig()
 
 
 def main(arguments: list[str] | None = None) -> None:

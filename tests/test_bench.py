@@ -1,0 +1,34 @@
+"""What the benchmark counts; its times are the device's."""
+
+import functools
+
+import jax
+import pytest
+
+from minicpmv46_jax import model, packing
+from minicpmv46_jax.bench import PHOTO, main, photo_inputs, tower_flops
+from minicpmv46_jax.config import ModelConfig
+from tests.released import released_config
+
+
+def test_the_towers_work_is_what_the_compiler_counts():
+    """The compiler counts padding and elementwise work too: a few percent more."""
+    config = ModelConfig.from_dict(released_config())
+    ((_, packed),) = packing.pack(photo_inputs(config, 1).views, config.vision.positions_per_side)
+    params = model.parameter_shapes(config)["vision"]
+    encode = jax.jit(functools.partial(model.encode, model.schema(config).vision))
+    counted = encode.lower(params, packed).cost_analysis()["flops"]
+    ours = tower_flops(config.vision, config.text.hidden_size, PHOTO)
+    assert ours < counted < 1.1 * ours
+
+
+def test_its_picture_is_the_processors(demo, photos):
+    config = ModelConfig.from_dict(released_config())
+    message = {"role": "user", "content": [{"type": "image", "image": photos[0].resize((1280, 720))}]}
+    assert [view.grid for view in demo.process([message]).views] == PHOTO
+    assert sum(view.num_tokens for view in photo_inputs(config, 5).views) == 444
+
+
+def test_it_refuses_a_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        main(["--model", str(tmp_path)])
