@@ -1,28 +1,30 @@
 """Gated delta net: the linear attention of 18 of the 24 layers (arXiv:2412.06464; transformers: Qwen3_5GatedDeltaNet).
 
 Quirks: q, k and v pass one causal depthwise convolution and SiLU; q and k are L2-normalised per head, q scaled by K^-1/2; gates,
-memory and their arithmetic are float32 always; the output norm multiplies by `w` (not `1 + w`) and then by silu(z).
+memory and their arithmetic are float32 always; the output norm multiplies by `w` (not `1 + w`) and then by silu(z). All of it
+but the projections is `kernels_pallas.gated_delta`.
 Glossary: B batch, T tokens, D width, N heads, K key width, V value width, C channels of q, k and v together.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from kernels_pallas import gated_delta
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.layers import Linear, l2_normalise, last, normal_init, rms_normalise
+from minicpmv46_jax.layers import Linear, normal_init
 from minicpmv46_jax.state import DeltaState
-
-L2_EPS = 1e-6  # fixed in the reference, not a field of the checkpoint
 
 
 class GatedDeltaNet(nnx.Module):
-    """Token mixer with a memory of fixed size: chunked over a prompt, one step a token in decoding."""
+    """Token mixer with a memory of fixed size: chunked over a prompt, one step a token in decoding.
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    `backend` says who runs the rule: see `kernels_pallas.gated_delta.chunked`.
+    """
+
+    def __init__(self, config: TextConfig, *, backend: str | None = None, rngs: nnx.Rngs):
+        self.config, self.backend = config, backend
         D, N = config.hidden_size, config.linear_num_value_heads
         self.in_proj_qkv = Linear(D, config.linear_conv_dim, rngs=rngs)
         self.in_proj_z = Linear(D, config.linear_value_dim, rngs=rngs)
@@ -39,37 +41,48 @@ class GatedDeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], DeltaState]:
         del positions  # order is all it knows of position
         B, T, _ = x.shape
-        qkv, conv_tail = gated_delta.causal_conv(self.in_proj_qkv(x), self.conv[...], state.conv_tail, num_valid)
-        q, k, v = self.heads(qkv)
-        g, beta = self.gates(x, num_valid)
-        rule = gated_delta.recurrent if T == 1 else gated_delta.chunked
-        out, memory = rule(q, k, v, g, beta, state.memory)
-        z = self.in_proj_z(x).reshape(B, T, *out.shape[2:])
-        out = self.norm(out.astype(x.dtype), z)
-        return self.out_proj(out.reshape(B, T, -1)), DeltaState(memory, conv_tail)
+        z = self.in_proj_z(x).reshape(B, T, self.config.linear_num_value_heads, -1)
+        projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
+        out, state = (self.step if T == 1 else self.read)(*projected, z, state, num_valid)
+        return self.out_proj(out.reshape(B, T, -1)), state
 
-    def heads(
-        self, qkv: Float[Array, "B T C"]
-    ) -> tuple[Float32[Array, "B T N K"], Float32[Array, "B T N K"], Float32[Array, "B T N V"]]:
-        """Cuts the channels into normalised queries and keys, and values, one of each for every value head."""
-        c = self.config
-        q, k, v = jnp.split(qkv.astype(jnp.float32), [c.linear_key_dim, 2 * c.linear_key_dim], axis=-1)
-        shape = (*qkv.shape[:2], -1)
-        q = l2_normalise(q.reshape(*shape, c.linear_key_head_dim), L2_EPS) * c.linear_key_head_dim**-0.5
-        k = l2_normalise(k.reshape(*shape, c.linear_key_head_dim), L2_EPS)
-        shared = c.linear_num_value_heads // c.linear_num_key_heads
-        return jnp.repeat(q, shared, axis=2), jnp.repeat(k, shared, axis=2), v.reshape(*shape, c.linear_value_head_dim)
+    def read(
+        self,
+        qkv: Float[Array, "B T C"],
+        a: Float[Array, "B T N"],
+        b: Float[Array, "B T N"],
+        z: Float[Array, "B T N V"],
+        state: DeltaState,
+        num_valid: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T N V"], DeltaState]:
+        """Many tokens: the rows of the batch are sequences of one packed row."""
+        B, T, _ = qkv.shape
+        packed = (x.reshape(B * T, -1) for x in (qkv, a, b))
+        starts = T * jnp.arange(B, dtype=jnp.int32)
+        read = gated_delta.chunked(*packed, self.layer, state.memory, state.conv_tail, starts, num_valid, backend=self.backend)
+        return self.norm(read.out.reshape(z.shape), z), DeltaState(read.memory, read.tail)
 
-    def gates(
-        self, x: Float[Array, "B T D"], num_valid: Int32[Array, " B"]
-    ) -> tuple[Float32[Array, "B T N"], Float32[Array, "B T N"]]:
-        """Log decay and writing strength; both 0 for padding, which so leaves the memory as it was."""
-        rate = jnp.exp(self.A_log[...].astype(jnp.float32))
-        a = self.in_proj_a(x).astype(jnp.float32)
-        step = jax.nn.softplus(a + last(self.dt_bias[...].astype(jnp.float32), a))
-        beta = jax.nn.sigmoid(self.in_proj_b(x).astype(jnp.float32))
-        real = (jnp.arange(x.shape[1])[None] < num_valid[:, None])[..., None]
-        return jnp.where(real, -last(rate, step) * step, 0.0), jnp.where(real, beta, 0.0)
+    def step(
+        self,
+        qkv: Float[Array, "B T C"],
+        a: Float[Array, "B T N"],
+        b: Float[Array, "B T N"],
+        z: Float[Array, "B T N V"],
+        state: DeltaState,
+        num_valid: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T N V"], DeltaState]:
+        """One token of each row."""
+        slots = jnp.arange(qkv.shape[0], dtype=jnp.int32)
+        norm = self.norm.weight[...]
+        out, memory, tail = gated_delta.recurrent(
+            qkv, a, b, z, self.layer, norm, self.norm.eps, state.memory, state.conv_tail, slots, num_valid, backend=self.backend
+        )
+        return out, DeltaState(memory, tail)
+
+    @property
+    def layer(self) -> gated_delta.Layer:
+        """What the rule needs of this layer's parameters."""
+        return gated_delta.Layer(self.conv[...], self.A_log[...], self.dt_bias[...])
 
 
 class GatedRMSNorm(nnx.Module):
@@ -80,6 +93,4 @@ class GatedRMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... V"], z: Float[Array, "... V"]) -> Float[Array, "... V"]:
-        y = rms_normalise(x.astype(jnp.float32), self.eps)
-        y = y * last(self.weight[...].astype(jnp.float32), y)
-        return (y * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
+        return gated_delta.gated_norm(x, z, self.weight[...], self.eps)

@@ -51,11 +51,11 @@ class Decoding:
 
 
 class Generator:
-    """The jitted functions over one set of parameters."""
+    """The jitted functions over one set of parameters; `backend` as in `model.schema`."""
 
-    def __init__(self, config: ModelConfig, params: Params):
+    def __init__(self, config: ModelConfig, params: Params, backend: str | None = None):
         self.config, self.params = config, params
-        graph = model.schema(config)
+        graph = model.schema(config, backend)
         self.dtype = params["text"]["embed"]["weight"].dtype
         self.steps = STEPS_PER_DISPATCH_CPU if jax.default_backend() == "cpu" else STEPS_PER_DISPATCH
         self._encode = jax.jit(functools.partial(model.encode, graph.vision))

@@ -96,8 +96,3 @@ class SwiGLU(nnx.Module):
 def rms_normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """`x` over the root of its mean square."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def l2_normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
-    """`x` over its length; eps stands under the root, as in flash-linear-attention."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)

@@ -57,11 +57,17 @@ class MiniCPMV:
     """
 
     def __init__(
-        self, config: ModelConfig, generation_config: GenerationConfig, params: Params, processor: Processor, folder: Path
+        self,
+        config: ModelConfig,
+        generation_config: GenerationConfig,
+        params: Params,
+        processor: Processor,
+        folder: Path,
+        backend: str | None = None,
     ):
         self.config, self.generation_config = config, generation_config
         self.params, self.processor, self.folder = params, processor, folder
-        self.generator = Generator(config, params)
+        self.generator = Generator(config, params, backend)
         self.detokenizer = Detokenizer(processor.tokenizer)
 
     @classmethod
@@ -72,6 +78,7 @@ class MiniCPMV:
         revision: str | None = None,
         fetch: Fetch = fetch,
         progress: bool = False,
+        backend: str | None = None,
     ) -> "MiniCPMV":
         """Loads a Hugging Face or a converted folder, or a model from the hub.
 
@@ -81,6 +88,7 @@ class MiniCPMV:
           revision: a hub branch, tag or commit.
           fetch: how pictures and videos given as URLs or paths are read; a server passes its own rules.
           progress: draw a bar on a terminal while parameters are loaded.
+          backend: who runs the kernels: "reference", "gpu", "tpu", or None for the fastest that serves this model here.
 
         Raises:
           ValueError: in one line, naming what is missing, unknown or broken.
@@ -92,7 +100,7 @@ class MiniCPMV:
         generation_config = GenerationConfig.from_folder(folder)
         processor = Processor.from_folder(folder, fetch=fetch)
         params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype], progress)
-        return cls(config, generation_config, params, processor, folder)
+        return cls(config, generation_config, params, processor, folder, backend)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
         """Token ids, pictures and their places for a conversation.

@@ -32,8 +32,8 @@ Params = dict[str, Any]
 class MiniCPMV46(nnx.Module):
     """Vision tower and text backbone; names, shapes and initialisation of every parameter."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.text = TextModel(config.text, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, backend: str | None = None, rngs: nnx.Rngs):
+        self.text = TextModel(config.text, backend=backend, rngs=rngs)
         self.vision = VisionTower(config.vision, config.text.hidden_size, rngs=rngs)
 
 
@@ -57,9 +57,12 @@ class TokenBlock:
     num_valid: Int32[Array, " B"]
 
 
-def schema(config: ModelConfig) -> Schema:
-    """Which modules the model has; built without allocating a parameter."""
-    module = _abstract(config)
+def schema(config: ModelConfig, backend: str | None = None) -> Schema:
+    """Which modules the model has; built without allocating a parameter.
+
+    `backend` is who runs the operations of `kernels_pallas`: "reference", "gpu", "tpu", or None for the fastest that serves them.
+    """
+    module = _abstract(config, backend)
     return Schema(nnx.split(module.text)[0], nnx.split(module.vision)[0])
 
 
@@ -82,8 +85,8 @@ def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
     return nnx.merge(graph, params)
 
 
-def _abstract(config: ModelConfig) -> MiniCPMV46:
-    return nnx.eval_shape(lambda: MiniCPMV46(config, rngs=nnx.Rngs(0)))
+def _abstract(config: ModelConfig, backend: str | None = None) -> MiniCPMV46:
+    return nnx.eval_shape(lambda: MiniCPMV46(config, backend=backend, rngs=nnx.Rngs(0)))
 
 
 def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, taps: Taps | None = None) -> Float[Array, "R D"]:

@@ -22,7 +22,7 @@ class KeyValues:
 class DeltaState:
     """Memory of one gated-delta layer: its size does not depend on the length of the sequence."""
 
-    memory: Float32[Array, "B N K V"]
+    memory: Float32[Array, "B N V K"]
     conv_tail: Float[Array, "B tail C"]
 
 
@@ -48,7 +48,7 @@ def empty_state(config: TextConfig, batch: int, capacity: int, dtype: jnp.dtype)
         if kind == "full_attention":
             shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
             return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        heads = (batch, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+        heads = (batch, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
         tail = (batch, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
         return DeltaState(jnp.zeros(heads, jnp.float32), jnp.zeros(tail, dtype))
 

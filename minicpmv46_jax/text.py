@@ -18,9 +18,12 @@ from minicpmv46_jax.state import DeltaState, KeyValues, TextState
 class Block(nnx.Module):
     """One layer: mix tokens, then mix channels, each behind a norm and around a residual."""
 
-    def __init__(self, config: TextConfig, kind: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, kind: str, *, backend: str | None = None, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = (Attention if kind == "full_attention" else GatedDeltaNet)(config, rngs=rngs)
+        if kind == "full_attention":
+            self.mixer = Attention(config, rngs=rngs)
+        else:
+            self.mixer = GatedDeltaNet(config, backend=backend, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
 
@@ -39,9 +42,9 @@ class Block(nnx.Module):
 class TextModel(nnx.Module):
     """Embeddings in, final hidden states out; `logits` reads them through the tied table."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, backend: str | None = None, rngs: nnx.Rngs):
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.List([Block(config, kind, rngs=rngs) for kind in config.layer_types])
+        self.layers = nnx.List([Block(config, kind, backend=backend, rngs=rngs) for kind in config.layer_types])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(

@@ -1,4 +1,7 @@
-"""The gated delta rule against the naive recurrence in float64."""
+"""The gated delta rule's reference against the naive recurrence in float64."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,109 +10,147 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import gated_delta
-from tests.tolerances import relative_rms
+from kernels_pallas import backends, gated_delta
+from tests import gated_delta_truth as truth
+from tests.tolerances import GATED_DELTA, relative_rms
 
-# float32 against float64 over the worst decays and lengths drawn here. Seen: up to 2e-6 recurrent; the chunked form subtracts
-# cumulated logs of the decay, whose rounding the exponential returns as a relative error: up to 1e-5 at decays of 1e-6 a token.
-RECURRENT, CHUNKED = 5e-6, 3e-5
+chunked = jax.jit(functools.partial(gated_delta.chunked, backend="reference"))
+recurrent = jax.jit(functools.partial(gated_delta.recurrent, backend="reference"), static_argnames="eps")
 
-recurrent, chunked = jax.jit(gated_delta.recurrent), jax.jit(gated_delta.chunked)
-
-
-def naive(q, k, v, g, beta, state):
-    """The recurrence as the paper writes it, one token at a time, float64."""
-    q, k, v, g, beta, state = (np.asarray(x, np.float64) for x in (q, k, v, g, beta, state))
-    out = np.zeros(v.shape)
-    for t in range(q.shape[1]):
-        state = np.exp(g[:, t, :, None, None]) * state
-        error = v[:, t] - np.einsum("bnk,bnkv->bnv", k[:, t], state)
-        state = state + np.einsum("bn,bnk,bnv->bnkv", beta[:, t], k[:, t], error)
-        out[:, t] = np.einsum("bnk,bnkv->bnv", q[:, t], state)
-    return out, state
+LENGTHS = [0, 1, 2, 3, 63, 64, 65, 128, 150, 200]
 
 
-def draw(rng, B, T, N, K, V, log_decay):
-    unit = rng.standard_normal((2, B, T, N, K))
-    q, k = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
-    g = -np.exp(rng.uniform(*log_decay, (B, T, N)))
-    tensors = (
-        q * K**-0.5,
-        k,
-        rng.standard_normal((B, T, N, V)),
-        g,
-        rng.uniform(0, 1, (B, T, N)),
-        rng.standard_normal((B, N, K, V)),
-    )
-    return [np.asarray(x, np.float32) for x in tensors]
+@pytest.mark.parametrize("decay", truth.DECAYS)
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.sampled_from(LENGTHS), min_size=3, max_size=3), seed=st.integers(0, 2**31))
+def test_chunked_follows_the_recurrence(decay, lengths, seed):
+    case = truth.draw(np.random.default_rng(seed), lengths, heads=4, key_heads=2, K=16, V=24, decay=decay)
+    found = chunked(*case.arguments())
+    nobody = np.ones(len(case.qkv), bool)
+    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+        nobody[own] = False
+        end = memories[-1] if lengths[s] else case.memory[s]
+        assert relative_rms(found.memory[s], end) < GATED_DELTA["reference"]
+        tail = np.concatenate([case.tail[s], case.qkv[own]])[-3:]
+        np.testing.assert_array_equal(found.tail[s], tail)
+        if lengths[s]:
+            assert relative_rms(found.out[own], out) < GATED_DELTA["reference"]
+    assert not np.asarray(found.out)[nobody].any()
 
 
-DECAYS = {"slow": (-14, -7), "usual": (-5, 0), "fast": (0, 2.6)}  # from 1 - 1e-6 to 1e-6 kept a token
-
-
-@pytest.mark.parametrize("decay", DECAYS)
-@settings(max_examples=12, deadline=None)
-@given(T=st.sampled_from([1, 2, 63, 64, 65, 128, 150, 200]), seed=st.integers(0, 2**31))
-def test_both_forms_follow_the_recurrence(decay, T, seed):
-    inputs = draw(np.random.default_rng(seed), 2, T, 2, 16, 24, DECAYS[decay])
-    expected_out, expected_state = naive(*inputs)
-    for form, tolerance in ((recurrent, RECURRENT), (chunked, CHUNKED)):
-        out, state = form(*map(jnp.asarray, inputs))
-        assert relative_rms(out, expected_out) < tolerance
-        assert relative_rms(state, expected_state) < tolerance
+def test_snapshots_are_the_memories_at_chunk_ends():
+    lengths = [200, 0, 128, 70]
+    case = truth.draw(np.random.default_rng(7), lengths)
+    wanted = [(0, 1), (2, 2), (0, 3), (3, 1), (0, 4), (1, 1), (2, 0)]  # the last three ask for chunks that are not there
+    found = chunked(*case.arguments(), jnp.asarray(wanted, jnp.int32))
+    expected = list(truth.sequences(case))
+    for i, (s, chunks) in enumerate(wanted[:4]):
+        own, _, memories = expected[s]
+        end = 64 * chunks
+        assert relative_rms(found.snapshots[i], memories[end - 1]) < GATED_DELTA["reference"]
+        np.testing.assert_array_equal(found.snapshot_tails[i], case.qkv[own][end - 3 : end])
+    assert not np.asarray(found.snapshots[4:]).any()
+    assert not np.asarray(found.snapshot_tails[4:]).any()
 
 
 def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
-    q, k, v, g, beta, state = map(jnp.asarray, draw(np.random.default_rng(1), 1, 256, 2, 16, 16, DECAYS["usual"]))
-    form = jax.jit(gated_delta.chunked)
-    whole, end = form(q, k, v, g, beta, state)
-    cut = 2 * gated_delta.CHUNK
-    first, middle = form(q[:, :cut], k[:, :cut], v[:, :cut], g[:, :cut], beta[:, :cut], state)
-    second, split_end = form(q[:, cut:], k[:, cut:], v[:, cut:], g[:, cut:], beta[:, cut:], middle)
-    np.testing.assert_array_equal(jnp.concatenate([first, second], axis=1), whole)
-    np.testing.assert_array_equal(split_end, end)
+    case = truth.draw(np.random.default_rng(1), [256], gaps=False)
+    whole = chunked(*case.arguments(), jnp.array([[0, 2]], jnp.int32))
+    qkv, a, b, layer, *_ = case.arguments()
+    start, length = jnp.zeros(1, jnp.int32), jnp.full(1, 128, jnp.int32)
+    first = chunked(qkv[:128], a[:128], b[:128], layer, case.memory, case.tail, start, length)
+    second = chunked(qkv[128:], a[128:], b[128:], layer, first.memory, first.tail, start, length)
+    np.testing.assert_array_equal(first.memory, whole.snapshots)
+    np.testing.assert_array_equal(first.tail, whole.snapshot_tails)
+    np.testing.assert_array_equal(jnp.concatenate([first.out, second.out]), whole.out)
+    np.testing.assert_array_equal(second.memory, whole.memory)
 
 
-@pytest.mark.parametrize("form", [gated_delta.recurrent, gated_delta.chunked])
-def test_a_token_with_zero_gates_changes_nothing(form):
-    q, k, v, g, beta, state = map(jnp.asarray, draw(np.random.default_rng(2), 1, 70, 2, 16, 16, DECAYS["usual"]))
-    _, expected = form(q[:, :40], k[:, :40], v[:, :40], g[:, :40], beta[:, :40], state)
-    real = (jnp.arange(70) < 40)[None, :, None]
-    _, found = form(q, k, v, jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0), state)
-    assert relative_rms(found, expected) < 1e-6
+def step_inputs(rng, rows, tokens, slots, *, heads=4, K=16, V=24, decay="usual", dtype=jnp.float32):
+    """A case of `rows` sequences of `tokens` tokens as `recurrent` takes it, with slots to spare in random order."""
+    case = truth.draw(rng, [tokens] * rows, heads=heads, K=K, V=V, decay=decay, dtype=dtype, gaps=False)
+    order = np.argsort(np.asarray(case.starts))  # sequences stand in the row in another order than in the batch
+    qkv, a, b = (x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b))
+    spare = truth.draw(rng, [1] * slots, heads=heads, K=K, V=V, dtype=dtype)
+    z = jnp.asarray(rng.standard_normal((rows, tokens, heads, V)), dtype)
+    norm = jnp.asarray(rng.standard_normal(V), dtype)
+    slot = rng.permutation(slots)[:rows]
+    memory = spare.memory.at[slot].set(case.memory[order])
+    tail = spare.tail.at[slot].set(case.tail[order])
+    return qkv, a, b, z, case.layer, norm, memory, tail, jnp.asarray(slot, jnp.int32)
 
 
-@pytest.mark.parametrize("form", [gated_delta.recurrent, gated_delta.chunked])
-def test_gradients_agree_with_finite_differences(form):
-    inputs = [jnp.asarray(x) for x in draw(np.random.default_rng(3), 1, 70, 1, 4, 4, DECAYS["usual"])]
+def expected_step(qkv, a, b, z, layer, norm, memory, tail, slot, keep, eps):
+    """(outputs, memory and tail after `keep` tokens) of each row, float64."""
+    for r, s in enumerate(np.asarray(slot)):
+        out, memories = truth.naive(qkv[r], a[r], b[r], layer, memory[s], tail[s])
+        end = memories[keep[r] - 1] if keep[r] else np.asarray(memory[s])
+        yield truth.gated_norm(out, z[r], norm, eps), end, np.concatenate([tail[s], qkv[r]])[keep[r] : keep[r] + 3]
 
-    def loss(inputs):
-        out, state = form(*inputs)
-        return jnp.sum(out**2) + jnp.sum(jnp.sin(state))
 
-    gradient = jax.grad(loss)(inputs)
-    direction = [jnp.asarray(np.random.default_rng(4).standard_normal(x.shape), jnp.float32) for x in inputs]
-    analytic = sum(jnp.vdot(a, b) for a, b in zip(gradient, direction, strict=True))
+@pytest.mark.parametrize("decay", truth.DECAYS)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(decay, tokens):
+    rng = np.random.default_rng([tokens, len(decay)])
+    *inputs, slot = step_inputs(rng, 5, tokens, 8, decay=decay)
+    slot, idle = slot.at[2].set(-1), 2
+    keep = rng.integers(0, tokens + 1, 5)
+    out, memory, tail = recurrent(*inputs[:6], 1e-6, *inputs[6:], slot, jnp.asarray(keep, jnp.int32))
+    untouched = np.setdiff1d(np.arange(8), np.asarray(slot))
+    for r, expected in enumerate(expected_step(*inputs, slot, keep, 1e-6)):
+        if r == idle:
+            assert not np.asarray(out[r]).any()
+            continue
+        for found, value in zip((out[r], memory[slot[r]], tail[slot[r]]), expected, strict=True):
+            assert relative_rms(found, value) < GATED_DELTA["reference"]
+    np.testing.assert_array_equal(memory[untouched], inputs[6][untouched])
+    np.testing.assert_array_equal(tail[untouched], inputs[7][untouched])
+
+
+def test_a_draft_that_is_taken_back_leaves_nothing_behind():
+    *inputs, slot = step_inputs(np.random.default_rng(3), 3, 4, 4)
+    qkv, a, b, z, layer, norm, memory, tail = inputs
+    keep = jnp.array([2, 0, 4], jnp.int32)
+    drafted = recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slot, keep)
+    for r in range(3):
+        one_by_one, own = (memory, tail), slot[r : r + 1]
+        for t in range(int(keep[r])):
+            token = (x[r : r + 1, t : t + 1] for x in (qkv, a, b, z))
+            _, *one_by_one = recurrent(*token, layer, norm, 1e-6, *one_by_one, own, jnp.ones(1, jnp.int32))
+        np.testing.assert_array_equal(drafted[1][own], one_by_one[0][own])
+        np.testing.assert_array_equal(drafted[2][own], one_by_one[1][own])
+
+
+def test_gradients_agree_with_finite_differences():
+    case = truth.draw(np.random.default_rng(3), [70, 40], heads=1, K=4, V=4)
+    *continuous, starts, lengths = case.arguments()
+
+    def loss(continuous):
+        found = gated_delta.chunked(*continuous, starts, lengths, backend="reference")
+        return jnp.sum(found.out**2) + jnp.sum(jnp.sin(found.memory))
+
+    gradient = jax.grad(loss)(continuous)
+    rng = np.random.default_rng(4)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), continuous)
+    analytic = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
     step = 1e-2
-    ahead, behind = (loss([x + s * d for x, d in zip(inputs, direction, strict=True)]) for s in (step, -step))
+    ahead, behind = (loss(jax.tree.map(lambda x, d, s=s: x + s * d, continuous, direction)) for s in (step, -step))
     assert float(analytic) == pytest.approx(float((ahead - behind) / (2 * step)), rel=2e-2)
 
 
-@settings(max_examples=20, deadline=None)
-@given(T=st.sampled_from([1, 2, 9]), seed=st.integers(0, 2**31), data=st.data())
-def test_conv_is_causal_and_its_tail_joins_blocks(T, seed, data):
-    rng = np.random.default_rng(seed)
-    x, weight = rng.standard_normal((2, T, 6)).astype(np.float32), rng.standard_normal((6, 4)).astype(np.float32)
-    padded = np.concatenate([np.zeros((2, 3, 6)), x.astype(np.float64)], axis=1)
-    linear = sum(padded[:, i : i + T] * weight[:, i] for i in range(4))
-    expected = linear / (1 + np.exp(-linear))
-    cut = data.draw(st.integers(0, T))
-    tail = jnp.zeros((2, 3, 6))
-    outs = []
-    for block in (x[:, :cut], x[:, cut:]):
-        real = block.shape[1]
-        block = np.concatenate([block, np.full((2, 5, 6), 7.0, np.float32)], axis=1)  # padding must not reach the tail
-        out, tail = gated_delta.causal_conv(jnp.asarray(block), jnp.asarray(weight), tail, jnp.full(2, real))
-        outs.append(out[:, :real])
-    np.testing.assert_allclose(np.concatenate(outs, axis=1), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(tail, padded[:, T : T + 3].astype(np.float32))
+def test_what_cannot_be_served_is_refused_in_one_line():
+    case = truth.draw(np.random.default_rng(0), [3])
+    with pytest.raises(ValueError, match="backend is 'cuda', and this operation has 'reference'"):
+        gated_delta.chunked(*case.arguments(), backend="cuda")
+    layer = case.layer._replace(conv=case.layer.conv[:-1])
+    narrow = dataclasses.replace(case, qkv=case.qkv[:, :-1], layer=layer, tail=case.tail[..., :-1])
+    with pytest.raises(ValueError, match=r"qkv has 95 channels, expected 2 x key heads x 16 \+ 2 x 16"):
+        gated_delta.chunked(*narrow.arguments())
+
+
+def test_none_falls_back_and_a_name_does_not():
+    assert backends.choose(None, {"reference": None, "gpu": None}) == "reference"  # no such chip here
+    with pytest.raises(ValueError, match=r"backend 'gpu' is for NVIDIA H100.* and the device is 'cpu'"):
+        backends.choose("gpu", {"reference": None, "gpu": None})
+    with pytest.raises(NotImplementedError, match="K is 16, and it takes 128; backend 'reference' serves it"):
+        backends.choose("gpu", {"reference": None, "gpu": "K is 16, and it takes 128"})

@@ -1,128 +1,192 @@
-"""The gated delta rule in readable jnp: the recurrence itself, its chunked form, and the causal convolution before both.
+"""Both operations in readable jnp, for any platform and any head width: what the kernels are compared with.
 
 State and arithmetic are float32 whatever the inputs are: a bfloat16 state loses small writes once it has grown.
-Glossary: B sequences, T tokens, N heads, K key width, V value width, L tokens in a chunk, C channels, W conv width.
+Glossary: S sequences or slots, T tokens, N value heads, K key width, V value width, L tokens of a chunk,
+C channels, W conv width.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int32
 
-CHUNK = 64  # tokens; the tile of the WY form, and the grid on which a prefix may be cut without changing a bit
+from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
 
-Tokens = Float[Array, "B T N W"]
-Gates = Float32[Array, "B T N"]
-State = Float32[Array, "B N K V"]
+L2_EPS = 1e-6  # fixed in the reference implementation, not a field of the checkpoint
 
 
 def _dot(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *operands, precision=Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def recurrent(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
-    g: Gates,
-    beta: Gates,
-    state: State,
-) -> tuple[Float32[Array, "B T N V"], State]:
-    """Token by token: `S = exp(g) S + beta k (v - k^T exp(g) S)^T`, read as `q^T S`.
-
-    Args:
-      q, k: queries and keys, already normalised and scaled.
-      v: values.
-      g: log decay, <= 0.
-      beta: writing strength in [0, 1]; a token with g = 0 and beta = 0 leaves the state as it was.
-      state: the memory before the first token.
-
-    Returns:
-      What each token reads, and the state after the last.
-    """
-
-    def step(state, token):
-        q_BNK, k_BNK, v_BNV, g_BN, beta_BN = token
-        state = state * jnp.exp(g_BN)[..., None, None]
-        error_BNV = v_BNV - _dot("bnk,bnkv->bnv", k_BNK, state)
-        state = state + _dot("bnk,bnv->bnkv", k_BNK, beta_BN[..., None] * error_BNV)
-        return state, _dot("bnk,bnkv->bnv", q_BNK, state)
-
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 1, 0), (q, k, v, g, beta))
-    state, out_TBNV = jax.lax.scan(step, state, tokens)
-    return jnp.moveaxis(out_TBNV, 0, 1), state
-
-
 def chunked(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N V"],
-    g: Gates,
-    beta: Gates,
-    state: State,
-) -> tuple[Float32[Array, "B T N V"], State]:
-    """The same as `recurrent`, CHUNK tokens at a time, in matrix products (arXiv:2412.06464, section 3.3).
+    qkv: Float[Array, "T C"],
+    a: Float[Array, "T N"],
+    b: Float[Array, "T N"],
+    conv: Float[Array, "C W"],
+    a_log: Float[Array, " N"],
+    dt_bias: Float[Array, " N"],
+    memory: Float32[Array, "S N V K"],
+    tail: Float[Array, "S tail C"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    snapshots: Int32[Array, "P 2"],
+) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
+    """`api.chunked`, less the tails (arXiv:2412.06464, section 3.3).
 
-    Inside a chunk the writes depend on each other through a unit lower-triangular system, solved for all chunks at once;
-    only the hand-over of the state from chunk to chunk is sequential. Arguments and results as `recurrent`.
+    Inside a chunk the writes depend on each other through a unit lower-triangular system, solved for all chunks at once; only
+    the hand-over of the memory from chunk to chunk is sequential.
     """
-    T = q.shape[1]
-    q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [chunks, B, N, L, ...]
+    T, (S, N, V, K) = qkv.shape[0], memory.shape
+    table = chunk_table(starts, lengths, T)
+    rows, real = _rows(table)
+    q, k, v = heads(_convolved_chunks(qkv, conv, tail, table), N, K, V)
+    g, beta = gates(a[jnp.clip(rows, 0, T - 1)], b[jnp.clip(rows, 0, T - 1)], a_log, dt_bias)
+    g, beta = (jnp.where(real[..., None], x, 0.0) for x in (g, beta))  # a token with neither changes nothing
+
+    q, k, v, g, beta = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, g, beta))  # [chunks, N, L, ...]
     decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
-    earlier = jnp.tril(jnp.ones((1, 1, 1, CHUNK, CHUNK), bool))
+    earlier = jnp.tril(jnp.ones((1, 1, CHUNK, CHUNK), bool))
     between = jnp.exp(jnp.where(earlier, decay[..., :, None] - decay[..., None, :], -jnp.inf))
 
     k_beta = k * beta[..., None]
-    overlap = _dot("cbnik,cbnjk->cbnij", k_beta, k) * between
+    overlap = _dot("cnik,cnjk->cnij", k_beta, k) * between
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(decay)[..., None]], axis=-1)
     solved = jax.lax.linalg.triangular_solve(overlap, right, left_side=True, lower=True, unit_diagonal=True)
-    writes, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
-    attention = _dot("cbnik,cbnjk->cbnij", q, k) * between
+    writes, reads = jnp.split(solved, [V], axis=-1)
+    attention = _dot("cnik,cnjk->cnij", q, k) * between
 
     q_decayed = q * jnp.exp(decay)[..., None]
     k_decayed = k * jnp.exp(decay[..., -1:] - decay)[..., None]
-    state_decay = jnp.exp(decay[..., -1])[..., None, None]
+    fade = jnp.exp(decay[..., -1])[..., None, None]
+    snapshot = snapshot_of_chunk(table, snapshots)
 
-    def hand_over(state, chunk):
-        write, read, attend, q_out, k_in, fade = chunk
-        new_BNLV = write - _dot("bnlk,bnkv->bnlv", read, state)
-        out_BNLV = _dot("bnlk,bnkv->bnlv", q_out, state) + _dot("bnij,bnjv->bniv", attend, new_BNLV)
-        return state * fade + _dot("bnlk,bnlv->bnkv", k_in, new_BNLV), out_BNLV
+    def hand_over(carry, chunk):
+        current, ends, kept = carry
+        write, read, attend, q_out, k_in, fade, sequence, index, snapshot = chunk
+        current = jnp.where(index == 0, memory[jnp.minimum(sequence, S - 1)], current)
+        new_NLV = write - _dot("nlk,nvk->nlv", read, current)
+        out_NLV = _dot("nlk,nvk->nlv", q_out, current) + _dot("nij,njv->niv", attend, new_NLV)
+        current = current * fade + _dot("nlv,nlk->nvk", new_NLV, k_in)
+        ends = ends.at[sequence].set(current, mode="drop")
+        kept = kept.at[snapshot].set(current)  # the last entry, -1, takes those that nobody asked for
+        return (current, ends, kept), out_NLV
 
-    state, out = jax.lax.scan(hand_over, state, (writes, reads, attention, q_decayed, k_decayed, state_decay))
-    chunks, B, N, L, V = out.shape
-    return out.transpose(1, 0, 3, 2, 4).reshape(B, chunks * L, N, V)[:, :T], state
+    carry = (jnp.zeros((N, V, K)), memory, jnp.zeros((snapshots.shape[0] + 1, N, V, K)))
+    terms = (writes, reads, attention, q_decayed, k_decayed, fade, table.sequence, table.index, snapshot)
+    (_, ends, kept), out = jax.lax.scan(hand_over, carry, terms)
+    out = jnp.moveaxis(out, 1, 2).astype(qkv.dtype)  # [chunks, L, N, V]
+    packed = jnp.zeros((T, N, V), qkv.dtype).at[jnp.where(real, rows, T)].set(out, mode="drop")
+    return packed, ends, kept[:-1]
 
 
-def _to_chunks(x: Float[Array, "B T N ..."]) -> Float32[Array, "chunks B N L ..."]:
-    """float32, padded with tokens that change nothing (g = beta = 0), cut into chunks, heads before tokens."""
-    B, T = x.shape[:2]
-    x = jnp.pad(x.astype(jnp.float32), [(0, 0), (0, -T % CHUNK)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(B, -1, CHUNK, *x.shape[2:])
-    return jnp.moveaxis(x, (1, 3), (0, 2))
+def recurrent(
+    qkv: Float[Array, "B T C"],
+    a: Float[Array, "B T N"],
+    b: Float[Array, "B T N"],
+    z: Float[Array, "B T N V"],
+    conv: Float[Array, "C W"],
+    a_log: Float[Array, " N"],
+    dt_bias: Float[Array, " N"],
+    norm: Float[Array, " V"],
+    eps: float,
+    memory: Float32[Array, "S N V K"],
+    tail: Float[Array, "S tail C"],
+    slots: Int32[Array, " B"],
+    keep: Int32[Array, " B"],
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+    """`api.recurrent`, token by token."""
+    S, N, V, K = memory.shape
+    T, inputs = qkv.shape[1], conv.shape[1] - 1
+    active = slots >= 0
+    own = jnp.clip(slots, 0, S - 1)
+    window = jnp.concatenate([tail[own].astype(qkv.dtype), qkv], axis=1)
+    q, k, v = heads(convolve(window, conv), N, K, V)
+    g, beta = gates(a, b, a_log, dt_bias)
+    state = start = memory[own]
+    out = []
+    for t in range(T):
+        state, read = _step(state, q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t])
+        out.append(read)
+        start = jnp.where((t < keep)[:, None, None, None], state, start)
+    out = gated_norm(jnp.stack(out, axis=1).astype(z.dtype), z, norm, eps)
+    out = jnp.where(active[:, None, None, None], out, jnp.zeros((), out.dtype))
+    written = jnp.where(active, slots, S)
+    ends = jnp.take_along_axis(window, (keep[:, None] + jnp.arange(inputs)[None])[..., None], axis=1)
+    memory = memory.at[written].set(start, mode="drop")
+    return out, memory, tail.at[written].set(ends.astype(tail.dtype), mode="drop")
 
 
-def causal_conv(
-    x: Float[Array, "B T C"],
-    weight: Float[Array, "C W"],
-    tail: Float[Array, "B tail C"],
-    num_valid: Int[Array, " B"],
-) -> tuple[Float[Array, "B T C"], Float[Array, "B tail C"]]:
-    """Depthwise convolution over the last W tokens, then SiLU; the tail carries the W - 1 inputs before the block.
+def _step(state_BNVK: Array, q_BNK: Array, k_BNK: Array, v_BNV: Array, g_BN: Array, beta_BN: Array) -> tuple[Array, Array]:
+    """`S = exp(g) S + beta (v - exp(g) S k) k^T`, read as `S q`."""
+    state_BNVK = state_BNVK * jnp.exp(g_BN)[..., None, None]
+    error_BNV = v_BNV - _dot("bnvk,bnk->bnv", state_BNVK, k_BNK)
+    state_BNVK = state_BNVK + (beta_BN[..., None] * error_BNV)[..., None] * k_BNK[..., None, :]
+    return state_BNVK, _dot("bnvk,bnk->bnv", state_BNVK, q_BNK)
 
-    Args:
-      x: the inputs; of each row the first `num_valid` are real.
-      weight: one filter a channel, oldest tap first; no bias.
-      tail: the W - 1 inputs that came before x.
-      num_valid: real tokens in each row.
 
-    Returns:
-      The activated outputs in x's dtype, and the tail after each row's last real token.
-    """
-    T, W = x.shape[1], weight.shape[1]
-    x = jnp.concatenate([tail, x], axis=1)
-    taps = weight.astype(jnp.float32)[None, None]
-    out = sum(x[:, i : i + T].astype(jnp.float32) * taps[..., i] for i in range(W))
-    ends = num_valid[:, None] + jnp.arange(W - 1)[None]
-    new_tail = jnp.take_along_axis(x, ends[..., None], axis=1)
-    return jax.nn.silu(out).astype(tail.dtype), new_tail
+def convolve(window: Float[Array, "... window C"], conv: Float[Array, "C W"]) -> Float[Array, "... T C"]:
+    """Depthwise causal convolution, oldest tap first, then SiLU: float32 inside, the window's dtype out; W - 1 rows fewer."""
+    W = conv.shape[1]
+    T = window.shape[-2] - (W - 1)
+    taps = conv.astype(jnp.float32).reshape(*([1] * (window.ndim - 1)), *conv.shape)
+    out = sum(window[..., i : i + T, :].astype(jnp.float32) * taps[..., i] for i in range(W))
+    return jax.nn.silu(out).astype(window.dtype)
+
+
+def heads(
+    channels: Float[Array, "B T C"], value_heads: int, key_width: int, value_width: int
+) -> tuple[Float32[Array, "B T N K"], Float32[Array, "B T N K"], Float32[Array, "B T N V"]]:
+    """Cuts the channels into normalised queries and keys, and values, one of each for every value head; q scaled by K^-1/2."""
+    leading, C = channels.shape[:-1], channels.shape[-1]
+    keys = (C - value_heads * value_width) // 2
+    q, k, v = jnp.split(channels.astype(jnp.float32), [keys, 2 * keys], axis=-1)
+    q, k = (normalised(x.reshape(*leading, -1, key_width)) for x in (q, k))
+    shared = value_heads * key_width // keys
+    q, k = (jnp.repeat(x, shared, axis=-2) for x in (q * key_width**-0.5, k))
+    return q, k, v.reshape(*leading, value_heads, value_width)
+
+
+def normalised(x: Float32[Array, "... K"]) -> Float32[Array, "... K"]:
+    """`x / sqrt(sum x^2 + eps)` over the last axis."""
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPS)
+
+
+def gates(
+    a: Float[Array, "B T N"], b: Float[Array, "B T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"]
+) -> tuple[Float32[Array, "B T N"], Float32[Array, "B T N"]]:
+    """Log decay `-exp(a_log) softplus(a + dt_bias)` and writing strength `sigmoid(b)`."""
+    rate, bias = (x.astype(jnp.float32)[None, None] for x in (jnp.exp(a_log.astype(jnp.float32)), dt_bias))
+    return -rate * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(b.astype(jnp.float32))
+
+
+def gated_norm(
+    x: Float[Array, "... V"], z: Float[Array, "... V"], weight: Float[Array, " V"], eps: float
+) -> Float[Array, "... V"]:
+    """`x / rms(x) * w * silu(z)`, per head; float32 inside, z's dtype out."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    y = y * weight.astype(jnp.float32).reshape(*([1] * (y.ndim - 1)), -1)
+    return (y * jax.nn.silu(z.astype(jnp.float32))).astype(z.dtype)
+
+
+def _rows(table: Chunks) -> tuple[Int32[Array, "chunks L"], Array]:
+    """Each chunk's tokens in the row of tokens, and which are real."""
+    within = jnp.arange(CHUNK, dtype=jnp.int32)[None]
+    return table.row[:, None] + within, within < table.rows[:, None]
+
+
+def _convolved_chunks(
+    qkv: Float[Array, "T C"],
+    conv: Float[Array, "C W"],
+    tail: Float[Array, "S tail C"],
+    table: Chunks,
+) -> Float[Array, "chunks L C"]:
+    """The chunks' channels after convolution; before a sequence's first token stands its tail."""
+    inputs = tail.shape[1]
+    own = jnp.minimum(table.sequence, tail.shape[0] - 1)
+    before = jnp.arange(-inputs, 0, dtype=jnp.int32)[None]
+    earlier = qkv[jnp.clip(table.row[:, None] + before, 0, qkv.shape[0] - 1)]
+    earlier = jnp.where((table.index == 0)[:, None, None], tail[own].astype(qkv.dtype), earlier)
+    chunk = qkv[jnp.clip(_rows(table)[0], 0, qkv.shape[0] - 1)]
+    return convolve(jnp.concatenate([earlier, chunk], axis=1), conv)

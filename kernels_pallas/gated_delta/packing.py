@@ -1,0 +1,52 @@
+"""Where the chunks of ragged sequences lie: sequences stand in one row of tokens, each cut into chunks from its own start."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+CHUNK = 64  # tokens; the tile of the WY form, and the grid on which a prefix may be cut without changing a bit
+
+
+class Chunks(NamedTuple):
+    """One entry a chunk, sequence after sequence, padded with entries of no rows.
+
+    Attributes:
+      sequence: whose chunk it is; for padding the number of sequences.
+      row: its first token in the row of tokens.
+      rows: its tokens, 1 to CHUNK; 0 for padding.
+      index: 0 for a sequence's first chunk, then 1, 2, ...
+    """
+
+    sequence: Int32[Array, " chunks"]
+    row: Int32[Array, " chunks"]
+    rows: Int32[Array, " chunks"]
+    index: Int32[Array, " chunks"]
+
+
+def most_chunks(tokens: int, sequences: int) -> int:
+    """No `sequences` sequences within a row of `tokens` have more chunks than this."""
+    return (tokens + (CHUNK - 1) * sequences) // CHUNK
+
+
+def chunk_table(starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens: int) -> Chunks:
+    """Cuts every sequence into chunks; empty ones have none."""
+    sequences = starts.shape[0]
+    ends = jnp.cumsum((lengths + CHUNK - 1) // CHUNK)
+    chunk = jnp.arange(most_chunks(tokens, sequences), dtype=jnp.int32)
+    sequence = jnp.searchsorted(ends, chunk, side="right").astype(jnp.int32)
+    before = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[sequence]
+    real = sequence < sequences
+    own = jnp.minimum(sequence, sequences - 1)
+    index = jnp.where(real, chunk - before, 0).astype(jnp.int32)
+    row = jnp.where(real, starts[own] + CHUNK * index, 0)
+    rows = jnp.where(real, jnp.minimum(lengths[own] - CHUNK * index, CHUNK), 0)
+    return Chunks(sequence, row, rows, index)
+
+
+def snapshot_of_chunk(table: Chunks, snapshots: Int32[Array, "P 2"]) -> Int32[Array, " chunks"]:
+    """Which snapshot each chunk's end state is, or -1. A chunk can be one snapshot; of several that ask for it the last."""
+    wanted = (table.sequence[:, None] == snapshots[None, :, 0]) & (table.index[:, None] + 1 == snapshots[None, :, 1])
+    wanted &= (table.rows == CHUNK)[:, None]
+    order = jnp.arange(snapshots.shape[0], dtype=jnp.int32)[None]
+    return jnp.max(jnp.where(wanted, order, -1), axis=1, initial=-1)
