@@ -1,0 +1,42 @@
+"""This model's real workloads: one table for tests, benchmark and tuning."""
+
+from typing import NamedTuple
+
+HEADS, WIDTH, CONV = 16, 128, 4  # key and value heads, key and value width, taps of the convolution
+CHANNELS = 3 * HEADS * WIDTH
+
+
+class ChunkedShape(NamedTuple):
+    """Sequences of these lengths, one after the other in a row."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+
+class RecurrentShape(NamedTuple):
+    """That many rows of `tokens` tokens each, every row in a slot of its own."""
+
+    name: str
+    rows: int
+    tokens: int
+
+
+CHUNKED = (
+    ChunkedShape("prompt of 256", (256,)),
+    ChunkedShape("prompt of 2,048", (2048,)),
+    ChunkedShape("1 x 8,192", (8192,)),
+    ChunkedShape("8 x 1,024", (1024,) * 8),
+    # A fixed draw: 32 conversations of 1 to 2,000 tokens, 16,384 in all.
+    ChunkedShape(
+        "ragged 16,384",
+        (1203, 64, 1, 977, 130, 511, 2000, 12, 640, 333, 1408, 65, 720, 191, 1024, 47)
+        + (888, 256, 1500, 3, 402, 63, 610, 299, 1111, 128, 77, 540, 35, 702, 210, 234),
+    ),
+)
+
+RECURRENT = (
+    RecurrentShape("1 slot", 1, 1),
+    RecurrentShape("8 slots", 8, 1),
+    RecurrentShape("100 slots", 100, 1),
+    RecurrentShape("8 slots, 4 drafts", 8, 4),
+)
