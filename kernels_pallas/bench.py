@@ -1,0 +1,117 @@
+"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside fla] [--json FILE]`.
+
+For every shape of every operation's table: microseconds on the device (all its kernels, as the profiler sees them), GB/s
+of the bytes that must move at least, TFLOP/s of the work that must be done at least, and the larger share of a limit, measured on
+the spot: a large copy (bytes read and written), a large bfloat16 product. Beside it the plain-XLA reference and, where asked for
+and installed, flash-linear-attention's Triton kernels, by the same profiler in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CALLS = 10  # a measurement: the mean of so many calls on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One line of the table.
+
+    Attributes:
+      name: the operation and the shape.
+      run: called with a backend's name, gives a function without arguments that dispatches one call and returns its results.
+      bytes, flops: the least that must be moved and computed.
+      rivals: other libraries' functions for the same work, by name, each timed by its own profiler: microseconds.
+    """
+
+    name: str
+    run: Callable[[str], Callable[[], Any]]
+    bytes: float
+    flops: float
+    rivals: dict[str, Callable[[], float]] = dataclasses.field(default_factory=dict)
+
+
+def device_microseconds(call: Callable[[], Any]) -> float:
+    """Mean device time of a call, all of its kernels summed; the first call, which compiles, is not counted."""
+    jax.block_until_ready(call())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(CALLS):
+                jax.block_until_ready(call())
+        return sum(_kernel_nanoseconds(Path(folder))) / CALLS / 1e3
+
+
+def _kernel_nanoseconds(folder: Path) -> Iterator[float]:
+    for path in folder.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if plane.name.startswith("/device:"):
+                for line in plane.lines:
+                    if line.name.startswith(("Stream", "XLA Ops")) and "Async" not in line.name:
+                        yield from (event.duration_ns for event in line.events)
+
+
+def limits() -> tuple[float, float]:
+    """Bytes a second of a large copy, read and written, and operations a second of a large bfloat16 product."""
+    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    y = jax.random.normal(jax.random.key(1), (1 << 30,), jnp.bfloat16)
+    product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
+    product_us, copy_us = device_microseconds(lambda: product(x, x)), device_microseconds(lambda: copy(y))
+    return 2 * y.nbytes / copy_us * 1e6, 2 * x.shape[0] ** 3 / product_us * 1e6
+
+
+def main() -> None:
+    """Prints the tables."""
+    from kernels_pallas.gated_delta import bench as gated_delta
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="operations and shapes whose names contain this")
+    parser.add_argument("--beside", choices=("fla",), help="another library to measure in the same run")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    given = parser.parse_args()
+    device = jax.devices()[0].device_kind
+    copy, product = limits()
+    print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
+    rows = []
+    for work in gated_delta.works(given.beside):
+        if given.only in work.name:
+            rows.append(measured(work, copy, product))
+            print(line(rows[-1]), flush=True)
+    if given.json:
+        given.json.write_text(
+            json.dumps({"device": device, "jax": jax.__version__, "copy": copy, "product": product, "rows": rows})
+        )
+
+
+def measured(work: Work, copy: float, product: float) -> dict[str, Any]:
+    """A line's figures."""
+    kernel = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}[jax.default_backend()]
+    ours = device_microseconds(work.run(kernel))
+    limit = max(work.bytes / copy, work.flops / product) * 1e6
+    return {
+        "name": work.name,
+        "us": ours,
+        "gb_s": work.bytes / ours / 1e3,
+        "tflop_s": work.flops / ours / 1e6,
+        "of_limit": limit / ours,
+        "reference_us": device_microseconds(work.run("reference")),
+        "rivals_us": {name: rival() for name, rival in work.rivals.items()},
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line as it is printed."""
+    others = {"reference": row["reference_us"], **row["rivals_us"]}
+    beside = ", ".join(f"{name} {us:.1f} us ({us / row['us']:.2f} x)" for name, us in others.items())
+    speed = f"{row['gb_s']:7.0f} GB/s {row['tflop_s']:6.1f} TFLOP/s {row['of_limit']:4.0%} of the limit"
+    return f"{row['name']:44} {row['us']:8.1f} us {speed}; {beside}"
+
+
+if __name__ == "__main__":
+    main()

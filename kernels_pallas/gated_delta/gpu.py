@@ -1,0 +1,25 @@
+"""The kernels for Hopper, in Mosaic GPU: what they serve."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.gated_delta.gpu_chunked import TAIL, chunked
+from kernels_pallas.gated_delta.gpu_recurrent import recurrent
+
+__all__ = ["chunked", "gap", "recurrent"]
+
+WIDTH = 128  # of keys and of values
+
+
+def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
+    """What the kernels lack for these arguments, or None."""
+    _, N, V, K = memory.shape
+    if (K, V) != (WIDTH, WIDTH):
+        return f"memory has heads of {V} values and {K} keys, and it takes {WIDTH} and {WIDTH}"
+    if qkv.shape[-1] != 3 * N * WIDTH:
+        return f"qkv has {qkv.shape[-1]} channels, and it takes {3 * N * WIDTH}: as many key heads as value heads"
+    if conv.shape[1] != TAIL + 1:
+        return f"layer.conv has {conv.shape[1]} taps, and it takes {TAIL + 1}"
+    if qkv.dtype != jnp.bfloat16:
+        return f"qkv is {qkv.dtype}, and it takes bfloat16"
+    return None

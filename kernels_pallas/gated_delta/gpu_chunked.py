@@ -1,0 +1,376 @@
+"""`chunked` for Hopper, in two kernels with little around them:
+
+1. `systems`: every chunk of every head on its own. Convolution and SiLU; then the unit lower-triangular system that orders the
+   chunk's writes is inverted by doubling blocks, D[2b] = D[b] - D[b] A[b] D[b], in bfloat16 products: five steps of two 64x64x64
+   products each. Measured against an inverse in float32, that adds under a fifth to the error that bfloat16 operands cost anyway.
+2. `scan`: chunk after chunk of a sequence. The memory stays in registers, float32, and is its own left operand: transposed,
+   `[V, K]`, it needs no way through shared memory. One block works on one head; each of its warpgroups keeps 64 value channels.
+
+Sequences start anywhere in the row of tokens, but copies of tiles must start at a multiple of 8 rows: so the first kernel lays
+chunks out one after the other, padded with zeros, and XLA gathers the outputs back. q and k are never normalised in memory: their
+lengths are factors of rows and columns of 64x64 matrices, or of vectors.
+Glossary: S sequences, T tokens, N heads, K key width, V value width, L tokens of a chunk, C channels, P snapshots.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
+from kernels_pallas.gated_delta.reference import L2_EPS, gates
+from kernels_pallas.mosaic import (
+    ACROSS,
+    COL,
+    MATRIX,
+    ROW,
+    along_columns,
+    along_rows,
+    iota,
+    load,
+    params,
+    product,
+    silu,
+    tiles,
+)
+
+L = CHUNK
+SLICE = 64  # value channels of a warpgroup: the rows of one wgmma
+TAIL = 3  # inputs of the convolution before a token
+
+
+def chunked(
+    qkv: Float[Array, "T C"],
+    a: Float[Array, "T N"],
+    b: Float[Array, "T N"],
+    conv: Float[Array, "C W"],
+    a_log: Float[Array, " N"],
+    dt_bias: Float[Array, " N"],
+    memory: Float32[Array, "S N V K"],
+    tail: Float[Array, "S tail C"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    snapshots: Int32[Array, "P 2"],
+) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
+    """As `reference.chunked`."""
+    T, (_, N, V, _) = qkv.shape[0], memory.shape
+    table = chunk_table(starts, lengths, T)
+    system = systems(qkv, conv, tail, *chunk_gates(a, b, a_log, dt_bias, table), table)
+    taken = snapshot_of_chunk(table, snapshots)
+    out, end, kept = scan(system, memory, lengths, taken, snapshots.shape[0])
+    there = jnp.any(taken[None] == jnp.arange(snapshots.shape[0], dtype=jnp.int32)[:, None], axis=1)
+    kept = jnp.where(there[:, None, None, None], kept, 0.0)
+    return gathered(out.reshape(-1, N * V), starts, lengths, T).reshape(T, N, V), end, kept
+
+
+def gathered(
+    padded: Float[Array, "rows NV"], starts: Int32[Array, " S"], lengths: Int32[Array, " S"], T: int
+) -> Float[Array, "T NV"]:
+    """Rows of chunks to the row of tokens; zeros for tokens of nobody."""
+    counts = (lengths + L - 1) // L
+    first = L * (jnp.cumsum(counts) - counts)
+    since = jnp.arange(T, dtype=jnp.int32)[:, None] - starts[None]
+    inside = (since >= 0) & (since < lengths[None])
+    row = jnp.max(jnp.where(inside, first[None] + since, -1), axis=1)
+    return jnp.where((row >= 0)[:, None], padded[jnp.maximum(row, 0)], jnp.zeros((), padded.dtype))
+
+
+def chunk_gates(
+    a: Float[Array, "T N"], b: Float[Array, "T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"], table: Chunks
+) -> tuple[Float32[Array, "N chunks L"], Float32[Array, "N chunks L"]]:
+    """Log decay and writing strength of every chunk's tokens; both 0 in rows past the end, which so do nothing."""
+    within = jnp.arange(L, dtype=jnp.int32)[None]
+    rows = jnp.clip(table.row[:, None] + within, 0, a.shape[0] - 1)
+    real = (within < table.rows[:, None])[..., None]
+    g, beta = (jnp.where(real, x, 0.0).transpose(2, 0, 1) for x in gates(a[rows], b[rows], a_log, dt_bias))
+    return g, beta
+
+
+class System(NamedTuple):
+    """What `systems` finds out about each chunk, for `scan`: writes are `u - w S^T`, outputs `q_scale q S^T + attention writes`.
+
+    Attributes:
+      q, k: queries and keys after the convolution, of any length.
+      w, u: the solved system's right-hand sides; u transposed.
+      attention: of each token to the chunk's earlier ones.
+      q_scale, k_scale: what a query is worth when it reads the memory before the chunk, and a key's write at the chunk's end.
+      decay: log of the decay from the chunk's start to each token.
+    """
+
+    q: Float[Array, "chunks N L K"]
+    k: Float[Array, "chunks N L K"]
+    w: Float[Array, "chunks N L K"]
+    u: Float[Array, "chunks N V L"]
+    attention: Float[Array, "chunks N L L"]
+    q_scale: Float32[Array, "N chunks L"]
+    k_scale: Float32[Array, "N chunks L"]
+    decay: Float32[Array, "N chunks L"]
+
+
+def systems(
+    qkv: Float[Array, "T C"],
+    conv: Float[Array, "C W"],
+    tail: Float[Array, "S tail C"],
+    g: Float32[Array, "N chunks L"],
+    beta: Float32[Array, "N chunks L"],
+    table: Chunks,
+) -> System:
+    """Convolves every chunk and solves its system."""
+    N, chunks, _ = g.shape
+    K = V = qkv.shape[1] // (3 * N)
+    vector = jax.ShapeDtypeStruct((N, chunks, L), jnp.float32)
+    matrices = (jax.ShapeDtypeStruct((chunks, N, *shape), qkv.dtype) for shape in ((L, K), (L, K), (L, K), (V, L), (L, L)))
+    kernel = plgpu.kernel(
+        functools.partial(_systems, N=N, K=K),
+        out_type=System(*matrices, vector, vector, vector),
+        grid=(chunks, N),
+        grid_names=("chunk", "head"),
+        scratch_types=[
+            *(tiles(L, K), tiles(L, K), tiles(L, V)),  # q, k, v after the convolution
+            plgpu.RefUnion(
+                [plgpu.SMEM((3, TAIL + L + 5, K), qkv.dtype)],  # before it, in rows; 5 to the next multiple of 8
+                [tiles(L, L), tiles(L, L), tiles(L, K), tiles(V, L)],  # the inverse, products on the way to it, w and u
+            ),
+            plgpu.SMEM((2, L), jnp.float32),  # vectors on their way from rows to columns
+            plgpu.Barrier(num_arrivals=6),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="gated_delta_systems",
+    )
+    sequence = jnp.minimum(table.sequence, tail.shape[0] - 1)
+    return kernel(qkv, conv.T, tail, g, beta, sequence, table.row, table.rows, table.index)
+
+
+def _systems(*refs, N, K):
+    qkv, conv, tail, g, beta, sequence, row, rows, index, *rest = refs
+    *outputs, q_s, k_s, v_s, shared, vectors_s, ready = rest
+    out_q, out_k, out_w, out_u, out_att, out_q_scale, out_k_scale, out_decay = outputs
+    (raw_s,), (d_s, m_s, w_s, u_s) = shared
+    chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
+
+    @pl.when(rows[chunk] > 0)
+    def _():
+        channels = [pl.ds((i * N + head) * K, K) for i in range(3)]
+        for i, run in enumerate(channels):
+            _fetch_rows(qkv, tail, run, raw_s.at[i], ready, row[chunk], index[chunk], sequence[chunk])
+        beta_row, beta_col = (load(beta.at[head, chunk], layout) for layout in (ROW, COL))
+        i, j = iota((L, L), 0), iota((L, L), 1)
+        g_col = along_columns(load(g.at[head, chunk], COL), L)
+        decay_row = jnp.sum(jnp.where(i >= j, g_col, 0.0), axis=1)  # a cumulative sum
+        rest_row = jnp.sum(jnp.where(i < j, g_col, 0.0), axis=1)  # from each token to the chunk's end
+        plgpu.barrier_wait(ready)
+        for i, (run, place) in enumerate(zip(channels, (q_s, k_s, v_s), strict=True)):
+            place[...] = _convolve(raw_s.at[i], conv, run, rows[chunk]).astype(place.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, out_q.at[chunk, head])
+        plgpu.copy_smem_to_gmem(k_s, out_k.at[chunk, head])
+        k_norm, q_norm = inverse_length(k_s), inverse_length(q_s) * K**-0.5
+        out_q_scale[head, chunk] = q_norm * jnp.exp(decay_row)
+        out_k_scale[head, chunk] = k_norm * jnp.exp(rest_row)
+        out_decay[head, chunk] = decay_row
+        vectors_s[0], vectors_s[1] = k_norm, decay_row
+        k_norm_col, decay_col = (load(vectors_s.at[n], COL) for n in range(2))
+
+        between = jnp.exp(jnp.minimum(along_rows(decay_row, L) - along_columns(decay_col, L), 0.0)) * along_columns(k_norm_col, L)
+        attention = jnp.where(i >= j, product(q_s, k_s.transpose(ACROSS)) * between * along_rows(q_norm, L), 0.0)
+        send(attention, m_s, out_att.at[chunk, head])
+        overlap = product(k_s, k_s.transpose(ACROSS)) * between * along_rows(k_norm * beta_row, L)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        inverse = invert(jnp.where(i > j, overlap, 0.0), i, j, d_s, m_s)
+
+        solved = inverse * along_columns(beta_col, L)
+        put(solved, d_s)
+        reads = (solved * along_columns(jnp.exp(decay_col) * k_norm_col, L)).astype(w_s.dtype)
+        send(product(reads, k_s), w_s, out_w.at[chunk, head])
+        send(product(v_s.transpose(ACROSS), d_s.transpose(ACROSS)), u_s, out_u.at[chunk, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch_rows(qkv, tail, run, place, ready, row, index, sequence):
+    """A chunk's inputs behind the three before them; in front of a sequence's first chunk stands its tail."""
+    plgpu.copy_gmem_to_smem(qkv.at[pl.ds(row, L), run], place.at[pl.ds(TAIL, L)], ready)
+    before = place.at[pl.ds(0, TAIL)]
+
+    @pl.when(index == 0)
+    def _():
+        plgpu.copy_gmem_to_smem(tail.at[sequence, :, run], before, ready)
+
+    @pl.when(index > 0)
+    def _():
+        plgpu.copy_gmem_to_smem(qkv.at[pl.ds(row - TAIL, TAIL), run], before, ready)
+
+
+def _convolve(raw, conv, run, real):
+    """Convolution and SiLU of a chunk's run of channels; zeros in rows that are not its own, whatever they hold."""
+    shape = (L, raw.shape[1])
+    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, raw.dtype, 128)  # 16 bytes of a row a thread: no bank conflicts on either side
+    total = 0.0
+    for i in range(TAIL + 1):
+        tap = load(conv.at[i, run], layout.reduce(0)).astype(jnp.float32)
+        total += load(raw.at[pl.ds(i, L)], layout).astype(jnp.float32) * plgpu.layout_cast(along_columns(tap, L), layout)
+    rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    return jnp.where(rows < real, silu(total), 0.0)
+
+
+def invert(A, i, j, d_s, m_s):
+    """`(I + A)^-1` of a strictly lower-triangular [L, L], by doubling its diagonal blocks from 2 to L."""
+    D = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (i % 2 == 1), -A, 0.0))
+    block = 2
+    while block < L:
+        below = (i // block == j // block + 1) & ((i // block) % 2 == 1)
+        corner = jnp.where(below, A, 0.0).astype(d_s.dtype)
+        half = D.astype(d_s.dtype)
+        put(half, d_s)
+        put(product(corner, d_s), m_s)
+        D = D - product(half, m_s)
+        block *= 2
+    return D
+
+
+def put(x, place):
+    """Registers to shared memory, for products and copies to read."""
+    place[...] = x.astype(place.dtype)
+    plgpu.commit_smem()
+
+
+def send(x, place, destination):
+    """Registers to device memory by way of shared memory; wait before `place` is written again."""
+    put(x, place)
+    plgpu.copy_smem_to_gmem(place, destination)
+
+
+def inverse_length(ref):
+    """`1 / sqrt(sum x^2 + eps)` of each row."""
+    x = ref[...].astype(jnp.float32)
+    return lax.rsqrt(jnp.sum(x * x, axis=1) + L2_EPS)
+
+
+def scan(
+    system: System,
+    memory: Float32[Array, "S N V K"],
+    lengths: Int32[Array, " S"],
+    taken: Int32[Array, " chunks"],
+    snapshots: int,
+    *,
+    stages: int = 2,
+    groups: int | None = None,
+) -> tuple[Float[Array, "chunks L NV"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
+    """Hands the memory from chunk to chunk, and reads.
+
+    `groups` warpgroups of a block share what they load; with few heads in all, each gets a block of its own.
+    """
+    S, N, V, K = memory.shape
+    slices, dtype = V // SLICE, system.q.dtype
+    if groups is None:
+        groups = slices if S * N >= 128 else 1
+    shape = jax.ShapeDtypeStruct
+    kernel = plgpu.kernel(
+        functools.partial(_scan, V=V, stages=stages, groups=groups),
+        out_type=[
+            shape((taken.shape[0], L, N * V), dtype),
+            shape(memory.shape, jnp.float32),
+            shape((max(snapshots, 1), N, V, K), jnp.float32),
+        ],
+        grid=(S, N, slices // groups),
+        grid_names=("sequence", "head", "block"),
+        num_threads=groups + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            *(tiles(stages, L, K), tiles(stages, L, K), tiles(stages, L, K)),  # q, k, w
+            *(tiles(stages, groups * SLICE, L), tiles(stages, L, L)),  # u, attention
+            *(plgpu.SMEM((stages, L), jnp.float32), plgpu.SMEM((stages, L), jnp.float32)),  # q_scale, k_scale
+            tiles(groups, L, SLICE),  # outputs on their way
+            plgpu.Barrier(num_arrivals=FETCHED, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="gated_delta_scan",
+    )
+    counts = (lengths + L - 1) // L
+    out, end, kept = kernel(*system, memory, jnp.cumsum(counts) - counts, counts, taken)
+    return out, end, kept[:snapshots]
+
+
+FETCHED = 7  # of a System: all but the decay, of which a chunk needs one number
+
+
+def _scan(*refs, V, stages, groups):
+    inputs, (decay, memory, first, counts, taken, out, end, kept), scratch = refs[:FETCHED], refs[FETCHED:15], refs[15:]
+    *buffers, out_s, ready, consumed = scratch
+    q_s, k_s, w_s, u_s, att_s, q_scale_s, k_scale_s = buffers
+    sequence, head, block, group = (lax.axis_index(name) for name in ("sequence", "head", "block", "group"))
+    count, start = counts[sequence], first[sequence]
+
+    @pl.when(group == groups)
+    def _fetch():
+        plgpu.set_max_registers(96, action="decrease")
+        q, k, w, u, att, q_scale, k_scale = inputs
+
+        @pl.loop(0, count)
+        def _(i):
+            slot, chunk = lax.rem(i, stages), start + i
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+            rows = u.at[chunk, head, pl.ds(block * groups * SLICE, groups * SLICE)]
+            matrices = (*(x.at[chunk, head] for x in (q, k, w)), rows, att.at[chunk, head])
+            for source, place in zip((*matrices, q_scale.at[head, chunk], k_scale.at[head, chunk]), buffers, strict=True):
+                plgpu.copy_gmem_to_smem(source, place.at[slot], ready.at[slot])
+
+    @pl.when((group < groups) & (count == 0))
+    def _nothing():
+        mine = pl.ds((block * groups + group) * SLICE, SLICE)
+        end[sequence, head, mine] = load(memory.at[sequence, head, mine], MATRIX)
+
+    @pl.when((group < groups) & (count > 0))
+    def _compute():
+        plgpu.set_max_registers(208, action="increase")
+        channel = (block * groups + group) * SLICE
+        mine, place = pl.ds(channel, SLICE), out_s.at[group]
+
+        def write(read, chunk):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the chunk before has left
+            place.transpose(ACROSS)[...] = plgpu.layout_cast(read, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(place, out.at[chunk, :, pl.ds(head * V + channel, SLICE)])
+
+        def hand_over(i, carry):
+            state, before = carry
+            slot, chunk = lax.rem(i, stages), start + i
+            fade, snapshot = jnp.exp(decay[head, chunk, L - 1]), taken[chunk]
+            plgpu.barrier_wait(ready.at[slot])
+            left = state.astype(out.dtype)
+
+            def products(accumulators):
+                recalls, reads, attended, following = accumulators
+                plgpu.wgmma(recalls, left, w_s.at[slot].transpose(ACROSS))
+                plgpu.wgmma(reads, left, q_s.at[slot].transpose(ACROSS))
+                pl.when(i > 0)(lambda: write(before, chunk - 1))  # while the products run
+                writes = u_s.at[slot, pl.ds(group * SLICE, SLICE)][...].astype(jnp.float32)
+                writes = writes - plgpu.wgmma_accumulator_load(recalls, wait_n=1)
+                scaled = (writes * along_columns(load(k_scale_s.at[slot], COL), SLICE)).astype(out.dtype)
+                plgpu.wgmma(following, scaled, k_s.at[slot])
+                plgpu.wgmma(attended, writes.astype(out.dtype), att_s.at[slot].transpose(ACROSS))
+
+            empty = plgpu.layout_cast(jnp.zeros((SLICE, L), jnp.float32), MATRIX)
+            starts = (*(plgpu.ACC.init(empty) for _ in range(3)), plgpu.ACC.init(state * fade))
+            _, reads, attended, state = pl.run_state(products)(starts)
+            reads = reads * along_columns(load(q_scale_s.at[slot], COL), SLICE)
+            read = (reads + attended).astype(out.dtype)
+            plgpu.barrier_arrive(consumed.at[slot])
+
+            @pl.when(snapshot >= 0)
+            def _snapshot():
+                kept[snapshot, head, mine] = state
+
+            return state, read
+
+        state = load(memory.at[sequence, head, mine], MATRIX)
+        nothing = plgpu.layout_cast(jnp.zeros((SLICE, L), out.dtype), MATRIX)
+        state, read = lax.fori_loop(0, count, hand_over, (state, nothing))
+        write(read, start + count - 1)
+        end[sequence, head, mine] = state
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,147 @@
+"""`recurrent` for Hopper: one kernel from the projections to the gated norm, the memory read and written once.
+
+A block of two warpgroups works on one head of one row; each keeps half of the memory (64 value channels x K keys, float32) in
+registers. The work is bound by moving the memory: 128 KiB a head for some 100,000 multiplications.
+Glossary: T tokens, N heads, K key width, V value width, W taps of the convolution.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.gated_delta.reference import L2_EPS
+from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, params, sigmoid, silu, softplus
+
+GROUPS = 2  # warpgroups, each with its share of the value channels
+
+
+def recurrent(
+    qkv: Float[Array, "B T C"],
+    a: Float[Array, "B T N"],
+    b: Float[Array, "B T N"],
+    z: Float[Array, "B T N V"],
+    conv: Float[Array, "C W"],
+    a_log: Float[Array, " N"],
+    dt_bias: Float[Array, " N"],
+    norm: Float[Array, " V"],
+    eps: float,
+    memory: Float32[Array, "S N V K"],
+    tail: Float[Array, "S tail C"],
+    slots: Int32[Array, " B"],
+    keep: Int32[Array, " B"],
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+    """As `api.recurrent`."""
+    (B, T, N, V), K = z.shape, memory.shape[-1]
+    memory, tail = jax.new_ref(memory), jax.new_ref(tail)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, T=T, N=N, V=V, K=K, W=conv.shape[1], eps=eps),
+        out_type=jax.ShapeDtypeStruct(z.shape, z.dtype),
+        grid=(B, N),
+        grid_names=("row", "head"),
+        num_threads=GROUPS,
+        thread_name="group",
+        scratch_types=[
+            plgpu.SMEM((T, 2, K), jnp.float32),  # queries and keys after the convolution
+            plgpu.SMEM((T, V), jnp.float32),  # what was read, for the norm over both halves
+            plgpu.Barrier(num_arrivals=GROUPS),
+        ],
+        compiler_params=params(approximate=False),
+        kernel_name="gated_delta_recurrent",
+    )
+    out = kernel(qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail)
+    return out, jax.freeze(memory), jax.freeze(tail)
+
+
+def _kernel(
+    qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail, out, qk_s, out_s, barrier, *, T, N, V, K, W, eps
+):
+    row, head, group = (lax.axis_index(name) for name in ("row", "head", "group"))
+    slot, kept, mine = slots[row], keep[row], pl.ds(group * (V // GROUPS), V // GROUPS)
+
+    @pl.when(slot < 0)
+    def _idle():
+        for t in range(T):
+            out[row, t, head, mine] = plgpu.layout_cast(jnp.zeros(V // GROUPS, out.dtype), ROW)
+
+    @pl.when(slot >= 0)
+    def _active():
+        state = load(memory.at[slot, head, mine], MATRIX)  # under way while the convolution is computed
+        # The first group convolves the queries and the second the keys, each its own values besides.
+        sides = [
+            _Channels((group * N + head) * K, K),
+            _Channels(2 * N * K + head * V + group * (V // GROUPS), V // GROUPS),
+        ]
+        windows = [side.window(qkv, tail, row, slot, T, W) for side in sides]
+        (qk, v) = (side.convolve(window, conv, T, W) for side, window in zip(sides, windows, strict=True))
+        for t in range(T):
+            qk_s[t, group] = qk[t]
+        _meet(barrier)  # both have read the tail, too
+        for side, window in zip(sides, windows, strict=True):
+            side.keep(window, tail, slot, kept, T, W)
+
+        rate, bias = jnp.exp(a_log[head].astype(jnp.float32)), dt_bias[head].astype(jnp.float32)
+        reads = []
+        for t in range(T):
+            fade = jnp.exp(-rate * softplus(a[row, t, head].astype(jnp.float32) + bias))
+            beta = sigmoid(b[row, t, head].astype(jnp.float32))
+            q, k = (along_columns(load(qk_s.at[t, i], COL), V // GROUPS) for i in range(2))
+            state, read = _step(state, q, k, v[t], fade, beta, K)
+            out_s[t, mine] = read
+            reads.append(read)
+
+            @pl.when(kept == t + 1)
+            def _remember(state=state):
+                memory[slot, head, mine] = state
+
+        _meet(barrier)
+        weight = load(norm.at[mine]).astype(jnp.float32)
+        for t in range(T):
+            whole = along_columns(load(out_s.at[t], COL), V // GROUPS)
+            scale = lax.rsqrt(jnp.sum(whole * whole, axis=1) * (1 / V) + eps)
+            gate = silu(load(z.at[row, t, head, mine]).astype(jnp.float32))
+            out[row, t, head, mine] = (reads[t] * scale * weight * gate).astype(out.dtype)
+
+
+def _step(state, q, k, v, fade, beta, K):
+    """One token: `S = fade S + beta (v - fade S k) k^T`, read as `S q`; q and k come with their lengths."""
+    q_scale = lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * K**-0.5
+    k_scale = lax.rsqrt(jnp.sum(k * k, axis=1) + L2_EPS)
+    state = state * fade
+    error = v - jnp.sum(state * k, axis=1) * k_scale
+    state = state + along_rows(error * k_scale * beta, K) * k
+    return state, jnp.sum(state * q, axis=1) * q_scale
+
+
+def _meet(barrier):
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+class _Channels:
+    """A run of channels on its way through the convolution, as ROW vectors."""
+
+    def __init__(self, first, size):
+        self.run = pl.ds(first, size)
+
+    def window(self, qkv, tail, row, slot, T, W):
+        """The inputs before the first token, then the tokens."""
+        return [load(tail.at[slot, i, self.run]) for i in range(W - 1)] + [load(qkv.at[row, t, self.run]) for t in range(T)]
+
+    def convolve(self, window, conv, T, W):
+        """The activated outputs, float32."""
+        taps = [load(conv.at[self.run, i]).astype(jnp.float32) for i in range(W)]
+        inputs = [x.astype(jnp.float32) for x in window]
+        return [silu(sum(inputs[t + i] * taps[i] for i in range(W))) for t in range(T)]
+
+    def keep(self, window, tail, slot, kept, T, W):
+        """Writes the last inputs of the tokens that are remembered."""
+        for i in range(W - 1):
+            newest = window[i]
+            for t in range(1, T + 1):
+                newest = jnp.where(kept == t, window[t + i], newest)
+            tail[slot, i, self.run] = newest

@@ -1,0 +1,81 @@
+"""What the Hopper kernels share: layouts of registers and shared memory, matrix products, scalar functions.
+
+Kernels are written for Mosaic GPU's Lane semantics, where a kernel names the layouts that it wants. A "thread" is a warpgroup of
+128 CUDA threads. `[rows, columns]` matrices of float32 live in the layout of wgmma's accumulators: a thread of the group holds
+pairs of neighbouring columns of two rows in eight; ROW and COL are vectors along rows or columns, as its threads need them.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MATRIX = plgpu.Layout.WGMMA
+ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)
+ACROSS = (1, 0)  # the transposed view of a reference
+
+
+def params(*, approximate: bool) -> plgpu.CompilerParams:
+    """Compiler options; `approximate` allows the chip's fast exponentials (2 ulp)."""
+    return plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+def tiles(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> object:
+    """Shared memory in the swizzled tiles that TMA writes and wgmma reads without bank conflicts."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(shape[-1] * size, 128)
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def load(ref: object, layout: object = ROW) -> object:
+    """Device or shared memory to registers."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def along_rows(vector: object, columns: int) -> object:
+    """A ROW vector, repeated for every column."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def along_columns(vector: object, rows: int) -> object:
+    """A COL vector, repeated for every row."""
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
+
+
+def iota(shape: tuple[int, int], axis: int) -> object:
+    """Row or column numbers of a matrix."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+
+def product(a: object, b: object) -> object:
+    """`a @ b` in float32: a in registers or shared memory, b in shared memory."""
+
+    def multiply(accumulator: object) -> object:
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(total: object, a: object, b: object) -> object:
+    """`total + a @ b`."""
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+
+
+def sigmoid(x: object) -> object:
+    """`1 / (1 + exp(-x))`, as the square of the root that the chip has an instruction for; division takes it ten."""
+    root = lax.rsqrt(1 + jnp.exp(-x))
+    return root * root
+
+
+def silu(x: object) -> object:
+    """`x sigmoid(x)`."""
+    return x * sigmoid(x)
+
+
+def softplus(x: object) -> object:
+    """`log(1 + exp(x))`, to 1e-7 of its value also where that is small: Mosaic has no log1p, so a series stands in for it."""
+    e = jnp.exp(-jnp.abs(x))
+    series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e / 5))))  # below 0.03 the next term is under 1e-8
+    return jnp.maximum(x, 0.0) + jnp.where(e < 0.03, series, jnp.log(1 + e))
