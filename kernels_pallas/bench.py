@@ -9,6 +9,8 @@ and installed, flash-linear-attention's Triton kernels, by the same profiler in 
 import argparse
 import dataclasses
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,14 +30,12 @@ class Work:
       name: the operation and the shape.
       run: called with a backend's name, gives a function without arguments that dispatches one call and returns its results.
       bytes, flops: the least that must be moved and computed.
-      rivals: other libraries' functions for the same work, by name, each timed by its own profiler: microseconds.
     """
 
     name: str
     run: Callable[[str], Callable[[], Any]]
     bytes: float
     flops: float
-    rivals: dict[str, Callable[[], float]] = dataclasses.field(default_factory=dict)
 
 
 def device_microseconds(call: Callable[[], Any]) -> float:
@@ -79,14 +79,24 @@ def main() -> None:
     copy, product = limits()
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     rows = []
-    for work in gated_delta.works(given.beside):
+    rivals = beside(given.beside, given.only) if given.beside else {}
+    for work in gated_delta.works():
         if given.only in work.name:
-            rows.append(measured(work, copy, product))
+            rows.append(measured(work, copy, product) | {"rival": given.beside, "rival_us": rivals.get(work.name)})
             print(line(rows[-1]), flush=True)
     if given.json:
         given.json.write_text(
             json.dumps({"device": device, "jax": jax.__version__, "copy": copy, "product": product, "rows": rows})
         )
+
+
+def beside(library: str, only: str) -> dict[str, float]:
+    """Another library's microseconds, by the names of our lines."""
+    command = [sys.executable, "-m", {"fla": "kernels_pallas.gated_delta.rivals"}[library], only]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{library} cannot be measured here: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def measured(work: Work, copy: float, product: float) -> dict[str, Any]:
@@ -101,14 +111,13 @@ def measured(work: Work, copy: float, product: float) -> dict[str, Any]:
         "tflop_s": work.flops / ours / 1e6,
         "of_limit": limit / ours,
         "reference_us": device_microseconds(work.run("reference")),
-        "rivals_us": {name: rival() for name, rival in work.rivals.items()},
     }
 
 
 def line(row: dict[str, Any]) -> str:
     """A line as it is printed."""
-    others = {"reference": row["reference_us"], **row["rivals_us"]}
-    beside = ", ".join(f"{name} {us:.1f} us ({us / row['us']:.2f} x)" for name, us in others.items())
+    others = {"reference": row["reference_us"], row["rival"]: row["rival_us"]}
+    beside = ", ".join(f"{name} {us:.1f} us ({us / row['us']:.2f} x)" for name, us in others.items() if us)
     speed = f"{row['gb_s']:7.0f} GB/s {row['tflop_s']:6.1f} TFLOP/s {row['of_limit']:4.0%} of the limit"
     return f"{row['name']:44} {row['us']:8.1f} us {speed}; {beside}"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels_pallas import gated_delta
 from kernels_pallas.bench import Work
-from kernels_pallas.gated_delta import rivals, shapes
+from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH, ChunkedShape, RecurrentShape
 
 STATE = HEADS * WIDTH * WIDTH * 4  # bytes of one sequence's memory
@@ -19,26 +19,21 @@ TOKEN = (CHANNELS + 2 * HEADS + HEADS * WIDTH) * 2  # bytes of what a token brin
 RULE = HEADS * 3 * 2 * WIDTH * WIDTH
 
 
-def works(beside: str | None) -> Iterator[Work]:
+def works() -> Iterator[Work]:
     """The table."""
     for shape in shapes.CHUNKED:
-        others = rivals.chunked(shape.lengths) if beside == "fla" else {}
         tokens, sequences = sum(shape.lengths), len(shape.lengths)
         moved = tokens * TOKEN + 2 * sequences * STATE
-        yield Work(
-            f"gated delta, {shape.name}", functools.partial(_chunked, shape), moved, tokens * RULE, others.get("forward", {})
-        )
+        yield Work(f"gated delta, {shape.name}", functools.partial(_chunked, shape), moved, tokens * RULE)
     for shape in shapes.CHUNKED:
-        others = rivals.chunked(shape.lengths) if beside == "fla" else {}
         tokens, sequences = sum(shape.lengths), len(shape.lengths)
         moved = 2 * tokens * TOKEN + 4 * sequences * STATE
         backward = functools.partial(_backward, shape)
-        yield Work(f"gated delta backward, {shape.name}", backward, moved, 2 * tokens * RULE, others.get("backward", {}))
+        yield Work(f"gated delta backward, {shape.name}", backward, moved, 2 * tokens * RULE)
     for shape in shapes.RECURRENT:
-        others = rivals.recurrent(shape) if beside == "fla" else {}
         tokens = shape.rows * shape.tokens
         moved = 2 * shape.rows * STATE + tokens * (TOKEN + HEADS * WIDTH * 2)
-        yield Work(f"gated delta step, {shape.name}", functools.partial(_recurrent, shape), moved, tokens * RULE, others)
+        yield Work(f"gated delta step, {shape.name}", functools.partial(_recurrent, shape), moved, tokens * RULE)
 
 
 def _draw(rng: np.random.Generator, *shape: int) -> jax.Array:

@@ -29,6 +29,7 @@ from kernels_pallas.mosaic import (
     COL,
     MATRIX,
     ROW,
+    accumulate,
     along_columns,
     along_rows,
     iota,
@@ -62,22 +63,10 @@ def chunked(
     table = chunk_table(starts, lengths, T)
     system = systems(qkv, conv, tail, *chunk_gates(a, b, a_log, dt_bias, table), table)
     taken = snapshot_of_chunk(table, snapshots)
-    out, end, kept = scan(system, memory, lengths, taken, snapshots.shape[0])
+    out, end, kept = scan(system, memory, starts, lengths, taken, T, snapshots.shape[0])
     there = jnp.any(taken[None] == jnp.arange(snapshots.shape[0], dtype=jnp.int32)[:, None], axis=1)
     kept = jnp.where(there[:, None, None, None], kept, 0.0)
-    return gathered(out.reshape(-1, N * V), starts, lengths, T).reshape(T, N, V), end, kept
-
-
-def gathered(
-    padded: Float[Array, "rows NV"], starts: Int32[Array, " S"], lengths: Int32[Array, " S"], T: int
-) -> Float[Array, "T NV"]:
-    """Rows of chunks to the row of tokens; zeros for tokens of nobody."""
-    counts = (lengths + L - 1) // L
-    first = L * (jnp.cumsum(counts) - counts)
-    since = jnp.arange(T, dtype=jnp.int32)[:, None] - starts[None]
-    inside = (since >= 0) & (since < lengths[None])
-    row = jnp.max(jnp.where(inside, first[None] + since, -1), axis=1)
-    return jnp.where((row >= 0)[:, None], padded[jnp.maximum(row, 0)], jnp.zeros((), padded.dtype))
+    return out.reshape(T, N, V), end, kept
 
 
 def chunk_gates(
@@ -164,8 +153,8 @@ def _systems(*refs, N, K):
         decay_row = jnp.sum(jnp.where(i >= j, g_col, 0.0), axis=1)  # a cumulative sum
         rest_row = jnp.sum(jnp.where(i < j, g_col, 0.0), axis=1)  # from each token to the chunk's end
         plgpu.barrier_wait(ready)
-        for i, (run, place) in enumerate(zip(channels, (q_s, k_s, v_s), strict=True)):
-            place[...] = _convolve(raw_s.at[i], conv, run, rows[chunk]).astype(place.dtype)
+        for n, (run, place) in enumerate(zip(channels, (q_s, k_s, v_s), strict=True)):
+            place[...] = _convolve(raw_s.at[n], conv, run, rows[chunk]).astype(place.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, out_q.at[chunk, head])
         plgpu.copy_smem_to_gmem(k_s, out_k.at[chunk, head])
@@ -219,11 +208,11 @@ def _convolve(raw, conv, run, real):
 
 def invert(A, i, j, d_s, m_s):
     """`(I + A)^-1` of a strictly lower-triangular [L, L], by doubling its diagonal blocks from 2 to L."""
-    D = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (i % 2 == 1), -A, 0.0))
+    apart = i ^ j  # from block to 2 * block - 1 in the corners that a step fills
+    D = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -A, 0.0))
     block = 2
     while block < L:
-        below = (i // block == j // block + 1) & ((i // block) % 2 == 1)
-        corner = jnp.where(below, A, 0.0).astype(d_s.dtype)
+        corner = jnp.where((apart >= block) & (apart < 2 * block), A, 0.0).astype(d_s.dtype)
         half = D.astype(d_s.dtype)
         put(half, d_s)
         put(product(corner, d_s), m_s)
@@ -253,14 +242,17 @@ def inverse_length(ref):
 def scan(
     system: System,
     memory: Float32[Array, "S N V K"],
+    starts: Int32[Array, " S"],
     lengths: Int32[Array, " S"],
     taken: Int32[Array, " chunks"],
+    tokens: int,
     snapshots: int,
     *,
-    stages: int = 2,
     groups: int | None = None,
-) -> tuple[Float[Array, "chunks L NV"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
+) -> tuple[Float[Array, "T NV"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
     """Hands the memory from chunk to chunk, and reads.
+
+    Whole chunks of outputs go to their tokens at once; a sequence's last tokens, short of a chunk, are put there by XLA.
 
     `groups` warpgroups of a block share what they load; with few heads in all, each gets a block of its own.
     """
@@ -268,11 +260,12 @@ def scan(
     slices, dtype = V // SLICE, system.q.dtype
     if groups is None:
         groups = slices if S * N >= 128 else 1
+    stages = 4 - groups  # as many as fit into 227 KB: a chunk takes 64 or 72
     shape = jax.ShapeDtypeStruct
     kernel = plgpu.kernel(
         functools.partial(_scan, V=V, stages=stages, groups=groups),
         out_type=[
-            shape((taken.shape[0], L, N * V), dtype),
+            shape((S, L, N * V), dtype),
             shape(memory.shape, jnp.float32),
             shape((max(snapshots, 1), N, V, K), jnp.float32),
         ],
@@ -284,7 +277,6 @@ def scan(
             *(tiles(stages, L, K), tiles(stages, L, K), tiles(stages, L, K)),  # q, k, w
             *(tiles(stages, groups * SLICE, L), tiles(stages, L, L)),  # u, attention
             *(plgpu.SMEM((stages, L), jnp.float32), plgpu.SMEM((stages, L), jnp.float32)),  # q_scale, k_scale
-            tiles(groups, L, SLICE),  # outputs on their way
             plgpu.Barrier(num_arrivals=FETCHED, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
@@ -292,23 +284,30 @@ def scan(
         kernel_name="gated_delta_scan",
     )
     counts = (lengths + L - 1) // L
-    out, end, kept = kernel(*system, memory, jnp.cumsum(counts) - counts, counts, taken)
-    return out, end, kept[:snapshots]
+    out = jax.new_ref(jnp.zeros((tokens, N * V), dtype))
+    last, end, kept = kernel(*system, memory, jnp.cumsum(counts) - counts, counts, starts, lengths, taken, out)
+    within = jnp.arange(L, dtype=jnp.int32)[None]
+    rows = jnp.where(within < (lengths % L)[:, None], (starts + lengths // L * L)[:, None] + within, tokens)
+    return jax.freeze(out).at[rows].set(last, mode="drop"), end, kept[:snapshots]
 
 
 FETCHED = 7  # of a System: all but the decay, of which a chunk needs one number
 
 
 def _scan(*refs, V, stages, groups):
-    inputs, (decay, memory, first, counts, taken, out, end, kept), scratch = refs[:FETCHED], refs[FETCHED:15], refs[15:]
-    *buffers, out_s, ready, consumed = scratch
+    inputs, (decay, memory, first, counts, starts, lengths, taken, out, last, end, kept), scratch = (
+        refs[:7],
+        refs[7:18],
+        refs[18:],
+    )
+    *buffers, ready, consumed = scratch
     q_s, k_s, w_s, u_s, att_s, q_scale_s, k_scale_s = buffers
     sequence, head, block, group = (lax.axis_index(name) for name in ("sequence", "head", "block", "group"))
     count, start = counts[sequence], first[sequence]
 
     @pl.when(group == groups)
     def _fetch():
-        plgpu.set_max_registers(96, action="decrease")
+        plgpu.set_max_registers(88, action="decrease")
         q, k, w, u, att, q_scale, k_scale = inputs
 
         @pl.loop(0, count)
@@ -320,57 +319,42 @@ def _scan(*refs, V, stages, groups):
             for source, place in zip((*matrices, q_scale.at[head, chunk], k_scale.at[head, chunk]), buffers, strict=True):
                 plgpu.copy_gmem_to_smem(source, place.at[slot], ready.at[slot])
 
-    @pl.when((group < groups) & (count == 0))
-    def _nothing():
-        mine = pl.ds((block * groups + group) * SLICE, SLICE)
-        end[sequence, head, mine] = load(memory.at[sequence, head, mine], MATRIX)
-
-    @pl.when((group < groups) & (count > 0))
+    @pl.when(group < groups)
     def _compute():
         plgpu.set_max_registers(208, action="increase")
         channel = (block * groups + group) * SLICE
-        mine, place = pl.ds(channel, SLICE), out_s.at[group]
+        mine, lanes = pl.ds(channel, SLICE), pl.ds(head * V + channel, SLICE)
+        origin, length = starts[sequence], lengths[sequence]
 
-        def write(read, chunk):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the chunk before has left
-            place.transpose(ACROSS)[...] = plgpu.layout_cast(read, plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(place, out.at[chunk, :, pl.ds(head * V + channel, SLICE)])
-
-        def hand_over(i, carry):
-            state, before = carry
+        def hand_over(i, state):
             slot, chunk = lax.rem(i, stages), start + i
             fade, snapshot = jnp.exp(decay[head, chunk, L - 1]), taken[chunk]
             plgpu.barrier_wait(ready.at[slot])
-            left = state.astype(out.dtype)
-
-            def products(accumulators):
-                recalls, reads, attended, following = accumulators
-                plgpu.wgmma(recalls, left, w_s.at[slot].transpose(ACROSS))
-                plgpu.wgmma(reads, left, q_s.at[slot].transpose(ACROSS))
-                pl.when(i > 0)(lambda: write(before, chunk - 1))  # while the products run
-                writes = u_s.at[slot, pl.ds(group * SLICE, SLICE)][...].astype(jnp.float32)
-                writes = writes - plgpu.wgmma_accumulator_load(recalls, wait_n=1)
-                scaled = (writes * along_columns(load(k_scale_s.at[slot], COL), SLICE)).astype(out.dtype)
-                plgpu.wgmma(following, scaled, k_s.at[slot])
-                plgpu.wgmma(attended, writes.astype(out.dtype), att_s.at[slot].transpose(ACROSS))
-
-            empty = plgpu.layout_cast(jnp.zeros((SLICE, L), jnp.float32), MATRIX)
-            starts = (*(plgpu.ACC.init(empty) for _ in range(3)), plgpu.ACC.init(state * fade))
-            _, reads, attended, state = pl.run_state(products)(starts)
-            reads = reads * along_columns(load(q_scale_s.at[slot], COL), SLICE)
-            read = (reads + attended).astype(out.dtype)
+            before = state.astype(out.dtype)
+            writes = u_s.at[slot, pl.ds(group * SLICE, SLICE)][...].astype(jnp.float32)
+            writes = writes - product(before, w_s.at[slot].transpose(ACROSS))
+            read = product(before, q_s.at[slot].transpose(ACROSS)) * along_columns(load(q_scale_s.at[slot], COL), SLICE)
+            read = accumulate(read, writes.astype(out.dtype), att_s.at[slot].transpose(ACROSS))
+            scaled = (writes * along_columns(load(k_scale_s.at[slot], COL), SLICE)).astype(out.dtype)
+            state = accumulate(state * fade, scaled, k_s.at[slot])
             plgpu.barrier_arrive(consumed.at[slot])
+
+            read = plgpu.layout_cast(read.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            whole = L * (i + 1) <= length
+
+            @pl.when(whole)
+            def _():
+                out.at[pl.ds(origin + L * i, L), lanes].transpose(ACROSS)[...] = read
+
+            @pl.when(~whole)
+            def _():
+                last.at[sequence, :, lanes].transpose(ACROSS)[...] = read
 
             @pl.when(snapshot >= 0)
             def _snapshot():
                 kept[snapshot, head, mine] = state
 
-            return state, read
+            return state
 
         state = load(memory.at[sequence, head, mine], MATRIX)
-        nothing = plgpu.layout_cast(jnp.zeros((SLICE, L), out.dtype), MATRIX)
-        state, read = lax.fori_loop(0, count, hand_over, (state, nothing))
-        write(read, start + count - 1)
-        end[sequence, head, mine] = state
-        plgpu.wait_smem_to_gmem(0)
+        end[sequence, head, mine] = lax.fori_loop(0, count, hand_over, state)

@@ -1,7 +1,8 @@
 """`recurrent` for Hopper: one kernel from the projections to the gated norm, the memory read and written once.
 
-A block of two warpgroups works on one head of one row; each keeps half of the memory (64 value channels x K keys, float32) in
-registers. The work is bound by moving the memory: 128 KiB a head for some 100,000 multiplications.
+Two warpgroups work on one head of one row; each keeps half of the memory (64 value channels x K keys, float32) in registers. The
+work is bound by moving the memory: 128 KiB a head for some 100,000 multiplications. Two heads share a block, which so has 512
+CUDA threads: that makes the compiler do with 128 registers a thread, where it would take 140 and leave half of a processor empty.
 Glossary: T tokens, N heads, K key width, V value width, W taps of the convolution.
 """
 
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.gated_delta.reference import L2_EPS
 from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, params, sigmoid, silu, softplus
 
-GROUPS = 2  # warpgroups, each with its share of the value channels
+HALVES = 2  # warpgroups of a head, each with its share of the value channels
+PAIR = 2  # heads of a block
 
 
 def recurrent(
@@ -41,14 +43,14 @@ def recurrent(
     kernel = plgpu.kernel(
         functools.partial(_kernel, T=T, N=N, V=V, K=K, W=conv.shape[1], eps=eps),
         out_type=jax.ShapeDtypeStruct(z.shape, z.dtype),
-        grid=(B, N),
-        grid_names=("row", "head"),
-        num_threads=GROUPS,
+        grid=(B, N // PAIR),
+        grid_names=("row", "block"),
+        num_threads=PAIR * HALVES,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((T, 2, K), jnp.float32),  # queries and keys after the convolution
-            plgpu.SMEM((T, V), jnp.float32),  # what was read, for the norm over both halves
-            plgpu.Barrier(num_arrivals=GROUPS),
+            plgpu.SMEM((PAIR, T, 2, K), jnp.float32),  # queries and keys after the convolution
+            plgpu.SMEM((PAIR, T, V), jnp.float32),  # what was read, for the norm over both halves
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=PAIR),
         ],
         compiler_params=params(approximate=False),
         kernel_name="gated_delta_recurrent",
@@ -57,29 +59,30 @@ def recurrent(
     return out, jax.freeze(memory), jax.freeze(tail)
 
 
-def _kernel(
-    qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail, out, qk_s, out_s, barrier, *, T, N, V, K, W, eps
-):
-    row, head, group = (lax.axis_index(name) for name in ("row", "head", "group"))
-    slot, kept, mine = slots[row], keep[row], pl.ds(group * (V // GROUPS), V // GROUPS)
+def _kernel(*refs, T, N, V, K, W, eps):
+    qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail, out, *scratch = refs
+    row, block, thread = (lax.axis_index(name) for name in ("row", "block", "group"))
+    pair, half, share = thread // HALVES, thread % HALVES, V // HALVES
+    head, slot, kept, mine = block * PAIR + pair, slots[row], keep[row], pl.ds(half * share, share)
+    qk_s, out_s, barrier = (ref.at[pair] for ref in scratch)
 
     @pl.when(slot < 0)
     def _idle():
         for t in range(T):
-            out[row, t, head, mine] = plgpu.layout_cast(jnp.zeros(V // GROUPS, out.dtype), ROW)
+            out[row, t, head, mine] = plgpu.layout_cast(jnp.zeros(share, out.dtype), ROW)
 
     @pl.when(slot >= 0)
     def _active():
         state = load(memory.at[slot, head, mine], MATRIX)  # under way while the convolution is computed
-        # The first group convolves the queries and the second the keys, each its own values besides.
+        # The first half convolves the queries and the second the keys, each its own values besides.
         sides = [
-            _Channels((group * N + head) * K, K),
-            _Channels(2 * N * K + head * V + group * (V // GROUPS), V // GROUPS),
+            _Channels((half * N + head) * K, K),
+            _Channels(2 * N * K + head * V + half * share, share),
         ]
         windows = [side.window(qkv, tail, row, slot, T, W) for side in sides]
         (qk, v) = (side.convolve(window, conv, T, W) for side, window in zip(sides, windows, strict=True))
         for t in range(T):
-            qk_s[t, group] = qk[t]
+            qk_s[t, half] = qk[t]
         _meet(barrier)  # both have read the tail, too
         for side, window in zip(sides, windows, strict=True):
             side.keep(window, tail, slot, kept, T, W)
@@ -89,32 +92,36 @@ def _kernel(
         for t in range(T):
             fade = jnp.exp(-rate * softplus(a[row, t, head].astype(jnp.float32) + bias))
             beta = sigmoid(b[row, t, head].astype(jnp.float32))
-            q, k = (along_columns(load(qk_s.at[t, i], COL), V // GROUPS) for i in range(2))
-            state, read = _step(state, q, k, v[t], fade, beta, K)
-            out_s[t, mine] = read
-            reads.append(read)
+            state = _write(state * fade, along_columns(load(qk_s.at[t, 1], COL), share), v[t], beta)
 
             @pl.when(kept == t + 1)
             def _remember(state=state):
                 memory[slot, head, mine] = state
 
+            # Loaded only now: with keys and queries in registers together, one block fits where now two do.
+            read = _read(state, along_columns(load(qk_s.at[t, 0], COL), share))
+            out_s[t, mine] = read
+            reads.append(read)
+
         _meet(barrier)
         weight = load(norm.at[mine]).astype(jnp.float32)
         for t in range(T):
-            whole = along_columns(load(out_s.at[t], COL), V // GROUPS)
+            whole = along_columns(load(out_s.at[t], COL), share)
             scale = lax.rsqrt(jnp.sum(whole * whole, axis=1) * (1 / V) + eps)
             gate = silu(load(z.at[row, t, head, mine]).astype(jnp.float32))
             out[row, t, head, mine] = (reads[t] * scale * weight * gate).astype(out.dtype)
 
 
-def _step(state, q, k, v, fade, beta, K):
-    """One token: `S = fade S + beta (v - fade S k) k^T`, read as `S q`; q and k come with their lengths."""
-    q_scale = lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * K**-0.5
-    k_scale = lax.rsqrt(jnp.sum(k * k, axis=1) + L2_EPS)
-    state = state * fade
-    error = v - jnp.sum(state * k, axis=1) * k_scale
-    state = state + along_rows(error * k_scale * beta, K) * k
-    return state, jnp.sum(state * q, axis=1) * q_scale
+def _write(state, k, v, beta):
+    """`S + beta (v - S k) k^T`, for a key that comes with its length."""
+    scale = lax.rsqrt(jnp.sum(k * k, axis=1) + L2_EPS)
+    error = v - jnp.sum(state * k, axis=1) * scale
+    return state + along_rows(error * scale * beta, k.shape[1]) * k
+
+
+def _read(state, q):
+    """`S q`, for a query that comes with its length; scaled by K^-1/2."""
+    return jnp.sum(state * q, axis=1) * lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * q.shape[1] ** -0.5
 
 
 def _meet(barrier):

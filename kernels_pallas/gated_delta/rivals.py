@@ -1,19 +1,38 @@
-"""flash-linear-attention's Triton kernels on the same work, for `kernels_pallas.bench --beside fla`. Needs torch and fla-core."""
+"""flash-linear-attention's Triton kernels on the same work, for `kernels_pallas.bench --beside fla`: needs torch and fla-core.
 
+A process of its own, which prints its figures as JSON: two profilers cannot watch the chip from one process.
+"""
+
+import functools
+import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CONV, HEADS, WIDTH, RecurrentShape
 
 CALLS = 10
 
 
-def chunked(lengths: tuple[int, ...]) -> dict[str, dict[str, Callable[[], float]]]:
-    """Convolution to output, as its own layer does it: three convolutions, then the rule with norms and gates inside."""
+def main(only: str) -> None:
+    """Microseconds of what in the table contains `only`, by the names that `bench` gives its lines."""
+    measures = {f"gated delta, {shape.name}": functools.partial(chunked, shape.lengths) for shape in shapes.CHUNKED}
+    measures |= {f"gated delta backward, {s.name}": functools.partial(chunked, s.lengths, backward=True) for s in shapes.CHUNKED}
+    measures |= {f"gated delta step, {shape.name}": functools.partial(recurrent, shape) for shape in shapes.RECURRENT}
+    print(json.dumps({name: measure() for name, measure in measures.items() if only in name}))
+
+
+def chunked(lengths: tuple[int, ...], backward: bool = False) -> float:
+    """Forward or backward, convolution to output, as its own layer does it: norms and gates inside the rule."""
     import torch
     from fla.modules.causal_conv1d import causal_conv1d
+    from fla.ops.common import chunk_o
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+    chunk_o.TRITON_ABOVE_3_7_1 = (
+        True  # else it refuses its backward under Triton 3.4 to 3.7, whose results are wrong: timed all the same
+    )
     equal = len(set(lengths)) == 1
     shape = (len(lengths), lengths[0]) if equal else (1, sum(lengths))
     offsets = None if equal else torch.tensor([0, *lengths], device="cuda").cumsum(0)
@@ -36,15 +55,14 @@ def chunked(lengths: tuple[int, ...]) -> dict[str, dict[str, Callable[[], float]
         with torch.no_grad():
             return forward()
 
-    def backward() -> float:
-        out = forward()
-        cotangent, leaves = torch.randn_like(out), [*qkv, a, b, *taps, rates, bias]
-        return _microseconds(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
+    if not backward:
+        return _microseconds(without_gradients)
+    out = forward()
+    cotangent, leaves = torch.randn_like(out), [*qkv, a, b, *taps, rates, bias]
+    return _microseconds(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
 
-    return {"forward": {"fla": lambda: _microseconds(without_gradients)}, "backward": {"fla": backward}}
 
-
-def recurrent(shape: RecurrentShape) -> dict[str, Callable[[], float]]:
+def recurrent(shape: RecurrentShape) -> float:
     """`fused_recurrent`: the rule with norms and gates; without the convolution and the output norm, which ours includes."""
     import torch
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
@@ -64,7 +82,7 @@ def recurrent(shape: RecurrentShape) -> dict[str, Callable[[], float]]:
             )
         return out
 
-    return {"fla": lambda: _microseconds(step)}
+    return _microseconds(step)
 
 
 def _leaf(*shape: int, dtype: Any = None) -> Any:
@@ -86,3 +104,7 @@ def _microseconds(call: Callable[[], Any]) -> float:
             call()
         torch.cuda.synchronize()
     return sum(event.device_time_total for event in trace.key_averages()) / CALLS
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
