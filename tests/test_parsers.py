@@ -1,0 +1,322 @@
+"""Reasoning, tool calls and line breaks out of a model's text: what each gives, and that no cutting of the text changes it."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from serve.parsers import Call, Content, OutputParser, Reasoning
+from serve.parsers.newlines import NEAR, NewlineParser
+from serve.parsers.typed import typed
+
+TOOLS = {
+    "weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "exact": {"type": "boolean"},
+            "limit": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+            "places": {"type": "array", "items": {"type": "string"}},
+            "filter": {"$ref": "#/$defs/Filter"},
+        },
+        "$defs": {"Filter": {"type": "object"}},
+    },
+    "now": {},
+}
+PARAMETERS = "<parameter=city>\nBonn\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+XML = f"<tool_call>\n<function=weather>\n{PARAMETERS}</function>\n</tool_call>"
+JSON = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn", "days": 3}}\n</tool_call>'
+CALL = Call("weather", '{"city": "Bonn", "days": 3}')
+NOW = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
+
+
+def joined(parts):
+    """Parts with neighbours of one kind as one."""
+    out = []
+    for part in parts:
+        if out and not isinstance(part, Call) and type(out[-1]) is type(part):
+            out[-1] = type(part)(out[-1].text + part.text)
+        else:
+            out.append(part)
+    return out
+
+
+def parsed(pieces, **options):
+    parser = OutputParser(**options)
+    parts = [part for piece in pieces for part in parser.push(piece)]
+    return joined([*parts, *parser.finish()])
+
+
+def content(text):
+    return [Content(text)] if text else []
+
+
+@pytest.mark.parametrize(
+    "text, thinking, parts",
+    [
+        ("Hi.", False, [Content("Hi.")]),
+        ("", False, []),
+        (" <thin", False, [Content(" <thin")]),
+        ("Let me see.\n</think>\n\nHi.", True, [Reasoning("Let me see."), Content("Hi.")]),
+        ("<think>\nLet me see.\n</think>\n\nHi.", True, [Reasoning("Let me see."), Content("Hi.")]),
+        ("\n<think>\nLet me see.\n</think>\n\nHi.", False, [Reasoning("Let me see."), Content("Hi.")]),
+        ("\n\n</think>\n\nHi.", True, [Content("Hi.")]),
+        ("cut off in thou", True, [Reasoning("cut off in thou")]),
+        ("a </thin b", True, [Reasoning("a </thin b")]),
+        ("a </think> b <think> c </think>", True, [Reasoning("a"), Content(" b <think> c </think>")]),
+        ("Say <think> aloud.", False, [Content("Say <think> aloud.")]),
+    ],
+)
+def test_reasoning(text, thinking, parts):
+    assert parsed([text], thinking=thinking) == parts
+    assert parsed(text, thinking=thinking) == parts  # letter by letter
+
+
+@pytest.mark.parametrize("call", [XML, JSON])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("{}", [CALL]),
+        ("{}\n", [CALL]),
+        ("\n\n{}", [CALL]),
+        ("I will look.\n\n{}", [Content("I will look."), CALL]),
+        ("{}\n{}", [CALL, CALL]),
+        ("{}\nDone.", [CALL, Content("\nDone.")]),
+        ("Say <tool_call> first.\n{}", [Content("Say <tool_call> first."), CALL]),
+        ("<tool_call>{{broken</tool_call> then\n{}", [Content("<tool_call>{broken</tool_call> then"), CALL]),
+        ("<tool_call>\n{}", [Content("<tool_call>"), CALL]),
+    ],
+)
+def test_calls(text, parts, call):
+    text = text.replace("{{", "{{{{").replace("{}", "\0").replace("{{{{", "{").replace("\0", call)
+    assert parsed([text], tools=TOOLS) == parts
+    assert parsed(text, tools=TOOLS) == parts
+
+
+def test_a_call_after_reasoning():
+    assert parsed(f"Hm.\n</think>\n\nI look.\n\n{XML}", thinking=True, tools=TOOLS) == [
+        Reasoning("Hm."),
+        Content("I look."),
+        CALL,
+    ]
+    assert parsed(f"Hm. {XML}", thinking=True, tools=TOOLS) == [Reasoning(f"Hm. {XML}")]  # it only thinks of calling
+
+
+def test_a_call_that_lacks_only_its_last_mark_is_one():
+    assert parsed([XML.removesuffix("</tool_call>")], tools=TOOLS) == [CALL]
+    assert parsed([JSON.removesuffix("\n</tool_call>")], tools=TOOLS) == [CALL]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "",
+        "hello",
+        "{",
+        '{"name": "weather"',
+        '{"name": "weather", "arguments": [1]}',
+        '{"name": "weather", "arguments": {"days": NaN}}',
+        '{"name": 5, "arguments": {}}',
+        '{"name": "weather", "arguments": {}, "more": 1}',
+        '{"name": "unknown", "arguments": {}}',
+        "[1]",
+        "<function=unknown>\n</function>",
+        "<function=weather>",
+        "<function=weather>\n<parameter=city>\nBonn\n</function>",
+        "<function=weather>\n<parameter=city>\nBonn\n</parameter>",
+        "<function=weather>\nwords\n</function>",
+        "<function=weather>\n<parameter=city>\na\n</parameter>\n<parameter=city>\nb\n</parameter>\n</function>",
+        "<function=weather>\n</function>\nwords",
+    ],
+)
+@pytest.mark.parametrize("after", ["</tool_call>", "</tool_call> and more", "", "\n"])
+def test_a_broken_call_stays_in_the_content(inner, after):
+    text = f"Before. <tool_call>{inner}{after}"
+    assert parsed([text], tools=TOOLS) == parsed(text, tools=TOOLS) == [Content(text)]
+
+
+def test_without_tools_nothing_is_a_call():
+    assert parsed([f" {XML}\n"]) == [Content(f" {XML}\n")]
+
+
+def test_one_call_where_only_one_may_be():
+    parser = OutputParser(tools=TOOLS, parallel=False)
+    assert joined(parser.push(f"a {XML}{XML} b") + parser.finish()) == [Content("a"), CALL]
+    assert parser.ended
+
+
+def test_marks_inside_arguments():
+    value = "a </parameter> b </tool_call> c"
+    xml = f"<tool_call>\n<function=weather>\n<parameter=city>\n{value}\n</parameter>\n</function>\n</tool_call>"
+    text = json.dumps({"name": "weather", "arguments": {"city": 'say "</tool_call>" \\'}})
+    expected = [Call("weather", json.dumps({"city": value})), Call("weather", json.dumps({"city": 'say "</tool_call>" \\'}))]
+    whole = xml + f"<tool_call>{text}</tool_call>"
+    assert parsed([whole], tools=TOOLS) == parsed(whole, tools=TOOLS) == expected
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("city", "12", "12"),
+        ("city", "null", "null"),
+        ("days", " 12 ", 12),
+        ("days", "1.5", "1.5"),
+        ("days", "9" * 5000, "9" * 5000),
+        ("days", "true", "true"),
+        ("exact", "True", True),
+        ("exact", "false", False),
+        ("exact", "maybe", "maybe"),
+        ("limit", "1.5", 1.5),
+        ("limit", "None", None),
+        ("limit", "NaN", "NaN"),
+        ("places", '["a"]', ["a"]),
+        ("places", "a, b", "a, b"),
+        ("filter", '{"a": 1}', {"a": 1}),
+        ("filter", "[" * 100_000, "[" * 100_000),
+        ("unheard of", "5", "5"),
+    ],
+)
+def test_arguments_have_the_schemas_types(key, text, value):
+    schema = TOOLS["weather"]
+    got = typed(text, schema["properties"].get(key), schema)
+    assert got == value and type(got) is type(value)
+
+
+def test_a_schema_in_a_circle_ends():
+    root = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+    assert typed("5", {"$ref": "#/$defs/a"}, root) == "5"
+
+
+@pytest.mark.parametrize(
+    "schema, text, value",
+    [
+        ({"type": ["string", "null"]}, "none", "none"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"const": "2"}, "2", "2"),
+        ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, "2", 2),
+        (True, "2", "2"),
+        ({"type": 5, "anyOf": 7, "enum": 3, "$ref": 4}, "2", "2"),
+    ],
+)
+def test_odd_schemas(schema, text, value):
+    assert typed(text, schema, {}) == value
+
+
+@pytest.mark.parametrize(
+    "text, restored",
+    [
+        (r"one\ntwo", "one\ntwo"),
+        (r"\n\n", "\n\n"),
+        (r"C:\\new", r"C:\\new"),
+        (r"a\tb\\\n", "a\\tb\\\\\n"),
+        (r"`a\nb` c\nd", "`a\\nb` c\nd"),
+        ("```py\nprint('\\n')\n```\\nok", "```py\nprint('\\n')\n```\nok"),
+        (r"$\nabla f$ is\nit", "$\\nabla f$ is\nit"),
+        (r"$$a\ne$$\n", "$$a\\ne$$\n"),
+        (r"\(\nu\)\n\[\nu\]\n", "\\(\\nu\\)\n\\[\\nu\\]\n"),
+        (r"It costs $5\nor $6.\n", "It costs $5\nor $6.\n"),
+        (r"It costs $5,\n10 or$6\n", "It costs $5,\n10 or$6\n"),
+        ("a ` b\n\\n ` c", "a ` b\n\n ` c"),
+        ("` " + "x" * NEAR + r"\n`", "` " + "x" * NEAR + "\n`"),
+        ("end\\", "end\\"),
+        ("```open\\n", "```open\\n"),
+    ],
+)
+def test_newlines(text, restored):
+    for pieces in ([text], text):
+        parser = NewlineParser()
+        assert "".join(map(parser.push, pieces)) + parser.finish() == restored
+
+
+def test_restored_newlines_leave_reasoning_and_arguments_alone():
+    call = XML.replace("Bonn", r"a\nb")
+    parts = parsed(rf"a\nb</think>c\nd {call}", thinking=True, tools=TOOLS, restore_newlines=True)
+    assert parts == [Reasoning(r"a\nb"), Content("c\nd"), Call("weather", json.dumps({"city": r"a\nb", "days": 3}))]
+
+
+MARKS = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<function=now>",
+    "</function>",
+    "<parameter=city>",
+    "</parameter>",
+]
+SIGNS = [
+    "</parameter>",
+    "`",
+    "```",
+    "$",
+    "$$",
+    "\\(",
+    "\\)",
+    "\\",
+    "\\n",
+    "n",
+    "\n",
+    " ",
+    "a",
+    "5",
+    "<",
+    "ü",
+    '{"name": "now"',
+    "}",
+    '"',
+]
+TEXTS = st.lists(st.sampled_from([XML, JSON, NOW, *MARKS, *SIGNS]) | st.text(max_size=3), max_size=14).map("".join)
+SWITCH = st.booleans()
+OPTIONS = st.fixed_dictionaries(
+    {"thinking": SWITCH, "tools": st.sampled_from([None, TOOLS]), "parallel": SWITCH, "restore_newlines": SWITCH}
+)
+
+
+def cut(text, places):
+    edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@settings(max_examples=600, deadline=None)
+@given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8), OPTIONS)
+@example(r"\\", [1], {"thinking": False, "tools": None, "parallel": True, "restore_newlines": True})
+def test_no_cutting_changes_an_answer(text, places, options):
+    whole = parsed([text], **options)
+    assert parsed(cut(text, places), **options) == whole
+    assert parsed(text, **options) == whole  # a character a time
+    for part in whole:
+        if isinstance(part, Call):
+            assert isinstance(json.loads(part.arguments), dict) and part.name in TOOLS
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))
+def test_text_without_calls_or_reasoning_is_kept_to_the_letter(text, places):
+    parts = parsed(cut(text, places), tools=TOOLS)
+    if not any(isinstance(part, (Call, Reasoning)) for part in parts) and not text.lstrip().startswith("<think>"):
+        assert parts == content(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_a_json_calls_arguments_come_back_as_they_were(value):
+    text = json.dumps({"name": "now", "arguments": {"x": value}})
+    (call,) = parsed([f"<tool_call>{text}</tool_call>"], tools=TOOLS)
+    assert json.loads(call.arguments) == {"x": value}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.text(st.characters(codec="utf-8", exclude_characters="\r")))
+)
+def test_an_xml_calls_texts_come_back_as_they_were(arguments):
+    marks = ("<tool_call>", "</tool_call>", "<parameter=", "</parameter>", "</function>")
+    if any(mark in value for value in arguments.values() for mark in marks):
+        return
+    body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    (call,) = parsed([f"<tool_call>\n<function=now>\n{body}</function>\n</tool_call>"], tools=TOOLS)
+    assert json.loads(call.arguments) == arguments
