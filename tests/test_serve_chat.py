@@ -146,7 +146,7 @@ def test_decoding_options_reach_the_model(service, model):
     "fields",
     [
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
-        {"n": 1, "response_format": {"type": "text"}, "logit_bias": {}, "parallel_tool_calls": True},
+        {"n": 1, "response_format": {"type": "text"}, "logit_bias": {}, "parallel_tool_calls": True, "reasoning_effort": None},
         {"functions": None, "guided_json": None, "anything": None},
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.chat import generation_choices
+from serve.api.asking import generation_choices
 from serve.api.errors import ApiError
 from serve.api.schema import FIELDS, ONLY, parse
 from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, body, client, content_of, events, serving
@@ -48,13 +48,18 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 @pytest.mark.parametrize(
     "fields, param, words",
     [
-        ({"n": 2}, "n", "n is 2, but only 1"),
+        ({"n": 0}, "n", "n is 0"),
+        ({"n": 17}, "n", "less than or equal to 16"),
         ({"n": True}, "n", "n is True"),
+        ({"best_of": 2}, "best_of", "best_of is 2, but only 1"),
         ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "only {} is served"),
         ({"functions": []}, "functions", "'functions' is not a field"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls", "only True"),
-        ({"reasoning_effort": "low"}, "reasoning_effort", "not a field"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "parallel_tool_calls is 'no'"),
+        ({"reasoning_effort": "lots"}, "reasoning_effort", "'minimal', 'low'"),
+        ({"thinking_token_budget": -1}, "thinking_token_budget", "thinking_token_budget is -1"),
+        ({"include_reasoning": 1}, "include_reasoning", "include_reasoning is 1"),
+        ({"restore_newlines": "yes"}, "restore_newlines", "restore_newlines is 'yes'"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
         ({"temperature": "hot"}, "temperature", "temperature is 'hot'"),
         ({"temperature": -1}, "temperature", "temperature is -1.0"),
@@ -82,6 +87,12 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ({"model": 7}, "model", "model is 7"),
         ({"tools": {}}, "tools", "tools is {}"),
         ({"tools": [{"name": "f"}]}, "tools", "tools[0] must be"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},
+            "tools",
+            "must be a JSON schema, got [1]",
+        ),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "only 'none' and 'auto'"),
         ({"tools": [FUNCTION], "tool_choice": "required"}, "tool_choice", "only 'none' and 'auto'"),
         ({"tools": [FUNCTION], "tool_choice": FUNCTION}, "tool_choice", "only 'none' and 'auto'"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs", "chat_template_kwargs is []"),

@@ -1,6 +1,6 @@
 """What the server's tests share: a model whose answers are known beforehand, and ways to talk to a server around it.
 
-The fake model answers a prompt with the same text in capitals, one token (a byte) a step.
+The fake model answers a prompt with the same text in capitals, or with what a test has it say, one token (a byte) a step.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import numpy as np
 import uvicorn
 
 from minicpmv46_jax.config import GenerationConfig
+from minicpmv46_jax.detokenize import Detokenizer
 from minicpmv46_jax.generate import Token
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.options import generation_options
@@ -27,19 +28,40 @@ CONTEXT = 200
 PATIENCE_S = 20  # for events that come at once unless something is broken
 
 
+class FakeDetokenizer(Detokenizer):
+    """A token is a byte."""
+
+    def __init__(self):
+        self.special = frozenset()
+
+    def token_bytes(self, token_id):
+        return bytes([token_id])
+
+
+class FakeTokenizer:
+    """The way back."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+
 class FakeModel:
     """Has the methods of MiniCPMV that the server calls, and switches for tests.
 
     Attributes:
       gate: if not None, each step waits for one release of it.
       fault: if not None, raised by the third step.
+      opening: what the template puts behind the last message.
+      say: from a prompt's text to the answer's.
       calls: the options of each `process`.
       started, ended: the prompts whose generation has begun and has been let go of, in order; `changed` guards them.
     """
 
     def __init__(self):
         self.config = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=CONTEXT))
-        self.detokenizer = SimpleNamespace(token_bytes=lambda token_id: bytes([token_id]))
+        self.detokenizer = FakeDetokenizer()
+        self.processor = SimpleNamespace(tokenizer=FakeTokenizer())
+        self.opening, self.say = "", str.upper
         self.gate: threading.Semaphore | None = None
         self.fault: Exception | None = None
         self.process_fault: Exception | None = None
@@ -52,7 +74,7 @@ class FakeModel:
         self.calls.append(options)
         if not messages:
             raise ValueError("messages is empty")
-        return prompt(messages[-1]["content"])
+        return prompt(messages[-1]["content"] + self.opening)
 
     def options(self, **options):
         return generation_options(GenerationConfig(stop_token_ids=(0,)), **options)
@@ -60,7 +82,7 @@ class FakeModel:
     def generate(self, inputs, options):
         text = bytes(inputs.token_ids.tolist()).decode()
         self._note(self.started, text)
-        answer = text.upper().encode()
+        answer = self.say(text).encode()
         limit = options.max_new_tokens or len(answer)
         try:
             for i, byte in enumerate(answer[:limit]):

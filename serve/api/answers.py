@@ -2,11 +2,14 @@
 
 import dataclasses
 import time
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from minicpmv46_jax.detokenize import Detokenizer
 from minicpmv46_jax.generate import Token
+from serve.api.choices import Whole
+from serve.parsers import Content, Part, Reasoning
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
 
@@ -19,15 +22,19 @@ class Header:
     model: str
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def completion(self, text: str, finish_reason: str, logprobs: dict | None, usage: dict[str, int]) -> dict[str, Any]:
-        """A whole answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._fields("chat.completion"), "choices": [choice], "usage": usage}
+    def completion(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        """Whole answers."""
+        return {**self._fields("chat.completion"), "choices": choices, "usage": usage}
 
-    def chunk(self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict | None = None) -> dict[str, Any]:
+    def choice(self, index: int, whole: Whole, logprobs: dict | None) -> dict[str, Any]:
+        """One of them."""
+        return {"index": index, "message": message(whole), "logprobs": logprobs, "finish_reason": whole.finish_reason}
+
+    def chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict | None = None
+    ) -> dict[str, Any]:
         """A piece of a streamed answer."""
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._fields("chat.completion.chunk"), "choices": [choice]}
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
@@ -36,6 +43,34 @@ class Header:
 
     def _fields(self, object_: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_, "created": self.created, "model": self.model}
+
+
+def message(whole: Whole) -> dict[str, Any]:
+    """An assistant's message. One that only calls has no content; reasoning and calls are named only where there are any."""
+    out: dict[str, Any] = {"role": "assistant", "content": None if whole.calls and not whole.content else whole.content}
+    if whole.reasoning:
+        out["reasoning_content"] = whole.reasoning
+    if whole.calls:
+        out["tool_calls"] = [
+            {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in whole.calls
+        ]
+    return {**out, "refusal": None}
+
+
+def deltas_of(part: Part, calls: int) -> list[dict[str, Any]]:
+    """What a stream says of a part. `calls`: those before it. A call comes as OpenAI's do: who is called, then with what."""
+    if isinstance(part, Content):
+        return [{"content": part.text}]
+    if isinstance(part, Reasoning):
+        return [{"reasoning_content": part.text}]
+    head = {"index": calls, "id": call_id(), "type": "function", "function": {"name": part.name, "arguments": ""}}
+    return [{"tool_calls": [head]}, {"tool_calls": [{"index": calls, "function": {"arguments": part.arguments}}]}]
+
+
+def call_id() -> str:
+    """A name for a call, by which its result will be known."""
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

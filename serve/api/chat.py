@@ -1,68 +1,31 @@
 """POST /v1/chat/completions.
 
-Everything that can be wrong with a request is found before its answer starts, so that it gets a status of its own; the first
-step of a stream is awaited too. Preparing (JSON, pictures, tokens) runs in threads, decoding in the engine's.
+The first step of a stream is awaited before its status goes out, so that a fault there has a status of its own.
 """
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from minicpmv46_jax.options import GenerationOptions
-from minicpmv46_jax.processing import Inputs
-from minicpmv46_jax.processing.messages import check_choices
-from serve.api.answers import Header, logprobs, usage
-from serve.api.errors import ApiError, user_mistakes
-from serve.api.exchange import Exchange, exchange_of, read_body
-from serve.api.schema import FIELDS, ChatRequest, parse
-from serve.api.service import Service
+from serve.api.answers import Header, deltas_of, logprobs, usage
+from serve.api.asking import Asked, ask
+from serve.api.choices import Step, Whole
+from serve.api.schema import parse
 from serve.api.sse import EventStream
-from serve.engine import Job
+from serve.parsers import Call
 
 router = APIRouter()
-
-SAME_NAMES = (  # here and in `minicpmv46_jax.options`
-    "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop stop_token_ids ignore_eos"
-).split()
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How the client wants its answer. All of a request that outlives its preparation: the rest may be megabytes of base64."""
-
-    stream: bool
-    logprobs: bool
-    include_usage: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request ready for the engine."""
-
-    form: Form
-    inputs: Inputs
-    options: GenerationOptions
 
 
 @router.post("/chat/completions")
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation, at once or as a stream."""
-    service, exchange = request.app.state.service, exchange_of(request)
-    body = await read_body(request, service.max_body_bytes)
     async with AsyncExitStack() as cleanup:
-        job = service.engine.reserve()
-        cleanup.callback(job.close)
-        cleanup.callback(_cancel_on_disconnect(request, job).cancel)
-        prepared = await service.in_thread(prepare, service, body)
-        exchange.prompt_tokens = len(prepared.inputs.token_ids)
-        job.submit(prepared.inputs, prepared.options)
-        answer = Answer(service, exchange, prepared.form, job)
-        del prepared, body  # an answer may take far longer than its pictures are needed
+        answer = Answer(await ask(request, cleanup, parse))
         if not answer.form.stream:
             return JSONResponse(await answer.whole())
         chunks = answer.chunks()
@@ -70,106 +33,94 @@ async def chat_completions(request: Request) -> Response:
         return EventStream(await anext(chunks), chunks, cleanup.pop_all())
 
 
-def prepare(service: Service, body: bytes) -> Prepared:
-    """All that comes before the engine. Raises ApiError for the client's mistakes."""
-    request = parse(body)
-    if request.model != service.name:
-        message = f"the model {request.model[:200]!r} does not exist here; this server has {service.name!r}"
-        raise ApiError(404, message, "model", "model_not_found")
-    with user_mistakes(FIELDS):
-        check_choices(request.mm_processor_kwargs, "mm_processor_kwargs")
-        options = service.model.options(**generation_choices(request))
-    with user_mistakes(FIELDS, "messages"):
-        inputs = service.model.process(request.messages, **prompt_choices(request))
-    check_context(len(inputs.token_ids), request, service.context)
-    return Prepared(Form(request.stream, request.logprobs, request.include_usage), inputs, options)
-
-
-def generation_choices(request: ChatRequest) -> dict[str, Any]:
-    """The library's decoding options."""
-    return {
-        **{name: getattr(request, name) for name in SAME_NAMES},
-        "max_new_tokens": request.max_new_tokens,
-        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
-    }
-
-
-def prompt_choices(request: ChatRequest) -> dict[str, Any]:
-    """The library's options for making a prompt."""
-    opening = not request.continue_final_message if request.add_generation_prompt is None else request.add_generation_prompt
-    return {
-        "tools": None if request.tool_choice == "none" else request.tools or None,
-        "add_generation_prompt": opening,
-        "continue_final_message": request.continue_final_message,
-        "chat_template_kwargs": request.chat_template_kwargs,
-        **request.mm_processor_kwargs,
-    }
-
-
-def check_context(prompt: int, request: ChatRequest, context: int) -> None:
-    """Refuses, as OpenAI and vLLM do, what would not fit."""
-    answer = request.max_new_tokens
-    if prompt >= context:
-        fault = f"your prompt has {prompt} tokens, pictures included, which leaves no room for an answer"
-        raise ApiError(400, f"the context holds {context} tokens, but {fault}", "messages", "context_length_exceeded")
-    if answer is not None and prompt + answer > context:
-        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        fault = f"your prompt has {prompt} tokens and {name} is {answer}, together {prompt + answer}"
-        raise ApiError(400, f"the context holds {context} tokens, but {fault}", name, "context_length_exceeded")
-
-
 class Answer:
     """A submitted request's way back to its client."""
 
-    def __init__(self, service: Service, exchange: Exchange, form: Form, job: Job):
-        self.form = form
-        self._job, self._exchange = job, exchange
-        self._detokenizer = service.model.detokenizer
-        self._header = Header(f"chatcmpl-{exchange.id}", service.name)
+    def __init__(self, asked: Asked):
+        self.form = asked.form
+        self._asked, self._exchange = asked, asked.exchange
+        self._header = Header(f"chatcmpl-{asked.exchange.id}", asked.service.name)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one object."""
-        texts, tokens, reason = [], [], None
-        async for delta in self._job.deltas():
-            self._exchange.completion_tokens += len(delta.tokens)
-            texts.append(delta.text)
-            tokens += delta.tokens if self.form.logprobs else ()
-            reason = delta.finish_reason
-        assert reason is not None
-        return self._header.completion("".join(texts), reason, self._logprobs(tokens), self._usage())
+        """The answers as one object."""
+        wholes = await asyncio.gather(*(self._collected(i) for i in range(self.form.n)))
+        choices = [self._header.choice(i, whole, self._logprobs(whole.tokens)) for i, whole in enumerate(wholes)]
+        return self._header.completion(choices, self._usage())
+
+    async def _collected(self, index: int) -> Whole:
+        whole = Whole()
+        async for step in self._asked.steps(index):
+            whole.add(step)
+        return whole
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer in pieces; the first comes with the engine's first step."""
-        first = True
-        async for delta in self._job.deltas():
-            self._exchange.completion_tokens += len(delta.tokens)
-            if first:
-                yield self._chunk({"role": "assistant", "content": ""})
-                first = False
-            if delta.text or (self.form.logprobs and delta.tokens):
-                yield self._chunk({"content": delta.text}, logprobs=self._logprobs(delta.tokens))
-            if delta.finish_reason is not None:
-                yield self._chunk({}, delta.finish_reason)
-        if self.form.include_usage:
+        """The answers in pieces, as they come; the first comes with the engine's first step."""
+        open_choices = [_OpenChoice() for _ in range(self.form.n)]
+        async with aclosing(_merged([self._asked.steps(i) for i in range(self.form.n)])) as steps:
+            async for index, step in steps:
+                for chunk in self._step_chunks(index, open_choices[index], step):
+                    yield chunk
+        if self.form.stream_options.include_usage:
             yield self._header.usage_chunk(self._usage())
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict | None = None) -> dict[str, Any]:
-        chunk = self._header.chunk(delta, finish_reason, logprobs)
-        return {**chunk, "usage": None} if self.form.include_usage else chunk  # OpenAI says null until the last
+    def _step_chunks(self, index: int, choice: "_OpenChoice", step: Step) -> list[dict[str, Any]]:
+        """A step as chunks: who speaks before the first words; log probabilities with the first words after their tokens."""
+        chunks = []
+        if not choice.begun:
+            choice.begun = True
+            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
+        choice.tokens += step.tokens if self.form.logprobs else ()
+        for part in step.parts:
+            for delta in deltas_of(part, choice.calls):
+                chunks.append(self._chunk(index, delta, logprobs=self._taken(choice)))
+            choice.calls += isinstance(part, Call)
+        if step.finish_reason is not None:
+            chunks.append(self._chunk(index, {}, step.finish_reason, self._taken(choice)))
+        return chunks
+
+    def _taken(self, choice: "_OpenChoice") -> dict[str, Any] | None:
+        tokens, choice.tokens = choice.tokens, []
+        return self._logprobs(tokens) if tokens else None
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict | None = None
+    ) -> dict[str, Any]:
+        chunk = self._header.chunk(index, delta, finish_reason, logprobs)
+        wanted = self.form.stream_options
+        if wanted.continuous_usage_stats and wanted.include_usage:
+            return {**chunk, "usage": self._usage()}
+        return {**chunk, "usage": None} if wanted.include_usage else chunk  # OpenAI says null until the last
 
     def _logprobs(self, tokens) -> dict[str, Any] | None:
-        return logprobs(tokens, self._detokenizer) if self.form.logprobs else None
+        return logprobs(tokens, self._asked.service.model.detokenizer) if self.form.logprobs else None
 
     def _usage(self) -> dict[str, int]:
         return usage(self._exchange.prompt_tokens, self._exchange.completion_tokens)
 
 
-def _cancel_on_disconnect(request: Request, job: Job) -> asyncio.Task:
-    """Watches the connection once the body has been read, when nothing but its end can come."""
+class _OpenChoice:
+    """What a choice's next chunk depends on."""
 
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        job.cancel()
+    def __init__(self):
+        self.begun, self.calls, self.tokens = False, 0, []
 
-    return asyncio.create_task(watch())
+
+async def _merged(streams: list[AsyncIterator[Step]]) -> AsyncIterator[tuple[int, Step]]:
+    """Steps of several answers, each as it comes."""
+    if len(streams) == 1:
+        async for step in streams[0]:
+            yield 0, step
+        return
+    waiting = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                if (step := task.result()) is not None:
+                    yield index, step
+                    waiting[asyncio.ensure_future(anext(streams[index], None))] = index
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import reprlib
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,12 +21,10 @@ HARMLESS = frozenset(
 
 # Fields of OpenAI's and vLLM's of which one value is served.
 ONLY: dict[str, Any] = {
-    "n": 1,
     "best_of": 1,
     "response_format": {"type": "text"},
     "modalities": ["text"],
     "logit_bias": {},
-    "parallel_tool_calls": True,
     "echo": False,
     "use_beam_search": False,
     "min_tokens": 0,
@@ -36,6 +34,9 @@ ONLY: dict[str, Any] = {
 }
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+MAX_CHOICES = 16  # answers to one request; each takes a place of the engine
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # OpenAI's; those from the third on make this model think
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -49,9 +50,11 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """Whether a last chunk tells the usage."""
+    """Whether a last chunk tells the usage, or every one (vLLM's). Obfuscation pads OpenAI's chunks; there is none here."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class ChatRequest(_Strict):
@@ -66,13 +69,16 @@ class ChatRequest(_Strict):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
     stop: Annotated[list[str], BeforeValidator(_listed)] = []
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal[EFFORTS] | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -82,6 +88,9 @@ class ChatRequest(_Strict):
     mm_processor_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
+    include_reasoning: bool = True
+    thinking_token_budget: int | None = Field(None, ge=0)
+    restore_newlines: bool = False
 
     @field_validator("tools")
     @classmethod
@@ -90,6 +99,10 @@ class ChatRequest(_Strict):
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
+            if not isinstance(function.get("parameters") or {}, dict):
+                raise ValueError(
+                    f"tools[{i}].function.parameters must be a JSON schema, got {reprlib.repr(function['parameters'])}"
+                )
         return tools
 
     @field_validator("tool_choice")
@@ -116,6 +129,18 @@ class ChatRequest(_Strict):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """The functions that may be called: their parameters' schemas by name."""
+        tools = () if self.tool_choice == "none" else self.tools or ()
+        return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """For the chat template. An effort says whether to think; `enable_thinking` itself goes before it."""
+        effort = {} if self.reasoning_effort is None else {"enable_thinking": EFFORTS.index(self.reasoning_effort) >= 2}
+        return {**effort, **self.chat_template_kwargs}
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that tells the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -126,16 +151,26 @@ FIELDS = frozenset(ChatRequest.model_fields)
 
 def parse(body: bytes) -> ChatRequest:
     """A checked request. Raises ApiError 400 that names the field."""
+    return checked(json_object(body))
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A body's JSON. Raises ApiError 400."""
     raw = _json(body)
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is a JSON {_json_type(raw)}, expected an object")
+    return raw
+
+
+def checked(raw: dict[str, Any]) -> ChatRequest:
+    """A request from its fields. Raises ApiError 400 that names the field."""
     said = {name: value for name, value in raw.items() if value is not None and name not in HARMLESS}
     for name in [name for name in said if name not in FIELDS]:
         _check_unserved(name, said.pop(name))
     try:
         return ChatRequest.model_validate(said)
     except ValidationError as error:
-        raise _mistake(error) from None
+        raise mistake(error) from None
 
 
 def _check_unserved(name: str, value: Any) -> None:
@@ -172,7 +207,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _mistake(error: ValidationError) -> ApiError:
+def mistake(error: ValidationError) -> ApiError:
     """The first thing wrong, in the words of the others here: field, value, what it may be."""
     first = error.errors(include_url=False)[0]
     reason = first["msg"].removeprefix("Value error, ")

@@ -24,6 +24,7 @@ class Service:
       model: prepares requests, in threads of `pool`.
       engine: answers them.
       name: what clients call the model.
+      aliases: what they may call it as well.
       api_key: what clients must show; None lets everyone in.
       max_body_bytes: most bytes of a request's body.
       created: when serving began, in seconds since 1970.
@@ -33,12 +34,18 @@ class Service:
     model: MiniCPMV
     engine: Engine
     name: str
+    aliases: tuple[str, ...] = ()
     api_key: str | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that the model answers to."""
+        return (self.name, *self.aliases)
 
     @property
     def context(self) -> int:

@@ -1,0 +1,64 @@
+"""One of the answers to a request: the engine's steps taken apart into what clients are told."""
+
+import dataclasses
+from collections.abc import AsyncIterator
+
+from minicpmv46_jax.generate import Token
+from minicpmv46_jax.library import Delta
+from serve.parsers import Call, Content, OutputParser, Part, Reasoning
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What became known at once.
+
+    Attributes:
+      parts: of the answer.
+      tokens: those decoded since the step before; their text may come with a later step.
+      finish_reason: None until the last step; then "stop", "length" or "tool_calls".
+    """
+
+    parts: tuple[Part, ...]
+    tokens: tuple[Token, ...]
+    finish_reason: str | None = None
+
+
+async def steps(deltas: AsyncIterator[Delta], parser: OutputParser, include_reasoning: bool = True) -> AsyncIterator[Step]:
+    """An answer step by step. It may end before the deltas do: closing their job is the caller's."""
+    called = False
+    async for delta in deltas:
+        parts = parser.push(delta.text)
+        if delta.finish_reason is not None or parser.ended:
+            parts += parser.finish()
+        called = called or any(isinstance(part, Call) for part in parts)
+        shown = tuple(part for part in parts if include_reasoning or not isinstance(part, Reasoning))
+        yield Step(shown, delta.tokens, _reason("stop" if parser.ended else delta.finish_reason, called))
+        if parser.ended:
+            return
+
+
+def _reason(reason: str | None, called: bool) -> str | None:
+    return "tool_calls" if reason == "stop" and called else reason
+
+
+@dataclasses.dataclass
+class Whole:
+    """An answer that has ended, collected."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    tokens: list[Token] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, step: Step) -> None:
+        """One more step."""
+        for part in step.parts:
+            if isinstance(part, Content):
+                self.content += part.text
+            elif isinstance(part, Reasoning):
+                self.reasoning += part.text
+            else:
+                self.calls.append(part)
+        self.tokens += step.tokens
+        self.finish_reason = step.finish_reason
