@@ -1,17 +1,20 @@
 """What the URLs and paths in a request may open.
 
-Checked: the scheme (data URLs never come here; http, https, file and plain paths do, others are refused), that a local file
-really lies under the allowed folder once links are followed, and a download's size, number of redirects and whole time.
+Checked: the scheme (data URLs never come here; http, https, file and plain paths do, others are refused); that a local file
+really lies under the allowed folder once links are followed; for http(s), where the host is (addresses.py), at first and after
+each redirect, and a download's size, number of redirects and whole time. A host is resolved once, and the address that was
+checked is the one connected to: a DNS server that answers differently the next time is not asked again.
 
-Not checked: where an http(s) host is. A client may make the server fetch from any address that the server can reach, its own
-network included; do not open this server to strangers where that matters. A local path is resolved before it is opened, so
-someone who can swap links inside the allowed folder at that moment can get round it.
+Not checked: a local path is resolved before it is opened, so someone who can swap links inside the allowed folder at that moment
+can get round it. Where the environment names a proxy, it is the proxy that connects, to the checked address.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import re
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -19,9 +22,12 @@ from urllib.request import url2pathname
 import httpx
 
 from minicpmv46_jax.processing.sources import describe
+from serve.addresses import Network, Resolve, allowed, resolve
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two letters or more: "C:" starts a path
 FLAG = "--allowed-local-media-path"
+NETWORKS_FLAG = "--allowed-media-networks"
+DOMAINS_FLAG = "--allowed-media-domains"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +41,33 @@ class Limits:
     total_s: float = 60.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """Which hosts may be asked.
+
+    Attributes:
+      networks: addresses that may be asked although they are not the internet's.
+      domains: if not empty, the only hosts that may be asked, by the names that URLs use.
+      resolve: from names to addresses.
+    """
+
+    networks: tuple[Network, ...] = ()
+    domains: frozenset[str] = frozenset()
+    resolve: Resolve = resolve
+
+
 class MediaFetcher:
     """A `processing.Fetch` with the server's rules. May be called from several threads at once.
 
     Args:
       allowed_folder: local files under it may be read; None for none at all.
       limits: of downloads.
+      reach: which hosts may be asked.
     """
 
-    def __init__(self, allowed_folder: Path | None = None, limits: Limits | None = None):
+    def __init__(self, allowed_folder: Path | None = None, limits: Limits | None = None, reach: Reach | None = None):
         self._root = None if allowed_folder is None else allowed_folder.resolve(strict=True)
-        self._limits = limits or Limits()
+        self._limits, self._reach = limits or Limits(), reach or Reach()
         self._tls = ssl.create_default_context()  # made once: reading the certificates takes longer than a small download
 
     def __call__(self, url: str) -> bytes | Path:
@@ -77,19 +99,61 @@ class MediaFetcher:
     async def _download(self, url: str) -> bytes:
         limits, name = self._limits, describe(url)
         try:
-            async with asyncio.timeout(limits.total_s), self._client() as client, client.stream("GET", url) as response:
-                return await _body(response, limits.max_bytes, name)
+            async with asyncio.timeout(limits.total_s), self._client() as client:
+                return await self._followed(client, httpx.URL(url), name)
         except (TimeoutError, httpx.TimeoutException):
             raise ValueError(f"{name}: not complete in time (at most {limits.total_s:g} seconds in all)") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"{name}: {error or type(error).__name__}") from None
 
+    async def _followed(self, client: httpx.AsyncClient, url: httpx.URL, name: str) -> bytes:
+        for _ in range(self._limits.max_redirects + 1):
+            async with self._response(client, url, name) as response:
+                if not response.has_redirect_location:
+                    return await _body(response, self._limits.max_bytes, name)
+                url = url.join(response.headers["Location"])
+        raise ValueError(f"{name}: more than the {self._limits.max_redirects} redirects allowed")
+
+    @contextlib.asynccontextmanager
+    async def _response(self, client: httpx.AsyncClient, url: httpx.URL, name: str) -> AsyncIterator[httpx.Response]:
+        """Asks the address that was checked, by the name that the URL has."""
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"{name}: it leads to {describe(str(url))}; only http and https URLs with a host are followed")
+        address = await self._address(url, name)
+        request = client.build_request(
+            "GET",
+            url.copy_with(host=address),
+            headers={"Host": url.netloc.decode("ascii")},
+            extensions={"sni_hostname": url.raw_host.decode("ascii")},  # whose certificate is expected
+        )
+        response = await client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _address(self, url: httpx.URL, name: str) -> str:
+        """Where a URL's host is, all of its addresses checked."""
+        host, domains = url.host, self._reach.domains
+        if domains and host.lower().rstrip(".") not in domains:
+            raise ValueError(f"{name}: the host {host!r} is none of those that {DOMAINS_FLAG} allows")
+        try:
+            found = await self._reach.resolve(host, url.port or (443 if url.scheme == "https" else 80))
+        except OSError as error:
+            raise ValueError(f"{name}: the host {host!r} has no address ({error.strerror or error})") from None
+        for address in found:
+            if not allowed(address, self._reach.networks):
+                raise ValueError(
+                    f"{name}: the host {host!r} is at {address}, which is not an address on the internet; "
+                    f"{NETWORKS_FLAG} would allow it"
+                )
+        return found[0]
+
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             verify=self._tls,
             timeout=httpx.Timeout(self._limits.read_s, connect=self._limits.connect_s),
-            follow_redirects=True,
-            max_redirects=self._limits.max_redirects,
+            follow_redirects=False,  # each is checked like the first
             headers={"Accept-Encoding": "identity"},  # pictures are compressed already; and no gzip bombs
         )
 
@@ -104,6 +168,9 @@ def _file_path(url: str) -> str:
 async def _body(response: httpx.Response, max_bytes: int, name: str) -> bytes:
     if response.status_code != 200:
         raise ValueError(f"{name}: HTTP status {response.status_code}")
+    announced = response.headers.get("Content-Length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise ValueError(f"{name}: {announced} bytes, more than the {max_bytes} bytes allowed")
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk

@@ -303,6 +303,12 @@ def test_bad_images(source, message):
 
 
 @pytest.mark.filterwarnings("default")
+def test_formats_that_are_programs_are_no_pictures():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(ValueError, match="not an image that Pillow can read"):
+        load_rgb(eps, fetch)
+
+
 def test_decompression_bombs_are_refused_before_decoding():
     with pytest.raises(ValueError, match=r"3600000000 pixels.*178956970 pixels"):
         load_rgb(png_header(60_000), fetch)  # Pillow's own limit

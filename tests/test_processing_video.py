@@ -25,7 +25,7 @@ from convert.demo import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Video, fetch
 from minicpmv46_jax.processing.images import Cut
 from minicpmv46_jax.processing.resize import resize_bicubic
-from minicpmv46_jax.processing.video import Timing, composite, cut_units, decode, load_video, plan, sample, video_table
+from minicpmv46_jax.processing.video import Bounds, Timing, composite, cut_units, decode, load_video, plan, sample, video_table
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = json.loads((GOLDENS / "video.json").read_text())["cases"]
@@ -225,6 +225,42 @@ def test_a_container_that_names_too_many_frames_is_counted():
         assert file.streams.video[0].frames == 90
     assert 0 < len(frames) < 80  # so that frame 80, of second 8, does not come
     assert_same(load(short), load(Video(frames, 10)))
+
+
+# ---- what a video may cost
+
+
+def bounded(data, bounds, **choices):
+    return load_video(data, CONFIG, CONFIG.options.updated(choices, "test"), fetch, 10**8, bounds)
+
+
+@pytest.mark.parametrize("container", ["mp4", "webm"])  # the first says how many frames it has
+def test_a_video_is_bounded_in_frames(container):
+    data = encode(FRAMES, 10, "libvpx" if container == "webm" else "mpeg4", container)
+    assert_same(bounded(data, Bounds(frames=45)), load(data))
+    with pytest.raises(ValueError, match=r"more than the 44 (frames )?allowed"):
+        bounded(data, Bounds(frames=44))
+
+
+def test_a_video_is_bounded_in_pictures():
+    data = encode(FRAMES)  # 5 seconds
+    assert_same(bounded(data, Bounds(pictures=5)), load(data))
+    with pytest.raises(ValueError, match="5 frames would be shown, more than the 4 allowed; lower max_num_frames"):
+        bounded(data, Bounds(pictures=4))
+    assert len(bounded(data, Bounds(pictures=4), max_num_frames=4)) == 4
+
+
+def test_a_video_is_bounded_in_time():
+    with pytest.raises(ValueError, match="longer than the 0 seconds allowed"):
+        bounded(encode(FRAMES), Bounds(seconds=0.0))
+
+
+def test_a_composite_is_bounded_in_pixels():
+    data = encode(FRAMES)
+    height, width, _ = FRAMES[0].shape
+    assert load(data, height * width)
+    with pytest.raises(ValueError, match=f"more than the {height * width} allowed"):
+        load(data, height * width, stack_frames=5)
 
 
 # ---- bad input

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve import startup
-from serve.__main__ import bind, listen, main, served_name
+from serve import flags, startup
+from serve.__main__ import _parser, bind, listen, main, media_fetcher, served_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +57,40 @@ def test_usage_errors(arguments, capsys):
         main(arguments.split())
     assert caught.value.code == 2
     assert "usage: python -m serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--served-model 5", "--served-model is no flag of this server; did you mean --served-model-name?"),
+        ("--alowed-media-domains x", "did you mean --allowed-media-domains?"),
+        ("--tool-call-parser=hermes", "--tool-call-parser is no flag of this server, and not needed: both formats"),
+        ("--limit-mm-per-prompt x", "'x' is not like"),
+        ("--limit-mm-per-prompt [5]", "'[5]' is not like"),
+        ('--limit-mm-per-prompt {"audio":1}', "'audio' is none of image, video"),
+        ("--limit_mm_per_prompt image=-1", "image is -1, expected 0 or more"),
+        ("--allowed-media-networks 10.0.0.1/8", "host bits set"),
+        ("--max-pixels 0", "0 is less than 1"),
+    ],
+)
+def test_flags_with_mistakes(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ['{"image": 5, "video": 2}', "image=5,video=2"])
+def test_media_limits(text):
+    assert flags.media_limits(text) == {"image": 5, "video": 2}
+
+
+def test_the_media_flags_make_the_rules():
+    arguments = "--allowed-media-domains Good.test. other.test --allowed-media-networks 10.0.0.0/8 ::1 --max-media-bytes 5"
+    fetch = media_fetcher(_parser().parse_args(arguments.split()))
+    assert fetch._reach.domains == {"good.test", "other.test"}
+    assert [str(network) for network in fetch._reach.networks] == ["10.0.0.0/8", "::1/128"]
+    assert fetch._limits.max_bytes == 5
 
 
 def test_a_port_in_use(capsys):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from serve.api.asking import generation_choices
 from serve.api.errors import ApiError
 from serve.api.schema import FIELDS, ONLY, parse
-from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, body, client, content_of, events, serving
+from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, body, client, content_of, events, prompt, serving
 
 
 @pytest.fixture
@@ -137,6 +137,22 @@ def test_whatever_the_fields_are_the_mistake_is_the_clients(fields):
         FakeModel().options(**generation_choices(request))
     except ValueError as refusal:
         assert str(refusal).partition(" ")[0] in FIELDS
+
+
+def test_more_pictures_than_allowed(model):
+    def content(images, videos):
+        parts = [{"type": "image_url", "image_url": {"url": "data:,"}}] * images
+        return [*parts, *[{"type": "video_url", "video_url": {"url": "data:,"}}] * videos]
+
+    model.process = lambda messages, **_: prompt("hello")
+    with serving(model, media_limits={"image": 2, "video": 0}) as service:
+        first = {"role": "user", "content": content(1, 0)}
+        assert ask(service, messages=[first, {"role": "user", "content": content(1, 0)}]).status_code == 200
+        found = error(ask(service, messages=[first, {"role": "user", "content": content(2, 0)}]), 400)
+        assert found["param"] == "messages[1].content[1]"
+        assert "image number 3, but a request may have at most 2 (--limit-mm-per-prompt)" in found["message"]
+        found = error(ask(service, messages=[{"role": "user", "content": content(0, 1)}]), 400)
+        assert found["param"] == "messages[0].content[0]" and "at most 0" in found["message"]
 
 
 @pytest.mark.parametrize("missing", ["model", "messages"])

@@ -1,14 +1,18 @@
 """What a request's URLs and paths may open."""
 
+import asyncio
 import http.server
+import ipaddress
 import threading
 from pathlib import Path
 
 import pytest
 
-from serve.media import Limits, MediaFetcher
+from serve.addresses import allowed, resolve
+from serve.media import Limits, MediaFetcher, Reach
 
 PICTURE = b"a picture's bytes" * 100
+HERE = Reach(networks=(ipaddress.ip_network("127.0.0.1/32"),))  # where the tests' own site is
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fetch(folder):
-    return MediaFetcher(folder)
+    return MediaFetcher(folder, reach=HERE)
 
 
 class _Site(http.server.BaseHTTPRequestHandler):
@@ -41,6 +45,10 @@ class _Site(http.server.BaseHTTPRequestHandler):
             self._reply(302, b"", "/picture" if left == 1 else f"/hop/{left - 1}")
         elif self.path == "/to-file":
             self._reply(302, b"", "file:///etc/hostname")
+        elif self.path.startswith("/to/"):
+            self._reply(302, b"", f"http://{self.path.removeprefix('/to/')}:{self.server.server_port}/picture")
+        elif self.path == "/host":
+            self._reply(200, self.headers["Host"].encode())
         else:
             self._reply(404, b"nothing here")
 
@@ -131,16 +139,18 @@ def test_downloads(fetch, site):
     assert fetch(f"{site}/hop/3") == PICTURE
 
 
-@pytest.mark.parametrize("path, words", [("/none", "HTTP status 404"), ("/hop/4", "redirects"), ("/to-file", "to-file")])
+@pytest.mark.parametrize(
+    "path, words", [("/none", "HTTP status 404"), ("/hop/4", "redirects"), ("/to-file", "only http and https")]
+)
 def test_downloads_that_fail(fetch, site, path, words):
     with pytest.raises(ValueError, match=words):
         fetch(site + path)
 
 
 def test_a_download_is_bounded_in_bytes(site):
-    exact = MediaFetcher(limits=Limits(max_bytes=len(PICTURE)))
+    exact = MediaFetcher(reach=HERE, limits=Limits(max_bytes=len(PICTURE)))
     assert exact(f"{site}/picture") == PICTURE
-    less = MediaFetcher(limits=Limits(max_bytes=len(PICTURE) - 1))
+    less = MediaFetcher(reach=HERE, limits=Limits(max_bytes=len(PICTURE) - 1))
     with pytest.raises(ValueError, match=f"more than the {len(PICTURE) - 1} bytes"):
         less(f"{site}/picture")
 
@@ -151,7 +161,96 @@ def test_a_download_is_bounded_in_bytes(site):
 )
 def test_a_download_is_bounded_in_time(site, path, limits):
     with pytest.raises(ValueError, match="not complete in time"):
-        MediaFetcher(limits=limits)(site + path)
+        MediaFetcher(reach=HERE, limits=limits)(site + path)
+
+
+INTERNET = ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+ELSEWHERE = (
+    "127.0.0.1 127.1.2.3 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 192.0.2.1 224.0.0.1 255.255.255.255 "
+    "240.0.0.1 :: ::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1:: "
+    "2001:0:7f00:1:: fe80::1 fe80::1%eth0 fc00::1 fd12::1 fec0::1 ff02::1 2001:db8::1 100::1"
+).split()
+
+
+@pytest.mark.parametrize("address", INTERNET)
+def test_addresses_on_the_internet(address):
+    assert allowed(address, ())
+
+
+@pytest.mark.parametrize("address", ELSEWHERE)
+def test_addresses_elsewhere(address):
+    assert not allowed(address, ())
+
+
+def test_networks_that_are_allowed_besides():
+    networks = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "fd00::/8")]
+    assert all(allowed(address, networks) for address in ("10.9.9.9", "::ffff:10.9.9.9", "fd12::1", "8.8.8.8"))
+    assert not any(allowed(address, networks) for address in ("127.0.0.1", "fc00::1", "::ffff:192.168.0.1"))
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::1]", "[::ffff:127.0.0.1]", "0", "[::]"],
+)
+def test_every_way_to_say_this_machine_is_refused(site, host):
+    port = site.rpartition(":")[2]
+    with pytest.raises(ValueError, match=r"not an address on the internet; --allowed-media-networks|Invalid IPv4"):
+        MediaFetcher()(f"http://{host}:{port}/picture")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "2130706433", "[::ffff:127.0.0.2]", "169.254.169.254"])
+def test_a_redirect_is_checked_like_the_first_url(site, host):
+    no_more = Reach(resolve=lambda name, port: _answers("127.0.0.9") if name == "localhost" else resolve(name, port))
+    reach = Reach(networks=HERE.networks, resolve=no_more.resolve)
+    if host == "2130706433":  # 127.0.0.1 in other words, which is allowed here
+        assert MediaFetcher(reach=reach)(f"{site}/to/{host}") == PICTURE
+        return
+    with pytest.raises(ValueError, match="not an address on the internet"):
+        MediaFetcher(reach=reach)(f"{site}/to/{host}")
+
+
+async def _answers(*addresses):
+    return list(addresses)
+
+
+def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(site):
+    asked = []
+
+    async def rebinding(host, port):
+        asked.append(host)
+        return ["127.0.0.1"] if len(asked) == 1 else ["127.0.0.2"]
+
+    port = site.rpartition(":")[2]
+    fetch = MediaFetcher(reach=Reach(HERE.networks, resolve=rebinding))
+    assert fetch(f"http://site.test:{port}/host") == f"site.test:{port}".encode()  # by name, at the address checked
+    assert asked == ["site.test"]
+    with pytest.raises(ValueError, match=r"at 127\.0\.0\.2, which is not"):
+        fetch(f"http://site.test:{port}/host")
+
+
+def test_one_bad_address_among_good_ones_is_enough_to_refuse():
+    fetch = MediaFetcher(reach=Reach(resolve=lambda host, port: _answers("8.8.8.8", "10.0.0.1")))
+    with pytest.raises(ValueError, match=r"at 10\.0\.0\.1"):
+        fetch("http://site.test/picture")
+
+
+def test_allowed_domains(site):
+    port = site.rpartition(":")[2]
+    reach = Reach(HERE.networks, frozenset({"good.test"}), lambda host, port: _answers("127.0.0.1"))
+    fetch = MediaFetcher(reach=reach)
+    assert fetch(f"http://Good.test:{port}/picture") == PICTURE
+    for url in (f"http://bad.test:{port}/picture", f"http://good.test:{port}/to/bad.test"):
+        with pytest.raises(ValueError, match=r"'bad\.test' is none of those that --allowed-media-domains"):
+            fetch(url)
+
+
+def test_names_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"the host 'no\.such\.host\.invalid' has no address"):
+        MediaFetcher()("http://no.such.host.invalid/x.png")
+
+
+def test_the_systems_resolver_reads_numbers_as_addresses():
+    assert asyncio.run(resolve("2130706433", 80)) == ["127.0.0.1"]
 
 
 def test_the_allowed_folder_must_exist(tmp_path):

@@ -23,7 +23,7 @@ from minicpmv46_jax.processing.inputs import Inputs, View
 from minicpmv46_jax.processing.messages import Medium, check_choices, normalise
 from minicpmv46_jax.processing.options import MediaConfig, Options, read_configs
 from minicpmv46_jax.processing.sources import Fetch, fetch
-from minicpmv46_jax.processing.video import load_video, video_table
+from minicpmv46_jax.processing.video import UNBOUNDED, Bounds, load_video, video_table
 
 _ROLES = (
     "image_token",
@@ -67,6 +67,7 @@ class Processor:
         fetch: takes any URL or path given as a string (data URLs aside) to its bytes or file. A server passes its own,
             to decide what may be opened; `pathlib.Path` objects come from the program itself and are opened without it.
         max_pixels: most pixels of an image or of a video's frame.
+        video_bounds: what reading a video may cost.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class Processor:
         *,
         fetch: Fetch = fetch,
         max_pixels: int = MAX_PIXELS,
+        video_bounds: Bounds = UNBOUNDED,
     ) -> None:
         self.tokenizer = tokenizer
         self.images = images
         self.videos = videos
         self.fetch = fetch
         self.max_pixels = max_pixels
+        self.video_bounds = video_bounds
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; expected chat_template.jinja in the checkpoint folder")
         if missing := [role for role in _ROLES if not getattr(tokenizer, role, None)]:
@@ -207,7 +210,8 @@ class Processor:
         options = config.options.updated(choices, "options").updated(medium.choices, medium.where)
         try:
             if medium.kind == "video":
-                return _Loaded("video", load_video(medium.source, config, options, self.fetch, self.max_pixels), options)
+                cuts = load_video(medium.source, config, options, self.fetch, self.max_pixels, self.video_bounds)
+                return _Loaded("video", cuts, options)
             picture = load_rgb(medium.source, self.fetch, self.max_pixels)
             return _Loaded("image", (cut(picture, config, options, resize_pillow),), options)
         except ValueError as error:

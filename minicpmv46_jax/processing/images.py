@@ -22,6 +22,12 @@ from minicpmv46_jax.processing.sources import Fetch, describe, read
 # Pillow's own threshold for a warning; it refuses twice that by itself.
 MAX_PIXELS = 89_478_485
 
+# Formats that hold pixels. Pillow knows more: EPS and WMF are programs that draw, others are rare. (Old ones lack AVIF.)
+Image.init()
+FORMATS = tuple(
+    name for name in "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split() if name in Image.OPEN
+)
+
 Resize = Callable[[np.ndarray, int, int], np.ndarray]
 """(uint8 [height, width, 3], new height, new width) -> uint8 [new height, new width, 3]."""
 
@@ -84,7 +90,7 @@ def _array_rgb(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
 
 def _open(data: bytes | Path, name: str) -> Image.Image:
     try:
-        return Image.open(data if isinstance(data, Path) else io.BytesIO(data))
+        return Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {error}") from None  # Pillow's text has both numbers
     except Image.UnidentifiedImageError:

@@ -14,6 +14,7 @@ What the reference does and one would not guess:
 import io
 import math
 import numbers
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -68,6 +69,43 @@ class Timing:
     def duration(self) -> float:
         """Seconds; a container's rate is a fraction, so that this is rounded once."""
         return float(self.frames / self.rate)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one video may cost; a server sets them, for a small file can hold hours.
+
+    Attributes:
+        frames: the most frames to decode, those that are skipped included.
+        seconds: the longest time to decode for.
+        pictures: the most frames and composites to show the model.
+    """
+
+    frames: float = math.inf
+    seconds: float = math.inf
+    pictures: float = math.inf
+
+    def check(self, timing: "Timing", units: list[Unit], name: str) -> None:
+        """Raise ValueError, before anything is decoded, for a video that is too long."""
+        if timing.frames > self.frames:
+            raise ValueError(f"{name}: the video has {timing.frames} frames, more than the {self.frames} allowed")
+        if len(units) > self.pictures:
+            raise ValueError(
+                f"{name}: {len(units)} frames would be shown, more than the {self.pictures} allowed; lower max_num_frames"
+            )
+
+    def metered(self, frames: Iterable[Any], name: str) -> Iterator[Any]:
+        """The same frames, as long as there are not too many of them and they come in time."""
+        end = time.monotonic() + self.seconds
+        for i, frame in enumerate(frames):
+            if i >= self.frames:
+                raise ValueError(f"{name}: the video has more than the {self.frames} frames allowed")
+            if time.monotonic() > end:
+                raise ValueError(f"{name}: decoding the video takes longer than the {self.seconds:g} seconds allowed")
+            yield frame
+
+
+UNBOUNDED = Bounds()
 
 
 def sample(timing: Timing, max_num_frames: int, stack_frames: int) -> tuple[list[int], dict[int, list[int]]]:
@@ -157,19 +195,28 @@ def cut_units(frames: Iterable[tuple[int, np.ndarray]], units: list[Unit], make:
     return [done[unit] for unit in units if unit in done]
 
 
-def load_video(source: Any, config: MediaConfig, options: Options, fetch: Fetch, max_pixels: int = MAX_PIXELS) -> tuple[Cut, ...]:
+def load_video(
+    source: Any,
+    config: MediaConfig,
+    options: Options,
+    fetch: Fetch,
+    max_pixels: int = MAX_PIXELS,
+    bounds: Bounds = UNBOUNDED,
+) -> tuple[Cut, ...]:
     """Sample a video and cut each of its frames and composites.
 
     Args:
         source: a path, URL or data URL (str), `pathlib.Path`, bytes, or a `Video` of decoded frames.
         fetch: how to get at URLs and paths.
-        max_pixels: frames larger than this are refused.
+        max_pixels: frames and composites larger than this are refused.
+        bounds: of a file; frames decoded already are the caller's own.
     Raises:
-        ValueError: not a video, no video stream, no frames, broken, frames too large, or not to be had.
+        ValueError: not a video, no video stream, no frames, broken, frames too large or too many, or not to be had.
     """
     name = describe(source)
 
     def make(picture: np.ndarray) -> Cut:
+        check_size(picture.shape[0], picture.shape[1], max_pixels, name)  # a composite is as large as its frames together
         return cut(picture, config, options, resize_bicubic)
 
     if isinstance(source, Video):
@@ -178,7 +225,7 @@ def load_video(source: Any, config: MediaConfig, options: Options, fetch: Fetch,
         raise ValueError(f"{name}: frames alone have no frame rate, pass Video(frames, fps); or a str, Path or bytes")
     data = read(source, fetch)
     try:
-        return _cut_file(data, options, make, max_pixels, name)
+        return _cut_file(data, options, make, max_pixels, name, bounds)
     except av.FFmpegError as error:
         raise ValueError(f"{name}: not a video, or a broken one ({error.strerror})") from None
 
@@ -218,16 +265,18 @@ def _of_one_size(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterato
 
 
 def _cut_file(
-    data: bytes | Path, options: Options, make: Callable[[np.ndarray], Cut], max_pixels: int, name: str
+    data: bytes | Path, options: Options, make: Callable[[np.ndarray], Cut], max_pixels: int, name: str, bounds: Bounds
 ) -> tuple[Cut, ...]:
-    timing = probe(data, max_pixels, name)
-    units = plan(timing, options)
-    cuts = cut_units(_of_one_size(decode(data, units, name), name), units, make)
+    def cut_all(timing: Timing) -> tuple[list[Unit], list[Cut]]:
+        units = plan(timing, options)
+        bounds.check(timing, units, name)
+        return units, cut_units(_of_one_size(decode(data, units, name, bounds), name), units, make)
+
+    timing = probe(data, max_pixels, name, bounds)
+    units, cuts = cut_all(timing)
     if len(cuts) < len(units):
         # The container named more frames than come out (an edit list, say): its number is wrong, so count.
-        timing = _counted(data, timing.rate, name)
-        units = plan(timing, options)
-        cuts = cut_units(_of_one_size(decode(data, units, name), name), units, make)
+        units, cuts = cut_all(_counted(data, timing.rate, name, bounds))
     assert len(cuts) == len(units)
     return tuple(cuts)
 
@@ -249,7 +298,7 @@ def _stream(container: av.container.InputContainer, name: str) -> av.video.strea
     raise ValueError(f"{name}: it has no video stream")
 
 
-def probe(data: bytes | Path, max_pixels: int, name: str) -> Timing:
+def probe(data: bytes | Path, max_pixels: int, name: str, bounds: Bounds = UNBOUNDED) -> Timing:
     """What the container says about its first video stream (transformers' video_utils.py, `read_video_pyav`).
 
     Where it does not say the number of frames (WebM, for one), all of them are decoded and counted.
@@ -261,23 +310,23 @@ def probe(data: bytes | Path, max_pixels: int, name: str) -> Timing:
     if not rate or rate < 0:
         raise ValueError(f"{name}: the video has no frame rate")
     rate = Fraction(rate.numerator, rate.denominator)  # some versions of PyAV have a rational type of their own
-    return Timing(frames, rate) if frames > 0 else _counted(data, rate, name)
+    return Timing(frames, rate) if frames > 0 else _counted(data, rate, name, bounds)
 
 
-def _counted(data: bytes | Path, rate: Fraction, name: str) -> Timing:
+def _counted(data: bytes | Path, rate: Fraction, name: str, bounds: Bounds) -> Timing:
     with _open(data) as container:
-        frames = sum(1 for _ in container.decode(_stream(container, name)))
+        frames = sum(1 for _ in bounds.metered(container.decode(_stream(container, name)), name))
     if not frames:
         raise ValueError(f"{name}: the video has no frames")
     return Timing(frames, rate)
 
 
-def decode(data: bytes | Path, units: list[Unit], name: str) -> Iterator[tuple[int, np.ndarray]]:
+def decode(data: bytes | Path, units: list[Unit], name: str, bounds: Bounds = UNBOUNDED) -> Iterator[tuple[int, np.ndarray]]:
     """The frames that `units` need, as (index, uint8 [height, width, 3]), decoding no further than the last of them."""
     needed = {frame for unit in units for frame in unit}
     last = max(needed)
     with _open(data) as container:
-        for i, frame in enumerate(container.decode(_stream(container, name))):
+        for i, frame in enumerate(bounds.metered(container.decode(_stream(container, name)), name)):
             if i in needed:
                 yield i, frame.to_ndarray(format="rgb24")
             if i == last:

@@ -6,7 +6,8 @@ Everything that can be wrong with a request is found before its answers start, s
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -162,8 +163,23 @@ def check_model(service: Service, name: str) -> None:
 
 def make_prompt(service: Service, request: ChatRequest) -> Inputs:
     """The request's conversation as tokens and pictures."""
+    check_media(request.messages, service.media_limits)
     with user_mistakes(FIELDS, "messages"):
         return service.model.process(_messages(request.messages), **prompt_choices(request))
+
+
+def check_media(messages: list[dict[str, Any]], limits: Mapping[str, int]) -> None:
+    """Refuses a conversation with too many pictures before any is fetched."""
+    seen: Counter[str] = Counter()
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            kind = str(part.get("type")).removesuffix("_url") if isinstance(part, dict) else ""
+            seen[kind] += 1
+            if seen[kind] > limits.get(kind, seen[kind]):
+                where = f"messages[{i}].content[{j}]"
+                fault = f"{where} is {kind} number {seen[kind]}, but a request may have at most {limits[kind]}"
+                raise ApiError(400, f"{fault} (--limit-mm-per-prompt)", where)
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

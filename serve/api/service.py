@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from minicpmv46_jax import MiniCPMV
 from serve.engine import Engine
 
 MAX_BODY_BYTES = 128 * 2**20  # base64 makes of it 96 MiB of pictures or video
+MEDIA_LIMITS = {"image": 128, "video": 16}  # of one request
 PREPARE_THREADS = 8  # decoding and resizing let go of the GIL; a slow URL holds one of them
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Service:
       aliases: what they may call it as well.
       api_key: what clients must show; None lets everyone in.
       max_body_bytes: most bytes of a request's body.
+      media_limits: most images and most videos of a request.
       created: when serving began, in seconds since 1970.
       pool: where requests are prepared, off the event loop.
     """
@@ -37,6 +39,7 @@ class Service:
     aliases: tuple[str, ...] = ()
     api_key: str | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    media_limits: Mapping[str, int] = dataclasses.field(default_factory=lambda: MEDIA_LIMITS)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")

@@ -1,0 +1,97 @@
+"""What the command line's words mean. Mistakes are argparse's to report: one line, status 2."""
+
+import argparse
+import difflib
+import ipaddress
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from serve.addresses import Network
+
+MEDIA = ("image", "video")
+
+# Flags of vLLM's and SGLang's that ask for what is always so here, or never.
+FOREIGN = {
+    "--enable-auto-tool-choice": "tool calls need no flag here",
+    "--tool-call-parser": "both formats of tool calls are told apart by what the model writes",
+    "--reasoning-parser": "reasoning needs no flag here",
+    "--trust-remote-code": "no code of a checkpoint is ever run",
+    "--tokenizer": "the tokenizer is the checkpoint's",
+    "--chat-template": "the chat template is the checkpoint's",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes `--some_flag` for `--some-flag`, as vLLM does, and names the nearest flag to one it does not know."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's."""
+        known, unknown = self.parse_known_args([_dashed(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
+        if unknown:
+            self.error(self._unknown(unknown[0].partition("=")[0]))
+        return known
+
+    def _unknown(self, flag: str) -> str:
+        if flag in FOREIGN:
+            return f"{flag} is no flag of this server, and not needed: {FOREIGN[flag]}"
+        flags = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
+        return f"{flag} is no flag of this server" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _dashed(argument: str) -> str:
+    return re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument)
+
+
+def port(text: str) -> int:
+    """A port's number."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not a port: 0 (any free one) to 65535")
+    return number
+
+
+def media_limits(text: str) -> dict[str, int]:
+    """How many images and videos: '{"image": 5, "video": 2}', or image=5,video=2."""
+    wanted = f'{text!r} is not like \'{{"image": 5, "video": 2}}\' or image=5,video=2'
+    try:
+        pairs = json.loads(text) if text.lstrip().startswith("{") else dict(pair.split("=") for pair in text.split(","))
+        limits = {kind: value if isinstance(value, int) else int(value) for kind, value in pairs.items()}
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(wanted) from None
+    for kind, value in limits.items():
+        if kind not in MEDIA:
+            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(MEDIA)}")
+        if isinstance(value, bool) or value < 0:
+            raise argparse.ArgumentTypeError(f"{kind} is {value}, expected 0 or more")
+    return limits
+
+
+def network(text: str) -> Network:
+    """Such as 10.0.0.0/8 or fd00::/8; an address alone is a network of one."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def json_list(text: str) -> list[str]:
+    """Texts, as vLLM takes them: '["https://a.example"]'. One text alone is a list of one."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith("[") else [text]
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of texts")
+    return found
