@@ -12,6 +12,7 @@ from serve import flags
 
 if TYPE_CHECKING:
     from serve.api import Service
+    from serve.api.service import Cors
     from serve.media import MediaFetcher
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -26,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         check(args)
+        keys = api_keys(args.api_key, args.api_key_file)
         listening = bind(args.host, args.port)
-        service = start(args)
+        service = start(args, keys)
         listen(listening)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -35,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    from serve.server import run
+    from serve.server import Tls, run
 
-    run(service, listening)
+    tls = None if args.ssl_certfile is None else Tls(args.ssl_certfile, args.ssl_keyfile, args.ssl_keyfile_password)
+    run(service, listening, tls, args.log_format)
     return 0
 
 
@@ -45,11 +48,37 @@ def check(args: argparse.Namespace) -> None:
     """Finds what is wrong with the flags before anything slow starts. Raises ValueError."""
     if args.model is None and args.revision is not None:
         raise ValueError("--revision goes with a --model from the hub, and there is no --model")
-    if args.api_key is not None and not args.api_key.strip():
-        raise ValueError("--api-key is empty: leave it out to let everyone in")
+    if args.ssl_certfile is None and args.ssl_keyfile is not None:
+        raise ValueError("--ssl-keyfile goes with an --ssl-certfile, and there is none")
+    if args.ssl_certfile is not None:
+        check_tls(args)
     folder = args.allowed_local_media_path
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--allowed-local-media-path is {folder}, which is not a folder")
+
+
+def check_tls(args: argparse.Namespace) -> None:
+    """Raises ValueError for a certificate and key that do not work."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            args.ssl_certfile, args.ssl_keyfile, args.ssl_keyfile_password or (lambda: "")
+        )
+    except OSError as error:
+        files = " and ".join(filter(None, (args.ssl_certfile, args.ssl_keyfile)))
+        raise ValueError(f"--ssl-certfile, --ssl-keyfile: {files} cannot be used: {error}") from None
+
+
+def api_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
+    """All keys that let clients in: the flag's, and the file's, one a line. Raises ValueError."""
+    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if file is not None and not keys:
+        raise ValueError(f"--api-key-file is {file}, which has no key in it")
+    if not all(key.strip() for key in given):
+        raise ValueError("--api-key is empty: leave it out to let everyone in")
+    return (*given, *keys)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -77,7 +106,7 @@ def listen(listening: socket.socket) -> None:
         raise ValueError(f"cannot serve on port {listening.getsockname()[1]}: {error.strerror}") from None
 
 
-def start(args: argparse.Namespace) -> "Service":
+def start(args: argparse.Namespace, keys: tuple[str, ...]) -> "Service":
     """Everything up to a `Service` that answers. Raises ValueError, or OSError of a disk."""
     from minicpmv46_jax.processing.video import Bounds
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
@@ -95,8 +124,27 @@ def start(args: argparse.Namespace) -> "Service":
     model.processor.max_pixels = args.max_pixels
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     startup.warm_up(model)
-    name = args.served_model_name or served_name(args.model, startup.DEMO_NAME)
-    return Service(model, Engine(model), name, args.api_key, media_limits={**MEDIA_LIMITS, **args.limit_mm_per_prompt})
+    name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
+    return Service(
+        model,
+        Engine(model),
+        name,
+        tuple(aliases),
+        keys,
+        media_limits={**MEDIA_LIMITS, **args.limit_mm_per_prompt},
+        cors=cors(args),
+        log_prompts=args.log_requests,
+    )
+
+
+def cors(args: argparse.Namespace) -> "Cors | None":
+    """Which web pages of other origins may ask."""
+    from serve.api.service import Cors
+
+    if not args.allowed_origins:
+        return None
+    lists = (args.allowed_origins, args.allowed_methods, args.allowed_headers)
+    return Cors(*map(tuple, lists), args.allow_credentials)
 
 
 def media_fetcher(args: argparse.Namespace) -> "MediaFetcher":
@@ -131,10 +179,41 @@ def _parser() -> flags.Parser:
     parser.add_argument(
         "--port", type=flags.port, default=8000, help="port to serve on; 0 for any free one (default: %(default)s)"
     )
-    parser.add_argument("--api-key", metavar="KEY", help="what clients must send as `Authorization: Bearer KEY`")
     _add_media_flags(parser.add_argument_group("pictures and videos in requests"))
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the hub id, or the folder's name")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", nargs="+", help="one or more (default: the hub id, or the folder's name)"
+    )
+    _add_client_flags(parser.add_argument_group("who may ask"))
+    _add_log_flags(parser.add_argument_group("the log"))
     return parser
+
+
+def _add_client_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--api-key", metavar="KEY", nargs="+", default=[], help="of which clients must send one, as `Authorization: Bearer KEY`")
+    add("--api-key-file", metavar="FILE", type=Path, help="more keys, one a line; lines that begin with # are notes")
+    add(
+        "--allowed-origins",
+        metavar="JSON",
+        type=flags.json_list,
+        help="web pages that may ask, such as '[\"https://a.example\"]'",
+    )
+    add("--allowed-methods", metavar="JSON", type=flags.json_list, default=["*"], help="that they may use (default: all)")
+    add("--allowed-headers", metavar="JSON", type=flags.json_list, default=["*"], help="that they may send (default: all)")
+    add("--allow-credentials", action="store_true", help="let them send cookies")
+    add("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
+    add("--ssl-keyfile", metavar="FILE", help="the certificate's key, if it is not in the same file")
+    add("--ssl-keyfile-password", metavar="TEXT", help="the key's password, if it has one")
+
+
+def _add_log_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
+    group.add_argument(
+        "--log-requests",
+        "--enable-log-requests",
+        action="store_true",
+        help="log the text of prompts (default: how long they are)",
+    )
 
 
 def _add_media_flags(group: argparse._ArgumentGroup) -> None:

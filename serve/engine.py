@@ -79,6 +79,11 @@ class Engine:
         """Places held: requests being prepared, waiting or running."""
         return self._taken
 
+    @property
+    def full(self) -> bool:
+        """Whether `reserve` would say so."""
+        return self._taken == self._places
+
     def reserve(self) -> "Job":
         """A place for a request of the calling event loop. Raises EngineFull or EngineStopped."""
         with self._changed:

@@ -1,42 +1,58 @@
 """From a service and a socket to answers, until a signal."""
 
 import asyncio
-import logging
+import dataclasses
 import socket
 import sys
 
 import uvicorn
 
+from serve import logs
 from serve.api import Service, create_app
 
 DRAIN_S = 5  # what a stopping server gives the answers under way; a second Ctrl-C gives them none
 CUT_OFF_S = 15  # after which clients that do not read are cut off
 
 
+@dataclasses.dataclass(frozen=True)
+class Tls:
+    """A certificate and its key, as files in PEM form."""
+
+    ssl_certfile: str
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = None
+
+
 class Server(uvicorn.Server):
     """Says when it takes connections; once stopped, ends what lasts longer than DRAIN_S in words instead of cutting it off."""
 
-    def __init__(self, service: Service):
-        self._service = service
+    def __init__(self, service: Service, tls: Tls | None = None):
+        self._service, self._scheme = service, "http" if tls is None else "https"
         super().__init__(
-            uvicorn.Config(create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=CUT_OFF_S)
+            uvicorn.Config(
+                create_app(service),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=CUT_OFF_S,
+                **({} if tls is None else dataclasses.asdict(tls)),
+            )
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or ():
-            print(f'ready: {address(listening)}/v1 serves "{self._service.name}"', flush=True)
+            print(f'ready: {address(listening, self._scheme)}/v1 serves "{self._service.name}"', flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(DRAIN_S, self._service.engine.stop)
         await super().shutdown(sockets)
 
 
-def run(service: Service, listening: socket.socket) -> None:
+def run(service: Service, listening: socket.socket, tls: Tls | None = None, log_format: str = "text") -> None:
     """Serves until SIGINT or SIGTERM; gives the answers under way a moment to end."""
-    configure_log()
+    logs.configure(log_format)
     try:
-        Server(service).run(sockets=[listening])
+        Server(service, tls).run(sockets=[listening])
     except KeyboardInterrupt:  # uvicorn, once stopped, raises the signal anew
         pass
     finally:
@@ -44,17 +60,7 @@ def run(service: Service, listening: socket.socket) -> None:
     print("stopped", file=sys.stderr)
 
 
-def address(listening: socket.socket) -> str:
+def address(listening: socket.socket, scheme: str = "http") -> str:
     """A socket's, as a URL."""
     host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def configure_log() -> None:
-    """Our lines and uvicorn's, on stderr; apart from the root logger, which libraries set up as they please."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, level in (("serve", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

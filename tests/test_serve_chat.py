@@ -234,7 +234,7 @@ def test_keys(model, key):
 
         return asyncio.run(get())
 
-    with serving(model, api_key=key) as service:
+    with serving(model, api_keys=("another", key)) as service:
         assert status(f"Bearer {key}").status_code == 200
         assert status(f"bearer {key}").status_code == 200
         assert status(None, "/health").status_code == 200

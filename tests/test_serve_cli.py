@@ -1,18 +1,25 @@
 """`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
 from serve import flags, startup
-from serve.__main__ import _parser, bind, listen, main, media_fetcher, served_name
+from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name
+from serve.server import Server, Tls, address
+from tests.test_serve_support import FakeModel, serving
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,6 +127,56 @@ def test_flags_that_make_no_sense(capsys, tmp_path):
     assert "--revision" in mistake(capsys, "--revision", "main")
     assert "--api-key is empty" in mistake(capsys, "--api-key", "")
     assert f"{tmp_path / 'none'}, which is not a folder" in mistake(capsys, "--allowed-local-media-path", tmp_path / "none")
+
+
+def test_keys_from_the_flag_and_from_a_file(tmp_path, capsys):
+    file = tmp_path / "keys"
+    file.write_text("# whose they are\n two \n\nthree\n")
+    assert api_keys(["one"], file) == ("one", "two", "three")
+    assert api_keys([], None) == ()
+    file.write_text("# nobody's\n")
+    assert f"--api-key-file is {file}, which has no key" in mistake(capsys, "--api-key-file", file)
+    assert "nothing.txt" in mistake(capsys, "--api-key-file", tmp_path / "nothing.txt")
+
+
+def test_certificates_that_do_not_work(tmp_path, capsys):
+    assert "--ssl-keyfile goes with an --ssl-certfile" in mistake(capsys, "--ssl-keyfile", "x")
+    file = tmp_path / "cert.pem"
+    assert "cannot be used" in mistake(capsys, "--ssl-certfile", file)
+    file.write_text("hello")
+    assert f"{file} cannot be used" in mistake(capsys, "--ssl-certfile", file)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https(tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    check_tls(_parser().parse_args(["--ssl-certfile", str(cert), "--ssl-keyfile", str(key)]))
+    with serving(FakeModel()) as service, bind("127.0.0.1", 0) as listening:
+        server = Server(service, Tls(str(cert), str(key)))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            url = f"{address(listening, 'https')}/health"
+            trusted = ssl.create_default_context(cafile=cert)
+            for _ in range(200):
+                with contextlib.suppress(httpx.ConnectError):
+                    assert httpx.get(url, verify=trusted).json() == {"status": "ok"}
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail("no answer over https")
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def test_the_flags_for_pages_of_other_origins():
+    assert cors(_parser().parse_args([])) is None
+    found = cors(_parser().parse_args(["--allowed-origins", '["https://a.example"]', "--allow-credentials"]))
+    assert (found.allow_origins, found.allow_methods, found.allow_credentials) == (("https://a.example",), ("*",), True)
 
 
 def test_both_internet_protocols():

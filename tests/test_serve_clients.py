@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(demo, folder):
-    service = Service(demo, Engine(demo), NAME, api_key="secret")
+    service = Service(demo, Engine(demo), NAME, api_keys=("secret",))
     before, demo.processor.fetch = demo.processor.fetch, MediaFetcher(folder)
     with live(service) as address:
         yield f"{address}/v1"

@@ -58,7 +58,7 @@ class FakeModel:
     """
 
     def __init__(self):
-        self.config = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=CONTEXT))
+        self.config = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=256))
         self.detokenizer = FakeDetokenizer()
         self.processor = SimpleNamespace(tokenizer=FakeTokenizer())
         self.opening, self.say = "", str.upper

@@ -9,6 +9,7 @@ from typing import Any
 from minicpmv46_jax.detokenize import Detokenizer
 from minicpmv46_jax.generate import Token
 from serve.api.choices import Whole
+from serve.api.exchange import Exchange
 from serve.parsers import Content, Part, Reasoning
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
@@ -22,7 +23,7 @@ class Header:
     model: str
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def completion(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def completion(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """Whole answers."""
         return {**self._fields("chat.completion"), "choices": choices, "usage": usage}
 
@@ -37,7 +38,7 @@ class Header:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._fields("chat.completion.chunk"), "choices": [choice]}
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk after the last piece, for those who asked for it."""
         return {**self._fields("chat.completion.chunk"), "choices": [], "usage": usage}
 
@@ -73,10 +74,11 @@ def call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(exchange: Exchange) -> dict[str, Any]:
     """OpenAI's account of a request."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    prompt, completion, reasoning = exchange.prompt_tokens, exchange.completion_tokens, exchange.reasoning_tokens
+    details = {"completion_tokens_details": {"reasoning_tokens": reasoning}} if reasoning else {}
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, **details}
 
 
 def logprobs(tokens: Iterable[Token], detokenizer: Detokenizer) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The application."""
 
-from fastapi import Depends, FastAPI
+import dataclasses
 
-from serve.api import chat, errors, health, models
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+import minicpmv46_jax
+from serve.api import chat, docs, errors, health, messages, models, responses, tokens
 from serve.api.auth import require_key
 from serve.api.exchange import ExchangeMiddleware
 from serve.api.service import Service
@@ -10,12 +14,15 @@ from serve.api.service import Service
 
 def create_app(service: Service) -> FastAPI:
     """OpenAI's API over `service`. Closing the service is the caller's."""
-    # No generated documents: they would describe bodies that the routes read themselves.
-    app = FastAPI(title="MiniCPM-V 4.6 in JAX", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="MiniCPM-V 4.6 in JAX", version=minicpmv46_jax.__version__, redoc_url=None)
     app.state.service = service
     app.add_middleware(ExchangeMiddleware)
+    if service.cors is not None:  # outermost, so that a page sees errors too
+        app.add_middleware(CORSMiddleware, **dataclasses.asdict(service.cors), expose_headers=["X-Request-Id"])
     errors.install(app)
     app.include_router(health.router)
-    for router in (models.router, chat.router):
+    app.include_router(tokens.router, dependencies=[Depends(require_key)])
+    for router in (models.router, chat.router, responses.router, messages.router):
         app.include_router(router, prefix="/v1", dependencies=[Depends(require_key)])
+    docs.install(app)
     return app

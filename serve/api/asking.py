@@ -6,6 +6,7 @@ Everything that can be wrong with a request is found before its answers start, s
 
 import asyncio
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -19,6 +20,7 @@ from minicpmv46_jax.processing.messages import check_choices
 from serve.api.choices import Step, steps
 from serve.api.errors import ApiError, user_mistakes
 from serve.api.exchange import Exchange, exchange_of, read_body
+from serve.api.foreign import Names, renamed
 from serve.api.prompt import opens_thinking
 from serve.api.schema import FIELDS, ChatRequest, StreamOptions
 from serve.api.service import Service
@@ -26,9 +28,19 @@ from serve.api.thinking import ThinkingBudget
 from serve.engine import Job
 from serve.parsers import OutputParser
 
+log = logging.getLogger("serve")
+
 SAME_NAMES = (  # here and in `minicpmv46_jax.options`
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop stop_token_ids ignore_eos"
 ).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A chat request, and the client's names for its fields where they are others."""
+
+    request: ChatRequest
+    names: Names = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Asked:
     """A request that has been submitted."""
 
     def __init__(self, service: Service, exchange: Exchange, prepared: Prepared, jobs: list[Job]):
-        self.service, self.exchange, self.form = service, exchange, prepared.form
+        self.service, self.exchange, self.form, self.stop = service, exchange, prepared.form, prepared.options.stop
         form = prepared.form
         self._parsers = [
             OutputParser(prepared.thinking, form.functions, form.parallel, form.restore_newlines) for _ in range(form.n)
@@ -99,13 +111,15 @@ class Asked:
 
     async def steps(self, index: int = 0) -> AsyncIterator[Step]:
         """One answer's."""
-        async for step in steps(self._deltas[index], self._parsers[index], self.form.include_reasoning):
+        detokenizer = self.service.model.detokenizer
+        async for step in steps(self._deltas[index], self._parsers[index], detokenizer, self.form.include_reasoning):
             self.exchange.completion_tokens += len(step.tokens)
+            self.exchange.reasoning_tokens += step.thought
             yield step
         self._jobs[index].close()  # which stops an answer whose rest nobody wants
 
 
-async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], ChatRequest]) -> Asked:
+async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Wanted]) -> Asked:
     """Takes places, prepares and submits.
 
     Args:
@@ -119,8 +133,12 @@ async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Ch
     _reserve(service, cleanup, jobs, 1)
     cleanup.callback(_cancel_on_disconnect(http, jobs).cancel)
     prepared = await service.in_thread(lambda: prepare(service, make(body)))
+    del body  # an answer may take far longer than its pictures are needed
     _reserve(service, cleanup, jobs, prepared.form.n * (1 if prepared.form.thinking_budget is None else 2))
     exchange.prompt_tokens = len(prepared.inputs.token_ids)
+    if service.log_prompts:
+        prompt = service.model.detokenizer.decode(prepared.inputs.token_ids.tolist(), skip_special_tokens=False)
+        log.info("%s prompt %r", exchange.id, prompt, extra={"fields": {"request_id": exchange.id, "prompt": prompt}})
     return Asked(service, exchange, prepared, jobs)
 
 
@@ -143,8 +161,13 @@ def _cancel_on_disconnect(request: Request, jobs: list[Job]) -> asyncio.Task:
     return asyncio.create_task(watch())
 
 
-def prepare(service: Service, request: ChatRequest) -> Prepared:
+def prepare(service: Service, wanted: Wanted) -> Prepared:
     """All that comes before the engine. Raises ApiError for the client's mistakes."""
+    with renamed(wanted.names):
+        return _prepare(service, wanted.request)
+
+
+def _prepare(service: Service, request: ChatRequest) -> Prepared:
     check_model(service, request.model)
     with user_mistakes(FIELDS):
         check_choices(request.mm_processor_kwargs, "mm_processor_kwargs")

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve.api.answers import Header, deltas_of, logprobs, usage
-from serve.api.asking import Asked, ask
+from serve.api.asking import Asked, Wanted, ask
 from serve.api.choices import Step, Whole
 from serve.api.schema import parse
 from serve.api.sse import EventStream
@@ -25,7 +25,7 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation, at once or as a stream."""
     async with AsyncExitStack() as cleanup:
-        answer = Answer(await ask(request, cleanup, parse))
+        answer = Answer(await ask(request, cleanup, lambda body: Wanted(parse(body))))
         if not answer.form.stream:
             return JSONResponse(await answer.whole())
         chunks = answer.chunks()
@@ -94,8 +94,8 @@ class Answer:
     def _logprobs(self, tokens) -> dict[str, Any] | None:
         return logprobs(tokens, self._asked.service.model.detokenizer) if self.form.logprobs else None
 
-    def _usage(self) -> dict[str, int]:
-        return usage(self._exchange.prompt_tokens, self._exchange.completion_tokens)
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._exchange)
 
 
 class _OpenChoice:

@@ -1,4 +1,4 @@
-"""OpenAI's error object, and which status goes with which mistake."""
+"""OpenAI's error object (Anthropic's on its routes), and which status goes with which mistake."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -15,6 +15,15 @@ from serve.engine import EngineFull, EngineStopped
 
 RETRY_AFTER_S = 1  # places come free one by one, so the client may knock soon
 INTERNAL = "the server failed to answer; its log has the details under this request's X-Request-Id"
+
+ANTHROPIC_ROUTES = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
 
 _PATH = re.compile(r"([a-z_]+)(?:\[\d+\]|\.[a-z_]+)*")  # messages[0].content[1]
 
@@ -35,9 +44,16 @@ class ApiError(Exception):
         self.status, self.headers = status, headers
         self.content = {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
-        """As HTTP."""
-        return JSONResponse(self.content, self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """As HTTP, in the words of the API that the path belongs to."""
+        content = anthropic_content(self) if path.startswith(ANTHROPIC_ROUTES) else self.content
+        return JSONResponse(content, self.status, self.headers)
+
+
+def anthropic_content(error: ApiError) -> dict[str, Any]:
+    """Anthropic's error object, which has no room for the field at fault: the message names it."""
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.content["error"]["message"]}}
 
 
 def internal_error() -> ApiError:
@@ -70,28 +86,28 @@ def install(app: FastAPI) -> None:
     """Has the app answer every kind of failure with an error object."""
 
     @app.exception_handler(ApiError)
-    async def of_ours(_: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+    async def of_ours(request: Request, error: ApiError) -> JSONResponse:
+        return error.response(request.url.path)
 
     @app.exception_handler(EngineFull)
-    async def full(_: Request, error: EngineFull) -> JSONResponse:
+    async def full(request: Request, error: EngineFull) -> JSONResponse:
         headers = {"Retry-After": str(RETRY_AFTER_S)}
-        return ApiError(429, str(error), None, "rate_limit_exceeded", "rate_limit_error", headers).response()
+        return ApiError(429, str(error), None, "rate_limit_exceeded", "rate_limit_error", headers).response(request.url.path)
 
     @app.exception_handler(EngineStopped)
-    async def stopped(_: Request, __: EngineStopped) -> JSONResponse:
-        return stopped_error().response()
+    async def stopped(request: Request, _: EngineStopped) -> JSONResponse:
+        return stopped_error().response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}"
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return ApiError(error.status_code, message, code=code, headers=_headers(error)).response()
+        return ApiError(error.status_code, message, code=code, headers=_headers(error)).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def of_parameters(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def of_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return ApiError(400, first["msg"], ".".join(map(str, first["loc"]))).response()
+        return ApiError(400, first["msg"], ".".join(map(str, first["loc"]))).response(request.url.path)
 
 
 def _headers(error: HTTPException) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Around every request: an id, a log line, a limit to its body, and an answer to what nobody expected.
 
-The log says how long and how much, never what: prompts are the users' own.
+The log says how long and how much, not what: prompts are the users' own, and in the log only where the server was told so.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ class Exchange:
     status: int | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     client_gone: bool = False
 
 
@@ -66,7 +67,7 @@ class ExchangeMiddleware:
             log.exception("%s failed", exchange.id)
             if exchange.status is not None:
                 raise  # half an answer is out: the server must break the connection
-            await internal_error().response()(scope, receive, send)
+            await internal_error().response(scope["path"])(scope, receive, send)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -100,15 +101,21 @@ def _tagging(send: Send, exchange: Exchange) -> Send:
 
 
 def _log_line(scope: Scope, exchange: Exchange, seconds: float) -> None:
-    quiet = scope["path"] == "/health"  # load balancers ask every second
+    quiet = scope["path"] in ("/health", "/ready")  # load balancers ask every second
+    fields = {
+        "request_id": exchange.id,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": CLIENT_GONE if exchange.client_gone else exchange.status,
+        "prompt_tokens": exchange.prompt_tokens,
+        "completion_tokens": exchange.completion_tokens,
+        "seconds": round(seconds, 3),
+    }
     log.log(
         logging.DEBUG if quiet else logging.INFO,
-        "%s %s %r %s prompt_tokens=%d completion_tokens=%d seconds=%.3f",
-        exchange.id,
-        scope["method"],
-        scope["path"],  # quoted: a path may hold a line break
-        CLIENT_GONE if exchange.client_gone else exchange.status,
-        exchange.prompt_tokens,
-        exchange.completion_tokens,
-        seconds,
+        # the path is quoted: it may hold a line break
+        "%(request_id)s %(method)s %(path)r %(status)s prompt_tokens=%(prompt_tokens)d "
+        "completion_tokens=%(completion_tokens)d seconds=%(seconds).3f",
+        fields,
+        extra={"fields": fields},
     )

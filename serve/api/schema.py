@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import reprlib
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -38,6 +38,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_CHOICES = 16  # answers to one request; each takes a place of the engine
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # OpenAI's; those from the third on make this model think
 
+M = TypeVar("M", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -45,11 +46,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Types as they are, and no field that is not known."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Whether a last chunk tells the usage, or every one (vLLM's). Obfuscation pads OpenAI's chunks; there is none here."""
 
     include_usage: bool = False
@@ -57,7 +60,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """POST /v1/chat/completions: OpenAI's fields, and vLLM's from top_k on. What is left open is the checkpoint's to decide."""
 
     model: str
@@ -167,10 +170,15 @@ def checked(raw: dict[str, Any]) -> ChatRequest:
     said = {name: value for name, value in raw.items() if value is not None and name not in HARMLESS}
     for name in [name for name in said if name not in FIELDS]:
         _check_unserved(name, said.pop(name))
+    return validated(ChatRequest, said)
+
+
+def validated(model: type[M], said: dict[str, Any]) -> M:
+    """Fields as a model. Raises ApiError 400 that names the field."""
     try:
-        return ChatRequest.model_validate(said)
+        return model.model_validate(said)
     except ValidationError as error:
-        raise mistake(error) from None
+        raise _mistake(error) from None
 
 
 def _check_unserved(name: str, value: Any) -> None:
@@ -207,7 +215,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def mistake(error: ValidationError) -> ApiError:
+def _mistake(error: ValidationError) -> ApiError:
     """The first thing wrong, in the words of the others here: field, value, what it may be."""
     first = error.errors(include_url=False)[0]
     reason = first["msg"].removeprefix("Value error, ")

@@ -18,6 +18,16 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
+class Cors:
+    """Which web pages of other origins may ask, and how; see Starlette's CORSMiddleware."""
+
+    allow_origins: tuple[str, ...]
+    allow_methods: tuple[str, ...] = ("*",)
+    allow_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Service:
     """A model being served.
 
@@ -26,9 +36,11 @@ class Service:
       engine: answers them.
       name: what clients call the model.
       aliases: what they may call it as well.
-      api_key: what clients must show; None lets everyone in.
+      api_keys: of which clients must show one; none lets everyone in.
       max_body_bytes: most bytes of a request's body.
       media_limits: most images and most videos of a request.
+      cors: which web pages may ask; None for those of this server alone.
+      log_prompts: whether the log has the text of prompts. They are the users' own, so it has not unless asked.
       created: when serving began, in seconds since 1970.
       pool: where requests are prepared, off the event loop.
     """
@@ -37,9 +49,11 @@ class Service:
     engine: Engine
     name: str
     aliases: tuple[str, ...] = ()
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     media_limits: Mapping[str, int] = dataclasses.field(default_factory=lambda: MEDIA_LIMITS)
+    cors: Cors | None = None
+    log_prompts: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
@@ -54,6 +68,11 @@ class Service:
     def context(self) -> int:
         """Most tokens of a prompt and its answer."""
         return self.model.config.text.max_position_embeddings
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return self.model.config.text.vocab_size
 
     async def in_thread(self, function: Callable[..., T], *args) -> T:
         """Runs a function that takes its time without holding up the event loop."""

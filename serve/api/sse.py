@@ -1,18 +1,44 @@
-"""Server-sent events: a JSON object an event, and `data: [DONE]` at the end."""
+"""Server-sent events: a JSON object an event."""
 
+import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.api.errors import internal_error, stopped_error
+from serve.api.errors import ApiError, anthropic_content, internal_error, stopped_error
 from serve.engine import Cancelled, EngineStopped
 
 log = logging.getLogger("serve")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What differs between APIs.
+
+    Attributes:
+      named: whether an event's type stands on a line of its own before it.
+      error: the event that tells of an error.
+      end: what follows the last event.
+    """
+
+    named: bool
+    error: Callable[[ApiError], dict[str, Any]]
+    end: bytes = b""
+
+
+def _typed_error(error: ApiError) -> dict[str, Any]:
+    fault = error.content["error"]
+    return {"type": "error", "code": fault["code"], "message": fault["message"], "param": fault["param"]}
+
+
+CHAT = Dialect(named=False, error=lambda error: error.content, end=b"data: [DONE]\n\n")
+TYPED = Dialect(named=True, error=_typed_error)
+ANTHROPIC = Dialect(named=True, error=anthropic_content)
 
 
 class EventStream(Response):
@@ -22,13 +48,16 @@ class EventStream(Response):
       first: the first event.
       rest: those after it.
       cleanup: closed when the stream has ended, however it did.
+      dialect: of the API.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], cleanup: AsyncExitStack):
+    def __init__(
+        self, first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], cleanup: AsyncExitStack, dialect: Dialect = CHAT
+    ):
         self.status_code, self.background = 200, None
-        self._first, self._rest, self._cleanup = first, rest, cleanup
+        self._first, self._rest, self._cleanup, self._dialect = first, rest, cleanup, dialect
         # no-cache and X-Accel-Buffering: proxies must not collect the pieces
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -40,19 +69,19 @@ class EventStream(Response):
 
     async def _send_events(self, send: Send, request_id: str) -> None:
         try:
-            await _send(send, self._first)
+            await self._send(send, self._first)
             async for event in self._rest:
-                await _send(send, event)
+                await self._send(send, event)
         except (Cancelled, OSError):  # OSError: how some servers say that the client has gone
             raise Cancelled from None
         except EngineStopped:
-            await _send(send, stopped_error().content)
+            await self._send(send, self._dialect.error(stopped_error()))
         except Exception:
             log.exception("%s failed while streaming", request_id)
-            await _send(send, internal_error().content)
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+            await self._send(send, self._dialect.error(internal_error()))
+        await send({"type": "http.response.body", "body": self._dialect.end, "more_body": True})
 
-
-async def _send(send: Send, event: dict[str, Any]) -> None:
-    text = json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+    async def _send(self, send: Send, event: dict[str, Any]) -> None:
+        name = f"event: {event['type']}\n" if self._dialect.named else ""
+        text = json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        await send({"type": "http.response.body", "body": f"{name}data: {text}\n\n".encode(), "more_body": True})
