@@ -1,7 +1,7 @@
-"""The HTTP server: `python -m serve`.
+"""The HTTP server: `python -m serve`; a chat on the terminal: `python -m serve.chat`; files of requests: `python -m serve.batch`.
 
-- __main__.py: the command line. startup.py: platform, caches, checkpoint, first compilation. server.py: signals, the log.
+- __main__.py, flags.py: the command line. startup.py: platform, caches, checkpoint, first compilation. server.py: signals.
 - engine.py: requests through the model, in order; knows no HTTP.
-- media.py: what a request's URLs and paths may open.
-- api/: OpenAI's routes over an engine; knows no jax.
+- media.py, addresses.py: what a request's URLs and paths may open. logs.py: the log.
+- parsers/: reasoning and tool calls out of a model's text. api/: the HTTP APIs; knows no jax. page/: the chat page.
 """

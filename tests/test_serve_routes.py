@@ -73,7 +73,7 @@ def test_version(service):
 
 def test_tokens_there_and_back(service):
     found = post(service, "/tokenize", prompt="hello", return_token_strs=True).json()
-    assert found == {"count": 5, "max_model_len": CONTEXT, "tokens": list(b"hello"), "token_strs": list("hello")}
+    assert found == {"count": 5, "max_model_len": CONTEXT, "tokens": list(b"hello"), "token_strs": list("hello"), "media": []}
     messages = [{"role": "user", "content": "hello"}]
     assert post(service, "/tokenize", messages=messages).json()["tokens"] == list(b"hello")
     assert post(service, "/detokenize", tokens=list(b"hello")).json() == {"prompt": "hello"}

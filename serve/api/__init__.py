@@ -1,9 +1,12 @@
-"""OpenAI's HTTP API over an engine.
+"""The HTTP APIs over an engine: OpenAI's, Anthropic's, and vLLM's small routes.
 
-- app.py: the application; service.py: what its routes share.
-- exchange.py: request ids, the log, the body's limit, errors nobody expected. auth.py: keys. errors.py: OpenAI's error object.
-- schema.py: what a chat request may say. chat.py: its route; answers.py: OpenAI's answer objects; sse.py: server-sent events.
-- models.py, health.py: the small routes.
+- app.py: the application; service.py: what its routes share; docs.py: the OpenAPI document.
+- exchange.py: request ids, the log, the body's limit, errors nobody expected. auth.py: keys. errors.py: error objects.
+- asking.py: from a chat request to the steps of its answers, which all routes go through; schema.py: what one may say;
+  choices.py: one answer; prompt.py, thinking.py: what its prompt says, and a budget for thinking.
+- chat.py, answers.py: /v1/chat/completions. responses*.py: /v1/responses. messages*.py: /v1/messages. foreign.py: what these two
+  share. sse.py: server-sent events.
+- tokens.py, models.py, health.py, home.py: the small routes, and the page.
 """
 
 from serve.api.app import create_app

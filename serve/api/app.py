@@ -6,7 +6,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 import minicpmv46_jax
-from serve.api import chat, docs, errors, health, messages, models, responses, tokens
+from serve.api import chat, docs, errors, health, home, messages, models, responses, tokens
 from serve.api.auth import require_key
 from serve.api.exchange import ExchangeMiddleware
 from serve.api.service import Service
@@ -20,6 +20,7 @@ def create_app(service: Service) -> FastAPI:
     if service.cors is not None:  # outermost, so that a page sees errors too
         app.add_middleware(CORSMiddleware, **dataclasses.asdict(service.cors), expose_headers=["X-Request-Id"])
     errors.install(app)
+    app.include_router(home.router)
     app.include_router(health.router)
     app.include_router(tokens.router, dependencies=[Depends(require_key)])
     for router in (models.router, chat.router, responses.router, messages.router):

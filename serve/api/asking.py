@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -194,15 +194,25 @@ def make_prompt(service: Service, request: ChatRequest) -> Inputs:
 def check_media(messages: list[dict[str, Any]], limits: Mapping[str, int]) -> None:
     """Refuses a conversation with too many pictures before any is fetched."""
     seen: Counter[str] = Counter()
+    for kind, where in _media(messages):
+        seen[kind] += 1
+        if seen[kind] > limits.get(kind, seen[kind]):
+            fault = f"{where} is {kind} number {seen[kind]}, but a request may have at most {limits[kind]}"
+            raise ApiError(400, f"{fault} (--limit-mm-per-prompt)", where)
+
+
+def media_kinds(messages: list[dict[str, Any]]) -> list[str]:
+    """What pictures there are, "image" or "video", in order."""
+    return [kind for kind, _ in _media(messages)]
+
+
+def _media(messages: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     for i, message in enumerate(messages):
         content = message.get("content")
         for j, part in enumerate(content if isinstance(content, list) else ()):
             kind = str(part.get("type")).removesuffix("_url") if isinstance(part, dict) else ""
-            seen[kind] += 1
-            if seen[kind] > limits.get(kind, seen[kind]):
-                where = f"messages[{i}].content[{j}]"
-                fault = f"{where} is {kind} number {seen[kind]}, but a request may have at most {limits[kind]}"
-                raise ApiError(400, f"{fault} (--limit-mm-per-prompt)", where)
+            if kind in ("image", "video"):
+                yield kind, f"messages[{i}].content[{j}]"
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
