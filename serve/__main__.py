@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serve import flags
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         check(args)
         keys = api_keys(args.api_key, args.api_key_file)
         listening = bind(args.host, args.port)
-        service = start(args, keys)
+        service = start(args, api_keys=keys, cors=cors(args), log_prompts=args.log_requests)
         listen(listening)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,12 +46,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Finds what is wrong with the flags before anything slow starts. Raises ValueError."""
-    if args.model is None and args.revision is not None:
-        raise ValueError("--revision goes with a --model from the hub, and there is no --model")
+    check_model(args)
     if args.ssl_certfile is None and args.ssl_keyfile is not None:
         raise ValueError("--ssl-keyfile goes with an --ssl-certfile, and there is none")
     if args.ssl_certfile is not None:
         check_tls(args)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """The same for the flags about the model and its pictures."""
+    if args.model is None and args.revision is not None:
+        raise ValueError("--revision goes with a --model from the hub, and there is no --model")
     folder = args.allowed_local_media_path
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--allowed-local-media-path is {folder}, which is not a folder")
@@ -106,8 +111,8 @@ def listen(listening: socket.socket) -> None:
         raise ValueError(f"cannot serve on port {listening.getsockname()[1]}: {error.strerror}") from None
 
 
-def start(args: argparse.Namespace, keys: tuple[str, ...]) -> "Service":
-    """Everything up to a `Service` that answers. Raises ValueError, or OSError of a disk."""
+def start(args: argparse.Namespace, **fields: Any) -> "Service":
+    """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
     from minicpmv46_jax.processing.video import Bounds
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service
@@ -130,10 +135,8 @@ def start(args: argparse.Namespace, keys: tuple[str, ...]) -> "Service":
         Engine(model),
         name,
         tuple(aliases),
-        keys,
         media_limits={**MEDIA_LIMITS, **args.limit_mm_per_prompt},
-        cors=cors(args),
-        log_prompts=args.log_requests,
+        **fields,
     )
 
 
@@ -167,88 +170,14 @@ def _parser() -> flags.Parser:
     parser = flags.Parser(
         prog="python -m serve", allow_abbrev=False, description="Serve MiniCPM-V 4.6 over OpenAI's chat completions API."
     )
-    parser.add_argument(
-        "--model", "--model-path", metavar="FOLDER_OR_ID", help="released or converted folder, or hub id (default: a small demo)"
-    )
-    parser.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
-    platform = parser.add_mutually_exclusive_group()
-    for name in ("cpu", "gpu", "tpu"):
-        platform.add_argument(f"--{name}", dest="platform", action="store_const", const=name, help=f"run on the {name.upper()}")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, bfloat16 elsewhere")
+    flags.add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: %(default)s)")
     parser.add_argument(
         "--port", type=flags.port, default=8000, help="port to serve on; 0 for any free one (default: %(default)s)"
     )
-    _add_media_flags(parser.add_argument_group("pictures and videos in requests"))
-    parser.add_argument(
-        "--served-model-name", metavar="NAME", nargs="+", help="one or more (default: the hub id, or the folder's name)"
-    )
-    _add_client_flags(parser.add_argument_group("who may ask"))
-    _add_log_flags(parser.add_argument_group("the log"))
+    flags.add_client_flags(parser.add_argument_group("who may ask"))
+    flags.add_log_flags(parser.add_argument_group("the log"))
     return parser
-
-
-def _add_client_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--api-key", metavar="KEY", nargs="+", default=[], help="of which clients must send one, as `Authorization: Bearer KEY`")
-    add("--api-key-file", metavar="FILE", type=Path, help="more keys, one a line; lines that begin with # are notes")
-    add(
-        "--allowed-origins",
-        metavar="JSON",
-        type=flags.json_list,
-        help="web pages that may ask, such as '[\"https://a.example\"]'",
-    )
-    add("--allowed-methods", metavar="JSON", type=flags.json_list, default=["*"], help="that they may use (default: all)")
-    add("--allowed-headers", metavar="JSON", type=flags.json_list, default=["*"], help="that they may send (default: all)")
-    add("--allow-credentials", action="store_true", help="let them send cookies")
-    add("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
-    add("--ssl-keyfile", metavar="FILE", help="the certificate's key, if it is not in the same file")
-    add("--ssl-keyfile-password", metavar="TEXT", help="the key's password, if it has one")
-
-
-def _add_log_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
-    group.add_argument(
-        "--log-requests",
-        "--enable-log-requests",
-        action="store_true",
-        help="log the text of prompts (default: how long they are)",
-    )
-
-
-def _add_media_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--allowed-local-media-path", metavar="DIR", type=Path, help="folder whose files requests may name (default: none)")
-    add(
-        "--allowed-media-domains",
-        metavar="HOST",
-        nargs="+",
-        default=[],
-        help="the only hosts that may be asked (default: all on the internet)",
-    )
-    add(
-        "--allowed-media-networks",
-        metavar="NET",
-        nargs="+",
-        type=flags.network,
-        default=[],
-        help="addresses that may be asked although they are not on the internet, such as 10.0.0.0/8 (default: none)",
-    )
-    add(
-        "--limit-mm-per-prompt",
-        "--limit-mm-data-per-request",
-        metavar="JSON",
-        type=flags.media_limits,
-        default={},
-        help='most images and videos of a request, such as \'{"image": 5, "video": 2}\' (default: 128 and 16)',
-    )
-    add("--max-media-bytes", metavar="N", type=flags.positive, default=256 * 2**20, help="of a download (default: %(default)s)")
-    add("--max-pixels", metavar="N", type=flags.positive, default=89_478_485, help="of an image or frame (default: %(default)s)")
-    add(
-        "--max-video-frames", metavar="N", type=flags.positive, default=36_000, help="to decode of a video (default: %(default)s)"
-    )
-    add("--max-video-pictures", metavar="N", type=flags.positive, default=1024, help="to show of a video (default: %(default)s)")
-    add("--max-video-seconds", metavar="S", type=flags.positive, default=60, help="to decode a video for (default: %(default)s)")
 
 
 if __name__ == "__main__":

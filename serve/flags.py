@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from serve.addresses import Network
@@ -95,3 +96,82 @@ def json_list(text: str) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of texts")
     return found
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What runs, and on what; what requests may name."""
+    parser.add_argument(
+        "--model", "--model-path", metavar="FOLDER_OR_ID", help="released or converted folder, or hub id (default: a small demo)"
+    )
+    parser.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
+    platform = parser.add_mutually_exclusive_group()
+    for name in ("cpu", "gpu", "tpu"):
+        platform.add_argument(f"--{name}", dest="platform", action="store_const", const=name, help=f"run on the {name.upper()}")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", nargs="+", help="one or more (default: the hub id, or the folder's name)"
+    )
+    _add_media_flags(parser.add_argument_group("pictures and videos in requests"))
+
+
+def add_client_flags(group: argparse._ArgumentGroup) -> None:
+    """Who may ask, and over what connection."""
+    add = group.add_argument
+    add("--api-key", metavar="KEY", nargs="+", default=[], help="of which clients must send one, as `Authorization: Bearer KEY`")
+    add("--api-key-file", metavar="FILE", type=Path, help="more keys, one a line; lines that begin with # are notes")
+    add(
+        "--allowed-origins",
+        metavar="JSON",
+        type=json_list,
+        help="web pages that may ask, such as '[\"https://a.example\"]'",
+    )
+    add("--allowed-methods", metavar="JSON", type=json_list, default=["*"], help="that they may use (default: all)")
+    add("--allowed-headers", metavar="JSON", type=json_list, default=["*"], help="that they may send (default: all)")
+    add("--allow-credentials", action="store_true", help="let them send cookies")
+    add("--ssl-certfile", metavar="FILE", help="serve https with this certificate")
+    add("--ssl-keyfile", metavar="FILE", help="the certificate's key, if it is not in the same file")
+    add("--ssl-keyfile-password", metavar="TEXT", help="the key's password, if it has one")
+
+
+def add_log_flags(group: argparse._ArgumentGroup) -> None:
+    """What is written of requests."""
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
+    group.add_argument(
+        "--log-requests",
+        "--enable-log-requests",
+        action="store_true",
+        help="log the text of prompts (default: how long they are)",
+    )
+
+
+def _add_media_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--allowed-local-media-path", metavar="DIR", type=Path, help="folder whose files requests may name (default: none)")
+    add(
+        "--allowed-media-domains",
+        metavar="HOST",
+        nargs="+",
+        default=[],
+        help="the only hosts that may be asked (default: all on the internet)",
+    )
+    add(
+        "--allowed-media-networks",
+        metavar="NET",
+        nargs="+",
+        type=network,
+        default=[],
+        help="addresses that may be asked although they are not on the internet, such as 10.0.0.0/8 (default: none)",
+    )
+    add(
+        "--limit-mm-per-prompt",
+        "--limit-mm-data-per-request",
+        metavar="JSON",
+        type=media_limits,
+        default={},
+        help='most images and videos of a request, such as \'{"image": 5, "video": 2}\' (default: 128 and 16)',
+    )
+    add("--max-media-bytes", metavar="N", type=positive, default=256 * 2**20, help="of a download (default: %(default)s)")
+    add("--max-pixels", metavar="N", type=positive, default=89_478_485, help="of an image or frame (default: %(default)s)")
+    add("--max-video-frames", metavar="N", type=positive, default=36_000, help="to decode of a video (default: %(default)s)")
+    add("--max-video-pictures", metavar="N", type=positive, default=1024, help="to show of a video (default: %(default)s)")
+    add("--max-video-seconds", metavar="S", type=positive, default=60, help="to decode a video for (default: %(default)s)")
