@@ -20,7 +20,7 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params, TokenBlock
 from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs, View
-from minicpmv46_jax.sampling import MAX_LOGPROBS, History, Sampled, SamplingParams, new_history, sample
+from minicpmv46_jax.sampling import MAX_LOGPROBS, History, Sampled, SamplingParams, Steering, new_history, sample
 from minicpmv46_jax.state import DeltaState, KeyValues, TextState, empty_state
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -141,7 +141,8 @@ class Generator:
         watched = device_stops(stops)
         prompt = np.zeros((1, self.capacity(total)), np.int32)
         prompt[0, :total] = inputs.token_ids
-        decoding, sampled = self._begin(state, logits, params, prompt, watched, num_logprobs=num_logprobs)
+        steps, steering = (1 if options.constraint else self.steps), steering_of(options, logits.shape[1])
+        decoding, sampled = self._begin(state, logits, params, prompt, watched, steering, num_logprobs=num_logprobs)
         total += 1
         while True:
             for token in _tokens(sampled, options.logprobs)[:left]:
@@ -149,15 +150,19 @@ class Generator:
                 left -= 1
                 if token.id in stops:
                     return
+                if options.constraint is not None:
+                    options.constraint.advance(token.id)
+                    steering = steering_of(options, logits.shape[1])
             if left == 0:
                 return
-            total += self.steps
+            total += steps
             decoding, sampled = self._decode(
                 self.params["text"],
                 self._fit(decoding, total),
                 params,
                 watched,
-                steps=self.steps,
+                steering,
+                steps=steps,
                 num_logprobs=num_logprobs,
             )
 
@@ -178,6 +183,7 @@ def begin(
     sampling: SamplingParams,
     prompt: Int32[Array, "B T"],
     stops: Int32[Array, " E"],
+    steering: Steering | None = None,
     *,
     num_logprobs: int,
 ) -> tuple[Decoding, Sampled]:
@@ -187,14 +193,14 @@ def begin(
       state, logits: what prefill left; the state is donated.
       sampling: how each row is sampled.
       prompt: the rows' tokens, padded.
-      stops: as `decode` takes them.
+      stops, steering: as `decode` takes them.
       num_logprobs: static number K of alternatives.
 
     Returns:
       Where the rows stand, and what was sampled ([B, 1] and [B, 1, K]).
     """
     history = new_history(prompt, state.length, logits.shape[1])
-    first, history = sample(logits, sampling, history, num_logprobs)
+    first, history = sample(logits, sampling, history, num_logprobs, steering)
     sampled = jax.tree.map(lambda x: x[:, None], first)
     return Decoding(state, history, first.ids, is_stop(first.ids, stops)), sampled
 
@@ -205,6 +211,7 @@ def decode(
     decoding: Decoding,
     sampling: SamplingParams,
     stops: Int32[Array, " E"],
+    steering: Steering | None = None,
     *,
     steps: int,
     num_logprobs: int,
@@ -218,6 +225,7 @@ def decode(
       decoding: where the rows stand; donated.
       sampling: how each row is sampled.
       stops: tokens after which a row is done; -1 for none. A done row repeats its last token and its state rests.
+      steering: what requests add to the scores. What it allows is the next token's: then `steps` is 1.
       steps: static number N of tokens.
       num_logprobs: static number K of alternatives.
 
@@ -228,7 +236,7 @@ def decode(
 
     def step(at: Decoding, _: None) -> tuple[Decoding, Sampled]:
         hidden, state = text(text.embed(at.last)[:, None], at.state, (~at.done).astype(jnp.int32))
-        sampled, history = sample(text.logits(hidden[:, 0]), sampling, at.history, num_logprobs)
+        sampled, history = sample(text.logits(hidden[:, 0]), sampling, at.history, num_logprobs, steering)
         sampled = sampled._replace(ids=jnp.where(at.done, at.last, sampled.ids))
         return Decoding(state, history, sampled.ids, at.done | is_stop(sampled.ids, stops)), sampled
 
@@ -297,6 +305,18 @@ def sampling_params(options: GenerationOptions) -> SamplingParams:
         frequency_penalty=one(options.frequency_penalty),
         key=key[None],
     )
+
+
+def steering_of(options: GenerationOptions, vocabulary: int) -> Steering | None:
+    """What a request adds to its next token's scores, as a batch of one; None for nothing."""
+    if not options.logit_bias and options.constraint is None:
+        return None
+    size = _power_of_two(len(options.logit_bias))
+    ids, bias = np.full((1, size), vocabulary, np.int32), np.zeros((1, size), np.float32)
+    for i, (token, value) in enumerate(options.logit_bias):
+        ids[0, i], bias[0, i] = token, value
+    everything = np.full(-(-vocabulary // 32), 0xFFFFFFFF, np.uint32)
+    return Steering(ids, bias, (everything if options.constraint is None else options.constraint.mask())[None])
 
 
 def _tokens(sampled: Sampled, logprobs: int | None) -> list[Token]:

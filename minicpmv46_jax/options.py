@@ -3,10 +3,29 @@
 import dataclasses
 import numbers
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt32
 
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.sampling import MAX_LOGPROBS
+
+MAX_BIASED = 1024  # tokens with a bias of their own, as OpenAI's API
+
+
+@typing.runtime_checkable
+class Constraint(Protocol):
+    """What keeps one answer to a form; lives on the host and changes with each token, so it serves one answer alone."""
+
+    def mask(self) -> UInt32[np.ndarray, " W"]:
+        """Which tokens may come next: bit i % 32 of word i // 32 is token i's."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """The token that came."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +43,8 @@ class GenerationOptions:
       stop: texts that end the answer; they are no part of it.
       ignore_eos: go on past the checkpoint's own end tokens (for load tests); they then stand in the answer as what they are.
       logprobs: None, or how many alternatives (0 to 20) to report beside each token's log probability.
+      logit_bias: (token, what is added to its score), after penalties and before temperature.
+      constraint: which tokens may come; None for all.
     """
 
     max_new_tokens: int | None
@@ -39,6 +60,8 @@ class GenerationOptions:
     stop: tuple[str, ...]
     ignore_eos: bool
     logprobs: int | None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    constraint: Constraint | None = None
 
 
 @typing.no_type_check  # it checks its arguments itself, with messages for users
@@ -58,6 +81,8 @@ def generation_options(
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     logprobs: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    constraint: Constraint | None = None,
 ) -> GenerationOptions:
     """Checks a request's wishes and completes them from the checkpoint's defaults.
 
@@ -91,7 +116,18 @@ def generation_options(
         stop=stops,
         ignore_eos=bool(ignore_eos),
         logprobs=_optional_integer("logprobs", logprobs, 0, MAX_LOGPROBS),
+        logit_bias=_biases(logit_bias or {}),
+        constraint=constraint,
     )
+
+
+def _biases(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    if len(biases) > MAX_BIASED:
+        raise ValueError(f"logit_bias has {len(biases)} tokens, at most {MAX_BIASED} may have one")
+    for token in biases:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise ValueError(f"logit_bias is for {token!r}, expected token ids")
+    return tuple((token, _number(f"logit_bias[{token}]", bias, -100.0, 100.0)) for token, bias in biases.items())
 
 
 def _number(name: str, value: object, low: float, high: float | None, above: bool = False) -> float:

@@ -1,7 +1,8 @@
 """From logits to a token, on the device and a row at a time independent of the others.
 
 Order and meaning follow transformers' logits processors: repetition penalty over prompt and answer, presence and frequency
-penalties (OpenAI's definition) over the answer, then temperature, top-k, top-p, min-p. Temperature 0 takes the largest logit.
+penalties (OpenAI's definition) over the answer, a request's bias and what it rules out, then temperature, top-k, top-p, min-p.
+Temperature 0 takes the largest logit.
 Glossary: B sequences, V vocabulary, K alternatives reported.
 """
 
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -39,6 +40,18 @@ class History:
     counts: Int32[Array, "B V"]
 
 
+@tree_dataclass
+class Steering:
+    """What a request adds to the scores: a bias for some tokens (id V for none), and which may come at all.
+
+    Bit i % 32 of word i // 32 of `allowed` is token i's.
+    """
+
+    bias_ids: Int32[Array, "B N"]
+    bias: Float32[Array, "B N"]
+    allowed: UInt32[Array, "B W"]
+
+
 class Sampled(NamedTuple):
     """A token for each row, and the log probabilities of the model itself (before penalties and temperature)."""
 
@@ -57,7 +70,11 @@ def new_history(prompt_ids: Int32[Array, "B T"], num_valid: Int32[Array, " B"], 
 
 
 def sample(
-    logits: Float32[Array, "B V"], params: SamplingParams, history: History, num_logprobs: int = 0
+    logits: Float32[Array, "B V"],
+    params: SamplingParams,
+    history: History,
+    num_logprobs: int = 0,
+    steering: Steering | None = None,
 ) -> tuple[Sampled, History]:
     """Draws one token a row.
 
@@ -68,11 +85,13 @@ def sample(
       params: how to sample.
       history: what penalties look at.
       num_logprobs: alternatives K to report (static).
+      steering: of some rows; None where no row has any.
 
     Returns:
       The tokens with their log probabilities, and the history with the tokens counted.
     """
     scores = penalise(logits, params, history)
+    scores = scores if steering is None else steer(scores, steering)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     answered = history.counts.sum(axis=-1)
 
@@ -98,6 +117,15 @@ def penalise(logits: Float32[Array, "B V"], params: SamplingParams, history: His
     scores = jnp.where(logits > 0, logits / factor, logits * factor)
     presence, frequency = params.presence_penalty[:, None], params.frequency_penalty[:, None]
     return scores - presence * jnp.minimum(counts, 1.0) - frequency * counts
+
+
+def steer(scores: Float32[Array, "B V"], steering: Steering) -> Float32[Array, "B V"]:
+    """Scores with the bias added, -inf for what may not come."""
+    rows = jnp.arange(scores.shape[0])[:, None]
+    scores = scores.at[rows, steering.bias_ids].add(steering.bias, mode="drop")
+    ids = jnp.arange(scores.shape[1])
+    bits = steering.allowed[:, ids // 32] >> (ids % 32).astype(jnp.uint32)[None]
+    return jnp.where((bits & jnp.uint32(1)) == 1, scores, -jnp.inf)
 
 
 def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:

@@ -1,6 +1,6 @@
 """Answers that must have a form: JSON, a schema's document, a regular expression, a choice, a grammar, a tool call.
 
-A `Constraint` belongs to one answer and lives on the host. Before each token `mask` says which tokens may come, as bits, and after
+A `Constraint` belongs to one answer and lives on the host. Before each token `mask` says which tokens may come, as bits; after
 it `advance` tells which one did. Masks are llguidance's, computed without holding Python's lock, so that a batch's can be made at
 the same time, and while the device runs. A constraint holds from the end of thinking on: thoughts are free.
 """

@@ -128,6 +128,41 @@ def test_seeds_repeat_an_answer_however_it_is_dispatched(demo, monkeypatch):
     assert [t.id for t in demo.generator.tokens(inputs, other)] != first
 
 
+class Alternating:
+    """A constraint under which every other token is one of two, and the rest another."""
+
+    def __init__(self, vocabulary, even, odd):
+        self.said, self._choices, self._words = [], (even, odd), -(-vocabulary // 32)
+
+    def mask(self):
+        mask = np.zeros(self._words, np.uint32)
+        for i in self._choices[len(self.said) % 2]:
+            mask[i // 32] |= np.uint32(1 << (i % 32))
+        return mask
+
+    def advance(self, token):
+        self.said.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_constraint_is_asked_before_each_token(demo, temperature):
+    constraint = Alternating(demo.config.text.vocab_size, (40, 300), (41,))
+    options = demo.options(max_new_tokens=9, temperature=temperature, seed=1, constraint=constraint, ignore_eos=True)
+    said = [token.id for token in demo.generator.tokens(prompt(demo, "Tell me."), options)]
+    assert len(said) == 9 and set(said[::2]) <= {40, 300} and set(said[1::2]) == {41}
+    assert constraint.said == said
+
+
+def test_a_bias_decides_what_is_said(demo):
+    inputs = prompt(demo, "Tell me.")
+    options = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+    first = [token.id for token in demo.generator.tokens(inputs, demo.options(**options))]
+    said = [token.id for token in demo.generator.tokens(inputs, demo.options(**options, logit_bias={77: 100}))]
+    assert said == [77] * 6 != first
+    never = [token.id for token in demo.generator.tokens(inputs, demo.options(**options, logit_bias=dict.fromkeys(first, -100)))]
+    assert not set(never) & set(first)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(demo):
     context = demo.config.text.max_position_embeddings
     with pytest.raises(ValueError, match=f"the prompt has {context} tokens, but the context holds {context}"):

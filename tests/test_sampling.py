@@ -20,7 +20,7 @@ from transformers import (
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generate import sampling_params
 from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.sampling import History, filter_scores, new_history, penalise, sample
+from minicpmv46_jax.sampling import History, Steering, filter_scores, new_history, penalise, sample
 
 V = 50
 draw = jax.jit(sample, static_argnames="num_logprobs")
@@ -89,6 +89,21 @@ def test_temperature_zero_takes_the_best_and_counts_it():
     assert history.counts[0, sampled.ids[0]] == 1 and history.counts.sum() == 1
 
 
+def test_what_is_ruled_out_never_comes_and_a_bias_moves_the_rest():
+    bits = np.array([[0b1010, 0]], np.uint32)  # tokens 1 and 3
+    none = Steering(np.full((1, 1), V, np.int32), np.zeros((1, 1), np.float32), bits)
+    toward_three = dataclasses.replace(none, bias_ids=np.full((1, 1), 3, np.int32), bias=np.full((1, 1), 50.0, np.float32))
+    for seed in range(20):
+        own = draw(logits(seed), params(seed=seed), fresh_history())[0]
+        steered = draw(logits(seed), params(seed=seed), fresh_history(), steering=none)[0]
+        assert int(steered.ids[0]) in (1, 3)
+        greedy = draw(logits(seed), params(temperature=0.0), fresh_history(), steering=none)[0]
+        assert int(greedy.ids[0]) == max((1, 3), key=lambda i: logits(seed)[0, i])
+        assert int(draw(logits(seed), params(seed=seed), fresh_history(), steering=toward_three)[0].ids[0]) == 3
+        free = dataclasses.replace(none, allowed=np.full((1, 2), 0xFFFFFFFF, np.uint32))
+        assert draw(logits(seed), params(seed=seed), fresh_history(), steering=free)[0].ids == own.ids
+
+
 def test_draws_follow_the_probabilities():
     rows, vocab = 20_000, 8
     scores = jnp.broadcast_to(jnp.asarray(logits(5, vocab)), (rows, vocab))
@@ -143,6 +158,9 @@ def test_logprobs_are_the_models_own():
         ({"stop_token_ids": ["a"]}, "stop_token_ids is"),
         ({"stop_token_ids": [2**31]}, "stop_token_ids is [2147483648], expected token ids"),
         ({"seed": 2**70}, "seed is"),
+        ({"logit_bias": {5: 101}}, "logit_bias[5] is 101.0, expected at least -100.0 and at most 100.0"),
+        ({"logit_bias": {-1: 1}}, "logit_bias is for -1, expected token ids"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 tokens, at most 1024 may have one"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
