@@ -138,8 +138,8 @@ def test_decoding_options_reach_the_model(service, model):
         "stop_token_ids": [9],
         "ignore_eos": True,
     }
-    assert ask(service, stop="X", max_tokens=4, **given).status_code == 200
-    assert seen == [given | {"stop": ["X"], "max_new_tokens": 4, "logprobs": None}]
+    assert ask(service, stop="X", max_tokens=4, logit_bias={"7": -5}, **given).status_code == 200
+    assert seen == [given | {"stop": ["X"], "max_new_tokens": 4, "logprobs": None, "logit_bias": {7: -5.0}}]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_decoding_options_reach_the_model(service, model):
     [
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "s"},
         {"n": 1, "response_format": {"type": "text"}, "logit_bias": {}, "parallel_tool_calls": True, "reasoning_effort": None},
-        {"functions": None, "guided_json": None, "anything": None},
+        {"functions": None, "guided_json": None, "structured_outputs": {"json_object": False}, "anything": None},
     ],
 )
 def test_fields_that_change_nothing_are_taken(service, fields):

@@ -59,6 +59,7 @@ class FakeModel:
 
     def __init__(self):
         self.config = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=256))
+        self.generation_config = GenerationConfig(stop_token_ids=(0,))
         self.detokenizer = FakeDetokenizer()
         self.processor = SimpleNamespace(tokenizer=FakeTokenizer())
         self.opening, self.say = "", str.upper
@@ -77,12 +78,12 @@ class FakeModel:
         return prompt(messages[-1]["content"] + self.opening)
 
     def options(self, **options):
-        return generation_options(GenerationConfig(stop_token_ids=(0,)), **options)
+        return generation_options(self.generation_config, **options)
 
     def generate(self, inputs, options):
         text = bytes(inputs.token_ids.tolist()).decode()
         self._note(self.started, text)
-        answer = self.say(text).encode()
+        answer = constrained(self.say(text).encode(), options.constraint)
         limit = options.max_new_tokens or len(answer)
         try:
             for i, byte in enumerate(answer[:limit]):
@@ -105,6 +106,23 @@ class FakeModel:
         with self.changed:
             notes.append(text)
             self.changed.notify_all()
+
+
+def constrained(wish, constraint):
+    """What a model says that wishes for these bytes and may say others."""
+    if constraint is None:
+        return wish
+    said = bytearray()
+    while len(said) < 500:
+        mask = constraint.mask()
+        tokens = [i for i in range(256) if mask[i // 32] >> (i % 32) & 1]
+        likely = [*wish[len(said) : len(said) + 1], *b'\0}"]:0 ', *tokens]  # what it wants, then what ends a document soonest
+        token = next(i for i in likely if i in tokens)
+        if token == 0:
+            break
+        constraint.advance(token)
+        said.append(token)
+    return bytes(said)
 
 
 def prompt(text):

@@ -21,6 +21,7 @@ from serve.api.choices import Step, steps
 from serve.api.errors import ApiError, user_mistakes
 from serve.api.exchange import Exchange, exchange_of, read_body
 from serve.api.foreign import Names, renamed
+from serve.api.forms import constraint_of
 from serve.api.prompt import opens_thinking
 from serve.api.schema import FIELDS, ChatRequest, StreamOptions
 from serve.api.service import Service
@@ -99,10 +100,12 @@ class Asked:
         ]
 
     def _submit(self, prepared: Prepared, index: int, job: Job, reserve: Job) -> AsyncIterator:
-        """Each answer has a seed of its own, the first one the request's."""
+        """Each answer has a seed and a constraint of its own, the first one the request's."""
         options, budget = prepared.options, self.form.thinking_budget
         if options.seed is not None and index:
             options = dataclasses.replace(options, seed=(options.seed + index + 2**63) % 2**64 - 2**63)
+        if options.constraint is not None and index:
+            options = dataclasses.replace(options, constraint=options.constraint.fresh())
         job.submit(prepared.inputs, options)
         if budget is None:
             return job.deltas()
@@ -174,7 +177,9 @@ def _prepare(service: Service, request: ChatRequest) -> Prepared:
         options = service.model.options(**generation_choices(request))
     inputs = make_prompt(service, request)
     check_context(len(inputs.token_ids), request, service.context)
-    return Prepared(Form.of(request), inputs, options, opens_thinking(service.model, inputs))
+    thinking = opens_thinking(service.model, inputs)
+    options = dataclasses.replace(options, constraint=constraint_of(request, service.constraints, thinking))
+    return Prepared(Form.of(request), inputs, options, thinking)
 
 
 def check_model(service: Service, name: str) -> None:
@@ -231,6 +236,7 @@ def generation_choices(request: ChatRequest) -> dict[str, Any]:
     return {
         **{name: getattr(request, name) for name in SAME_NAMES},
         "max_new_tokens": request.max_new_tokens,
+        "logit_bias": {int(token): bias for token, bias in request.logit_bias.items()},
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
     }
 

@@ -22,9 +22,7 @@ HARMLESS = frozenset(
 # Fields of OpenAI's and vLLM's of which one value is served.
 ONLY: dict[str, Any] = {
     "best_of": 1,
-    "response_format": {"type": "text"},
     "modalities": ["text"],
-    "logit_bias": {},
     "echo": False,
     "use_beam_search": False,
     "min_tokens": 0,
@@ -74,6 +72,7 @@ class ChatRequest(Strict):
     seed: int | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stop: Annotated[list[str], BeforeValidator(_listed)] = []
+    logit_bias: dict[str, float] = {}
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
@@ -92,6 +91,12 @@ class ChatRequest(Strict):
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
     include_reasoning: bool = True
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     thinking_token_budget: int | None = Field(None, ge=0)
     restore_newlines: bool = False
 
@@ -110,10 +115,21 @@ class ChatRequest(Strict):
 
     @field_validator("tool_choice")
     @classmethod
-    def _free_choice(cls, choice: Any) -> Any:
-        if choice not in ("none", "auto"):
-            raise ValueError("only 'none' and 'auto' are served: an answer cannot be forced into a call")
+    def _known_choice(cls, choice: Any) -> Any:
+        function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        if choice not in ("none", "auto", "required") and not (
+            isinstance(function, dict) and isinstance(function.get("name"), str)
+        ):
+            raise ValueError('expected \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}')
         return choice
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, biases: dict[str, float]) -> dict[str, float]:
+        for token in biases:
+            if not (token.isascii() and token.isdigit()):
+                raise ValueError(f"{token[:50]!r} is no token id")
+        return biases
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -124,7 +140,14 @@ class ChatRequest(Strict):
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
+        self._check_choice()
         return self
+
+    def _check_choice(self) -> None:
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice is 'required', but there are no tools")
+        if isinstance(self.tool_choice, dict) and (name := self.tool_choice["function"]["name"]) not in self.functions:
+            raise ValueError(f"tool_choice names {name[:64]!r}, but tools has {', '.join(self.functions) or 'none'}"[:500])
 
     @property
     def max_new_tokens(self) -> int | None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from minicpmv46_jax import MiniCPMV
+from serve.constraints import Constraints
 from serve.engine import Engine
 
 MAX_BODY_BYTES = 128 * 2**20  # base64 makes of it 96 MiB of pictures or video
@@ -73,6 +75,16 @@ class Service:
     def vocabulary(self) -> int:
         """How many tokens there are."""
         return self.model.config.text.vocab_size
+
+    @functools.cached_property
+    def constraints(self) -> Constraints:
+        """What keeps answers to a form."""
+        model = self.model
+        return Constraints(model.detokenizer, self.tokenize, self.vocabulary, model.generation_config.stop_token_ids)
+
+    def tokenize(self, text: str) -> list[int]:
+        """A text's tokens, without any of the template's."""
+        return self.model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     async def in_thread(self, function: Callable[..., T], *args) -> T:
         """Runs a function that takes its time without holding up the event loop."""

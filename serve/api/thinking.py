@@ -72,6 +72,7 @@ class ThinkingBudget:
         full = len(inputs.token_ids) >= self._model.config.text.max_position_embeddings
         yield Delta(ENOUGH, (), "length" if full or left == 0 else None)
         if not full and left != 0:
-            job.submit(inputs, dataclasses.replace(self._options, max_new_tokens=left))
+            constraint = self._options.constraint and self._options.constraint.fresh(thinking=False)
+            job.submit(inputs, dataclasses.replace(self._options, max_new_tokens=left, constraint=constraint))
             async for delta in job.deltas():
                 yield delta
