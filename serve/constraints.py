@@ -113,7 +113,10 @@ class Constraints:
         grammar = wanted.llguidance()
         if mistake := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
             raise ValueError(_first_line(mistake))
-        return Constraint(self._tokenizer, grammar, self._detokenizer, thinking)
+        constraint = Constraint(self._tokenizer, grammar, self._detokenizer, thinking)
+        if constraint.broken:
+            raise ValueError(constraint.broken)
+        return constraint
 
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
@@ -153,9 +156,10 @@ class Constraint:
         """Which tokens may come next: bit i % 32 of word i // 32 is token i's. Raises RuntimeError if the parser gave up."""
         if self._reasoning.thinking:
             return self._free
-        if self._matcher.is_error():
-            raise RuntimeError(f"the constraint cannot be kept: {_first_line(self._matcher.get_error())}")
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        if self.broken:
+            raise RuntimeError(f"the constraint cannot be kept: {self.broken}")
+        return mask
 
     def advance(self, token: int) -> None:
         """The token that came. Raises RuntimeError for one that the mask had ruled out."""
@@ -163,6 +167,11 @@ class Constraint:
             self._reasoning.push(self._detokenizer.token_bytes(token).decode("utf-8", "replace"))
         elif not self._matcher.consume_token(token):
             raise RuntimeError(f"token {token} breaks the constraint: {_first_line(self._matcher.get_error())}")
+
+    @property
+    def broken(self) -> str:
+        """Why the parser gave up; "" while it has not."""
+        return _first_line(self._matcher.get_error())
 
     def fresh(self, thinking: bool | None = None) -> "Constraint":
         """The same for another answer, from its beginning; or for one whose thinking was ended."""

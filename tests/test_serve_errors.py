@@ -198,6 +198,19 @@ def test_broken_bodies(service, content, words):
     assert words in found["message"] and found["param"] is None
 
 
+def test_bodies_that_only_the_template_finds_too_deep(service, model):
+    def deep(messages, **_):
+        raise RecursionError
+
+    ours, model.process = model.process, deep
+    assert "nested too deeply" in error(ask(service), 400)["message"]
+    model.process = ours
+    schema = {}
+    for _ in range(900):
+        schema = {"type": "array", "items": schema}
+    assert ask(service, response_format=schema_of(schema)).status_code in (200, 400)
+
+
 def test_whole_surrogate_pairs_are_characters(service):
     content = json.dumps(body("smile \U0001f600"))
     assert "\\ud83d" in content

@@ -167,7 +167,10 @@ def _cancel_on_disconnect(request: Request, jobs: list[Job]) -> asyncio.Task:
 def prepare(service: Service, wanted: Wanted) -> Prepared:
     """All that comes before the engine. Raises ApiError for the client's mistakes."""
     with renamed(wanted.names):
-        return _prepare(service, wanted.request)
+        try:
+            return _prepare(service, wanted.request)
+        except RecursionError:  # of a template or schema, over what JSON itself could still hold
+            raise ApiError(400, "the body is nested too deeply") from None
 
 
 def _prepare(service: Service, request: ChatRequest) -> Prepared:
