@@ -1,7 +1,9 @@
-"""The HTTP server: `python -m serve`; a chat on the terminal: `python -m serve.chat`; files of requests: `python -m serve.batch`.
+"""The HTTP server: `python -m serve`; a chat on the terminal: `python -m serve.chat`; files of requests: `python -m serve.batch`;
+many conversations at once from Python: `serve.offline`.
 
 - __main__.py, flags.py: the command line. startup.py: platform, caches, checkpoint, first compilation. server.py: signals.
 - engine.py: requests through the model, in order; knows no HTTP.
+- constraints.py: answers that keep to a form.
 - media.py, addresses.py: what a request's URLs and paths may open. logs.py: the log.
 - parsers/: reasoning and tool calls out of a model's text. api/: the HTTP APIs; knows no jax. page/: the chat page.
 """

@@ -68,6 +68,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ({"guided_grammar": "start: nothing"}, "guided_grammar", "cannot be kept to"),
         ({"tools": [FUNCTION], "guided_grammar": 'start: "x"'}, "tool_choice", "leaves them no room"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]", "logit_bias[5] is 101.0"),
+        ({"logit_bias": {"256": 1}}, "logit_bias", "for token 256, but the vocabulary has 256"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is no token id"),
         ({"logit_bias": {"5": "much"}}, "logit_bias.5", "logit_bias.5 is 'much'"),
         ({"functions": []}, "functions", "'functions' is not a field"),

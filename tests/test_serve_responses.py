@@ -110,7 +110,9 @@ def test_items_become_messages(http, model):
         {"role": "assistant", "content": [{"type": "output_text", "text": "this", "annotations": []}]},
         {"role": "user", "content": "and?"},
     ]
-    http.responses.create(model=NAME, instructions="ins", input=items, reasoning={"effort": "high"}, extra_body={"top_k": 3})
+    http.responses.create(
+        model=NAME, instructions="ins", input=items, reasoning={"effort": "high"}, include=["reasoning.encrypted_content"]
+    )
     assert model.seen[-1] == [
         {"role": "system", "content": "ins\n\ndev"},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}, {"type": "text", "text": "what?"}]},
@@ -133,6 +135,9 @@ REFUSALS = [
     ),
     ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no answers"),
     ({"background": True}, "background", "background is True"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs is 2"),
+    ({"include": ["message.output_text.logprobs"]}, "include[0]", "expected one of reasoning.encrypted_content"),
+    ({"max_tool_calls": 1}, "max_tool_calls", "not a field"),
     ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'"),
     ({"reasoning": {"effort": "lots"}}, "reasoning.effort", "reasoning.effort is 'lots'"),

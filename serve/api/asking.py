@@ -175,6 +175,10 @@ def prepare(service: Service, wanted: Wanted) -> Prepared:
 
 def _prepare(service: Service, request: ChatRequest) -> Prepared:
     check_model(service, request.model)
+    for token in request.logit_bias:
+        if int(token) >= service.vocabulary:
+            fault = f"logit_bias is for token {token[:50]}, but the vocabulary has {service.vocabulary} tokens"
+            raise ApiError(400, fault, "logit_bias")
     with user_mistakes(FIELDS):
         check_choices(request.mm_processor_kwargs, "mm_processor_kwargs")
         options = service.model.options(**generation_choices(request))

@@ -49,7 +49,8 @@ def _chat(raw: dict[str, Any]) -> tuple[dict[str, Any], Names]:
     if "tool_choice" in raw:
         chat |= _choice(mapped(raw["tool_choice"], "tool_choice"))
     chat |= _thinking(
-        mapped(raw.get("thinking", {"type": None}), "thinking"), mapped(raw.get("chat_template_kwargs", {}), "chat")
+        mapped(raw.get("thinking", {"type": None}), "thinking"),
+        mapped(raw.get("chat_template_kwargs", {}), "chat_template_kwargs"),
     )
     return chat, {"stop": "stop_sequences", **conversation.names}
 

@@ -10,8 +10,9 @@ from serve.api.schema import ChatRequest, checked, json_object
 _CHATS = frozenset(
     "messages n max_tokens max_completion_tokens response_format reasoning_effort stop logprobs stream_options functions".split()
 )
-_HARMLESS = frozenset("store include stream_options prompt_cache_options".split())  # nothing is kept, so nothing can be looked up
-_ONLY = {"background": False, "truncation": "disabled"}
+_HARMLESS = frozenset("store stream_options".split())  # nothing is kept, whatever a client says
+_ONLY: dict[str, Any] = {"background": False, "truncation": "disabled", "top_logprobs": 0}
+_INCLUDED = ["reasoning.encrypted_content"]  # thoughts come as they are, and need no such thing
 _STATE = ("previous_response_id", "conversation", "prompt")
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
@@ -26,13 +27,16 @@ def parse(body: bytes) -> tuple[ChatRequest, Names, dict[str, Any]]:
     for name, value in _ONLY.items():
         if raw.get(name, value) != value:
             raise ApiError(400, f"{name} is {raw[name]!r}, but only {value!r} is served", name, "unsupported_value")
+    for i, wanted in enumerate(listed(raw.pop("include", []), "include")):
+        if wanted not in _INCLUDED:
+            raise wrong(f"include[{i}]", wanted, f"one of {', '.join(_INCLUDED)}")
     chat, names = _chat(raw)
     with renamed(names):
         return checked(chat), names, raw
 
 
 def _chat(raw: dict[str, Any]) -> tuple[dict[str, Any], Names]:
-    own = {"input", "instructions", "max_output_tokens", "reasoning", "text", "tools", "tool_choice", "max_tool_calls", *_ONLY}
+    own = {"input", "instructions", "max_output_tokens", "reasoning", "text", "tools", "tool_choice", *_ONLY}
     chat = {name: value for name, value in raw.items() if name not in own and name not in _HARMLESS}
     if "input" not in raw:
         raise ApiError(400, "input is missing", "input")
@@ -49,8 +53,6 @@ def _chat(raw: dict[str, Any]) -> tuple[dict[str, Any], Names]:
         chat["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(listed(raw["tools"], "tools"))]
     if "tool_choice" in raw:
         chat["tool_choice"] = _choice(raw["tool_choice"])
-    if "top_logprobs" in raw:
-        chat["logprobs"] = True
     names = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
     return chat, {**names, "reasoning_effort": "reasoning.effort", **conversation.names}
 
