@@ -6,12 +6,14 @@ import io
 import wave
 
 import av
+import httpx
 import numpy as np
 import openai
 import pytest
 from PIL import Image
 
 from serve.api import Service
+from serve.api.prompt import opens_thinking
 from serve.engine import Engine
 from serve.media import MediaFetcher
 from tests.test_serve_support import NAME, live
@@ -153,6 +155,41 @@ def test_models(client):
     assert [model.id for model in client.models.list()] == [NAME]
 
 
+def test_what_pictures_cost(address, demo, photos):
+    messages = conversation(video(clip(5)), image(data_url(photos[0])), text("?"), image(data_url(photos[1].resize((80, 60)))))
+    root, headers = address.removesuffix("/v1"), {"Authorization": "Bearer secret"}
+    answer = httpx.post(f"{root}/tokenize", headers=headers, json={"messages": messages}, timeout=60).json()
+    inputs = demo.process(messages)
+    assert answer["tokens"] == inputs.token_ids.tolist() and answer["count"] == len(answer["tokens"])
+    film, large, small = answer["media"]
+    assert (film["type"], film["pictures"]) == ("video", len(inputs.video_grids[0]))
+    assert [large["grid"], small["grid"]] == [list(grid) for grid in inputs.image_grids] and small["grid"] == [0, 0]
+    assert len(large["views"]) == 1 + large["grid"][0] * large["grid"][1]
+    pads = sum(view.num_tokens for view in inputs.views)
+    assert film["tokens"] + large["tokens"] + small["tokens"] == pads
+    assert large["tokens"] > small["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "options, opened",
+    [
+        ({}, False),
+        ({"enable_thinking": True}, True),
+        ({"add_generation_prompt": False}, False),
+    ],
+)
+def test_whether_a_prompt_opens_thinking(demo, options, opened):
+    for said in ("Hi", "<think>", "<|im_start|>assistant\n<think>\n"):
+        assert opens_thinking(demo, demo.process([{"role": "user", "content": said}], **options)) == opened
+
+
+def test_whether_a_message_that_is_continued_is_thought(demo):
+    going = {"add_generation_prompt": False, "continue_final_message": True}
+    for said, opened in (("<think>\nwell", True), ("Well", False)):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+        assert opens_thinking(demo, demo.process(messages, **going)) == opened, said
+
+
 def test_local_files_under_the_allowed_folder(client, folder, photos):
     photos[1].resize((80, 60)).save(folder / "flower.png")
     messages = conversation(image((folder / "flower.png").as_uri()), text("What is it?"))
@@ -176,6 +213,9 @@ def refusals():
         "half a video": (conversation(video(clip(9)[:600])), "messages[0].content[0]", "data URL"),
         "sound": (conversation(video(sound())), "messages[0].content[0]", "no video stream"),
         "secret": (conversation(image("/etc/hostname")), "messages[0].content[0]", "--allowed-local-media-path"),
+        "private": (conversation(image("http://127.0.0.1:9/x.png")), "messages[0].content[0]", "not an address on the internet"),
+        "link-local": (conversation(text("x"), image("http://169.254.169.254/")), "messages[0].content[1]", "169.254.169.254"),
+        "scheme": (conversation(image("ftp://host/x.png")), "messages[0].content[0]", "unsupported scheme 'ftp'"),
         "no user": ([{"role": "assistant", "content": "x"}], "messages", "user"),
         "unknown part": (conversation({"type": "audio"}), "messages[0].content[0]", "'audio'"),
         "placeholder": (conversation(text("<|image_pad|>")), "messages[0].content[0]", "<|image_pad|>"),

@@ -7,8 +7,7 @@ Everything that can be wrong with a request is found before its answers start, s
 import asyncio
 import dataclasses
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -22,6 +21,7 @@ from serve.api.errors import ApiError, user_mistakes
 from serve.api.exchange import Exchange, exchange_of, read_body
 from serve.api.foreign import Names, renamed
 from serve.api.forms import constraint_of
+from serve.api.pictures import check_media
 from serve.api.prompt import opens_thinking
 from serve.api.schema import FIELDS, ChatRequest, StreamOptions
 from serve.api.service import Service
@@ -201,30 +201,6 @@ def make_prompt(service: Service, request: ChatRequest) -> Inputs:
     check_media(request.messages, service.media_limits)
     with user_mistakes(FIELDS, "messages"):
         return service.model.process(_messages(request.messages), **prompt_choices(request))
-
-
-def check_media(messages: list[dict[str, Any]], limits: Mapping[str, int]) -> None:
-    """Refuses a conversation with too many pictures before any is fetched."""
-    seen: Counter[str] = Counter()
-    for kind, where in _media(messages):
-        seen[kind] += 1
-        if seen[kind] > limits.get(kind, seen[kind]):
-            fault = f"{where} is {kind} number {seen[kind]}, but a request may have at most {limits[kind]}"
-            raise ApiError(400, f"{fault} (--limit-mm-per-prompt)", where)
-
-
-def media_kinds(messages: list[dict[str, Any]]) -> list[str]:
-    """What pictures there are, "image" or "video", in order."""
-    return [kind for kind, _ in _media(messages)]
-
-
-def _media(messages: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        for j, part in enumerate(content if isinstance(content, list) else ()):
-            kind = str(part.get("type")).removesuffix("_url") if isinstance(part, dict) else ""
-            if kind in ("image", "video"):
-                yield kind, f"messages[{i}].content[{j}]"
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

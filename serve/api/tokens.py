@@ -1,15 +1,14 @@
 """POST /tokenize and /detokenize, as vLLM has them."""
 
-import itertools
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from minicpmv46_jax.processing import Inputs
-from serve.api.asking import check_model, make_prompt, media_kinds
+from serve.api.asking import check_model, make_prompt
 from serve.api.errors import ApiError
 from serve.api.exchange import read_body
+from serve.api.pictures import media_costs
 from serve.api.schema import Strict, TokenId, checked, json_object, validated
 from serve.api.service import Service
 
@@ -56,21 +55,6 @@ def _tokenize(service: Service, body: bytes) -> dict[str, Any]:
         ids, media = tokenizer(asked.prompt, add_special_tokens=asked.add_special_tokens)["input_ids"], []
     strings = [service.model.detokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if with_strings else None
     return {"count": len(ids), "max_model_len": service.context, "tokens": ids, "token_strs": strings, "media": media}
-
-
-def media_costs(messages: list[dict[str, Any]], inputs: Inputs) -> list[dict[str, Any]]:
-    """What each picture and video of a conversation was made into, and how many of the prompt's tokens that takes.
-
-    `grid` is the rows and columns of an image's slices, [0, 0] where it was left whole; `views` are sizes in patches.
-    """
-    views, images, videos = iter(inputs.views), iter(inputs.image_grids), iter(inputs.video_grids)
-    costs = []
-    for kind in media_kinds(messages):
-        grids = [next(images)] if kind == "image" else list(next(videos))
-        own = list(itertools.islice(views, sum(1 + rows * columns for rows, columns in grids)))
-        cost = {"type": kind, "pictures": len(grids), "tokens": sum(view.num_tokens for view in own)}
-        costs.append({**cost, "grid": list(grids[0]), "views": [list(view.grid) for view in own]})
-    return costs
 
 
 @router.post("/detokenize")
