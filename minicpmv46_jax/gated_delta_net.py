@@ -60,7 +60,9 @@ class GatedDeltaNet(nnx.Module):
         packed = (x.reshape(B * T, -1) for x in (qkv, a, b))
         starts = T * jnp.arange(B, dtype=jnp.int32)
         read = gated_delta.chunked(*packed, self.layer, state.memory, state.conv_tail, starts, num_valid, backend=self.backend)
-        return self.norm(read.out.reshape(z.shape), z), DeltaState(read.memory, read.tail)
+        real = jnp.arange(T, dtype=jnp.int32)[None] < num_valid[:, None]  # the rest may hold anything, NaN too
+        out = jnp.where(real[..., None, None], read.out.reshape(z.shape), jnp.zeros((), z.dtype))
+        return self.norm(out, z), DeltaState(read.memory, read.tail)
 
     def step(
         self,

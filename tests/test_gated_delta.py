@@ -26,16 +26,13 @@ LENGTHS = [0, 1, 2, 3, 63, 64, 65, 128, 150, 200]
 def test_chunked_follows_the_recurrence(decay, lengths, seed):
     case = truth.draw(np.random.default_rng(seed), lengths, heads=4, key_heads=2, K=16, V=24, decay=decay)
     found = chunked(*case.arguments())
-    nobody = np.ones(len(case.qkv), bool)
     for s, (own, out, memories) in enumerate(truth.sequences(case)):
-        nobody[own] = False
         end = memories[-1] if lengths[s] else case.memory[s]
         assert relative_rms(found.memory[s], end) < GATED_DELTA["reference"]
         tail = np.concatenate([case.tail[s], case.qkv[own]])[-3:]
         np.testing.assert_array_equal(found.tail[s], tail)
         if lengths[s]:
             assert relative_rms(found.out[own], out) < GATED_DELTA["reference"]
-    assert not np.asarray(found.out)[nobody].any()
 
 
 def test_snapshots_are_the_memories_at_chunk_ends():

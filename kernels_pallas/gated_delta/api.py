@@ -66,8 +66,8 @@ def chunked(
       backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
-      What each token reads, in qkv's dtype, before the output norm; zeros for tokens of no sequence. Memory and tail after each
-      sequence's last token. Snapshots; zeros where a sequence has fewer whole chunks than asked for.
+      What each token reads, in qkv's dtype, before the output norm; anything at all for tokens of no sequence. Memory and tail
+      after each sequence's last token. Snapshots; zeros where a sequence has fewer whole chunks than asked for.
 
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.

@@ -1,9 +1,13 @@
-"""The kernels for Hopper, in Mosaic GPU: what they serve."""
+"""The kernels for Hopper, in Mosaic GPU: what they serve, and how gradients pass the chunked form."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.gated_delta.gpu_chunked import TAIL, chunked
+from kernels_pallas.gated_delta import reference
+from kernels_pallas.gated_delta.gpu_chunked import TAIL
+from kernels_pallas.gated_delta.gpu_chunked import chunked as forward
 from kernels_pallas.gated_delta.gpu_recurrent import PAIR, recurrent
 
 __all__ = ["chunked", "gap", "recurrent"]
@@ -25,3 +29,22 @@ def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}, and it takes bfloat16"
     return None
+
+
+@jax.custom_vjp
+def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `reference.chunked`: forward in kernels; backward, which has none yet, through the reference from the same inputs."""
+    return forward(*arguments)
+
+
+def _remember(*arguments: Any) -> tuple[Any, Any]:
+    return forward(*arguments), arguments
+
+
+def _pull_back(arguments: Any, cotangents: Any) -> tuple[Any, ...]:
+    *differentiable, starts, lengths, snapshots = arguments
+    _, pull = jax.vjp(lambda *inputs: reference.chunked(*inputs, starts, lengths, snapshots), *differentiable)
+    return *pull(cotangents), None, None, None
+
+
+chunked.defvjp(_remember, _pull_back)

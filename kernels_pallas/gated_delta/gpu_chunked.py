@@ -265,6 +265,7 @@ def scan(
     kernel = plgpu.kernel(
         functools.partial(_scan, V=V, stages=stages, groups=groups),
         out_type=[
+            shape((tokens, N * V), dtype),
             shape((S, L, N * V), dtype),
             shape(memory.shape, jnp.float32),
             shape((max(snapshots, 1), N, V, K), jnp.float32),
@@ -284,11 +285,11 @@ def scan(
         kernel_name="gated_delta_scan",
     )
     counts = (lengths + L - 1) // L
-    out = jax.new_ref(jnp.zeros((tokens, N * V), dtype))
-    last, end, kept = kernel(*system, memory, jnp.cumsum(counts) - counts, counts, starts, lengths, taken, out)
+    first = jnp.cumsum(counts) - counts
+    out, last, end, kept = kernel(*system, memory, first, counts, starts, lengths, taken)
     within = jnp.arange(L, dtype=jnp.int32)[None]
     rows = jnp.where(within < (lengths % L)[:, None], (starts + lengths // L * L)[:, None] + within, tokens)
-    return jax.freeze(out).at[rows].set(last, mode="drop"), end, kept[:snapshots]
+    return out.at[rows].set(last, mode="drop"), end, kept[:snapshots]
 
 
 FETCHED = 7  # of a System: all but the decay, of which a chunk needs one number

@@ -1,0 +1,116 @@
+"""Compiles the Hopper kernels at the model's shapes, on any machine, and prints what ptxas says; test_compile_hopper.py runs it.
+
+`python -m tests.compile_hopper` prints the figures that tests/expected/hopper.json holds.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+os.environ.update(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=tempfile.mkdtemp())
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from kernels_pallas import gated_delta
+from kernels_pallas.gated_delta import shapes
+from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+def like(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def layer() -> gated_delta.Layer:
+    return gated_delta.Layer(like(CHANNELS, CONV), like(HEADS), like(HEADS))
+
+
+def state(slots: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return like(slots, HEADS, WIDTH, WIDTH, dtype=jnp.float32), like(slots, CONV - 1, CHANNELS)
+
+
+def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
+    """Name, function, arguments, and which of them are donated."""
+    integers = functools.partial(like, dtype=jnp.int32)
+    for name, lengths in (("1 x 8,192", (8192,)), ("8 x 1,024", (1024,) * 8)):  # a block for half a head, and for a whole one
+        tokens, S = sum(lengths), len(lengths)
+        projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
+        arguments = (*projected, layer(), *state(S), integers(S), integers(S), integers(1, 2))
+        yield name, functools.partial(gated_delta.chunked, backend="gpu"), arguments, ()
+    for shape in shapes.RECURRENT[2:]:
+        B, T = shape.rows, shape.tokens
+        projected = like(B, T, CHANNELS), like(B, T, HEADS), like(B, T, HEADS), like(B, T, HEADS, WIDTH)
+        step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
+
+        def run(qkv, a, b, z, layer, norm, memory, tail, slots, keep, step=step):
+            return step(qkv, a, b, z, layer, norm, memory=memory, tail=tail, slots=slots, keep=keep)
+
+        yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
+
+
+def assembled(dump: Path) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of each kernel dumped, by its name."""
+    ptxas = next(Path(jax.__file__).parent.parent.glob("nvidia/*/bin/ptxas"))
+    found = {}
+    for ptx in sorted(dump.glob("*.ptx")):
+        said = subprocess.run(
+            [ptxas, "-v", "-arch=sm_90a", ptx, "-o", os.devnull], capture_output=True, text=True, check=True
+        ).stderr
+        registers, spilled = (
+            int(re.search(pattern, said)[1]) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+        )
+        found[re.sub(r"_\d+$", "", ptx.stem)] = {"registers": registers, "spilled bytes": spilled}
+        ptx.unlink()
+    return found
+
+
+def main() -> None:
+    devices = topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H200).devices
+    found = {"jax": jax.__version__, "programs": {}}
+    for name, function, arguments, donated in programs():
+        with jax.set_mesh(Mesh(np.array(devices), ("chip",))):
+            lowered = jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=("cuda",))
+            memory = lowered.compile().memory_analysis()
+        figures = {"temporary bytes": memory.temp_size_in_bytes, "donated bytes": memory.alias_size_in_bytes}
+        found["programs"][name] = figures | assembled(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+    json.dump(found, sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    main()
