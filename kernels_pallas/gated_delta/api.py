@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.gated_delta import gpu, reference
+from kernels_pallas.gated_delta import gpu, reference, tpu
 from kernels_pallas.gated_delta.packing import CHUNK
 
 
@@ -74,7 +74,8 @@ def chunked(
     """
     _check(qkv.shape[-1], layer, memory, tail)
     snapshots = jnp.zeros((0, 2), jnp.int32) if snapshots is None else snapshots
-    run = {REFERENCE: reference.chunked, "gpu": gpu.chunked}[_chosen(backend, qkv, layer, memory)]
+    gaps = {REFERENCE: None, "gpu": gpu.gap(qkv, layer.conv, memory), "tpu": tpu.gap(qkv, layer.conv, memory, tail)}
+    run = {REFERENCE: reference.chunked, "gpu": gpu.chunked, "tpu": tpu.chunked}[choose(backend, gaps)]
     out, ends, kept = run(qkv, a, b, *layer, memory, tail, starts, lengths, snapshots)
     sequence, tokens = snapshots[:, 0], snapshots[:, 1] * CHUNK
     whole = (tokens > 0) & (tokens <= lengths[sequence])
@@ -118,12 +119,9 @@ def recurrent(
       ValueError, NotImplementedError: as in `chunked`.
     """
     _check(qkv.shape[-1], layer, memory, tail)
-    run = {REFERENCE: reference.recurrent, "gpu": gpu.recurrent}[_chosen(backend, qkv, layer, memory)]
+    gaps = {REFERENCE: None, "gpu": gpu.gap(qkv, layer.conv, memory), "tpu": tpu.step_gap(qkv, layer.conv, memory, tail)}
+    run = {REFERENCE: reference.recurrent, "gpu": gpu.recurrent, "tpu": tpu.recurrent}[choose(backend, gaps)]
     return run(qkv, a, b, z, *layer, norm, eps, memory, tail, slots, keep)
-
-
-def _chosen(backend: str | None, qkv: Array, layer: Layer, memory: Array) -> str:
-    return choose(backend, {REFERENCE: None, "gpu": gpu.gap(qkv, layer.conv, memory)})
 
 
 def _check(C: int, layer: Layer, memory: Array, tail: Array) -> None:

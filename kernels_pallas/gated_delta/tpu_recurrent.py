@@ -1,0 +1,162 @@
+"""`recurrent` on TPU: from the projections to the normed output, one row of the batch in each step of the grid.
+
+A row's slot of the memory (N x V x K float32, 1 MiB in this model) is fetched while the row before is computed, and written back
+to the same place. A row of no slot moves nothing: its step holds on to the block of the row before.
+Glossary: B rows, S slots, T tokens, N heads, K key width, V value width, C channels, W conv width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.gated_delta.tpu_math import LANES, normalised, softplus
+
+
+def held_slots(slots: Int32[Array, " B"]) -> Int32[Array, " B"]:
+    """Each row's slot; for rows of no slot that of the last row before that has one, or of the first that has one, or 0."""
+    row = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    last = jax.lax.cummax(jnp.where(slots >= 0, row, -1))
+    return jnp.maximum(slots[jnp.where(last >= 0, last, jnp.argmax(slots >= 0))], 0)
+
+
+def step(
+    qkv: Float[Array, "B T C"],
+    gate_inputs: Float32[Array, "B T lanes"],
+    z: Float[Array, "B T N V"],
+    conv: Float32[Array, "W C"],
+    rate: Float32[Array, "1 lanes"],
+    bias: Float32[Array, "1 lanes"],
+    norm: Float32[Array, "1 V"],
+    eps: float,
+    memory: Float32[Array, "S N V K"],
+    tail: Float[Array, "S tail C"],
+    slots: Int32[Array, " B"],
+    keep: Int32[Array, " B"],
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+    """The kernel over all rows; `gate_inputs`, `conv`, `rate` and `bias` as in tpu_chunked.forward."""
+
+    def row(x):
+        return pl.BlockSpec((1, *x.shape[1:]), lambda b, *_: (b, *[0] * (x.ndim - 1)))
+
+    def slot(x):
+        return pl.BlockSpec((1, *x.shape[1:]), lambda b, held, *_: (held[b], *[0] * (x.ndim - 1)))
+
+    def whole(x):
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+
+    B, T, C = qkv.shape
+    scalars = (held_slots(slots), slots, keep)
+    constants, state = (conv.reshape(-1, C // LANES, LANES), rate, bias, norm), (memory, tail)
+    before = len(scalars) + 3 + len(constants)
+    return pl.pallas_call(
+        functools.partial(_kernel, eps=eps),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(B,),
+            in_specs=[row(qkv), row(gate_inputs), row(z), *map(whole, constants), *map(slot, state)],
+            out_specs=[row(z), *map(slot, state)],
+            scratch_shapes=[pltpu.VMEM((C // LANES, tail.shape[1] + T, LANES), jnp.float32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (z, memory, tail)],
+        input_output_aliases={before: 1, before + 1: 2},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        name="gated_delta_recurrent",
+    )(*scalars, qkv, gate_inputs, z, *constants, *state)
+
+
+def _kernel(
+    _,
+    slots,
+    keep,
+    qkv_ref,
+    gate_ref,
+    z_ref,
+    conv_ref,
+    rate_ref,
+    bias_ref,
+    norm_ref,
+    memory_ref,
+    tail_ref,
+    out_ref,
+    new_memory_ref,
+    new_tail_ref,
+    window_ref,
+    *,
+    eps,
+):
+    row = pl.program_id(0)
+    active = slots[row] >= 0
+
+    @pl.when(~active)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when(~active & (row == 0))
+    def _():  # if no row has a slot, this is what is written back; else the first that has one overwrites it
+        new_memory_ref[...] = memory_ref[...]
+        new_tail_ref[...] = tail_ref[...]
+
+    @pl.when(active)
+    def _():
+        T, N, _ = z_ref.shape[1:]
+        _shift_in(qkv_ref, tail_ref, window_ref, new_tail_ref, keep[row])
+        x = gate_ref[0]
+        decay = jnp.exp(-rate_ref[...] * softplus(x + bias_ref[...]))[:, :N].T
+        beta = jax.lax.logistic(x)[:, N : 2 * N].T
+        tokens = [_project(window_ref, conv_ref, t, N) for t in range(T)]
+        for t, read in enumerate(_recur(tokens, decay, beta, keep[row], memory_ref, new_memory_ref)):
+            y = read * jax.lax.rsqrt(jnp.mean(read * read, axis=-1, keepdims=True) + eps)
+            z = z_ref[0, t].astype(jnp.float32)
+            out_ref[0, t] = (y * norm_ref[...] * z * jax.lax.logistic(z)).astype(out_ref.dtype)
+
+
+def _shift_in(qkv_ref, tail_ref, window_ref, new_tail_ref, keep):
+    """Puts the tail and the tokens into scratch, [C / lanes, W - 1 + T, lanes], and writes the tail after `keep` tokens."""
+    inputs = tail_ref.shape[1]
+    for j in range(window_ref.shape[0]):
+        lanes = slice(j * LANES, (j + 1) * LANES)
+        window_ref[j, :inputs] = tail_ref[0, :, lanes].astype(jnp.float32)
+        window_ref[j, inputs:] = qkv_ref[0, :, lanes].astype(jnp.float32)
+        new_tail_ref[0, :, lanes] = window_ref[j, pl.ds(keep, inputs)].astype(new_tail_ref.dtype)
+
+
+def _project(window_ref, conv_ref, t, N):
+    """Convolution, SiLU and normalisation of one token: queries, keys and values, [N, lanes] each."""
+    x = sum(window_ref[:, t + i] * conv_ref[i] for i in range(conv_ref.shape[0]))
+    q, k, v = jnp.split(x * jax.lax.logistic(x), [N, 2 * N])
+    return normalised(q) * LANES**-0.5, normalised(k), v
+
+
+def _recur(tokens, decay, beta, keep, memory_ref, new_memory_ref):
+    """What each token reads, [N, V]; writes the memory after `keep` tokens.
+
+    `tokens` are (q, k, v), [N, lanes] each; decay and beta are [N, T]. A head's memory, [V, K], stays in registers.
+    Values enter it as columns, and what keys and queries read leaves it as columns: they are turned for all heads at once.
+    """
+    N, T = decay.shape
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    values = [(beta[:, t : t + 1] * v).T for t, (_, _, v) in enumerate(tokens)]
+    strength = beta * decay
+    by_keys, by_queries = ([jnp.zeros((LANES, LANES), jnp.float32)] * T for _ in range(2))
+    for n in range(N):
+        state = kept = memory_ref[0, n]
+        for t, (q, k, _) in enumerate(tokens):
+            by_key = jnp.broadcast_to(jnp.sum(state * k[n : n + 1], axis=1, keepdims=True), state.shape)
+            by_query = jnp.broadcast_to(jnp.sum(state * q[n : n + 1], axis=1, keepdims=True), state.shape)
+            by_keys[t] = jnp.where(lane == n, by_key, by_keys[t])
+            by_queries[t] = jnp.where(lane == n, by_query, by_queries[t])
+            new = jnp.broadcast_to(values[t][:, n : n + 1], state.shape) - strength[n : n + 1, t : t + 1] * by_key
+            state = state * decay[n : n + 1, t : t + 1] + new * k[n : n + 1]
+            kept = jnp.where(t < keep, state, kept)
+        new_memory_ref[0, n] = kept
+
+    def read(t, q, k, v):
+        fade, by_key, by_query = decay[:, t : t + 1], by_keys[t].T[:N], by_queries[t].T[:N]
+        new = beta[:, t : t + 1] * (v - fade * by_key)
+        return fade * by_query + new * jnp.sum(k * q, axis=-1, keepdims=True)
+
+    return [read(t, *token) for t, token in enumerate(tokens)]
