@@ -43,7 +43,7 @@ def main(topology: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)).devices
     mesh = Mesh(np.array(devices), ("chip",))
     config, dtype, shape = ModelConfig.from_dict(released_config()), jnp.bfloat16, jax.ShapeDtypeStruct
-    graph = model.schema(config)
+    graph = model.schema(config, backend="tpu")
     params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
     state = jax.eval_shape(lambda: empty_state(config.text, 1, CAPACITY, dtype))
     one = shape((1,), jnp.int32)

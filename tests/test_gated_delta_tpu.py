@@ -128,6 +128,31 @@ def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(idle, tokens
     np.testing.assert_array_equal(tail[untouched], inputs[7][untouched])
 
 
+@pytest.mark.parametrize(("decay", "dtype", "mode"), [(d, *how) for d, how in zip(truth.DECAYS, HOW, strict=False)])
+def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
+    """The reference differentiates itself, in float32; all outputs, of which two snapshots, and all arguments take part."""
+    case = draw(rng, [int(rng.integers(128, 140)), 0, 65], heads=1, decay=decay, dtype=dtype)
+    *arguments, starts, lengths = case.arguments()
+    wanted = jnp.array([[0, 1], [0, 2], [1, 1]], jnp.int32)  # the last is no whole chunk
+
+    def outputs(arguments, **options):
+        found = gated_delta.chunked(*arguments, starts, lengths, wanted, **options)
+        return found.out, found.memory, found.snapshots, found.tail
+
+    bars = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in jax.eval_shape(outputs, arguments)]
+
+    def gradients(arguments, backend):
+        out, pull = jax.vjp(functools.partial(outputs, backend=backend), arguments)
+        return pull(tuple(bar.astype(x.dtype) for bar, x in zip(bars, out, strict=True)))
+
+    found = jax.tree.leaves(tpu(gradients, arguments, mode=mode))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+    expected = jax.tree.leaves(jax.jit(functools.partial(gradients, backend="reference"))(exact))
+    for gradient, value, argument in zip(found, expected, jax.tree.leaves(arguments), strict=True):
+        assert gradient.dtype == argument.dtype
+        assert relative_rms(gradient, value) < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"]
+
+
 def recurrent(qkv, a, b, z, layer, norm, memory, tail, slots, keep, backend):
     return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slots, keep, backend=backend)
 
@@ -170,6 +195,18 @@ def test_the_kernels_are_in_the_program(rng):
                 assert f"gated_delta_{name}" in program
             assert "tpu_custom_call" not in exported(functools.partial(f, backend="reference"), *args)
         assert "tpu_custom_call" not in exported(functools.partial(f, backend=None), *args)  # this machine's device is a CPU
+
+
+def test_the_backward_kernel_is_in_the_program(rng):
+    qkv, *others = draw(rng, [70]).arguments()
+
+    def loss(qkv):
+        return jnp.sum(gated_delta.chunked(qkv, *others, backend="tpu").out)
+
+    with described_tpu():
+        program = exported(jax.grad(loss), qkv)
+    assert "gated_delta_chunked" in program
+    assert "gated_delta_backward" in program
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ BFLOAT16_RATIO = 1.2  # our bfloat16 error over transformers' own bfloat16 error
 # The gated delta rule against the naive recurrence in float64, all lengths and decays. The chunked form subtracts cumulated logs
 # of the decay, whose rounding the exponential returns as a relative error: up to 1e-5 in float32 at decays of 1e-6 a token.
 # The TPU kernels were seen at 4e-6 (float32, decays of 1e-6; else 4e-7) and 4.2e-3 (bfloat16 operands of the matrix unit).
-GATED_DELTA = {"reference": 3e-5, "tpu float32": 3e-5, "tpu bfloat16": 8e-3}
+# Gradients are compared with the reference's own: seen 1e-6, but 1e-4 for a_log at decays of 1e-6, where either is a small sum
+# of large terms; in bfloat16 up to 6e-3, as the reference's own against itself in float32 (1e-2).
+GATED_DELTA = {
+    "reference": 3e-5,
+    "tpu float32": 3e-5,
+    "tpu bfloat16": 8e-3,
+    "tpu float32 gradient": 5e-4,
+    "tpu bfloat16 gradient": 2e-2,
+}
 
 
 def relative_rms(found, expected) -> float:

@@ -1,9 +1,13 @@
 """Both operations on TPU: what the kernels serve, and their arguments in the shape that the kernels want."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.gated_delta import tpu_chunked, tpu_recurrent
+from kernels_pallas.gated_delta import tpu_backward, tpu_chunked, tpu_recurrent
+from kernels_pallas.gated_delta.packing import chunk_table
 from kernels_pallas.gated_delta.tpu_math import LANES
 
 HEADS = 8  # of one step of the chunked grid at most: enough independent work to hide the matrix unit's latency
@@ -38,6 +42,7 @@ def step_gap(
     return gap(qkv, conv, memory, tail)
 
 
+@jax.custom_vjp
 def chunked(
     qkv: Float[Array, "T C"],
     a: Float[Array, "T N"],
@@ -52,14 +57,52 @@ def chunked(
     snapshots: Int32[Array, "P 2"],
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
     """`api.chunked`, less the tails."""
+    out, ends, kept = _forward(qkv, a, b, conv, a_log, dt_bias, memory, tail, starts, lengths, snapshots)
+    return out, ends, kept
+
+
+def _forward(qkv, a, b, conv, a_log, dt_bias, memory, tail, starts, lengths, snapshots, *, states=False):
+    """`chunked`, and where asked for the memory before each chunk."""
     T, (_, N, V, _) = qkv.shape[0], memory.shape
-    padding = max(tpu_chunked.WINDOW, -(-T // tpu_chunked.TILE) * tpu_chunked.TILE) - T
-    qkv = jnp.pad(qkv, ((0, padding), (0, 0)))
+    padding = _padded(T) - T
     at = tpu_chunked.places(starts, lengths, snapshots, T + padding)
-    gates = jnp.pad(_gate_inputs(a, b), ((0, padding), (0, 0)))
+    qkv, gates = (jnp.pad(x, ((0, padding), (0, 0))) for x in (qkv, _gate_inputs(a, b)))
     layer = _layer(conv, a_log, dt_bias)
-    out, ends, kept = tpu_chunked.forward(qkv, gates, *layer, memory, tail, at, len(snapshots), _heads(N))
-    return out[:T].reshape(T, N, V), ends, kept
+    out, *memories = tpu_chunked.forward(qkv, gates, *layer, memory, tail, at, len(snapshots), _heads(N), states)
+    return out[:T].reshape(T, N, V), *memories
+
+
+def _keep_arguments(*arguments):
+    return chunked(*arguments), arguments
+
+
+def _backward(arguments, cotangents):
+    """Cotangents of `chunked`'s arguments: see tpu_backward."""
+    qkv, a, b, conv, a_log, dt_bias, _, tail, starts, lengths, snapshots = arguments
+    out_bar, ends_bar, kept_bar = cotangents
+    T, N = a.shape
+    *_, states = _forward(*arguments, states=True)
+    table = chunk_table(starts, lengths, _padded(T))
+    at = tpu_chunked.places(starts, lengths, snapshots, _padded(T))
+    rows = tpu_backward.chunk_rows(table, T)
+    position = tpu_backward.positions(table, rows, T)
+    project = functools.partial(tpu_backward.project, starts=starts, lengths=lengths, position=position)
+    (projected, g, beta), pull = jax.vjp(project, qkv, a, b, conv, a_log, dt_bias, tail)
+    projected, gates, out_bar = (
+        tpu_backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), out_bar.reshape(T, -1))
+    )
+    kept_bar = jnp.pad(kept_bar, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
+    *bars, memory_bar = tpu_backward.backward(projected, gates, states, out_bar, ends_bar, kept_bar, at, _heads(N))
+    *bars, tail_bar = pull(tuple(tpu_backward.to_tokens(x.astype(jnp.float32), rows, T) for x in bars))
+    return *bars, memory_bar, tail_bar, None, None, None
+
+
+chunked.defvjp(_keep_arguments, _backward)
+
+
+def _padded(T: int) -> int:
+    """The tokens of a row that the kernels can cut windows from."""
+    return max(tpu_chunked.WINDOW, -(-T // tpu_chunked.TILE) * tpu_chunked.TILE)
 
 
 def recurrent(

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.packing import CHUNK, chunk_table, snapshot_of_chunk
-from kernels_pallas.gated_delta.tpu_math import LANES, convolved, dot, gates, normalised, unit_inverse
+from kernels_pallas.gated_delta.tpu_math import LANES, convolved, dot, gates, lower_triangle, normalised, unit_inverse
 
 TILE = 16  # rows: bfloat16 is tiled by 16 rows on chip, float32 by 8
 WINDOW = CHUNK + TILE  # holds a chunk wherever it starts
@@ -65,8 +65,11 @@ def forward(
     at: Places,
     snapshots: int,
     heads: int,
-) -> tuple[Float[Array, "T out"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
-    """The kernel over all chunks.
+    states: bool = False,
+) -> tuple[
+    Float[Array, "T out"], Float32[Array, "S N V K"], Float32[Array, "P N V K"], *tuple[Float32[Array, "chunks N V K"], ...]
+]:
+    """The kernel over all chunks: what is read, the memory after each sequence, snapshots, and the memory before each chunk.
 
     Args:
       gate_inputs: `a` of all heads, then `b` of all heads, then nothing, in rows of 128.
@@ -75,6 +78,7 @@ def forward(
       at: the chunks.
       snapshots: how many.
       heads: of one step of the grid.
+      states: whether to give the memory before each chunk, for the backward pass.
     """
     T, (_, N, V, K), dtype = qkv.shape[0], memory.shape, qkv.dtype
     groups, width = N // heads, heads * LANES
@@ -99,14 +103,17 @@ def forward(
         jax.ShapeDtypeStruct(memory.shape, jnp.float32),
         jax.ShapeDtypeStruct((max(snapshots, 1), N, V, K), jnp.float32),  # a kernel takes no empty array
     )
+    chunks = at.rows.shape[0]
+    if states:
+        shapes += (jax.ShapeDtypeStruct((chunks, N, V, K), jnp.float32),)
     nothing = (jnp.zeros(shapes[0].shape, dtype), jnp.zeros(shapes[2].shape, jnp.float32))
     call = pl.pallas_call(
         functools.partial(_forward_kernel, heads=heads, all_heads=N),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(groups, at.rows.shape[0]),
+            grid=(groups, chunks),
             in_specs=[rows, gate_rows, taps, constant, constant, state, tails, (hbm, hbm)],
-            out_specs=[hbm, state, hbm],
+            out_specs=[hbm, state, hbm, *[pl.BlockSpec((1, heads, V, K), lambda h, c, at: (c, h, 0, 0))] * states],
             scratch_shapes=[
                 pltpu.VMEM((channels, BEFORE + WINDOW + CHUNK, LANES), jnp.float32),
                 pltpu.VMEM((channels, conv.shape[0] - 1, LANES), jnp.float32),
@@ -121,8 +128,8 @@ def forward(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="gated_delta_chunked",
     )
-    out, ends, kept = call(at, [qkv] * 3, gate_inputs, [conv] * 3, rate, bias, memory, [tail] * 3, nothing)
-    return out, ends, kept[:snapshots]
+    out, ends, kept, *before = call(at, [qkv] * 3, gate_inputs, [conv] * 3, rate, bias, memory, [tail] * 3, nothing)
+    return out, ends, kept[:snapshots], *before
 
 
 def _forward_kernel(
@@ -138,16 +145,11 @@ def _forward_kernel(
     out_ref,
     state_ref,
     snapshots_ref,
-    window_ref,
-    history_ref,
-    gate_window_ref,
-    placed_ref,
-    merged_ref,
-    semaphores,
-    *,
+    *more,
     heads,
     all_heads,
 ):
+    *before_refs, window_ref, history_ref, gate_window_ref, placed_ref, merged_ref, semaphores = more
     group, chunk = pl.program_id(0), pl.program_id(1)
     rows, first = at.rows[chunk], at.at[chunk]
 
@@ -177,6 +179,8 @@ def _forward_kernel(
     def _():
         read = pltpu.make_async_copy(written(chunk), merged_ref, semaphores.at[0])
         read.start()
+        for before_ref in before_refs:
+            before_ref[...] = state_ref[...]
         _shift_in(qkv_refs, history_ref, window_ref, first, heads)
         gate_window_ref[:WINDOW] = gate_ref[...]
         real = jax.lax.broadcasted_iota(jnp.int32, (1, CHUNK, 1), 1) < rows
@@ -233,10 +237,9 @@ def columns(x, heads):
 
 def fading(decay, heads):
     """Decay from token j to token i >= j, zero above the diagonal: [H, L, L]."""
-    rows = decay.T
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
+    rows, earlier = decay.T, lower_triangle(0)[None]
     between = jnp.stack([decay[:, n : n + 1] - rows[n : n + 1] for n in range(heads)])
-    return jnp.where((i >= j)[None], jnp.exp(jnp.where((i >= j)[None], between, 0.0)), 0.0)
+    return jnp.where(earlier, jnp.exp(jnp.where(earlier, between, 0.0)), 0.0)
 
 
 def _shift_in(qkv_refs, history_ref, window_ref, first, heads):

@@ -47,10 +47,15 @@ def gates(x, rate, bias, real, first_head, all_heads):
     return pltpu.roll(cumulated(g), LANES - first_head, 1), pltpu.roll(beta, LANES - all_heads - first_head, 1)
 
 
+def lower_triangle(below):
+    """Where i >= j + below, [L, L]."""
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
+    return i >= j + below
+
+
 def cumulated(g):
     """Running sum over the chunk's tokens, as a product with a triangle of ones."""
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
-    return dot("ij,jn->in", (i >= j).astype(jnp.float32), g, jnp.float32)
+    return dot("ij,jn->in", lower_triangle(0).astype(jnp.float32), g, jnp.float32)
 
 
 def unit_inverse(lower, dtype):
