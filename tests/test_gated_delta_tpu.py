@@ -36,10 +36,11 @@ def tpu(monkeypatch):
     """Runs the kernels of a function as if there were a TPU; `mode` is when transfers are made."""
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
 
-    def run(f, *args, mode="on_wait", **static):
+    def run(f, *args, mode="on_wait"):
         params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
         with pltpu.force_tpu_interpret_mode(params):
-            return jax.block_until_ready(jax.jit(functools.partial(f, backend="tpu", **static))(*args))
+            lowered = jax.jit(functools.partial(f, backend="tpu")).lower(*args)
+            return jax.block_until_ready(lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args))
 
     yield run
     pltpu.reset_tpu_interpret_mode_state()

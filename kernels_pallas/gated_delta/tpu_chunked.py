@@ -81,42 +81,42 @@ def forward(
       states: whether to give the memory before each chunk, for the backward pass.
     """
     T, (_, N, V, K), dtype = qkv.shape[0], memory.shape, qkv.dtype
-    groups, width = N // heads, heads * LANES
-    channels = 3 * heads
+    chunks, groups, width = at.rows.shape[0], N // heads, heads * LANES
 
-    def part(i):  # queries, keys or values of the step's heads
-        return lambda h: pl.multiple_of((h + i * groups) * width, width)
+    def window(columns, column):
+        block = pl.Element(WINDOW), pl.Element(columns)
+        return pl.BlockSpec(block, lambda h, c, at: (pl.multiple_of(at.window[c], TILE), pl.multiple_of(column(h), LANES)))
 
-    parts = [part(i) for i in range(3)]
-    rows = [
-        pl.BlockSpec((pl.Element(WINDOW), pl.Element(width)), lambda h, c, at, p=p: (pl.multiple_of(at.window[c], TILE), p(h)))
-        for p in parts
-    ]
-    gate_rows = pl.BlockSpec((pl.Element(WINDOW), pl.Element(LANES)), lambda h, c, at: (pl.multiple_of(at.window[c], TILE), 0))
-    taps = [pl.BlockSpec((conv.shape[0], width), lambda h, c, at, i=i: (0, h + i * groups)) for i in range(3)]
-    tails = [pl.BlockSpec((1, tail.shape[1], width), lambda h, c, at, i=i: (at.sequence[c], 0, h + i * groups)) for i in range(3)]
+    def channels(i):  # what there is of the step's queries, keys or values: rows, taps, tail
+        return (
+            window(width, lambda h: (h + i * groups) * width),
+            pl.BlockSpec((conv.shape[0], width), lambda h, c, at: (0, h + i * groups)),
+            pl.BlockSpec((1, tail.shape[1], width), lambda h, c, at: (at.sequence[c], 0, h + i * groups)),
+        )
+
+    rows, taps, tails = zip(*map(channels, range(3)), strict=True)
     constant = pl.BlockSpec((1, LANES), lambda h, c, at: (0, 0))
     state = pl.BlockSpec((1, heads, V, K), lambda h, c, at: (at.sequence[c], h, 0, 0))
+    before = pl.BlockSpec((1, heads, V, K), lambda h, c, at: (c, h, 0, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    shapes = (
+    shapes = [
         jax.ShapeDtypeStruct((T, N * V), dtype),
         jax.ShapeDtypeStruct(memory.shape, jnp.float32),
         jax.ShapeDtypeStruct((max(snapshots, 1), N, V, K), jnp.float32),  # a kernel takes no empty array
-    )
-    chunks = at.rows.shape[0]
-    if states:
-        shapes += (jax.ShapeDtypeStruct((chunks, N, V, K), jnp.float32),)
-    nothing = (jnp.zeros(shapes[0].shape, dtype), jnp.zeros(shapes[2].shape, jnp.float32))
-    call = pl.pallas_call(
-        functools.partial(_forward_kernel, heads=heads, all_heads=N),
+        *[jax.ShapeDtypeStruct((chunks, N, V, K), jnp.float32)] * states,
+    ]
+    zeros = [jnp.zeros(shapes[i].shape, shapes[i].dtype) for i in (0, 2)]
+    constants, scalars = (rate, bias), len(at)
+    out, ends, kept, *states = pl.pallas_call(
+        functools.partial(_kernel, heads=heads, all_heads=N),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(groups, chunks),
-            in_specs=[rows, gate_rows, taps, constant, constant, state, tails, (hbm, hbm)],
-            out_specs=[hbm, state, hbm, *[pl.BlockSpec((1, heads, V, K), lambda h, c, at: (c, h, 0, 0))] * states],
+            in_specs=[[hbm, hbm], state, list(rows), list(taps), list(tails), window(LANES, lambda h: 0), constant, constant],
+            out_specs=[hbm, state, hbm, *[before] * states],
             scratch_shapes=[
-                pltpu.VMEM((channels, BEFORE + WINDOW + CHUNK, LANES), jnp.float32),
-                pltpu.VMEM((channels, conv.shape[0] - 1, LANES), jnp.float32),
+                pltpu.VMEM((3 * heads, BEFORE + WINDOW + CHUNK, LANES), jnp.float32),
+                pltpu.VMEM((3 * heads, conv.shape[0] - 1, LANES), jnp.float32),
                 pltpu.VMEM((WINDOW + CHUNK, LANES), jnp.float32),
                 pltpu.VMEM((heads, WINDOW + CHUNK, LANES), jnp.float32),
                 pltpu.VMEM((WINDOW, width), dtype),
@@ -124,34 +124,27 @@ def forward(
             ],
         ),
         out_shape=shapes,
-        input_output_aliases={6 + 9: 1, 6 + 13: 0, 6 + 14: 2},
+        input_output_aliases={scalars: 0, scalars + 1: 2, scalars + 2: 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="gated_delta_chunked",
-    )
-    out, ends, kept, *before = call(at, [qkv] * 3, gate_inputs, [conv] * 3, rate, bias, memory, [tail] * 3, nothing)
-    return out, ends, kept[:snapshots], *before
+    )(at, zeros, memory, [qkv] * 3, [conv] * 3, [tail] * 3, gate_inputs, *constants)
+    return out, ends, kept[:snapshots], *states
 
 
-def _forward_kernel(
-    at,
-    qkv_refs,
-    gate_ref,
-    conv_refs,
-    rate_ref,
-    bias_ref,
-    memory_ref,
-    tail_refs,
-    _,
-    out_ref,
-    state_ref,
-    snapshots_ref,
-    *more,
-    heads,
-    all_heads,
+def _kernel(
+    at, _, memory_ref, qkv_refs, conv_refs, tail_refs, gate_ref, rate_ref, bias_ref, *outputs_and_scratch, heads, all_heads
 ):
-    *before_refs, window_ref, history_ref, gate_window_ref, placed_ref, merged_ref, semaphores = more
+    out_ref, state_ref, snapshots_ref, *before_refs = outputs_and_scratch[:-6]
+    window_ref, history_ref, gate_window_ref, placed_ref, merged_ref, semaphores = outputs_and_scratch[-6:]
     group, chunk = pl.program_id(0), pl.program_id(1)
     rows, first = at.rows[chunk], at.at[chunk]
+    own_heads = pl.ds(group * heads, heads)
+
+    def transfer(chunk, read=False):  # of the chunk's window, from or to the output
+        lanes = pl.ds(pl.multiple_of(group * heads * LANES, LANES), heads * LANES)
+        place = out_ref.at[pl.ds(pl.multiple_of(at.window[chunk], TILE), WINDOW), lanes]
+        ends = (place, merged_ref) if read else (merged_ref, place)
+        return pltpu.make_async_copy(*ends, semaphores.at[int(read)])
 
     @pl.when((at.index[chunk] == 0) & ((rows > 0) | (chunk == 0)))
     def _():
@@ -159,53 +152,35 @@ def _forward_kernel(
         for i, j in _blocks(heads):
             history_ref[i * heads + j] = tail_refs[i][0, :, _lanes(j)].astype(jnp.float32)
 
-    def written(chunk):
-        part = (
-            pl.ds(pl.multiple_of(at.window[chunk], TILE), WINDOW),
-            pl.ds(pl.multiple_of(group * heads * LANES, LANES), heads * LANES),
-        )
-        return out_ref.at[part]
-
-    def write(chunk):
-        return pltpu.make_async_copy(merged_ref, written(chunk), semaphores.at[1])
-
     previous = jnp.maximum(chunk - 1, 0)
 
     @pl.when((chunk > 0) & (at.rows[previous] > 0))
     def _():
-        write(previous).wait()
+        transfer(previous).wait()
 
     @pl.when(rows > 0)
     def _():
-        read = pltpu.make_async_copy(written(chunk), merged_ref, semaphores.at[0])
-        read.start()
+        transfer(chunk, read=True).start()
         for before_ref in before_refs:
             before_ref[...] = state_ref[...]
         _shift_in(qkv_refs, history_ref, window_ref, first, heads)
         gate_window_ref[:WINDOW] = gate_ref[...]
         real = jax.lax.broadcasted_iota(jnp.int32, (1, CHUNK, 1), 1) < rows
         q, k, v = (jnp.where(real, convolved(window_ref, conv_refs[i], i * heads, heads, BEFORE + first), 0.0) for i in range(3))
-        dtype = merged_ref.dtype
         decay, beta = gates(gate_window_ref[pl.ds(first, CHUNK)], rate_ref[...], bias_ref[...], real[0], group * heads, all_heads)
-        out, state = chunk_forward(normalised(q) * LANES**-0.5, normalised(k), v, decay, beta, state_ref[0], heads, dtype)
-        state_ref[0] = state
-        placed_ref[:, pl.ds(first, CHUNK)] = out
-        read.wait()
-        token = jax.lax.broadcasted_iota(jnp.int32, (WINDOW, 1), 0) - first
-        own = (token >= 0) & (token < rows)
-        for j in range(heads):
-            old = merged_ref[:, _lanes(j)].astype(jnp.float32)
-            merged_ref[:, _lanes(j)] = jnp.where(own, placed_ref[j, :WINDOW], old).astype(dtype)
-        write(chunk).start()
+        q, k, dtype = normalised(q) * LANES**-0.5, normalised(k), merged_ref.dtype
+        placed_ref[:, pl.ds(first, CHUNK)], state_ref[0] = chunk_forward(q, k, v, decay, beta, state_ref[0], heads, dtype)
+        transfer(chunk, read=True).wait()
+        _merge(placed_ref, merged_ref, first, rows)
+        transfer(chunk).start()
 
-        @pl.when(at.snapshot[chunk] >= 0)
-        def _():
-            part = snapshots_ref.at[pl.ds(at.snapshot[chunk], 1), pl.ds(group * heads, heads)]
-            pltpu.sync_copy(state_ref, part)
+    @pl.when((rows > 0) & (at.snapshot[chunk] >= 0))
+    def _():
+        pltpu.sync_copy(state_ref, snapshots_ref.at[pl.ds(at.snapshot[chunk], 1), own_heads])
 
-        @pl.when(chunk == pl.num_programs(1) - 1)
-        def _():
-            write(chunk).wait()
+    @pl.when((rows > 0) & (chunk == pl.num_programs(1) - 1))
+    def _():
+        transfer(chunk).wait()
 
 
 def chunk_forward(q, k, v, decay, beta, state, heads, dtype):
@@ -249,6 +224,15 @@ def _shift_in(qkv_refs, history_ref, window_ref, first, heads):
     inputs = history_ref.shape[1]
     window_ref[:, pl.ds(BEFORE + first - inputs, inputs)] = history_ref[...]
     history_ref[...] = window_ref[:, pl.ds(BEFORE + first + CHUNK - inputs, inputs)]
+
+
+def _merge(placed_ref, merged_ref, first, rows):
+    """Puts the chunk's rows over what the window held."""
+    token = jax.lax.broadcasted_iota(jnp.int32, (WINDOW, 1), 0) - first
+    own = (token >= 0) & (token < rows)
+    for j in range(placed_ref.shape[0]):
+        old = merged_ref[:, _lanes(j)].astype(jnp.float32)
+        merged_ref[:, _lanes(j)] = jnp.where(own, placed_ref[j, :WINDOW], old).astype(merged_ref.dtype)
 
 
 def _blocks(heads):

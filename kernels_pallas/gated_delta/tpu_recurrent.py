@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.gated_delta.tpu_math import LANES, normalised, softplus
+from kernels_pallas.gated_delta.tpu_math import LANES, dot, normalised, softplus
 
 
 def held_slots(slots: Int32[Array, " B"]) -> Int32[Array, " B"]:
@@ -134,29 +134,20 @@ def _project(window_ref, conv_ref, t, N):
 def _recur(tokens, decay, beta, keep, memory_ref, new_memory_ref):
     """What each token reads, [N, V]; writes the memory after `keep` tokens.
 
-    `tokens` are (q, k, v), [N, lanes] each; decay and beta are [N, T]. A head's memory, [V, K], stays in registers.
-    Values enter it as columns, and what keys and queries read leaves it as columns: they are turned for all heads at once.
+    `tokens` are (q, k, v), [N, lanes] each; decay and beta are [N, T]. A head's memory, [V, K], is loaded and stored once. The
+    matrix unit reads it, which gives rows; sums over lanes would give columns, and took twice the time.
     """
     N, T = decay.shape
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    values = [(beta[:, t : t + 1] * v).T for t, (_, _, v) in enumerate(tokens)]
-    strength = beta * decay
-    by_keys, by_queries = ([jnp.zeros((LANES, LANES), jnp.float32)] * T for _ in range(2))
+    reads = [[] for _ in range(T)]
     for n in range(N):
         state = kept = memory_ref[0, n]
-        for t, (q, k, _) in enumerate(tokens):
-            by_key = jnp.broadcast_to(jnp.sum(state * k[n : n + 1], axis=1, keepdims=True), state.shape)
-            by_query = jnp.broadcast_to(jnp.sum(state * q[n : n + 1], axis=1, keepdims=True), state.shape)
-            by_keys[t] = jnp.where(lane == n, by_key, by_keys[t])
-            by_queries[t] = jnp.where(lane == n, by_query, by_queries[t])
-            new = jnp.broadcast_to(values[t][:, n : n + 1], state.shape) - strength[n : n + 1, t : t + 1] * by_key
-            state = state * decay[n : n + 1, t : t + 1] + new * k[n : n + 1]
+        for t, token in enumerate(tokens):
+            q, k, v = (x[n : n + 1] for x in token)
+            fade, strength = (x[n : n + 1, t : t + 1] for x in (decay, beta))
+            by_key, by_query = jnp.split(dot("ik,vk->iv", jnp.concatenate([k, q]), state, jnp.float32), 2)
+            new = strength * (v - fade * by_key)
+            reads[t].append(fade * by_query + new * jnp.sum(k * q, axis=1, keepdims=True))
+            state = state * fade + jnp.broadcast_to(new, state.shape).T * k
             kept = jnp.where(t < keep, state, kept)
         new_memory_ref[0, n] = kept
-
-    def read(t, q, k, v):
-        fade, by_key, by_query = decay[:, t : t + 1], by_keys[t].T[:N], by_queries[t].T[:N]
-        new = beta[:, t : t + 1] * (v - fade * by_key)
-        return fade * by_query + new * jnp.sum(k * q, axis=-1, keepdims=True)
-
-    return [read(t, *token) for t, token in enumerate(tokens)]
+    return [jnp.concatenate(rows) for rows in reads]
