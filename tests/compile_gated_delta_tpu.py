@@ -115,9 +115,9 @@ def schedule(chip: str) -> dict[str, dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         mesh = mesh_of(chip)
-        compiled(mesh, read, *CONTINUOUS, *PLACES)
+        compiled(mesh, read, *CONTINUOUS, *PLACES, donate_argnums=4)
         compiled(mesh, backward_kernel, *backward_arguments())
-        compiled(mesh, step, *step_arguments())
+        compiled(mesh, step, *step_arguments(), donate_argnums=(6, 7))
         return {name: listing(Path(folder), kernel) for name, kernel in KERNELS.items()}
 
 

@@ -228,8 +228,8 @@ def test_what_the_kernels_do_not_serve_is_refused(options, message, rng, monkeyp
 
 def test_too_many_drafts_are_refused(rng, monkeypatch):
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
-    step = step_inputs(rng, 1, 17, 1, heads=1, K=128, V=128)
-    with pytest.raises(NotImplementedError, match="qkv has 17 tokens a row, and it takes up to 16; backend 'reference'"):
+    step = step_inputs(rng, 1, 9, 1, heads=1, K=128, V=128)
+    with pytest.raises(NotImplementedError, match="qkv has 9 tokens a row, and it takes up to 8; backend 'reference'"):
         recurrent(*step, jnp.ones(1, jnp.int32), backend="tpu")
 
 

@@ -14,7 +14,7 @@ from kernels_pallas.gated_delta.tpu_math import LANES
 # takes 898, 709 and 641 bundles a head and chunk at 4, 8 and 16 heads, the backward kernel 1,058, 867 and 806; on v5p 936 and
 # 713, 1,106 and 877 at 4 and 8. With 16 there would be nothing left for v5p's second core.
 HEADS = 8
-TOKENS = 16  # of one row of a decoding step: they are unrolled
+TOKENS = 8  # of one row of a decoding step, at most: they are unrolled
 DTYPES = ("float32", "bfloat16")
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from kernels_pallas.gated_delta import reference
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks
 from kernels_pallas.gated_delta.tpu_chunked import Places, columns, fading
-from kernels_pallas.gated_delta.tpu_math import LANES, cumulated, dot, lower_triangle, unit_inverse
+from kernels_pallas.gated_delta.tpu_math import LANES, compiler_params, cumulated, dot, lower_triangle, unit_inverse
 
 
 def chunk_rows(table: Chunks, tokens: int) -> Int32[Array, "chunks L"]:
@@ -120,7 +120,7 @@ def backward(
             jax.ShapeDtypeStruct(ends_bar.shape, jnp.float32),
         ],
         input_output_aliases={len(at) + 7: 4},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=compiler_params(qkv.dtype),
         name="gated_delta_backward",
     )(at, [qkv] * 3, gates, states, out_bar, kept_bar, ends_bar)
     by_group = gates_bar.reshape(chunks, CHUNK, groups, LANES)

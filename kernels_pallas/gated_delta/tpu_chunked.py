@@ -18,7 +18,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.packing import CHUNK, chunk_table, snapshot_of_chunk
-from kernels_pallas.gated_delta.tpu_math import LANES, convolved, dot, gates, lower_triangle, normalised, unit_inverse
+from kernels_pallas.gated_delta.tpu_math import (
+    LANES,
+    compiler_params,
+    convolved,
+    dot,
+    gates,
+    lower_triangle,
+    normalised,
+    unit_inverse,
+)
 
 TILE = 16  # rows: bfloat16 is tiled by 16 rows on chip, float32 by 8
 WINDOW = CHUNK + TILE  # holds a chunk wherever it starts
@@ -125,7 +134,7 @@ def forward(
         ),
         out_shape=shapes,
         input_output_aliases={scalars: 0, scalars + 1: 2, scalars + 2: 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=compiler_params(qkv.dtype),
         name="gated_delta_chunked",
     )(at, zeros, memory, [qkv] * 3, [conv] * 3, [tail] * 3, gate_inputs, *constants)
     return out, ends, kept[:snapshots], *states

@@ -12,6 +12,12 @@ from kernels_pallas.gated_delta.reference import L2_EPS
 LANES = 128  # of a vector register; the only head width that these kernels take
 
 
+def compiler_params(dtype):
+    """Of a grid of (groups of heads, chunks). With float32 blocks v5p's default limit of 16 MiB on chip is too little."""
+    limit = 48 * 2**20 if dtype == jnp.float32 else None
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit)
+
+
 def dot(equation, x, y, dtype):
     """A product of operands cast to `dtype`, accumulated in float32; float32 operands in full precision (six passes)."""
     precision = Precision.HIGHEST if dtype == jnp.float32 else Precision.DEFAULT
