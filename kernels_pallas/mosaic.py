@@ -33,6 +33,14 @@ def load(ref: object, layout: object = ROW) -> object:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def store(ref: object, value: object) -> None:
+    """Registers to device memory, also where a thread's share is less than a sector: jax 0.12 wants that said."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def along_rows(vector: object, columns: int) -> object:
     """A ROW vector, repeated for every column."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])

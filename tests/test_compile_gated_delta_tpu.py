@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 EXPECTED = json.loads((ROOT / "tests" / "expected" / "gated_delta_tpu.json").read_text())
 STATE = {"forward": 8 * 2**20, "recurrent": 100 * (2**20 + 3 * 6144 * 2)}  # what is donated: memory, and tails in bfloat16
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=tpu")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=compile")
 
 
 def said(what, chip):

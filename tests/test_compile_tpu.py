@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 HBM = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=tpu")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=compile")
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)

@@ -197,13 +197,18 @@ def _fetch_rows(qkv, tail, run, place, ready, row, index, sequence):
 def _convolve(raw, conv, run, real):
     """Convolution and SiLU of a chunk's run of channels; zeros in rows that are not its own, whatever they hold."""
     shape = (L, raw.shape[1])
-    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, raw.dtype, 128)  # 16 bytes of a row a thread: no bank conflicts on either side
+    layout = by_rows(raw.at[pl.ds(0, L)])
     total = 0.0
     for i in range(TAIL + 1):
         tap = load(conv.at[i, run], layout.reduce(0)).astype(jnp.float32)
         total += load(raw.at[pl.ds(i, L)], layout).astype(jnp.float32) * plgpu.layout_cast(along_columns(tap, L), layout)
     rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
     return jnp.where(rows < real, silu(total), 0.0)
+
+
+def by_rows(ref):
+    """The layout in which a thread holds 16 neighbouring bytes of a row: whole sectors of memory, and no bank twice."""
+    return plgpu.Layout.SMEM_GMEM_COPY(ref.shape, ref.dtype, 128)
 
 
 def invert(A, i, j, d_s, m_s):
@@ -278,6 +283,7 @@ def scan(
             *(tiles(stages, L, K), tiles(stages, L, K), tiles(stages, L, K)),  # q, k, w
             *(tiles(stages, groups * SLICE, L), tiles(stages, L, L)),  # u, attention
             *(plgpu.SMEM((stages, L), jnp.float32), plgpu.SMEM((stages, L), jnp.float32)),  # q_scale, k_scale
+            tiles(groups, L, SLICE),  # outputs, to be turned
             plgpu.Barrier(num_arrivals=FETCHED, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
@@ -301,7 +307,7 @@ def _scan(*refs, V, stages, groups):
         refs[7:18],
         refs[18:],
     )
-    *buffers, ready, consumed = scratch
+    *buffers, out_s, ready, consumed = scratch
     q_s, k_s, w_s, u_s, att_s, q_scale_s, k_scale_s = buffers
     sequence, head, block, group = (lax.axis_index(name) for name in ("sequence", "head", "block", "group"))
     count, start = counts[sequence], first[sequence]
@@ -340,16 +346,17 @@ def _scan(*refs, V, stages, groups):
             state = accumulate(state * fade, scaled, k_s.at[slot])
             plgpu.barrier_arrive(consumed.at[slot])
 
-            read = plgpu.layout_cast(read.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            turned = out_s.at[group]
+            turned.transpose(ACROSS)[...] = plgpu.layout_cast(read.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             whole = L * (i + 1) <= length
 
             @pl.when(whole)
             def _():
-                out.at[pl.ds(origin + L * i, L), lanes].transpose(ACROSS)[...] = read
+                out[pl.ds(origin + L * i, L), lanes] = load(turned, by_rows(turned))
 
             @pl.when(~whole)
             def _():
-                last.at[sequence, :, lanes].transpose(ACROSS)[...] = read
+                last[sequence, :, lanes] = load(turned, by_rows(turned))
 
             @pl.when(snapshot >= 0)
             def _snapshot():

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
-from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, params, sigmoid, silu, softplus
+from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, params, sigmoid, silu, softplus, store
 
 HALVES = 2  # warpgroups of a head, each with its share of the value channels
 PAIR = 2  # heads of a block, if there are more heads in all than
@@ -71,7 +71,7 @@ def _kernel(*refs, pair, T, N, V, K, W, eps):
     @pl.when(slot < 0)
     def _idle():
         for t in range(T):
-            out[row, t, head, mine] = plgpu.layout_cast(jnp.zeros(share, out.dtype), ROW)
+            store(out.at[row, t, head, mine], plgpu.layout_cast(jnp.zeros(share, out.dtype), ROW))
 
     @pl.when(slot >= 0)
     def _active():
@@ -111,7 +111,7 @@ def _kernel(*refs, pair, T, N, V, K, W, eps):
             whole = along_columns(load(out_s.at[t], COL), share)
             scale = lax.rsqrt(jnp.sum(whole * whole, axis=1) * (1 / V) + eps)
             gate = silu(load(z.at[row, t, head, mine]).astype(jnp.float32))
-            out[row, t, head, mine] = (reads[t] * scale * weight * gate).astype(out.dtype)
+            store(out.at[row, t, head, mine], (reads[t] * scale * weight * gate).astype(out.dtype))
 
 
 def _write(state, k, v, beta):
@@ -153,4 +153,4 @@ class _Channels:
             newest = window[i]
             for t in range(1, T + 1):
                 newest = jnp.where(kept == t, window[t + i], newest)
-            tail[slot, i, self.run] = newest
+            store(tail.at[slot, i, self.run], newest)

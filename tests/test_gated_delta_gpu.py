@@ -1,0 +1,107 @@
+"""The Hopper kernels as far as a machine without one can show: in the program, refused in words, and one of them interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import gated_delta
+from kernels_pallas.gated_delta import gpu_recurrent
+from tests import gated_delta_truth as truth
+from tests.test_gated_delta import expected_step, step_inputs
+from tests.tolerances import GATED_DELTA, relative_rms
+
+recurrent = functools.partial(gated_delta.recurrent, eps=1e-6)
+
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 has another Mosaic GPU, and no interpreter of it"
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def described_gpu():
+    """A mesh that says what to compile for; no such device is needed."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device))
+
+
+def exported(f, *args, **kwargs):
+    """The program as it is sent to a GPU's compiler."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (args, kwargs))
+    skip = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    program = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=skip)(*shapes[0], **shapes[1])
+    return program.mlir_module()
+
+
+def step(rng, rows=2, tokens=1, slots=2, **options):
+    *inputs, memory, tail, slot = step_inputs(rng, rows, tokens, slots, K=128, V=128, dtype=jnp.bfloat16, **options)
+    return (*inputs,), {"memory": memory, "tail": tail, "slots": slot, "keep": jnp.ones(rows, jnp.int32)}
+
+
+@needs_mosaic
+def test_the_kernels_are_in_the_program(rng):
+    case = truth.draw(rng, [70], heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    inputs, named = step(rng, heads=2)
+    operations = [
+        (gated_delta.chunked, case.arguments(), {}, ("gated_delta_systems", "gated_delta_scan")),
+        (recurrent, inputs, named, ("gated_delta_recurrent",)),
+    ]
+    for f, args, kwargs, kernels in operations:
+        with described_gpu():
+            for backend in ("gpu", None):
+                program = exported(functools.partial(f, backend=backend), *args, **kwargs)
+                assert all(kernel in program for kernel in kernels)
+            assert "mosaic_gpu" not in exported(functools.partial(f, backend="reference"), *args, **kwargs)
+        assert "mosaic_gpu" not in exported(functools.partial(f, backend=None), *args, **kwargs)  # this machine's device is a CPU
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"K": 16}, "memory has heads of 128 values and 16 keys, and it takes 128 and 128"),
+        ({"key_heads": 1}, "qkv has 512 channels, and it takes 768: as many key heads as value heads"),
+        ({"heads": 3}, "memory has 3 heads, and it takes a multiple of 2"),
+        ({"dtype": jnp.float32}, "qkv is float32, and it takes bfloat16"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(rng, options, message):
+    case = truth.draw(rng, [3], **{"heads": 2, "K": 128, "V": 128, "dtype": jnp.bfloat16} | options)
+    with pytest.raises(NotImplementedError, match=f"backend 'gpu': {message}; backend 'reference' serves it"):
+        gated_delta.chunked(*case.arguments(), backend="gpu")
+
+
+@needs_mosaic
+def test_another_device_is_refused(rng):
+    case = truth.draw(rng, [3], heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"backend 'gpu' is for NVIDIA H100.*, and the device is 'cpu'; backend 'reference' runs on it"
+    ):
+        gated_delta.chunked(*case.arguments(), backend="gpu")
+
+
+@needs_mosaic
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_step_interpreted(rng, tokens):
+    """Mosaic's interpreter knows no wgmma with a left operand in registers, which the chunked kernels live on."""
+    *inputs, memory, tail, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    slot, keep = slot.at[1].set(-1), np.array([tokens, 1, 0])
+    with plgpu.force_gpu_interpret_mode():
+        found = gpu_recurrent.recurrent(
+            *inputs[:4], *inputs[4], inputs[5], 1e-6, memory, tail, slot, jnp.asarray(keep, jnp.int32)
+        )
+    out, new_memory, new_tail = found
+    for r, expected in enumerate(expected_step(*inputs, memory, tail, slot, keep, 1e-6)):
+        if r == 1:
+            assert not np.asarray(out[r], np.float32).any()
+            continue
+        rows = out[r], new_memory[slot[r]], new_tail[slot[r]]
+        for what, row, value in zip(("gpu bfloat16", "gpu memory", "gpu memory"), rows, expected, strict=True):
+            assert relative_rms(row, value) < GATED_DELTA[what]
