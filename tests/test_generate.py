@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minicpmv46_jax import MiniCPMV, generate
+from kernels_pallas.paged_attention import PAGE
+from minicpmv46_jax import MiniCPMV, decoding, generate
 from minicpmv46_jax.generate import Generator, blocks, grow
 from minicpmv46_jax.processing import Inputs
 from tests.tolerances import CACHED_FORWARD, relative_rms
@@ -37,7 +38,7 @@ def test_prefill_in_blocks_equals_the_whole_forward(demo, length):
     ids = np.random.default_rng(length).integers(0, 256, length).astype(np.int32)
     inputs = Inputs(ids, ())
     logits, state = demo.generator.prefill(inputs)
-    assert int(state.length[0]) == length
+    assert int(state.lengths[0]) == length
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
 
 
@@ -63,13 +64,14 @@ def test_growing_the_cache_changes_nothing(demo, monkeypatch):
     options = demo.options(max_new_tokens=100, temperature=0.0, ignore_eos=True)
     expected = [t.id for t in demo.generator.tokens(inputs, options)]
     monkeypatch.setattr(generate, "SMALLEST_CAPACITY", 64)
-    assert demo.generator.capacity(len(inputs.token_ids) + 1) < len(inputs.token_ids) + 100
+    assert PAGE * demo.generator.pages(len(inputs.token_ids) + 1) < len(inputs.token_ids) + 100
     assert [t.id for t in demo.generator.tokens(inputs, options)] == expected
 
 
 def test_grow_keeps_what_was_there(demo):
     _, state = demo.generator.prefill(prompt(demo, "hello"))
-    bigger = grow(state, 2048)
+    bigger = grow(state, 32)
+    assert bigger.tables.tolist() == [list(range(32))]
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(bigger), strict=True):
         np.testing.assert_array_equal(new[tuple(slice(0, n) for n in old.shape)], old)
 
@@ -80,8 +82,8 @@ def test_compilations_are_as_many_as_buckets(demo, photos):
     for words in ("a", "ab", "abc" * 9, "b" * 70, "c" * 100, "d" * 150):
         list(generator.tokens(prompt(demo, words), options))
     programs = generator.programs()
-    assert programs["advance"] == programs["embed"] == 2  # blocks of 64 and 256, one capacity
-    assert programs["decode"] == programs["begin"] == 1
+    assert programs["read"] == 2  # blocks of 64 and 256, one number of pages
+    assert programs["decode"] == programs["start"] == 1
     for size in ((100, 100), (101, 99), (98, 102)):
         list(generator.tokens(prompt(demo, "a", [photos[0].resize(size)], max_slice_nums=1), options))
     assert generator.programs()["encode"] == 1
@@ -102,7 +104,7 @@ def test_more_stop_tokens_than_the_device_looks_for(demo):
     inputs = prompt(demo, "Count.")
     free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
     stop = max(set(free))
-    many = [i for i in range(stop + 1) if i not in free][: generate.DEVICE_STOPS + 4] + [stop]
+    many = [i for i in range(stop + 1) if i not in free][: decoding.DEVICE_STOPS + 4] + [stop]
     options = demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True, stop_token_ids=many)
     assert [t.id for t in demo.generator.tokens(inputs, options)] == free[: free.index(stop) + 1]
 
@@ -149,7 +151,7 @@ def test_the_functional_core_is_differentiable(demo):
     block = jax.tree.map(jnp.asarray, generate.token_block(ids, np.full(10, -1, np.int32), 10))
 
     def loss(params):
-        logits = model.forward(graph, params, demo.config, block, jnp.zeros((1, demo.config.text.hidden_size)))
+        logits = model.forward(graph, params, block, jnp.zeros((1, demo.config.text.hidden_size)))
         return -jax.nn.log_softmax(logits[0, :-1])[jnp.arange(9), block.ids[0, 1:]].mean()
 
     gradient = jax.jit(jax.grad(loss))(demo.params)
