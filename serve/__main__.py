@@ -78,19 +78,22 @@ def start(args: argparse.Namespace) -> "Service":
     """Everything up to a `Service` that answers. Raises ValueError, or OSError of a disk."""
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service
-    from serve.engine import Engine
+    from serve.engine import Policy
     from serve.media import MediaFetcher
+    from serve.sizes import Wishes
 
-    platform = startup.choose_platform(args.platform)
+    platform = startup.choose_platform(args.platform, args.memory_fraction)
     cache = startup.cache_folder()
     startup.keep_compilations(cache)
     source = startup.demo_checkpoint(cache) if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     model = startup.load(source, args.revision, dtype, MediaFetcher(args.allowed_local_media_path))
-    startup.warm_up(model)
+    wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
+    policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
+    engine = startup.make_engine(model, platform, args.memory_fraction, wishes, policy)
     name = args.served_model_name or served_name(args.model, startup.DEMO_NAME)
-    return Service(model, Engine(model), name, args.api_key)
+    return Service(model, engine, name, args.api_key)
 
 
 def served_name(source: str | None, demo: str) -> str:
@@ -98,6 +101,41 @@ def served_name(source: str | None, demo: str) -> str:
     if source is None:
         return demo
     return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+def _fraction(text: str) -> float:
+    fraction = float(text)
+    if not 0.0 < fraction < 1.0:
+        raise argparse.ArgumentTypeError(f"{fraction} is not between 0 and 1")
+    return fraction
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _size(text: str) -> float:
+    size = float(text)
+    if not 0.0 <= size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{size} is not 0 or more")
+    return size
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0.0:
+        raise argparse.ArgumentTypeError(f"{seconds} is not more than 0")
+    return seconds
 
 
 def _port(text: str) -> int:
@@ -128,6 +166,22 @@ def _parser() -> argparse.ArgumentParser:
         "--allowed-local-media-path", metavar="DIR", type=Path, help="folder whose files requests may name (default: none)"
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the hub id, or the folder's name")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--memory-fraction", metavar="F", type=_fraction, default=0.9, help="of the device (default: 0.9)")
+    engine.add_argument("--max-running", metavar="N", type=_positive, help="answers at once (default: 128; on a CPU 16)")
+    engine.add_argument("--max-model-len", metavar="N", type=_positive, help="tokens of a prompt and answer (default: what fits)")
+    engine.add_argument(
+        "--max-waiting", metavar="N", type=_count, default=512, help="requests that may wait (default: %(default)s)"
+    )
+    engine.add_argument("--max-wait", metavar="S", type=_seconds, help="seconds after which a waiting request gets a 429")
+    engine.add_argument(
+        "--prefix-host-gib",
+        metavar="G",
+        type=_size,
+        default=8.0,
+        help="of host memory for such beginnings (default: %(default)s)",
+    )
+    engine.add_argument("--no-prefix-cache", action="store_true", help="keep no beginnings of prompts for later ones")
     return parser
 
 

@@ -20,7 +20,14 @@ class Node:
         self.key, self.parent, self.page = key, parent, page
         self.children = 0
         self.snapshot: int | None = None  # the slot of the memory after this page
-        self.pins = 0  # requests that are about to start from the snapshot
+        self.pins = 0  # requests that are about to start from the snapshot, and the plan that makes it
+
+    def path(self) -> "list[Node]":
+        """From the first page to this one."""
+        nodes = [self]
+        while nodes[-1].parent is not None:
+            nodes.append(nodes[-1].parent)
+        return nodes[::-1]
 
 
 class Hit(NamedTuple):
@@ -61,11 +68,12 @@ class PrefixCache:
         self._recent.move_to_end(path[blocks - 1])
         return Hit(path[blocks - 1], blocks, tuple(node.page for node in path[:blocks]), len(path))
 
-    def add(self, keys: Sequence[bytes], pages: Sequence[int]) -> int | None:
+    def add(self, keys: Sequence[bytes], pages: Sequence[int]) -> Node | None:
         """Makes room for the snapshot after these pages.
 
         Returns:
-          The slot to write it to; None if it is there already, or every slot is about to be read.
+          Its node, pinned; None if it is there already, or every other is pinned. Whoever asked unpins it once the program that
+          writes it has been sent: until then its slot must not be given to another.
         """
         known = self._nodes.get(keys[-1])
         if known is not None and known.snapshot is not None:
@@ -77,8 +85,9 @@ class PrefixCache:
         for key, page in zip(keys, pages, strict=True):
             node = self._nodes.get(key) or self._grow(key, node, page)
         node.snapshot = self._slots.take()
+        node.pins += 1
         self._recent[node] = None
-        return node.snapshot
+        return node
 
     def reclaim(self, pages: int) -> bool:
         """Evicts until so many pages are free. False if that cannot be."""

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from serve.host import Copy, HostCache
 from serve.pages import PAGE, Pages, Slots, pages_of
-from serve.prefix import NOTHING, Hit, PrefixCache
+from serve.prefix import NOTHING, Hit, Node, PrefixCache
 
 PATIENCE_S = 10.0  # of arrival that a unit of priority is worth
 
@@ -99,13 +100,22 @@ class Plan:
     slots: np.ndarray
     grown: np.ndarray
     steps: int
-    expired: list[Request]
     preempted: list[Request]
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to run."""
         return not self.pieces and not self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Restore:
+    """To be put back before anything is read: the copy's memory into `slot`, its pages from `first` on into `pages`."""
+
+    copy: Copy
+    slot: int
+    first: int
+    pages: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +130,16 @@ class Limits:
 class Scheduler:
     """All requests of an engine. Not for several threads at once."""
 
-    def __init__(self, limits: Limits, pages: Pages, slots: Slots, cache: PrefixCache | None = None):
+    def __init__(
+        self, limits: Limits, pages: Pages, slots: Slots, cache: PrefixCache | None = None, host: HostCache | None = None
+    ):
         assert limits.tokens % PAGE == 0 and limits.steps <= PAGE
-        self.limits, self.pages, self.slots, self.cache = limits, pages, slots, cache
+        self.limits, self.pages, self.slots, self.cache, self.host = limits, pages, slots, cache, host
         self.waiting: list[Request] = []
         self.reading: list[Request] = []
-        self.preemptions = self.cached_tokens = self.prompt_tokens = 0
+        self.restores: list[Restore] = []  # the caller does and clears them between `admit` and `plan`
+        self.preemptions = self.cached_tokens = self.restored_tokens = self.prompt_tokens = 0
+        self._fresh: list[Node] = []  # whose snapshots the newest plan makes
         self._count = itertools.count()
         self._at: list[Request | None] = [None] * slots.count
         self._decoding = np.zeros(slots.count, bool)
@@ -155,23 +169,26 @@ class Scheduler:
         self._release(request)
         self._wait(request)
 
-    def plan(self, now: float) -> Plan:
-        """The next step; what it says is done."""
-        expired = self._expire(now)
+    def admit(self, now: float) -> list[Request]:
+        """Lets those in that fit, in order of rank; the plan before has been sent. Returns who has waited past its deadline."""
+        for node in self._fresh:
+            node.pins -= 1
+        self._fresh.clear()
+        expired = [request for request in self.waiting if request.deadline < now and not request.begun]
+        for request in expired:
+            self.end(request)
         self._admit()
+        return expired
+
+    def plan(self) -> Plan:
+        """The next step; what it says is done."""
         steps = 1 if self.reading else self.limits.steps
         grown, preempted = self._grow(steps)
         slots = self._decodable()
         self._length[slots] = np.minimum(self._length[slots] + steps, self._most[slots])
         pages = np.array([grown.get(slot, (0, -1)) for slot in slots.tolist()], np.int32).reshape(-1, 2)
         rows = [self._at[slot] for slot in slots]
-        return Plan(self._pieces(), rows, slots.astype(np.int32), pages, steps, expired, preempted)
-
-    def _expire(self, now: float) -> list[Request]:
-        expired = [request for request in self.waiting if request.deadline < now and not request.begun]
-        for request in expired:
-            self.end(request)
-        return expired
+        return Plan(self._pieces(), rows, slots.astype(np.int32), pages, steps, preempted)
 
     def _admit(self) -> None:
         """From waiting to being read, in order of rank, as long as slots and pages last."""
@@ -203,12 +220,29 @@ class Scheduler:
     def _begin(self, request: Request, hit: Hit, pages: list[int]) -> None:
         request.stage, request.begun, request.hit, request.pages = Stage.READING, True, hit, pages
         request.slot = self.slots.take()
-        request.read = hit.blocks * PAGE
+        self._restore(request)
+        request.read = request.hit.blocks * PAGE
         request.boundaries = self._boundaries(request)
         self._at[request.slot] = request
         self.reading.append(request)
         self.prompt_tokens += request.total
         self.cached_tokens += request.read
+
+    def _restore(self, request: Request) -> None:
+        """Has a longer beginning than the device knows put back from host memory, if there is one."""
+        hit, keys = request.hit, request.keys[: (request.total - 1) // PAGE]
+        blocks = 0 if self.host is None else self.host.longest(keys, hit.blocks)
+        if not blocks:
+            return
+        copy = self.host.get(keys[blocks - 1])  # now: making room below may send another to the host, and this one away
+        node = self.cache.add(keys[:blocks], request.pages[:blocks])
+        if node is None:
+            return
+        if hit.node is not None:
+            hit.node.pins -= 1
+        request.hit = Hit(node, blocks, (), max(hit.alike, blocks))
+        self.restores.append(Restore(copy, node.snapshot, hit.blocks, request.pages[hit.blocks : blocks]))
+        self.restored_tokens += (blocks - hit.blocks) * PAGE
 
     def _boundaries(self, request: Request) -> tuple[int, ...]:
         """Where its prompt leaves what earlier ones had in common with it, and its last page: the next turn starts there."""
@@ -269,8 +303,10 @@ class Scheduler:
 
     def _snapshots(self, request: Request, start: int) -> tuple[tuple[int, int], ...]:
         wanted = (end // PAGE for end in request.boundaries if start < end <= request.read)
-        slots = ((blocks, self.cache.add(request.keys[:blocks], request.pages[:blocks])) for blocks in wanted)
-        return tuple((blocks - start // PAGE, slot) for blocks, slot in slots if slot is not None)
+        nodes = [(blocks, self.cache.add(request.keys[:blocks], request.pages[:blocks])) for blocks in wanted]
+        made = [(blocks, node) for blocks, node in nodes if node is not None]
+        self._fresh += [node for _, node in made]
+        return tuple((blocks - start // PAGE, node.snapshot) for blocks, node in made)
 
     def _decode(self, request: Request) -> None:
         self.reading.remove(request)

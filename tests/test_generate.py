@@ -1,14 +1,19 @@
 """Decoding with a cache against the cache-free forward; buckets, stops, growth, seeds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels_pallas.paged_attention import PAGE
-from minicpmv46_jax import MiniCPMV, decoding, generate
+from minicpmv46_jax import MiniCPMV, decoding, generate, model
+from minicpmv46_jax.batch import Chunks
 from minicpmv46_jax.generate import Generator, blocks, grow
+from minicpmv46_jax.model import Pieces
 from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.state import empty_state
 from tests.tolerances import CACHED_FORWARD, relative_rms
 
 
@@ -49,6 +54,33 @@ def test_a_block_may_end_inside_a_picture(demo, photos, monkeypatch):
     assert view.start % 64 and view.num_tokens > 128
     logits, _ = demo.generator.prefill(inputs)
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
+
+
+def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
+    """Two prompts, one with a picture, read in pieces of odd lengths in one row; slots and pages in no order."""
+    prompts = [prompt(demo, "What is it?", [photos[0].resize((90, 70))], max_slice_nums=1), prompt(demo, "z" * 150)]
+    features, firsts = demo.generator.features(prompts[0].views)
+    rows = [demo.generator.feature_rows(p, firsts if p.views else []) for p in prompts]
+    state = empty_state(demo.config.text, 3, 12, jnp.float32, longest=5)
+    tables = np.array([[7, 2, 9, 0, -1], [4, 11, 3, 1, 8]], np.int32)
+    read = jax.jit(functools.partial(model.read, model.schema(demo.config).text))
+    at, found = [0, 0], {}
+    while any(at[i] < len(p.token_ids) for i, p in enumerate(prompts)):
+        sizes = [min(n, len(p.token_ids) - a) for n, p, a in zip((37, 53), prompts, at, strict=True)]
+        ids, feature_rows = np.zeros(96, np.int32), np.full(96, -1, np.int32)
+        starts = np.array([0, sizes[0]], np.int32)
+        for p, r, a, size, start in zip(prompts, rows, at, sizes, starts, strict=True):
+            ids[start : start + size], feature_rows[start : start + size] = p.token_ids[a : a + size], r[a : a + size]
+        slots = np.where(sizes, [2, 0], -1).astype(np.int32)
+        before, lengths = np.array(at, np.int32), np.array(sizes, np.int32)
+        nothing = np.zeros((0, 2), np.int32), np.zeros(0, np.int32)
+        chunks = Chunks(starts, lengths, before, slots, np.where(before, slots, -1).astype(np.int32), tables, *nothing)
+        logits, state = read(demo.params["text"], state, jax.tree.map(jnp.asarray, Pieces(ids, feature_rows, chunks)), features)
+        at = [a + size for a, size in zip(at, sizes, strict=True)]
+        found |= {i: logits[i] for i, size in enumerate(sizes) if size and at[i] == len(prompts[i].token_ids)}
+    assert state.lengths.tolist() == [len(prompts[1].token_ids), 0, len(prompts[0].token_ids)]
+    for i, one in enumerate(prompts):
+        assert relative_rms(found[i], demo.logits(one)[-1]) < CACHED_FORWARD
 
 
 def test_blocks_cover_the_prompt_with_few_sizes():
@@ -144,8 +176,6 @@ def test_the_answer_ends_where_the_context_does(demo):
 
 
 def test_the_functional_core_is_differentiable(demo):
-    from minicpmv46_jax import model
-
     graph = model.schema(demo.config)
     ids = np.arange(10, dtype=np.int32)
     block = jax.tree.map(jnp.asarray, generate.token_block(ids, np.full(10, -1, np.int32), 10))

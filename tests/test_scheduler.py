@@ -6,6 +6,7 @@ be shows as a wrong answer at once.
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas.paged_attention
+from serve.host import HostCache
 from serve.pages import PAGE, Pages, Slots, pages_of
 from serve.prefix import PrefixCache
 from serve.scheduler import PATIENCE_S, Limits, Request, Scheduler, Stage
@@ -69,6 +71,8 @@ class Device:
 
     def run(self, plan, chats):
         """What each request got."""
+        written = [slot for piece in plan.pieces for _, slot in piece.snapshots]
+        assert len(set(written)) == len(written)
         out = [(chats[row.request], self.read(row, chats[row.request])) for row in plan.pieces]
         assert len({id(row) for row in plan.rows}) == len(plan.rows) == len(plan.slots)
         assert sum(piece.count for piece in plan.pieces) <= LIMITS.tokens and len(plan.pieces) <= LIMITS.prompts
@@ -79,6 +83,17 @@ class Device:
                 table.append(page)
             out.append((chats[row], [self.step(slot, chats[row]) for _ in range(plan.steps)]))
         return out
+
+    def fetch(self, node):
+        """A whole prefix: its memory and its pages, of which both must tell the same."""
+        pages = [self.pages[page.page].copy() for page in node.path()]
+        assert tuple(np.concatenate(pages).tolist()) == self.memory[node.snapshot]
+        return SimpleNamespace(nbytes=len(pages), pages=pages, memory=self.memory[node.snapshot])
+
+    def restore(self, restore):
+        self.memory[restore.slot] = restore.copy.memory
+        for page, values in zip(restore.pages, restore.copy.pages[restore.first :], strict=True):
+            self.pages[page] = values
 
     def read(self, piece, chat):
         slot, end = piece.request.slot, piece.start + piece.count
@@ -119,11 +134,12 @@ class Device:
 class Server:
     """The engine's loop: it plans a step ahead of what it knows."""
 
-    def __init__(self, pages, slots, snapshots):
+    def __init__(self, pages, slots, snapshots, host=0):
         self.pages, self.slots, self.spare = Pages(pages), Slots(slots), Slots(snapshots, first=slots)
-        self.cache = PrefixCache(self.pages, self.spare) if snapshots else None
-        self.scheduler = Scheduler(LIMITS, self.pages, self.slots, self.cache)
-        self.device = Device(pages, slots)
+        self.device, self.host = Device(pages, slots), HostCache(host)
+        leaving = lambda node: self.host.put(node.key, self.device.fetch(node))  # noqa: E731
+        self.cache = PrefixCache(self.pages, self.spare, leaving) if snapshots else None
+        self.scheduler = Scheduler(LIMITS, self.pages, self.slots, self.cache, self.host if snapshots else None)
         self.chats = {}
         self.flight = []
         self.now = 0
@@ -138,9 +154,11 @@ class Server:
             for chat in chats:
                 if chat.request is not None and chat.outcome is None and chat.leaves <= self.now:
                     self.finish(chat, "left")
-            plan = self.scheduler.plan(float(self.now))
-            for request in plan.expired:
-                self.chats[request].outcome = "expired"
+            assert self.scheduler.admit(float(self.now)) == []
+            for restore in self.scheduler.restores:
+                self.device.restore(restore)
+            self.scheduler.restores.clear()
+            plan = self.scheduler.plan()
             flight = self.device.run(plan, self.chats)
             for chat, tokens in self.flight:
                 self.deliver(chat, tokens)
@@ -194,10 +212,16 @@ def chat(draw, pages):
 
 
 @settings(max_examples=120, deadline=None)
-@given(data=st.data(), pages=st.integers(2, 40), slots=st.integers(1, 6), snapshots=st.sampled_from([0, 1, 3, 8]))
-def test_every_request_ends_as_if_alone_and_nothing_leaks(data, pages, slots, snapshots):
+@given(
+    data=st.data(),
+    pages=st.integers(2, 40),
+    slots=st.integers(1, 6),
+    snapshots=st.sampled_from([0, 1, 3, 8]),
+    host=st.sampled_from([0, 6, 100]),
+)
+def test_every_request_ends_as_if_alone_and_nothing_leaks(data, pages, slots, snapshots, host):
     chats = data.draw(st.lists(chat(pages), min_size=1, max_size=14))
-    server = Server(pages, slots, snapshots)
+    server = Server(pages, slots, snapshots, host)
     server.serve(chats)
     answers(chats)
     assert {chat.outcome for chat in chats} <= {"answered", "left"}
@@ -222,7 +246,7 @@ def test_the_oldest_is_never_put_back():
     chats = [Chat([i] * 60, 500, stop=-1) for i in range(4)]
     server = Server(12, 4, 0)
     put_back, plan = [], server.scheduler.plan
-    server.scheduler.plan = lambda now: put_back.extend((step := plan(now)).preempted) or step
+    server.scheduler.plan = lambda: put_back.extend((step := plan()).preempted) or step
     server.serve(chats)
     assert put_back and chats[0].request not in put_back
 
@@ -252,6 +276,17 @@ def test_the_least_recently_used_snapshot_goes_first():
     answers(chats)
     assert server.scheduler.cached_tokens == 2 * 128  # of 0 twice; 1 had gone for 2
     assert server.cache.snapshots == 2
+
+
+def test_what_had_to_leave_the_device_comes_back_from_the_host():
+    chats = [Chat([i] * 200, 205, stop=-1, arrives=20 * n) for n, i in enumerate([0, 1, 2, 0, 1, 2])]
+    server = Server(40, 2, 1, host=100)
+    server.serve(chats)
+    answers(chats)
+    assert server.scheduler.cached_tokens == server.scheduler.restored_tokens == 3 * 192
+    small = Server(40, 2, 1, host=5)  # pages: one prefix has three
+    small.serve([dataclasses.replace(chat, answer=[], outcome=None) for chat in chats])
+    assert small.scheduler.restored_tokens == 0 and small.host.used == 3
 
 
 def test_a_long_prompt_holds_up_neither_streams_nor_short_prompts():
@@ -288,10 +323,10 @@ def test_who_has_not_begun_in_time_expires():
     runs, waits = Request(10, 20, deadline=5.0), Request(10, 20, deadline=5.0)
     scheduler.add(runs)
     scheduler.add(waits)
-    assert scheduler.plan(1.0).expired == []
-    plan = scheduler.plan(6.0)
-    assert plan.expired == [waits] and waits.stage is Stage.ENDED
-    assert plan.rows == [runs]
+    assert scheduler.admit(1.0) == []
+    scheduler.plan()
+    assert scheduler.admit(6.0) == [waits] and waits.stage is Stage.ENDED
+    assert scheduler.plan().rows == [runs]
 
 
 def test_pictures_that_are_not_ready_are_waited_for():
@@ -299,20 +334,23 @@ def test_pictures_that_are_not_ready_are_waited_for():
     request, other = Request(300, 310, readable=100), Request(20, 30)
     scheduler.add(request)
     scheduler.add(other)
-    pieces = {piece.request: (piece.start, piece.count) for piece in scheduler.plan(0.0).pieces}
+    scheduler.admit(0.0)
+    pieces = {piece.request: (piece.start, piece.count) for piece in scheduler.plan().pieces}
     assert pieces == {request: (0, 64), other: (0, 20)}
-    assert scheduler.plan(0.0).pieces == []
+    assert scheduler.plan().pieces == []
     request.readable = 300
-    assert [(piece.start, piece.count) for piece in scheduler.plan(0.0).pieces] == [(64, 236)]
+    assert [(piece.start, piece.count) for piece in scheduler.plan().pieces] == [(64, 236)]
 
 
 def test_several_tokens_a_dispatch_only_where_nobody_is_read():
     scheduler = Scheduler(LIMITS, Pages(40), Slots(2))
     scheduler.add(Request(10, 100))
-    assert scheduler.plan(0.0).rows == []
-    assert scheduler.plan(0.0).steps == LIMITS.steps
+    scheduler.admit(0.0)
+    assert scheduler.plan().rows == []
+    assert scheduler.plan().steps == LIMITS.steps
     scheduler.add(Request(1000, 1100))
-    assert scheduler.plan(0.0).steps == 1
+    scheduler.admit(0.0)
+    assert scheduler.plan().steps == 1
 
 
 def test_pages_know_their_holders():

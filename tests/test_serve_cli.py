@@ -50,13 +50,28 @@ def test_help_comes_at_once():
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--cpu --tpu", "--port 70000", "--port x", "--dtype int8", "--prot 1", "--api 1", "--max-model-len 5", "folder"]
+    "arguments",
+    ["--cpu --tpu", "--port 70000", "--port x", "--dtype int8", "--prot 1", "--api 1", "--max-model-length 5", "folder"],
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2
     assert "usage: python -m serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--memory-fraction 1.5", "1.5 is not between 0 and 1"),
+        ("--max-running 0", "0 is less than 1"),
+        ("--max-wait 0", "0.0 is not more than 0"),
+    ],
+)
+def test_engine_flags_out_of_range(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert said in capsys.readouterr().err
 
 
 def test_a_port_in_use(capsys):

@@ -3,7 +3,8 @@
 - app.py: the application; service.py: what its routes share.
 - exchange.py: request ids, the log, the body's limit, errors nobody expected. auth.py: keys. errors.py: OpenAI's error object.
 - schema.py: what a chat request may say. chat.py: its route; answers.py: OpenAI's answer objects; sse.py: server-sent events.
-- models.py, health.py: the small routes.
+- completions.py: the older text completions, for load clients.
+- models.py, health.py, metrics.py: the small routes.
 """
 
 from serve.api.app import create_app

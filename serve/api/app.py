@@ -2,7 +2,7 @@
 
 from fastapi import Depends, FastAPI
 
-from serve.api import chat, errors, health, models
+from serve.api import chat, completions, errors, health, metrics, models
 from serve.api.auth import require_key
 from serve.api.exchange import ExchangeMiddleware
 from serve.api.service import Service
@@ -16,6 +16,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(ExchangeMiddleware)
     errors.install(app)
     app.include_router(health.router)
-    for router in (models.router, chat.router):
+    app.include_router(metrics.router)
+    for router in (models.router, chat.router, completions.router):
         app.include_router(router, prefix="/v1", dependencies=[Depends(require_key)])
     return app

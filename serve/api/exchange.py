@@ -100,7 +100,7 @@ def _tagging(send: Send, exchange: Exchange) -> Send:
 
 
 def _log_line(scope: Scope, exchange: Exchange, seconds: float) -> None:
-    quiet = scope["path"] == "/health"  # load balancers ask every second
+    quiet = scope["path"] in ("/health", "/metrics")  # load balancers and Prometheus ask every second
     log.log(
         logging.DEBUG if quiet else logging.INFO,
         "%s %s %r %s prompt_tokens=%d completion_tokens=%d seconds=%.3f",

@@ -43,7 +43,7 @@ class Service:
     @property
     def context(self) -> int:
         """Most tokens of a prompt and its answer."""
-        return self.model.config.text.max_position_embeddings
+        return self.engine.max_model_len
 
     async def in_thread(self, function: Callable[..., T], *args) -> T:
         """Runs a function that takes its time without holding up the event loop."""
