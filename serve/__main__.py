@@ -170,16 +170,14 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--memory-fraction", metavar="F", type=_fraction, default=0.9, help="of the device (default: 0.9)")
     engine.add_argument("--max-running", metavar="N", type=_positive, help="answers at once (default: 128; on a CPU 16)")
     engine.add_argument("--max-model-len", metavar="N", type=_positive, help="tokens of a prompt and answer (default: what fits)")
-    engine.add_argument(
-        "--max-waiting", metavar="N", type=_count, default=512, help="requests that may wait (default: %(default)s)"
-    )
+    engine.add_argument("--max-waiting", metavar="N", type=_count, default=512, help="requests that may wait (default: 512)")
     engine.add_argument("--max-wait", metavar="S", type=_seconds, help="seconds after which a waiting request gets a 429")
     engine.add_argument(
         "--prefix-host-gib",
         metavar="G",
         type=_size,
         default=8.0,
-        help="of host memory for such beginnings (default: %(default)s)",
+        help="host memory for beginnings of prompts that had to leave the device (default: 8)",
     )
     engine.add_argument("--no-prefix-cache", action="store_true", help="keep no beginnings of prompts for later ones")
     return parser

@@ -105,6 +105,7 @@ class Engine(Desk):
         self._inbox: list[tuple[Job, Work]] = []
         self._gone: list[Job] = []
         self._flight: Flight | None = None
+        self._encoding: list[Request] = []  # whose pictures are in the pass being sent
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="lay")
         self.start()
 
@@ -206,7 +207,7 @@ class Engine(Desk):
                 self._answers[request].unpin(self.features, everything=True)
             self._flight = self._send(plan)
         except Exception as error:
-            taking_part = self.scheduler.reading if plan is None else Flight(plan, None, None).requests
+            taking_part = self._encoding or self.scheduler.reading if plan is None else Flight(plan, None, None).requests
             self._recover(error, taking_part, previous)
             return
         self.metrics.host.inc(time.perf_counter() - begun)
@@ -232,6 +233,7 @@ class Engine(Desk):
         """Sends one pass of the tower with the pictures that are needed first, of one mode and of any requests."""
         views: list[Picture] = []
         rows: list[np.ndarray] = []
+        self._encoding = []
         for request in sorted(self.scheduler.reading, key=lambda request: request.rank):
             answer = self._answers[request]
             for picture in answer.missing():
@@ -241,6 +243,7 @@ class Engine(Desk):
                     if entry is not None:
                         views.append(picture)
                         rows.append(entry.rows)
+                        self._encoding.append(request)
                 if entry is None:
                     break
                 answer.pin(picture, entry)
@@ -248,6 +251,7 @@ class Engine(Desk):
         if views:
             self._device.encode([picture.laid for picture in views], rows)
             self.metrics.encoded.inc(len(views))
+        self._encoding = []
 
     def _fits(self, views: list[Picture], picture: Picture) -> bool:
         """Whether the picture may join the pass."""
@@ -323,8 +327,10 @@ class Engine(Desk):
 
         `previous` is the step before; what it sampled is good unless it failed too.
         """
-        log.error("a step of %d requests failed", len(requests), exc_info=error)
         failed = list(requests)
+        if not failed:
+            raise error
+        log.error("a step of %d requests failed", len(failed), exc_info=error)
         try:
             self._receive(previous)
         except Exception:
@@ -336,6 +342,7 @@ class Engine(Desk):
             if answer.request.slot >= 0:
                 self.scheduler.put_back(answer.request)
         self.scheduler.restores.clear()
+        self.host.clear()
         if self.prefixes is not None:
             self.prefixes.clear()
         self.features.clear()

@@ -20,6 +20,10 @@ class HostCache:
 
     def __init__(self, size: int):
         self.size = size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
         self.used = 0
         self._copies: OrderedDict[bytes, Copy] = OrderedDict()
 

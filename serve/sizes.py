@@ -109,8 +109,8 @@ def history_bytes(text: TextConfig) -> int:
 
 
 def working_bytes(vision: VisionConfig, buckets: Buckets) -> int:
-    """What a step needs beside the state: most of it the tower's scores, float32, and their exponentials."""
-    return max(2 * 4 * p.views * vision.num_attention_heads * p.longest**2 for p in buckets.passes)
+    """What a step needs beside the state: the tower's scores and their exponentials, float32, and a GiB for all the rest."""
+    return GIB + max(2 * 4 * p.views * vision.num_attention_heads * p.longest**2 for p in buckets.passes)
 
 
 def fit(text: TextConfig, itemsize: int, memory: int, wishes: Wishes, buckets: Buckets, default: int) -> tuple[Sizes, list[str]]:

@@ -299,20 +299,25 @@ def test_a_reader_that_does_not_read_holds_up_nobody(demo, engine, alone):
     assert run(scenario()) == alone(*slow)
 
 
-@pytest.mark.parametrize("step", ["read", "decode", "encode"])
-def test_a_step_that_fails_is_its_own_requests_alone(demo, engine, mixed, expected, monkeypatch, caplog, step):
+@pytest.mark.parametrize(("step", "call"), [("read", 3), ("decode", 3), ("encode", 1), ("store", 1)])
+def test_a_step_that_fails_is_its_own_requests_alone(demo, engine, mixed, expected, monkeypatch, caplog, step, call):
     original, calls = getattr(engine._device, step), []
 
     def failing(*arguments):
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise RuntimeError("device on fire")
         return original(*arguments)
 
     async def scenario():
         return await asyncio.gather(*(ask(engine, *one) for one in mixed), return_exceptions=True)
 
-    engine.features.clear()
+    if step == "encode":
+        forget(engine)
+    if step == "store":  # the long prompt leaves for the host, and is asked for again
+        run(ask(engine, *mixed[0]))
+        for i in range(SIZES.snapshots):
+            run(ask(engine, *request(demo, text(f"{i}" * 200), max_new_tokens=1)))
     monkeypatch.setattr(engine._device, step, failing)
     answers = run(scenario())
     failed = [answer for answer in answers if isinstance(answer, Exception)]
@@ -322,6 +327,13 @@ def test_a_step_that_fails_is_its_own_requests_alone(demo, engine, mixed, expect
         assert isinstance(answer, RuntimeError) or answer[0] == right
     assert "device on fire" in caplog.text
     assert [run(ask(engine, *one))[0] for one in mixed[:3]] == expected[:3]
+
+
+def forget(engine):
+    """What an idle engine has kept of earlier requests."""
+    engine.prefixes.clear()
+    engine.host.clear()
+    engine.features.clear()
 
 
 def test_results_that_cannot_be_fetched_fail_their_requests(demo, engine, mixed, expected, monkeypatch):
