@@ -183,7 +183,9 @@ class Server:
 
     def check_nothing_is_held(self):
         assert self.slots.free == self.slots.count
+        self.scheduler.admit(float(self.now))  # the last plan has run
         if self.cache is not None:
+            assert not any(node.pins for node in self.cache._nodes.values())
             self.cache.clear()
             assert self.spare.free == self.spare.count
         assert self.pages.free == self.pages.count
