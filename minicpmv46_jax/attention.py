@@ -3,7 +3,7 @@
 Quirks: `q_proj` gives each head its query and then its output gate (`[head, 2, head_dim]`); q and k pass a zero-centred RMSNorm
 per head before rotary; rotary turns only the first `rotary_dim` of `head_dim`, in halves; the output is multiplied by
 sigmoid(gate).
-Glossary: B batch, T tokens, S cache slots, D width, N query heads, K key-value heads, G query heads each, H head width.
+Glossary: T tokens, D width, N query heads, K key-value heads, G query heads each, H head width; B sequences of L tokens.
 """
 
 import jax
@@ -11,18 +11,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.paged_attention import PAGE, paged_attention
+from minicpmv46_jax.batch import Batch, Chunks, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.layers import Linear, RMSNorm, precise
 from minicpmv46_jax.state import KeyValues
 
-QUERY_BLOCK = 128  # queries scored at once: at 262,144 slots and 8 heads 1.1 GB of float32 scores, not 17 GB for 2,048
+QUERY_BLOCK = 128  # queries scored at once in whole sequences: 2,048 of them at 262,144 tokens would make 17 GB of scores
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with per-head norms and a sigmoid output gate."""
+    """Grouped-query attention with per-head norms and a sigmoid output gate; `backend` as in `kernels_pallas.paged_attention`."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: TextConfig, *, backend: str | None = None, rngs: nnx.Rngs):
+        self.config, self.backend = config, backend
         N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.q_proj = Linear(config.hidden_size, N * 2 * H, rngs=rngs)
         self.k_proj = Linear(config.hidden_size, K * H, rngs=rngs)
@@ -32,59 +34,72 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, config.rms_norm_eps)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: KeyValues, positions: Int32[Array, "B T"], num_valid: Int32[Array, " B"]
-    ) -> tuple[Float[Array, "B T D"], KeyValues]:
-        del num_valid  # padding lies behind every real query, and its slots are overwritten before anyone may see them
-        c = self.config
-        B, T, _ = x.shape
-        q, gate = jnp.split(self.q_proj(x).reshape(B, T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
-        k = self.k_proj(x).reshape(B, T, c.num_key_value_heads, c.head_dim)
-        v = self.v_proj(x).reshape(B, T, c.num_key_value_heads, c.head_dim)
+        self, x: Float[Array, "T D"], state: KeyValues | None, batch: Batch
+    ) -> tuple[Float[Array, "T D"], KeyValues | None]:
+        c, T = self.config, x.shape[0]
+        positions = batch.positions(T)
+        q, gate = jnp.split(self.q_proj(x).reshape(T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
+        k = self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
+        v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         q = rotate(self.q_norm(q), positions, c.rotary_dim, c.rope_theta)
         k = rotate(self.k_norm(k), positions, c.rotary_dim, c.rope_theta)
-        state = write(state, k, v, positions)
-        out = attend(q, state, positions) * jax.nn.sigmoid(gate)
-        return self.o_proj(out.reshape(B, T, -1)), state
+        if isinstance(batch, Whole):
+            out = causal(q, k, v, batch.lengths.shape[0])
+        else:
+            state = write(state, k, v, positions, batch.pages(T))
+            out = self.remembered(q, state, batch)
+        return self.o_proj((out * jax.nn.sigmoid(gate)).reshape(T, -1)), state
+
+    def remembered(self, q: Float[Array, "T N H"], state: KeyValues, batch: Chunks | Rows) -> Float[Array, "T N H"]:
+        """Each query over all of its sequence so far."""
+        where = batch.tables, batch.starts, batch.lengths, batch.contexts
+        return paged_attention(q, state.keys, state.values, *where, longest=batch.longest(q.shape[0]), backend=self.backend)
 
 
-def rotate(x: Float[Array, "B T N H"], positions: Int32[Array, "B T"], rotary_dim: int, theta: float) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "T N H"], positions: Int32[Array, " T"], rotary_dim: int, theta: float) -> Float[Array, "T N H"]:
     """Rotary position embedding on the first `rotary_dim` widths, pairing width i with i + rotary_dim/2 (arXiv:2104.09864)."""
     half = rotary_dim // 2
     frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) * 2 / rotary_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
+    angle = positions[:, None, None].astype(jnp.float32) * frequency[None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:rotary_dim].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), x[..., rotary_dim:]], axis=-1)
 
 
-def write(state: KeyValues, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int32[Array, "B T"]) -> KeyValues:
-    """Puts each token into the slot of its position; positions past the capacity (padding) are dropped."""
-    rows = jnp.arange(k.shape[0])[:, None]
+def write(
+    state: KeyValues,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    positions: Int32[Array, " T"],
+    pages: Int32[Array, " T"],
+) -> KeyValues:
+    """Puts each token into its place in its page; tokens without a page are dropped."""
+    pages = dropped(pages, state.keys.shape[0])
     return KeyValues(
-        state.keys.at[rows, positions].set(k, mode="drop"),
-        state.values.at[rows, positions].set(v, mode="drop"),
+        state.keys.at[pages, positions % PAGE].set(k, mode="drop"),
+        state.values.at[pages, positions % PAGE].set(v, mode="drop"),
     )
 
 
-def attend(q: Float[Array, "B T N H"], state: KeyValues, positions: Int32[Array, "B T"]) -> Float[Array, "B T N H"]:
-    """Each query over the slots at or before its position; softmax in float32."""
-    B, T, N, H = q.shape
-    K = state.keys.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    if T <= QUERY_BLOCK or T % QUERY_BLOCK:
-        return _attend_block(q, state, positions).reshape(B, T, N, H)
-    blocks = q.reshape(B, -1, QUERY_BLOCK, K, N // K, H).swapaxes(0, 1)
-    block_positions = positions.reshape(B, -1, QUERY_BLOCK).swapaxes(0, 1)
-    out = jax.lax.map(lambda block: _attend_block(block[0], state, block[1]), (blocks, block_positions))
-    return out.swapaxes(0, 1).reshape(B, T, N, H)
+def causal(q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], sequences: int) -> Float[Array, "T N H"]:
+    """Each query over its own sequence's tokens up to its own; softmax in float32."""
+    (T, N, H), K = q.shape, k.shape[1]
+    L = T // sequences
+    k, v = (x.reshape(sequences, L, K, H) for x in (k, v))
+    size = QUERY_BLOCK if L % QUERY_BLOCK == 0 else L
+    blocks = q.reshape(sequences, -1, size, K, N // K, H).swapaxes(0, 1)
+    positions = jnp.arange(L, dtype=jnp.int32).reshape(-1, size)
+    out = jax.lax.map(lambda block: _attend(block[0], k, v, block[1]), (blocks, positions))
+    return out.swapaxes(0, 1).reshape(T, N, H)
 
 
-def _attend_block(q: Float[Array, "B T K G H"], state: KeyValues, positions: Int32[Array, "B T"]) -> Float[Array, "B T K G H"]:
+def _attend(
+    q: Float[Array, "B l K G H"], k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], positions: Int32[Array, " l"]
+) -> Float[Array, "B l K G H"]:
     precision = precise(q.dtype)
-    scale = q.shape[-1] ** -0.5
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, state.keys, precision=precision, preferred_element_type=jnp.float32) * scale
-    seen_BTS = jnp.arange(state.keys.shape[1])[None, None] <= positions[..., None]
-    scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    seen_TS = jnp.arange(k.shape[1])[None] <= positions[:, None]
+    scores = jnp.where(seen_TS[None, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, state.values, precision=precision)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision)

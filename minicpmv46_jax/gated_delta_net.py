@@ -3,15 +3,16 @@
 Quirks: q, k and v pass one causal depthwise convolution and SiLU; q and k are L2-normalised per head, q scaled by K^-1/2; gates,
 memory and their arithmetic are float32 always; the output norm multiplies by `w` (not `1 + w`) and then by silu(z). All of it
 but the projections is `kernels_pallas.gated_delta`.
-Glossary: B batch, T tokens, D width, N heads, K key width, V value width, C channels of q, k and v together.
+Glossary: T tokens, S sequences, D width, N heads, K key width, V value width, C channels of q, k and v together.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from kernels_pallas import gated_delta
+from minicpmv46_jax.batch import Batch, Chunks, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.layers import Linear, normal_init
 from minicpmv46_jax.state import DeltaState
@@ -37,49 +38,61 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Linear(config.linear_value_dim, D, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: DeltaState, positions: Int32[Array, "B T"], num_valid: Int32[Array, " B"]
-    ) -> tuple[Float[Array, "B T D"], DeltaState]:
-        del positions  # order is all it knows of position
-        B, T, _ = x.shape
-        z = self.in_proj_z(x).reshape(B, T, self.config.linear_num_value_heads, -1)
+        self, x: Float[Array, "T D"], state: DeltaState | None, batch: Batch
+    ) -> tuple[Float[Array, "T D"], DeltaState | None]:
+        T = x.shape[0]
+        z = self.in_proj_z(x).reshape(T, self.config.linear_num_value_heads, -1)
         projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
-        out, state = (self.step if T == 1 else self.read)(*projected, z, state, num_valid)
-        return self.out_proj(out.reshape(B, T, -1)), state
+        if isinstance(batch, Rows):
+            out, state = self.step(*projected, z, state, batch)
+        else:
+            out, state = self.whole(*projected, batch) if isinstance(batch, Whole) else self.read(*projected, state, batch)
+            real = batch.real(T)[:, None, None]  # other tokens' outputs may be anything, NaN too
+            out = self.norm(jnp.where(real, out, jnp.zeros((), out.dtype)), z)
+        return self.out_proj(out.reshape(T, -1)), state
+
+    def whole(
+        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: Whole
+    ) -> tuple[Float[Array, "T N V"], None]:
+        """Sequences from nothing, and nothing kept."""
+        c, S = self.config, batch.lengths.shape[0]
+        memory = jnp.zeros((S, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim))
+        tail = jnp.zeros((S, c.linear_conv_kernel_dim - 1, c.linear_conv_dim), qkv.dtype)
+        starts = qkv.shape[0] // S * jnp.arange(S, dtype=jnp.int32)
+        return gated_delta.chunked(qkv, a, b, self.layer, memory, tail, starts, batch.lengths, backend=self.backend).out, None
 
     def read(
-        self,
-        qkv: Float[Array, "B T C"],
-        a: Float[Array, "B T N"],
-        b: Float[Array, "B T N"],
-        z: Float[Array, "B T N V"],
-        state: DeltaState,
-        num_valid: Int32[Array, " B"],
-    ) -> tuple[Float[Array, "B T N V"], DeltaState]:
-        """Many tokens: the rows of the batch are sequences of one packed row."""
-        B, T, _ = qkv.shape
-        packed = (x.reshape(B * T, -1) for x in (qkv, a, b))
-        starts = T * jnp.arange(B, dtype=jnp.int32)
-        read = gated_delta.chunked(*packed, self.layer, state.memory, state.conv_tail, starts, num_valid, backend=self.backend)
-        real = jnp.arange(T, dtype=jnp.int32)[None] < num_valid[:, None]  # the rest may hold anything, NaN too
-        out = jnp.where(real[..., None, None], read.out.reshape(z.shape), jnp.zeros((), z.dtype))
-        return self.norm(out, z), DeltaState(read.memory, read.tail)
+        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], state: DeltaState, batch: Chunks
+    ) -> tuple[Float[Array, "T N V"], DeltaState]:
+        """Pieces of prompts, each from where its source left off; ends and snapshots go to their slots."""
+        begun = (batch.sources >= 0)[:, None, None]
+        source = jnp.maximum(batch.sources, 0)
+        memory = jnp.where(begun[..., None], state.memory[source], 0.0)
+        tail = jnp.where(begun, state.conv_tail[source], jnp.zeros((), state.conv_tail.dtype))
+        where = batch.starts, batch.lengths, batch.snapshots
+        read = gated_delta.chunked(qkv, a, b, self.layer, memory, tail, *where, backend=self.backend)
+        kept = dropped(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.memory.shape[0])
+        return read.out, DeltaState(
+            state.memory.at[kept].set(jnp.concatenate([read.memory, read.snapshots]), mode="drop"),
+            state.conv_tail.at[kept].set(jnp.concatenate([read.tail, read.snapshot_tails]), mode="drop"),
+        )
 
     def step(
         self,
-        qkv: Float[Array, "B T C"],
-        a: Float[Array, "B T N"],
-        b: Float[Array, "B T N"],
-        z: Float[Array, "B T N V"],
+        qkv: Float[Array, "T C"],
+        a: Float[Array, "T N"],
+        b: Float[Array, "T N"],
+        z: Float[Array, "T N V"],
         state: DeltaState,
-        num_valid: Int32[Array, " B"],
-    ) -> tuple[Float[Array, "B T N V"], DeltaState]:
-        """One token of each row."""
-        slots = jnp.arange(qkv.shape[0], dtype=jnp.int32)
-        norm = self.norm.weight[...]
+        batch: Rows,
+    ) -> tuple[Float[Array, "T N V"], DeltaState]:
+        """One token of each sequence."""
+        qkv, a, b, z = (x[:, None] for x in (qkv, a, b, z))
+        norm, keep = (self.norm.weight[...], self.norm.eps), jnp.ones_like(batch.slots)
         out, memory, tail = gated_delta.recurrent(
-            qkv, a, b, z, self.layer, norm, self.norm.eps, state.memory, state.conv_tail, slots, num_valid, backend=self.backend
+            qkv, a, b, z, self.layer, *norm, state.memory, state.conv_tail, batch.slots, keep, backend=self.backend
         )
-        return out, DeltaState(memory, tail)
+        return out[:, 0], DeltaState(memory, tail)
 
     @property
     def layer(self) -> gated_delta.Layer:

@@ -1,8 +1,8 @@
 """Answering one prompt: encode its pictures, prefill in buckets, decode several tokens a dispatch.
 
-Every jitted function here has static shapes drawn from few buckets: prefill blocks, cache capacities, packed pictures.
-`Generator.programs` counts what was compiled.
-Glossary: B sequences (1 here), T tokens in a block, S cache slots, V vocabulary, R feature rows, N steps a dispatch.
+The same model functions as the server's, over one slot and pages that grow with the answer. Every jitted function here has static
+shapes drawn from few buckets: prefill blocks, pages, packed pictures. `Generator.programs` counts what was compiled.
+Glossary: T tokens in a block, P pages, V vocabulary, R feature rows, N steps a dispatch.
 """
 
 import dataclasses
@@ -13,41 +13,43 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from minicpmv46_jax import model, packing
+from minicpmv46_jax import model, packing, sampling
+from minicpmv46_jax.batch import Chunks
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.model import Params, TokenBlock
+from minicpmv46_jax.decoding import (
+    Decoding,
+    Start,
+    decode,
+    device_stops,
+    mode_of,
+    new_decoding,
+    penalises,
+    sampling_params,
+    start,
+    steers,
+)
+from minicpmv46_jax.model import Params, Pieces, TokenBlock
 from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs, View
-from minicpmv46_jax.sampling import MAX_LOGPROBS, History, Sampled, SamplingParams, Steering, new_history, sample
-from minicpmv46_jax.state import DeltaState, KeyValues, TextState, empty_state
-from minicpmv46_jax.trees import tree_dataclass
+from minicpmv46_jax.sampling import Sampled, Steering
+from minicpmv46_jax.state import KeyValues, TextState, empty_state, pages_of
 
 PREFILL_BUCKETS = (64, 256, 1024)  # tokens a block; multiples of the gated delta chunk
-SMALLEST_CAPACITY = 512  # cache slots; doubled as an answer grows
+SMALLEST_CAPACITY = 512  # tokens; doubled as an answer grows
 STEPS_PER_DISPATCH = 8  # tokens; a stream's first comes alone
 STEPS_PER_DISPATCH_CPU = 2  # where a step takes as long as it does there, those past an answer's end are dear
-DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
+NOTE_TOKENS = 1024  # tokens entered into a history at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One decoded token. `top` holds the alternatives asked for: (id, log probability), best first."""
+    """A decoded token. Where asked for with its log probability, and `top` alternatives: (id, log probability), best first."""
 
     id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@tree_dataclass
-class Decoding:
-    """What a decode step carries on: the sequences, their histories, and each row's newest token."""
-
-    state: TextState
-    history: History
-    last: Int32[Array, " B"]
-    done: Bool[Array, " B"]
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Generator:
@@ -59,17 +61,18 @@ class Generator:
         self.dtype = params["text"]["embed"]["weight"].dtype
         self.steps = STEPS_PER_DISPATCH_CPU if jax.default_backend() == "cpu" else STEPS_PER_DISPATCH
         self._encode = jax.jit(functools.partial(model.encode, graph.vision))
-        self._embed = jax.jit(functools.partial(model.embed))
-        self._advance = jax.jit(functools.partial(model.advance, graph.text), donate_argnums=1)
-        self._forward = jax.jit(lambda params, *args: model.forward(graph, params, config, *args))
+        self._read = jax.jit(functools.partial(model.read, graph.text), donate_argnums=1)
+        self._forward = jax.jit(functools.partial(model.forward, graph))
         self._decode = jax.jit(
-            functools.partial(decode, graph.text), static_argnames=("steps", "num_logprobs"), donate_argnames="decoding"
+            functools.partial(decode, graph.text), static_argnames=("steps", "mode"), donate_argnames="decoding"
         )
-        self._empty = jax.jit(lambda capacity: empty_state(config.text, 1, capacity, self.dtype), static_argnums=0)
+        self._empty = jax.jit(lambda pages: empty_state(config.text, 1, pages, self.dtype, longest=pages), static_argnums=0)
         # Partials of bare functions too: jax shares a bare function's compilations among all who jit it; `programs` counts ours.
         self._grow = jax.jit(functools.partial(grow), static_argnums=1)
         self._place = jax.jit(functools.partial(place), donate_argnums=0)
-        self._begin = jax.jit(functools.partial(begin), static_argnames="num_logprobs", donate_argnames="state")
+        self._new = jax.jit(functools.partial(new_decoding), static_argnums=1, donate_argnums=0)
+        self._start = jax.jit(functools.partial(start), static_argnames="mode", donate_argnums=0)
+        self._note = jax.jit(functools.partial(sampling.note), donate_argnums=0)
 
     def programs(self) -> dict[str, int]:
         """How many variants of each function have been compiled so far."""
@@ -107,7 +110,7 @@ class Generator:
         block = token_block(inputs.token_ids, self.feature_rows(inputs, firsts), packing.bucket(total))
         return np.asarray(self._forward(self.params, block, features)[0, :total])
 
-    def prefill(self, inputs: Inputs) -> tuple[Float32[Array, "B V"], TextState]:
+    def prefill(self, inputs: Inputs) -> tuple[Float32[Array, "1 V"], TextState]:
         """Reads a prompt; returns the logits after its last token and the state to decode from.
 
         Raises:
@@ -118,11 +121,11 @@ class Generator:
             raise ValueError(f"the prompt has {total} tokens, but the context holds {context}, at least one of them the answer's")
         features, firsts = self.features(inputs.views)
         rows = self.feature_rows(inputs, firsts)
-        state, text = self._empty(self.capacity(total + 1)), self.params["text"]
-        for start, size, block in blocks(total):
-            tokens = token_block(inputs.token_ids[start : start + size], rows[start : start + size], block)
-            x = self._embed(text["embed"], tokens, features)
-            logits, state = self._advance(text, state, x, tokens.num_valid)
+        state = self._empty(self.pages(total + 1))
+        for begin, size, block in blocks(total):
+            part = slice(begin, begin + size)
+            piece = one_piece(inputs.token_ids[part], rows[part], block, begin, state.tables.shape[1])
+            logits, state = self._read(self.params["text"], state, piece, features)
         return logits, state
 
     def tokens(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Token]:
@@ -131,24 +134,22 @@ class Generator:
         Ends after a stop token, after `max_new_tokens`, or when the context is full. The next dispatch waits until the caller has
         taken this one's tokens: sent ahead it gained nothing on an H200, where sending takes as long as running.
         """
-        total = len(inputs.token_ids)
+        total, mode = len(inputs.token_ids), mode_of(options)
         logits, state = self.prefill(inputs)
         room = self.config.text.max_position_embeddings - total
         left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
-        params, stops = sampling_params(options), set(options.stop_token_ids)
-        num_logprobs = MAX_LOGPROBS if options.logprobs else 0
-
-        watched = device_stops(stops)
-        prompt = np.zeros((1, self.capacity(total)), np.int32)
-        prompt[0, :total] = inputs.token_ids
+        decoding = self._new(state, self.config.text.vocab_size)
+        if penalises(options):
+            decoding = dataclasses.replace(decoding, history=self._noted(decoding.history, inputs.token_ids))
         steps, steering = (1 if options.constraint else self.steps), steering_of(options, logits.shape[1])
-        decoding, sampled = self._begin(state, logits, params, prompt, watched, steering, num_logprobs=num_logprobs)
+        decoding, sampled = self._start(decoding, logits, one_start(options, left), steering, mode=mode)
+        sampled = jax.tree.map(lambda x: x[:, None], jax.device_get(sampled))
         total += 1
         while True:
-            for token in _tokens(sampled, options.logprobs)[:left]:
+            for token in row_tokens(sampled, 0, options.logprobs)[:left]:
                 yield token
                 left -= 1
-                if token.id in stops:
+                if token.id in options.stop_token_ids:
                     return
                 if options.constraint is not None:
                     options.constraint.advance(token.id)
@@ -156,116 +157,38 @@ class Generator:
             if left == 0:
                 return
             total += steps
-            decoding, sampled = self._decode(
-                self.params["text"],
-                self._fit(decoding, total),
-                params,
-                watched,
-                steering,
-                steps=steps,
-                num_logprobs=num_logprobs,
-            )
+            nothing = np.zeros(1, np.int32), np.full((1, 2), -1, np.int32)  # slot 0; its table is full already
+            decoding = self._fit(decoding, total)
+            decoding, sampled = self._decode(self.params["text"], decoding, *nothing, steering, steps=steps, mode=mode)
+            sampled = jax.device_get(sampled)
 
-    def capacity(self, tokens: int) -> int:
-        """The cache size that holds this many tokens: a power of two, or the whole context."""
-        return min(max(_power_of_two(tokens), SMALLEST_CAPACITY), self.config.text.max_position_embeddings)
+    def pages(self, tokens: int) -> int:
+        """Pages that hold this many tokens: a power of two, or the whole context."""
+        return pages_of(min(max(_power_of_two(tokens), SMALLEST_CAPACITY), self.config.text.max_position_embeddings))
 
     def _fit(self, decoding: Decoding, tokens: int) -> Decoding:
-        slots = next((layer.keys.shape[1] for layer in decoding.state.layers if isinstance(layer, KeyValues)), tokens)
-        if tokens <= slots or slots == self.config.text.max_position_embeddings:
+        """With room for this many tokens, or for the whole context."""
+        pages = max(self.pages(tokens), decoding.state.tables.shape[1])
+        if pages == decoding.state.tables.shape[1]:
             return decoding
-        return dataclasses.replace(decoding, state=self._grow(decoding.state, self.capacity(tokens)))
+        return dataclasses.replace(decoding, state=self._grow(decoding.state, pages))
+
+    def _noted(self, history: sampling.History, prompt: Int32[np.ndarray, " T"]) -> sampling.History:
+        for at in range(0, len(prompt), NOTE_TOKENS):
+            ids, size = np.zeros(NOTE_TOKENS, np.int32), np.int32(min(NOTE_TOKENS, len(prompt) - at))
+            ids[:size] = prompt[at : at + size]
+            history = self._note(history, np.int32(0), ids, size, size, np.bool_(at == 0))
+        return history
 
 
-def begin(
-    state: TextState,
-    logits: Float32[Array, "B V"],
-    sampling: SamplingParams,
-    prompt: Int32[Array, "B T"],
-    stops: Int32[Array, " E"],
-    steering: Steering | None = None,
-    *,
-    num_logprobs: int,
-) -> tuple[Decoding, Sampled]:
-    """Samples every row's first token.
+def grow(state: TextState, pages: int) -> TextState:
+    """One sequence with room for so many pages, which are all its own."""
 
-    Args:
-      state, logits: what prefill left; the state is donated.
-      sampling: how each row is sampled.
-      prompt: the rows' tokens, padded.
-      stops, steering: as `decode` takes them.
-      num_logprobs: static number K of alternatives.
+    def grown(x: Float[Array, "P page K H"]) -> Float[Array, "P2 page K H"]:
+        return jnp.pad(x, [(0, pages - x.shape[0]), (0, 0), (0, 0), (0, 0)])
 
-    Returns:
-      Where the rows stand, and what was sampled ([B, 1] and [B, 1, K]).
-    """
-    history = new_history(prompt, state.length, logits.shape[1])
-    first, history = sample(logits, sampling, history, num_logprobs, steering)
-    sampled = jax.tree.map(lambda x: x[:, None], first)
-    return Decoding(state, history, first.ids, is_stop(first.ids, stops)), sampled
-
-
-def decode(
-    graph,
-    params: Params,
-    decoding: Decoding,
-    sampling: SamplingParams,
-    stops: Int32[Array, " E"],
-    steering: Steering | None = None,
-    *,
-    steps: int,
-    num_logprobs: int,
-) -> tuple[Decoding, Sampled]:
-    """The next `steps` tokens of every row, in one loop on the device.
-
-    The number of steps is static: on an H200 a loop that looks each time whether to go on took 1.53 ms a step, this one 1.46.
-
-    Args:
-      graph, params: the text backbone.
-      decoding: where the rows stand; donated.
-      sampling: how each row is sampled.
-      stops: tokens after which a row is done; -1 for none. A done row repeats its last token and its state rests.
-      steering: what requests add to the scores. What it allows is the next token's: then `steps` is 1.
-      steps: static number N of tokens.
-      num_logprobs: static number K of alternatives.
-
-    Returns:
-      Where the rows stand now, and what was sampled ([B, N] and [B, N, K]).
-    """
-    text = model.merge(graph, params)
-
-    def step(at: Decoding, _: None) -> tuple[Decoding, Sampled]:
-        hidden, state = text(text.embed(at.last)[:, None], at.state, (~at.done).astype(jnp.int32))
-        sampled, history = sample(text.logits(hidden[:, 0]), sampling, at.history, num_logprobs, steering)
-        sampled = sampled._replace(ids=jnp.where(at.done, at.last, sampled.ids))
-        return Decoding(state, history, sampled.ids, at.done | is_stop(sampled.ids, stops)), sampled
-
-    decoding, sampled = jax.lax.scan(step, decoding, None, length=steps)
-    return decoding, jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)
-
-
-def is_stop(ids: Int32[Array, " B"], stops: Int32[Array, " E"]) -> Bool[Array, " B"]:
-    """Which rows have sampled a token that ends them."""
-    return (ids[:, None] == stops[None]).any(axis=1)
-
-
-def device_stops(stops: set[int]) -> Int32[np.ndarray, " E"]:
-    """As many stop tokens as the device looks out for, -1 where there are fewer."""
-    out = np.full(DEVICE_STOPS, -1, np.int32)
-    out[: min(len(stops), DEVICE_STOPS)] = sorted(stops)[:DEVICE_STOPS]
-    return out
-
-
-def grow(state: TextState, capacity: int) -> TextState:
-    """The same sequences with room for `capacity` tokens."""
-
-    def grown(layer: KeyValues | DeltaState) -> KeyValues | DeltaState:
-        if isinstance(layer, DeltaState):
-            return layer
-        pad = [(0, 0), (0, capacity - layer.keys.shape[1]), (0, 0), (0, 0)]
-        return KeyValues(jnp.pad(layer.keys, pad), jnp.pad(layer.values, pad))
-
-    return TextState(tuple(grown(layer) for layer in state.layers), state.length)
+    layers = (KeyValues(grown(x.keys), grown(x.values)) if isinstance(x, KeyValues) else x for x in state.layers)
+    return TextState(tuple(layers), jnp.arange(pages, dtype=jnp.int32)[None], state.lengths)
 
 
 def place(bank: Float[Array, "R D"], features: Float[Array, "r D"], at: Int32[Array, ""]) -> Float[Array, "R D"]:
@@ -276,9 +199,9 @@ def place(bank: Float[Array, "R D"], features: Float[Array, "r D"], at: Int32[Ar
 def blocks(total: int) -> Iterator[tuple[int, int, int]]:
     """Cuts a prompt into (start, real tokens, padded tokens): whole largest blocks, then the smallest that holds the rest."""
     largest = PREFILL_BUCKETS[-1]
-    for start in range(0, total, largest):
-        size = min(largest, total - start)
-        yield start, size, next(bucket for bucket in PREFILL_BUCKETS if bucket >= size)
+    for begin in range(0, total, largest):
+        size = min(largest, total - begin)
+        yield begin, size, next(bucket for bucket in PREFILL_BUCKETS if bucket >= size)
 
 
 def token_block(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], padded: int) -> TokenBlock:
@@ -289,27 +212,39 @@ def token_block(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], pad
     return block
 
 
-def sampling_params(options: GenerationOptions) -> SamplingParams:
-    """A request's sampling as a batch of one; without a seed, one is drawn."""
+def one_piece(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], padded: int, before: int, pages: int) -> Pieces:
+    """A piece of the prompt in slot 0, which has all pages in order; `before` are the tokens that came earlier."""
+    one = functools.partial(np.array, dtype=np.int32)
+    chunks = Chunks(
+        starts=one([0]),
+        lengths=one([len(ids)]),
+        before=one([before]),
+        slots=one([0]),
+        sources=one([0 if before else -1]),
+        tables=np.arange(pages, dtype=np.int32)[None],
+        snapshots=np.zeros((0, 2), np.int32),
+        snapshot_slots=np.zeros(0, np.int32),
+    )
+    block = token_block(ids, rows, padded)
+    return Pieces(block.ids[0], block.feature_rows[0], chunks)
+
+
+def one_start(options: GenerationOptions, left: int) -> Start:
+    """The answer in slot 0 that may get `left` tokens; without a seed, one is drawn."""
     seed = secrets.randbits(63) if options.seed is None else options.seed
-    # A seed is 64 bits; jax.random.key keeps 32 of them unless x64 is on, so the halves are folded in one after the other.
-    key = jax.random.fold_in(jax.random.key(np.uint32(seed & 0xFFFFFFFF)), np.uint32((seed >> 32) & 0xFFFFFFFF))
-    one = functools.partial(np.full, 1, dtype=np.float32)
-    return SamplingParams(
-        temperature=one(options.temperature),
-        top_k=np.full(1, min(options.top_k, 2**31 - 1), np.int32),
-        top_p=one(options.top_p),
-        min_p=one(options.min_p),
-        repetition_penalty=one(options.repetition_penalty),
-        presence_penalty=one(options.presence_penalty),
-        frequency_penalty=one(options.frequency_penalty),
-        key=key[None],
+    one = functools.partial(np.array, dtype=np.int32)
+    return Start(
+        slots=one([0]),
+        sampling=sampling_params([options], [seed]),
+        stops=device_stops(options.stop_token_ids)[None],
+        answered=one([0]),
+        left=one([left]),
     )
 
 
 def steering_of(options: GenerationOptions, vocabulary: int) -> Steering | None:
     """What a request adds to its next token's scores, as a batch of one; None for nothing."""
-    if not options.logit_bias and options.constraint is None:
+    if not steers(options):
         return None
     size = _power_of_two(len(options.logit_bias))
     ids, bias = np.full((1, size), vocabulary, np.int32), np.zeros((1, size), np.float32)
@@ -319,12 +254,14 @@ def steering_of(options: GenerationOptions, vocabulary: int) -> Steering | None:
     return Steering(ids, bias, (everything if options.constraint is None else options.constraint.mask())[None])
 
 
-def _tokens(sampled: Sampled, logprobs: int | None) -> list[Token]:
-    """The first row's sampled tokens, fetched from the device at once."""
-    ids, own, top_ids, top = (x[0] for x in jax.device_get(tuple(sampled)))
-    wanted = logprobs or 0
-    tops = [tuple(zip(i[:wanted].tolist(), p[:wanted].tolist(), strict=True)) for i, p in zip(top_ids, top, strict=True)]
-    return [Token(*token) for token in zip(ids.tolist(), own.tolist(), tops, strict=True)]
+def row_tokens(sampled: Sampled, row: int, logprobs: int | None) -> list[Token]:
+    """A row's tokens out of what was sampled, [B, N, ...] on the host; with so many alternatives, or None for none at all."""
+    ids = sampled.ids[row].tolist()
+    if logprobs is None:
+        return [Token(i) for i in ids]
+    tops = zip(sampled.top_ids[row, :, :logprobs].tolist(), sampled.top_logprobs[row, :, :logprobs].tolist(), strict=True)
+    own = sampled.logprob[row].tolist()
+    return [Token(i, p, tuple(zip(*top, strict=True))) for i, p, top in zip(ids, own, tops, strict=True)]
 
 
 def _power_of_two(n: int) -> int:

@@ -8,6 +8,7 @@ Sizes are rounded up to few buckets, so that few programs are compiled: patches 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -35,6 +36,18 @@ class PackedViews:
     lengths: Int32[np.ndarray, " I"]
     longest: int = dataclasses.field(metadata={"static": True})
     downsample_mode: str = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Laid:
+    """A view in the order the tower takes its patches; `scale` and `offset` are one for each channel."""
+
+    patches: UInt8[np.ndarray, "P patch_dim"]
+    scale: Float32[np.ndarray, " channels"]
+    offset: Float32[np.ndarray, " channels"]
+    position_ids: Int32[np.ndarray, " P"]
+    mode: str
+    num_tokens: int
 
 
 def block_order(height: int, width: int, merges: int) -> np.ndarray:
@@ -96,27 +109,41 @@ def pack(views: Sequence, positions_per_side: int, limit: int = PACK_PATCHES) ->
         yield group, _pack_group([views[j] for j in group], positions_per_side)
 
 
+def lay(view, positions_per_side: int) -> Laid:
+    """A view (`processing.View`) as the tower takes it."""
+    order, positions = _places(view.grid, MERGES[view.downsample_mode], positions_per_side)
+    scale, offset = (view.table[:, 255] - view.table[:, 0]) / 255, view.table[:, 0]
+    return Laid(view.pixels[order], scale, offset, positions, view.downsample_mode, view.num_tokens)
+
+
+def join(views: Sequence[Laid], patches: int, slots: int, longest: int) -> PackedViews:
+    """Views of one mode as one pass, padded to so many patches and views."""
+    lengths = np.array([len(view.patches) for view in views], np.int32)
+    ends = np.cumsum(lengths)
+    assert len(views) <= slots and ends[-1] <= patches and lengths.max() <= longest, "the views are larger than the pass"
+    row = np.zeros((patches, views[0].patches.shape[1]), np.uint8)
+    scale, offset = np.zeros((2, patches, len(views[0].scale)), np.float32)
+    positions = np.zeros(patches, np.int32)
+    for view, end in zip(views, ends, strict=True):
+        own = slice(end - len(view.patches), end)
+        row[own], scale[own], offset[own], positions[own] = view.patches, view.scale, view.offset, view.position_ids
+    starts, padded_lengths = np.full(slots, patches, np.int32), np.zeros(slots, np.int32)
+    starts[: len(views)], padded_lengths[: len(views)] = ends - lengths, lengths
+    return PackedViews(row, scale, offset, positions, starts, padded_lengths, longest, views[0].mode)
+
+
 def _pack_group(views: Sequence, positions_per_side: int) -> PackedViews:
-    mode = views[0].downsample_mode
-    lengths = np.array([h * w for h, w in (view.grid for view in views)], np.int32)
-    total, slots = bucket(int(lengths.sum())), _view_slots(len(views))
-    patches = np.zeros((total, views[0].pixels.shape[1]), np.uint8)
-    scale, offset = np.zeros((2, total, len(views[0].table)), np.float32)
-    positions = np.zeros(total, np.int32)
-    at = 0
-    for view, length in zip(views, lengths, strict=True):
-        order = block_order(*view.grid, MERGES[mode])
-        row = slice(at, at + length)
-        patches[row] = view.pixels[order]
-        scale[row], offset[row] = (view.table[:, 255] - view.table[:, 0]) / 255, view.table[:, 0]
-        positions[row] = nearest_positions(*view.grid, positions_per_side).reshape(-1)[order]
-        at += length
-    starts = np.full(slots, total, np.int32)
-    starts[: len(views)] = np.cumsum(lengths) - lengths
-    padded_lengths = np.zeros(slots, np.int32)
-    padded_lengths[: len(views)] = lengths
-    longest = next((bound for bound in LONGEST if bound >= lengths.max()), bucket(int(lengths.max())))
-    return PackedViews(patches, scale, offset, positions, starts, padded_lengths, longest, mode)
+    laid = [lay(view, positions_per_side) for view in views]
+    lengths = [len(view.patches) for view in laid]
+    longest = next((bound for bound in LONGEST if bound >= max(lengths)), bucket(max(lengths)))
+    return join(laid, bucket(sum(lengths)), _view_slots(len(views)), longest)
+
+
+@functools.lru_cache(maxsize=256)  # few shapes: a slice's sides are those of 448 x 448 in some aspect
+def _places(grid: tuple[int, int], merges: int, positions_per_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tower's order of a grid's patches, and each one's position in that order."""
+    order = block_order(*grid, merges)
+    return order, nearest_positions(*grid, positions_per_side).reshape(-1)[order].astype(np.int32)
 
 
 def _view_slots(count: int) -> int:

@@ -3,11 +3,10 @@
 Order and meaning follow transformers' logits processors: repetition penalty over prompt and answer, presence and frequency
 penalties (OpenAI's definition) over the answer, a request's bias and what it rules out, then temperature, top-k, top-p, min-p.
 Temperature 0 takes the largest logit.
-Glossary: B sequences, V vocabulary, K alternatives reported.
+Glossary: B sequences, S sequences that a history is kept of, V vocabulary, K alternatives reported.
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,14 @@ from minicpmv46_jax.trees import tree_dataclass
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
 
+# What a step computes, static: the largest logit alone; all that sampling knows; and log probabilities too. At a batch of 100 the
+# vocabulary is 100 MB of logits, so that each further pass over them costs a tenth of reading the weights.
+Mode = Literal["greedy", "sampled", "logprobs"]
+
 
 @tree_dataclass
 class SamplingParams:
-    """How each row is sampled. 0 switches top-k and min-p off, 1 top-p and the repetition penalty."""
+    """How each row is sampled. 0 switches top-k and min-p off, 1 top-p and the repetition penalty; seeds: low word, high word."""
 
     temperature: Float32[Array, " B"]
     top_k: Int32[Array, " B"]
@@ -29,15 +32,18 @@ class SamplingParams:
     repetition_penalty: Float32[Array, " B"]
     presence_penalty: Float32[Array, " B"]
     frequency_penalty: Float32[Array, " B"]
-    key: Key[Array, " B"]
+    seed: UInt32[Array, "B 2"]
 
 
 @tree_dataclass
 class History:
-    """What penalties look at: which tokens the prompt held, and how often the answer has used each."""
+    """What penalties look at: which tokens the prompt held, and how often the answer has used each.
 
-    in_prompt: Bool[Array, "B V"]
-    counts: Int32[Array, "B V"]
+    Only rows with penalties are kept up to date: see `note` and `count`.
+    """
+
+    in_prompt: Bool[Array, "S V"]
+    counts: Int32[Array, "S V"]
 
 
 @tree_dataclass
@@ -53,61 +59,92 @@ class Steering:
 
 
 class Sampled(NamedTuple):
-    """A token for each row, and the log probabilities of the model itself (before penalties and temperature)."""
+    """A token for each row; in mode "logprobs" with the log probabilities of the model itself (before penalties, temperature)."""
 
     ids: Int32[Array, " B"]
-    logprob: Float32[Array, " B"]
-    top_ids: Int32[Array, "B K"]
-    top_logprobs: Float32[Array, "B K"]
+    logprob: Float32[Array, " B"] | None = None
+    top_ids: Int32[Array, "B K"] | None = None
+    top_logprobs: Float32[Array, "B K"] | None = None
 
 
-def new_history(prompt_ids: Int32[Array, "B T"], num_valid: Int32[Array, " B"], vocab_size: int) -> History:
-    """The history before the first answer token; padding in `prompt_ids` does not count."""
-    B, T = prompt_ids.shape
-    ids = jnp.where(jnp.arange(T)[None] < num_valid[:, None], prompt_ids, vocab_size)
-    in_prompt = jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], ids].set(True, mode="drop")
-    return History(in_prompt, jnp.zeros((B, vocab_size), jnp.int32))
+def new_history(sequences: int, vocabulary: int) -> History:
+    """Of sequences without a token."""
+    return History(jnp.zeros((sequences, vocabulary), bool), jnp.zeros((sequences, vocabulary), jnp.int32))
+
+
+def note(
+    history: History,
+    slot: Int32[Array, ""],
+    ids: Int32[Array, " T"],
+    prompt: Int32[Array, ""],
+    total: Int32[Array, ""],
+    fresh: Bool[Array, ""],
+) -> History:
+    """Enters a sequence's tokens: the first `prompt` of `ids` as its prompt's, those up to `total` as its answer's.
+
+    `fresh` forgets what stood in the slot before; without it the tokens are added.
+    """
+    place, V = jnp.arange(ids.shape[0], dtype=jnp.int32), history.counts.shape[1]
+    kept = jnp.where(fresh, 0, 1).astype(jnp.int32)
+    in_prompt = (history.in_prompt[slot] & ~fresh).at[jnp.where(place < prompt, ids, V)].set(True, mode="drop")
+    answered = (place >= prompt) & (place < total)
+    counts = (history.counts[slot] * kept).at[jnp.where(answered, ids, V)].add(1, mode="drop")
+    return History(history.in_prompt.at[slot].set(in_prompt), history.counts.at[slot].set(counts))
+
+
+def count(history: History, slots: Int32[Array, " B"], ids: Int32[Array, " B"]) -> History:
+    """Counts a token for each row; rows whose slot is past the last are left out."""
+    return History(history.in_prompt, history.counts.at[slots, ids].add(1, mode="drop"))
 
 
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,
     history: History,
-    num_logprobs: int = 0,
+    answered: Int32[Array, " B"],
+    mode: Mode,
     steering: Steering | None = None,
-) -> tuple[Sampled, History]:
+) -> Sampled:
     """Draws one token a row.
 
-    The draw depends on the row's key and on how many tokens its answer has, not on the other rows or on how steps are dispatched.
+    It depends on the row's seed and on how many tokens its answer has, not on the other rows or on how steps are dispatched.
 
     Args:
       logits: the model's scores.
       params: how to sample.
-      history: what penalties look at.
-      num_logprobs: alternatives K to report (static).
+      history: what penalties look at, of these rows.
+      answered: tokens each row's answer has.
+      mode: what to compute (static); "greedy" knows neither penalties nor steering.
       steering: of some rows; None where no row has any.
-
-    Returns:
-      The tokens with their log probabilities, and the history with the tokens counted.
     """
+    if mode == "greedy":
+        assert steering is None
+        return Sampled(_best(logits))
     scores = penalise(logits, params, history)
     scores = scores if steering is None else steer(scores, steering)
-    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    answered = history.counts.sum(axis=-1)
+    greedy, random = _best(scores), params.temperature > 0
 
     def draw(_):
         kept = filter_scores(scores / jnp.maximum(params.temperature, 1e-6)[:, None], params)
-        keys = jax.vmap(jax.random.fold_in)(params.key, answered)
+        keys = jax.vmap(jax.random.fold_in)(_keys(params.seed), answered)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
-    random = params.temperature > 0
-    drawn = jax.lax.cond(random.any(), draw, lambda _: greedy, None)
-    ids = jnp.where(random, drawn, greedy)
-    rows = jnp.arange(ids.shape[0])
-    history = dataclasses.replace(history, counts=history.counts.at[rows, ids].add(1))
+    ids = jnp.where(random, jax.lax.cond(random.any(), draw, lambda _: greedy, None), greedy)
+    if mode == "sampled":
+        return Sampled(ids)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = jax.lax.top_k(logprobs, num_logprobs)
-    return Sampled(ids, logprobs[rows, ids], top_ids.astype(jnp.int32), top_logprobs), history
+    top_logprobs, top_ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+    own = jnp.take_along_axis(logprobs, ids[:, None], axis=1)[:, 0]
+    return Sampled(ids, own, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def _best(scores: Float32[Array, "B V"]) -> Int32[Array, " B"]:
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def _keys(seeds: UInt32[Array, "B 2"]) -> Key[Array, " B"]:
+    """A seed is 64 bits; jax.random.key keeps 32 of them unless x64 is on, so the halves are folded in one after the other."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed[0]), seed[1]))(seeds)
 
 
 def penalise(logits: Float32[Array, "B V"], params: SamplingParams, history: History) -> Float32[Array, "B V"]:

@@ -117,9 +117,10 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service
     from serve.api.service import MEDIA_LIMITS
-    from serve.engine import Engine
+    from serve.engine import Policy
+    from serve.sizes import Wishes
 
-    platform = startup.choose_platform(args.platform)
+    platform = startup.choose_platform(args.platform, args.memory_fraction)
     cache = startup.cache_folder()
     startup.keep_compilations(cache)
     source = startup.demo_checkpoint(cache) if args.model is None else args.model
@@ -128,16 +129,12 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     model = startup.load(source, args.revision, dtype, media_fetcher(args))
     model.processor.max_pixels = args.max_pixels
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
-    startup.warm_up(model)
+    wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
+    policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
+    engine = startup.make_engine(model, platform, args.memory_fraction, wishes, policy)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
-    return Service(
-        model,
-        Engine(model),
-        name,
-        tuple(aliases),
-        media_limits={**MEDIA_LIMITS, **args.limit_mm_per_prompt},
-        **fields,
-    )
+    media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
+    return Service(model, engine, name, tuple(aliases), media_limits=media_limits, **fields)
 
 
 def cors(args: argparse.Namespace) -> "Cors | None":
@@ -175,6 +172,7 @@ def _parser() -> flags.Parser:
     parser.add_argument(
         "--port", type=flags.port, default=8000, help="port to serve on; 0 for any free one (default: %(default)s)"
     )
+    flags.add_engine_flags(parser.add_argument_group("engine"))
     flags.add_client_flags(parser.add_argument_group("who may ask"))
     flags.add_log_flags(parser.add_argument_group("the log"))
     return parser

@@ -1,240 +1,375 @@
-"""Requests through the model, one at a time and in the order they were submitted.
+"""Continuous batching: one thread plans steps, sends them to the device, and hands out what comes back.
 
-A worker thread runs the model; asyncio tasks read what it says. Life of a request, and all that HTTP knows of an engine:
-
-    job = engine.reserve()                 # a place, or EngineFull
-    try:
-        job.submit(inputs, options)        # prepared elsewhere, while others run
-        async for delta in job.deltas():   # what has come since the last look, joined
-            ...
-    finally:
-        job.close()                        # also stops an answer that nobody reads
-
-A place is held from `reserve` until the answer has ended or, before it began, until `close`: so the number of requests that are
-being prepared, wait or run is bounded, whatever their readers do. What a slow reader has not fetched is kept: at most its answer.
+It sends step n + 1 before it looks at what step n sampled, so that the device has work while the host turns tokens into text.
+A step is at most one pass of the tower, one reading of prompts and one dispatch of decoding, in this order; that bounds how long
+a stream waits for its next token, whatever else arrives.
 """
 
-import asyncio
 import contextlib
+import dataclasses
 import itertools
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+import logging
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import numpy as np
+
+from minicpmv46_jax import MiniCPMV
+from minicpmv46_jax.decoding import penalises, steers
+from minicpmv46_jax.generate import row_tokens
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.sampling import Sampled
+from serve.answer import Answer
+from serve.device import MODES, Device, Reading
+from serve.features import FeatureCache
+from serve.host import HostCache
+from serve.jobs import Cancelled, Desk, EngineFull, EngineStopped, Job, Refused, tell
+from serve.metrics import Metrics
+from serve.pages import Pages, Slots
+from serve.prefix import Node, PrefixCache
+from serve.programs import Compilations
+from serve.scheduler import Limits, Piece, Plan, Request, Scheduler
+from serve.sizes import Sizes
+from serve.work import Picture, Work, prepare
 
-MAX_WAITING = 64  # requests that may wait for the one that runs
+log = logging.getLogger("serve")
 
-
-class Model(Protocol):
-    """What the engine needs of `minicpmv46_jax.MiniCPMV`."""
-
-    def generate(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Delta]: ...
-
-
-class EngineFull(Exception):
-    """Every place is taken; worth trying again later."""
-
-
-class Cancelled(Exception):
-    """The job was cancelled before its answer had ended."""
-
-
-class EngineStopped(Exception):
-    """The engine was stopped before the answer had ended, or begun."""
-
-    def __init__(self):
-        super().__init__("the server is shutting down")
+MAX_WAITING = 512  # requests that may wait, beyond those that run
+PREPARE_THREADS = 4  # hashing and copying let go of the GIL
 
 
-class Engine:
-    """A worker thread over one model. `close` it, or use it as a context manager."""
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What the engine takes on.
 
-    def __init__(self, model: Model, max_waiting: int = MAX_WAITING):
+    Attributes:
+      max_waiting: requests that may wait, or be prepared, beyond those that run.
+      host_bytes: of host memory for prefixes that had to leave the device.
+      max_wait_s: seconds a request may wait before it begins; None for as long as it takes.
+    """
+
+    max_waiting: int = MAX_WAITING
+    max_wait_s: float | None = None
+    host_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A step under way: what was planned, and what the device will have sampled."""
+
+    plan: Plan
+    started: Sampled | None
+    decoded: Sampled | None
+
+    @property
+    def requests(self) -> list[Request]:
+        """All that take part."""
+        return [*(piece.request for piece in self.plan.pieces), *self.plan.rows]
+
+
+class Engine(Desk):
+    """A model that answers many requests at once.
+
+    Args:
+      model: its parameters, its detokenizer.
+      sizes: what the device has room for.
+      policy: whom to take on.
+      show: draw a bar while the steps are compiled.
+      backend: as in `model.schema`.
+    """
+
+    def __init__(
+        self, model: MiniCPMV, sizes: Sizes, policy: Policy | None = None, *, show: bool = False, backend: str | None = None
+    ):
+        self.policy = policy or Policy()
+        super().__init__(sizes.running + self.policy.max_waiting)
+        self.sizes = sizes
         self._model = model
-        self._places = max_waiting + 1
-        self._taken = 0
-        self._waiting: deque[Job] = deque()
-        self._stopping = False
-        self._changed = threading.Condition()  # guards everything above
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests are still being worked on."""
-        return self._thread.is_alive() and not self._stopping
-
-    @property
-    def taken(self) -> int:
-        """Places held: requests being prepared, waiting or running."""
-        return self._taken
+        self._device = Device(model.config, model.params, sizes, backend)
+        self.programs = self._device.compile(show)
+        self.compilations = Compilations()
+        self.features = FeatureCache(sizes.features)
+        self.pages, self.slots = Pages(sizes.pages), Slots(sizes.running)
+        self.snapshots = Slots(sizes.snapshots, first=sizes.running)
+        self.prefixes = PrefixCache(self.pages, self.snapshots, self._copy_to_host) if sizes.snapshots else None
+        self.host = HostCache(self.policy.host_bytes)
+        tokens, prompts = sizes.buckets.prompts[-1]
+        limits = Limits(tokens, prompts, sizes.buckets.steps)
+        self.scheduler = Scheduler(limits, self.pages, self.slots, self.prefixes, self.host if sizes.snapshots else None)
+        self.metrics = Metrics(self)
+        self._answers: dict[Request, Answer] = {}
+        self._of_job: dict[Job, Answer] = {}
+        self._inbox: list[tuple[Job, Work]] = []
+        self._gone: list[Job] = []
+        self._flight: Flight | None = None
+        self._encoding: list[Request] = []  # whose pictures are in the pass being sent
+        self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="lay")
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
+        self.start()
 
     @property
-    def full(self) -> bool:
-        """Whether `reserve` would say so."""
-        return self._taken == self._places
-
-    def reserve(self) -> "Job":
-        """A place for a request of the calling event loop. Raises EngineFull or EngineStopped."""
-        with self._changed:
-            if self._stopping:
-                raise EngineStopped
-            if self._taken == self._places:
-                raise EngineFull(f"{self._places} requests are being worked on or wait, and no more may")
-            self._taken += 1
-        return Job(self, asyncio.get_running_loop())
-
-    def stop(self) -> None:
-        """Ends the running answer at its next step and the waiting ones now, all with EngineStopped. Does not wait for it."""
-        with self._changed:
-            self._stopping = True
-            for job in self._waiting:
-                job.finish(EngineStopped())
-            self._changed.notify_all()
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have."""
+        return self.sizes.longest
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stops, and waits for the thread to end: as long as a step takes, at most `timeout_s`."""
-        self.stop()
-        self._thread.join(timeout_s)
+        super().close(timeout_s)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._alone.shutdown(wait=False)  # it ends every job it was given: with EngineStopped
 
-    def enqueue(self, job: "Job") -> None:
-        """For `Job.submit`."""
-        with self._changed:
-            if self._stopping:
+    def accept(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
+        self._check(inputs)
+        with self.changed:
+            if self.stopping:
                 raise EngineStopped
-            job.submitted = True
-            self._waiting.append(job)
-            self._changed.notify_all()
+        if steers(options):
+            self.metrics.prompt_tokens.inc(len(inputs.token_ids))
+            self._alone.submit(self._answer_alone, job, inputs, options)
+        else:
+            self._pool.submit(self._prepare, job, inputs, options)
 
-    def withdraw(self, job: "Job") -> None:
-        """For `Job.close`: frees the place of a job that does not run; one that runs keeps its own until the worker lets go."""
-        with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._taken -= 1
-            elif not job.submitted:
-                self._taken -= 1
-
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            outcome = self._answer(job)
-            with self._changed:
-                self._taken -= 1
-            job.finish(outcome)  # after the place is free: who has read the end of an answer may ask again
-
-    def _next(self) -> "Job | None":
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopping)
-            return None if self._stopping else self._waiting.popleft()
-
-    def _answer(self, job: "Job") -> Delta | Exception:
-        """Runs a job; returns its last delta, or why there is none."""
+    def _answer_alone(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
+        """An answer whose next token the host has a say in, one at a time beside the batch: each waits for the one before."""
+        outcome: Delta | Exception = RuntimeError("the model's answer ended without a finish_reason")
         try:
-            with contextlib.closing(self._model.generate(*job.take())) as deltas:
+            with contextlib.closing(self._model.generate(inputs, options)) as deltas:
                 for delta in deltas:
-                    if job.cancelled or self._stopping:
-                        return EngineStopped() if self._stopping else Cancelled()
+                    if job.cancelled or self.stopping:
+                        outcome = EngineStopped() if self.stopping else Cancelled()
+                        break
                     if delta.finish_reason is not None:
-                        return delta
-                    job.deliver(delta)
-            raise RuntimeError("the model's answer ended without a finish_reason")
-        except Exception as error:  # whatever it is, it is this request's alone and the next one must run
-            return error
+                        outcome = delta
+                        break
+                    if job.deliver(delta):
+                        tell([job])
+        except Exception as error:  # this request's alone
+            outcome = error
+        self.leave(job, outcome)
 
+    def withdraw(self, job: Job) -> None:
+        with self.changed:
+            self._gone.append(job)
+            self.changed.notify_all()
 
-class Job:
-    """One request's way through an engine. Made by `Engine.reserve`; its methods without a note belong to the event loop."""
+    def _check(self, inputs: Inputs) -> None:
+        total, limit = len(inputs.token_ids), self.max_model_len
+        if total >= limit:
+            raise Refused(f"the prompt has {total} tokens, and this server holds {limit}, at least one of them the answer's")
+        for view in inputs.views:
+            if self._device.pass_for([len(view.pixels)]) is None:
+                longest = self.sizes.buckets.passes[-1].longest
+                h, w = view.grid
+                raise Refused(f"a picture has a view of {h} x {w} patches, and this server encodes {longest} at most")
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
-        self.submitted = self.cancelled = False
-        self._engine, self._loop = engine, loop
-        self._work: tuple[Inputs, GenerationOptions] | None = None
-        self._closed = False
-        self._lock = threading.Lock()  # guards the two below
-        self._pending: list[Delta] = []
-        self._outcome: Delta | Exception | None = None
-        self._news = asyncio.Event()
+    def _prepare(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
+        try:
+            work = prepare(inputs, options, self._model.config.vision.positions_per_side)
+        except Exception as error:
+            self.leave(job, error)
+            return
+        with self.changed:
+            if not self.stopping:
+                self._inbox.append((job, work))
+                self.changed.notify_all()
+                return
+        self.leave(job, EngineStopped())
 
-    def submit(self, inputs: Inputs, options: GenerationOptions) -> None:
-        """Joins the queue. Raises Cancelled if nobody waits for the answer any more, or EngineStopped."""
-        if self.cancelled:
-            raise Cancelled
-        self._work = (inputs, options)
-        self.submitted = True
-        self._engine.enqueue(self)
+    def work(self) -> None:
+        """The thread's: steps, as long as there is anything to do."""
+        outcome: Exception = EngineStopped()
+        try:
+            while self._take_news():
+                self._turn()
+        except Exception as error:  # what `_turn` could not recover from: nothing can be answered any more
+            log.exception("the engine has failed")
+            outcome = error
+        with self.changed:
+            self.stopping = True
+            jobs = [*self._of_job, *(job for job, _ in self._inbox)]
+        for job in jobs:
+            self.leave(job, outcome)
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """The answer as it comes; the last one has a finish_reason.
+    def _take_news(self) -> bool:
+        """Waits for something to do; False if there will be no more."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._inbox or self._gone or self._answers or self._flight or self.stopping)
+            if self.stopping:
+                return False
+            (inbox, self._inbox), (gone, self._gone) = (self._inbox, []), (self._gone, [])
+        for job, work in inbox:
+            if job.cancelled:
+                self.leave(job, Cancelled())
+            else:
+                self._enter(job, work)
+        for job in gone:
+            if job in self._of_job:  # else it has ended, or is being prepared
+                self._end(self._of_job[job], Cancelled())
+        return True
 
-        Raises:
-          Cancelled, EngineStopped: see `cancel` and `Engine.stop`.
-          Exception: whatever the model raised.
+    def _enter(self, job: Job, work: Work) -> None:
+        answer = Answer(job, work, self.max_model_len, self._model.detokenizer)
+        if self.policy.max_wait_s is not None:
+            answer.request.deadline = job.reserved_at + self.policy.max_wait_s
+        self._answers[answer.request] = self._of_job[job] = answer
+        self.metrics.prompt_tokens.inc(len(work.ids))
+        self.scheduler.add(answer.request)
+
+    def _turn(self) -> None:
+        """One step is sent, and the one before is looked at."""
+        begun = time.perf_counter()
+        for request in self.scheduler.admit(time.monotonic()):
+            self._end(self._answers[request], EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
+        previous, self._flight, plan = self._flight, None, None
+        try:
+            self._restore()
+            self._encode()
+            plan = self.scheduler.plan()
+            for request in plan.preempted:
+                self._answers[request].unpin(self.features, everything=True)
+            self._flight = self._send(plan)
+        except Exception as error:
+            taking_part = self._encoding or self.scheduler.reading if plan is None else Flight(plan, None, None).requests
+            self._recover(error, taking_part, previous)
+            return
+        self.metrics.host.inc(time.perf_counter() - begun)
+        try:
+            self._receive(previous)
+        except Exception as error:
+            self._recover(error, previous.requests, None)
+
+    def _copy_to_host(self, node: Node) -> None:
+        """For the prefix cache: a snapshot is about to leave the device."""
+        if self.policy.host_bytes:
+            copy = self._device.fetch([page.page for page in node.path()], node.snapshot)
+            self.host.put(node.key, copy)
+            self._pool.submit(copy.land)
+
+    def _restore(self) -> None:
+        """Puts back what requests that were just admitted will start from."""
+        restores, self.scheduler.restores = self.scheduler.restores, []
+        for restore in restores:
+            self._device.store(restore.copy, restore.first, restore.pages, restore.slot)
+
+    def _encode(self) -> None:
+        """Sends one pass of the tower with the pictures that are needed first, of one mode and of any requests."""
+        views: list[Picture] = []
+        rows: list[np.ndarray] = []
+        self._encoding = []
+        for request in sorted(self.scheduler.reading, key=lambda request: request.rank):
+            answer = self._answers[request]
+            for picture in answer.missing():
+                entry = self.features.find(picture.key)
+                if entry is None and self._fits(views, picture):
+                    entry = self.features.reserve(picture.key, picture.laid.num_tokens)
+                    if entry is not None:
+                        views.append(picture)
+                        rows.append(entry.rows)
+                        self._encoding.append(request)
+                if entry is None:
+                    break
+                answer.pin(picture, entry)
+            answer.set_readable()
+        if views:
+            self._device.encode([picture.laid for picture in views], rows)
+            self.metrics.encoded.inc(len(views))
+        self._encoding = []
+
+    def _fits(self, views: list[Picture], picture: Picture) -> bool:
+        """Whether the picture may join the pass."""
+        if views and views[0].laid.mode != picture.laid.mode:
+            return False
+        return self._device.pass_for([len(view.laid.patches) for view in (*views, picture)]) is not None
+
+    def _send(self, plan: Plan) -> Flight | None:
+        if plan.empty:
+            return None
+        started = decoded = None
+        if plan.pieces:
+            readings = [self._reading(piece) for piece in plan.pieces]
+            started = self._device.read(readings, self._mode(piece.request for piece in plan.pieces if piece.last))
+            for piece in plan.pieces:
+                self._answers[piece.request].unpin(self.features, everything=False)
+        if plan.rows:
+            decoded = self._device.decode(plan, self._mode(plan.rows))
+        return Flight(plan, started, decoded)
+
+    def _reading(self, piece: Piece) -> Reading:
+        answer, end = self._answers[piece.request], piece.start + piece.count
+        work = answer.work
+        if piece.source != piece.request.slot and penalises(work.options):  # its first piece
+            self._device.note(piece.request.slot, answer.ids(0, piece.request.total), piece.request.prompt)
+        return Reading(piece, work, answer.ids(piece.start, end), answer.feature_rows(piece.start, end), piece.request.known)
+
+    def _mode(self, requests: Iterable[Request]):
+        """The least that serves them all."""
+        return max((self._answers[request].mode for request in requests), key=MODES.index, default=MODES[0])
+
+    def _receive(self, flight: Flight | None) -> None:
+        """Hands out what a step has sampled. Waits for the device if it must."""
+        if flight is None:
+            return
+        started, decoded = jax.device_get((flight.started, flight.decoded))
+        begun = time.perf_counter()
+        ends = [(i, piece.request) for i, piece in enumerate(flight.plan.pieces) if piece.last]
+        columns = jax.tree.map(lambda x: x[:, None], started)
+        rows = itertools.chain(
+            ((columns, i, request) for i, request in ends), ((decoded, i, row) for i, row in enumerate(flight.plan.rows))
+        )
+        told = [job for sampled, i, request in rows if (job := self._hand_out(sampled, i, request)) is not None]
+        tell(told)
+        self.metrics.steps.inc()
+        self.metrics.host.inc(time.perf_counter() - begun)
+
+    def _hand_out(self, sampled: Sampled, row: int, request: Request) -> Job | None:
+        """A row's tokens to its reader, who is returned if he is to be told."""
+        answer = self._answers.get(request)
+        if answer is None:  # it ended while this step was under way
+            return None
+        delta = answer.take(row_tokens(sampled, row, answer.work.options.logprobs))
+        self.metrics.delivered(answer, len(delta.tokens))
+        if delta.finish_reason is not None:
+            self._end(answer, delta)
+            return None
+        return answer.job if answer.job.deliver(delta) else None
+
+    def _end(self, answer: Answer, outcome: Delta | Exception) -> None:
+        """Of an answer, however it comes: all it held is free."""
+        self._forget(answer)
+        self.scheduler.end(answer.request)
+        self.metrics.ended(outcome)
+        self.leave(answer.job, outcome)
+
+    def _forget(self, answer: Answer) -> None:
+        answer.unpin(self.features, everything=True)
+        del self._answers[answer.request], self._of_job[answer.job]
+
+    def _recover(self, error: Exception, requests: list[Request], previous: Flight | None) -> None:
+        """After a step that failed: its requests fail, all others are read again, for the state is lost.
+
+        `previous` is the step before; what it sampled is good unless it failed too.
         """
-        outcome = None
-        while outcome is None:
-            await self._news.wait()
-            self._news.clear()
-            if self.cancelled:
-                raise Cancelled
-            with self._lock:
-                pending, self._pending = self._pending, []
-                outcome = self._outcome
-            if isinstance(outcome, Delta):
-                pending.append(outcome)
-            if pending:
-                yield joined(pending)
-            if isinstance(outcome, Exception):
-                raise outcome
-
-    def cancel(self) -> None:
-        """Ends `deltas` with Cancelled, now and later; the model stops at its next step."""
-        self.cancelled = True
-        self._news.set()
-
-    def close(self) -> None:
-        """Cancels, and gives back a place that the worker does not hold. Once or more often."""
-        if not self._closed:
-            self._closed = True
-            self.cancel()
-            self._engine.withdraw(self)
-
-    def take(self) -> tuple[Inputs, GenerationOptions]:
-        """The worker's: what to run, let go of here so that pictures do not outlive their use."""
-        work, self._work = self._work, None
-        assert work is not None
-        return work
-
-    def deliver(self, delta: Delta) -> None:
-        """The worker's: a step of the answer."""
-        with self._lock:
-            self._pending.append(delta)
-            first = len(self._pending) == 1
-        if first:  # else the reader has been told and has not looked yet
-            self._tell()
-
-    def finish(self, outcome: Delta | Exception) -> None:
-        """The worker's: the answer's end, and the last call."""
-        with self._lock:
-            self._outcome = outcome
-        self._tell()
-
-    def _tell(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody reads
-            self._loop.call_soon_threadsafe(self._news.set)
-
-
-def joined(deltas: list[Delta]) -> Delta:
-    """Consecutive steps as one."""
-    text = "".join(delta.text for delta in deltas)
-    tokens = tuple(itertools.chain.from_iterable(delta.tokens for delta in deltas))
-    return Delta(text, tokens, deltas[-1].finish_reason)
+        failed = list(requests)
+        if not failed:
+            raise error
+        log.error("a step of %d requests failed", len(failed), exc_info=error)
+        try:
+            self._receive(previous)
+        except Exception:
+            failed += previous.requests
+        for answer in [self._answers[request] for request in dict.fromkeys(failed) if request in self._answers]:
+            self._end(answer, error)
+        for answer in self._answers.values():
+            answer.unpin(self.features, everything=True)
+            if answer.request.slot >= 0:
+                self.scheduler.put_back(answer.request)
+        self.scheduler.restores.clear()
+        self.host.clear()
+        if self.prefixes is not None:
+            self.prefixes.clear()
+        self.features.clear()
+        self._flight = None
+        self._device.reset()

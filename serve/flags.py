@@ -87,6 +87,38 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """A whole number, 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def fraction(text: str) -> float:
+    """Between 0 and 1, and neither."""
+    number = float(text)
+    if not 0.0 < number < 1.0:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
+    return number
+
+
+def size(text: str) -> float:
+    """0 or more, and not infinite."""
+    number = float(text)
+    if not 0.0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{number} is not 0 or more")
+    return number
+
+
+def seconds(text: str) -> float:
+    """More than 0."""
+    number = float(text)
+    if not number > 0.0:
+        raise argparse.ArgumentTypeError(f"{number} is not more than 0")
+    return number
+
+
 def json_list(text: str) -> list[str]:
     """Texts, as vLLM takes them: '["https://a.example"]'. One text alone is a list of one."""
     try:
@@ -112,6 +144,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--served-model-name", metavar="NAME", nargs="+", help="one or more (default: the hub id, or the folder's name)"
     )
     _add_media_flags(parser.add_argument_group("pictures and videos in requests"))
+
+
+def add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    """How much at once."""
+    add = group.add_argument
+    add("--memory-fraction", metavar="F", type=fraction, default=0.9, help="of the device (default: %(default)s)")
+    add("--max-running", metavar="N", type=positive, help="answers at once (default: 128; on a CPU 16)")
+    add("--max-model-len", metavar="N", type=positive, help="tokens of a prompt and answer (default: what fits)")
+    add("--max-waiting", metavar="N", type=count, default=512, help="requests that may wait (default: %(default)s)")
+    add("--max-wait", metavar="S", type=seconds, help="seconds after which a waiting request gets a 429")
+    add(
+        "--prefix-host-gib",
+        metavar="G",
+        type=size,
+        default=8.0,
+        help="host memory for beginnings of prompts that had to leave the device (default: %(default)s)",
+    )
+    add("--no-prefix-cache", action="store_true", help="keep no beginnings of prompts for later ones")
 
 
 def add_client_flags(group: argparse._ArgumentGroup) -> None:

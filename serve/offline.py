@@ -12,23 +12,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from minicpmv46_jax import MiniCPMV
 from serve.api.service import PREPARE_THREADS
-from serve.engine import Engine
+from serve.engine import Policy
+from serve.jobs import Desk
+from serve.sizes import Wishes
+from serve.startup import make_engine
 
+MEMORY_FRACTION = 0.9  # of the device, as the server takes by default
 AT_ONCE = 32  # conversations being prepared or answered; their pictures are in memory
 
 Conversation = Sequence[Mapping[str, Any]]
 
 
 class Offline:
-    """A model behind the server's engine. `close` it, or use it as a context manager."""
+    """A model behind the server's engine. `close` it, or use it as a context manager.
 
-    def __init__(self, model: MiniCPMV):
-        self._model, self._engine = model, Engine(model)
+    Args:
+      model: what answers.
+      engine: an engine over it; None makes one of the size that the device has room for.
+    """
+
+    def __init__(self, model: MiniCPMV, engine: Desk | None = None):
+        self._model, self._engine = model, engine or self._fitting(model)
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
+
+    @staticmethod
+    def _fitting(model: MiniCPMV) -> Desk:
+        platform = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
+        return make_engine(model, platform, MEMORY_FRACTION, Wishes(), Policy())
 
     def __enter__(self) -> "Offline":
         return self

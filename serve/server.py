@@ -10,8 +10,8 @@ import uvicorn
 from serve import logs
 from serve.api import Service, create_app
 
-DRAIN_S = 5  # what a stopping server gives the answers under way; a second Ctrl-C gives them none
-CUT_OFF_S = 15  # after which clients that do not read are cut off
+DRAIN_S = 20  # what a stopping server gives the answers under way; a second Ctrl-C gives them none
+CUT_OFF_S = 25  # after which clients that do not read are cut off
 
 
 @dataclasses.dataclass(frozen=True)

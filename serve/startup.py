@@ -19,14 +19,19 @@ import convert.demo
 import minicpmv46_jax
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.processing import Fetch
+from serve.engine import Engine, Policy
+from serve.pages import PAGE
+from serve.sizes import ACCELERATOR, CPU, MAX_RUNNING, MAX_RUNNING_CPU, Wishes, fit, working_bytes
 
+MEMORY_FRACTION = 0.9  # of a device's memory
+CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose memory is others' too
 DEMO_NAME = "minicpm-v-4.6-demo"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and what jax calls them
 _INSTALL = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
 
 
-def choose_platform(wanted: str | None) -> str:
-    """Starts jax on the platform of that flag, or on what jax finds.
+def choose_platform(wanted: str | None, memory_fraction: float = MEMORY_FRACTION) -> str:
+    """Starts jax on the platform of that flag, or on what jax finds; a GPU's memory is taken to that fraction at once.
 
     Returns:
       "cpu", "gpu" or "tpu".
@@ -34,6 +39,7 @@ def choose_platform(wanted: str | None) -> str:
     Raises:
       ValueError: there is no such device, or this installation of jax cannot use it.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))  # the only way to tell XLA
     if wanted is not None:
         jax.config.update("jax_platforms", PLATFORMS[wanted])
     try:
@@ -112,12 +118,30 @@ def load(source: str | Path, revision: str | None, dtype: str, fetch: Fetch) -> 
     return model
 
 
-def warm_up(model: MiniCPMV) -> None:
-    """Compiles the smallest prefill block and the decode step by answering something."""
+def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes, policy: Policy) -> Engine:
+    """The engine, with every step compiled. Raises ValueError if the device has no room for a conversation."""
+    cpu = platform == "cpu"
+    buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
+    itemsize = model.params["text"]["embed"]["weight"].dtype.itemsize
+    memory = free_memory(platform, fraction) - (0 if cpu else working_bytes(model.config.vision, buckets))
+    sizes, lines = fit(model.config.text, itemsize, memory, wishes, buckets, default)
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+    print(
+        f"room for {sizes.running} answers at once, {sizes.pages * PAGE} tokens of context in all, {sizes.longest} in one, "
+        f"{sizes.snapshots} prefixes, features of {sizes.features} picture tokens",
+        file=sys.stderr,
+    )
     with step("compiling (kept for the next start)"), _fitting():
-        options = model.options(max_new_tokens=2, temperature=0.0, ignore_eos=True)  # the second token is the decode step's
-        for _ in model.generate(model.process([{"role": "user", "content": "Hi"}]), options):
-            pass
+        return Engine(model, sizes, policy, show=True)
+
+
+def free_memory(platform: str, fraction: float) -> int:
+    """Bytes for the state of conversations: of the device's memory that fraction, less what is in use; on a CPU CPU_MEMORY."""
+    statistics = jax.devices()[0].memory_stats()
+    if platform == "cpu" or statistics is None:
+        return CPU_MEMORY
+    whole = statistics["bytes_limit"]  # on a GPU the fraction that XLA was given, see `choose_platform`
+    return int(whole if platform == "gpu" else whole * fraction) - statistics["bytes_in_use"]
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from minicpmv46_jax import generate, model, packing
-from minicpmv46_jax.config import GenerationConfig, ModelConfig
-from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.sampling import new_history
+from minicpmv46_jax.batch import Chunks
+from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.decoding import decode, new_decoding
 from minicpmv46_jax.state import TextState, empty_state
 from tests.released import released_config
 
-CAPACITY, BLOCK, PATCHES, VIEWS = 1024, 256, 7168, 8
+SLOTS, PAGES, BLOCK, PIECES, PATCHES, VIEWS = 8, 64, 256, 4, 7168, 8
 
 
 def bytes_of(tree: object) -> int:
@@ -39,21 +39,31 @@ def compiled(mesh: Mesh, state: TextState | None, f: Callable, *args: object, **
     }
 
 
+def state_like(state: TextState) -> TextState:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+
+
 def main(topology: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)).devices
     mesh = Mesh(np.array(devices), ("chip",))
     config, dtype, shape = ModelConfig.from_dict(released_config()), jnp.bfloat16, jax.ShapeDtypeStruct
     graph = model.schema(config, backend="tpu")
     params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
-    state = jax.eval_shape(lambda: empty_state(config.text, 1, CAPACITY, dtype))
-    one = shape((1,), jnp.int32)
-    history = jax.eval_shape(lambda: new_history(jnp.zeros((1, 1), int), jnp.zeros(1, int), config.text.vocab_size))
-    decoding = generate.Decoding(state, history, one, shape((1,), bool))
-    sampling = jax.eval_shape(lambda: generate.sampling_params(generation_options(GenerationConfig(), seed=0)))
-    decode = functools.partial(generate.decode, graph.text, steps=generate.STEPS_PER_DISPATCH, num_logprobs=0)
-    advance = functools.partial(model.advance, graph.text)
-    stops = shape((generate.DEVICE_STOPS,), jnp.int32)
-    x = shape((1, BLOCK, config.text.hidden_size), dtype)
+    state = jax.eval_shape(lambda: empty_state(config.text, SLOTS, PAGES, dtype, longest=PAGES, snapshots=SLOTS))
+    decoding = jax.eval_shape(lambda: new_decoding(state_like(state), config.text.vocab_size))
+    decode_rows = functools.partial(decode, graph.text, steps=generate.STEPS_PER_DISPATCH, mode="greedy")
+    numbers = functools.partial(shape, dtype=jnp.int32)
+    pieces = model.Pieces(
+        ids=numbers((BLOCK,)),
+        feature_rows=numbers((BLOCK,)),
+        chunks=Chunks(
+            *[numbers((PIECES,))] * 5,
+            tables=numbers((PIECES, PAGES)),
+            snapshots=numbers((PIECES, 2)),
+            snapshot_slots=numbers((PIECES,)),
+        ),
+    )
+    features = shape((PATCHES, config.text.hidden_size), dtype)
     views = packing.PackedViews(
         patches=shape((PATCHES, config.vision.patch_dim), jnp.uint8),
         scale=shape((PATCHES, config.vision.num_channels), jnp.float32),
@@ -64,9 +74,11 @@ def main(topology: str) -> None:
         longest=1088,
         downsample_mode="16x",
     )
+    rows = numbers((SLOTS,)), numbers((SLOTS, 2))
+    read = functools.partial(model.read, graph.text)
     steps = {
-        "decode": compiled(mesh, decoding, decode, params["text"], decoding, sampling, stops, donate_argnums=1),
-        "advance": compiled(mesh, state, advance, params["text"], state, x, one, donate_argnums=1),
+        "decode": compiled(mesh, decoding, decode_rows, params["text"], decoding, *rows, donate_argnums=1),
+        "read": compiled(mesh, state, read, params["text"], state, pieces, features, donate_argnums=1),
         "encode": compiled(mesh, None, functools.partial(model.encode, graph.vision), params["vision"], views),
     }
     print(json.dumps(steps))

@@ -52,6 +52,16 @@ def demo(demo_folder):
 
 
 @pytest.fixture(scope="session")
+def demo_engine(demo):
+    """An engine over the small checkpoint."""
+    from serve.engine import Engine, Policy
+    from tests.small_engine import SIZES
+
+    with Engine(demo, SIZES, Policy(host_bytes=64 * 2**20)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
 def full_size_folder(tmp_path_factory, demo_folder):
     """A checkpoint of the released size: MINICPMV46_CHECKPOINT's, or one with random weights (2.6 GB)."""
     if given := os.environ.get("MINICPMV46_CHECKPOINT"):

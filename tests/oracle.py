@@ -140,7 +140,7 @@ def our_taps(ours: MiniCPMV, inputs: Inputs) -> dict[str, np.ndarray]:
         features = jnp.zeros((1, ours.config.text.hidden_size), ours.generator.dtype)
         for packed in passes:
             features = model.encode(graph.vision, params["vision"], packed, taps)
-        taps["logits"] = model.forward(graph, params, ours.config, block, features, taps)[0]
+        taps["logits"] = model.forward(graph, params, block, features, taps)[0]
         return taps
 
     taps = run(ours.params, passes, token_block(inputs.token_ids, rows, total))

@@ -24,9 +24,9 @@ def test_the_steps_compile_and_fit(chip):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = json.loads(done.stdout.strip().splitlines()[-1])
-    assert set(steps) == {"decode", "advance", "encode"}
+    assert set(steps) == {"decode", "read", "encode"}
     for name, step in steps.items():
         print(chip, name, step)
         assert step["arguments"] + step["temporary"] < HBM[chip], name
-    for name in ("decode", "advance"):
+    for name in ("decode", "read"):
         assert steps[name]["aliased"] >= steps[name]["state"], f"{name} copies the state that it was given"

@@ -1,13 +1,19 @@
 """Decoding with a cache against the cache-free forward; buckets, stops, growth, seeds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minicpmv46_jax import MiniCPMV, generate
+from kernels_pallas.paged_attention import PAGE
+from minicpmv46_jax import MiniCPMV, decoding, generate, model
+from minicpmv46_jax.batch import Chunks
 from minicpmv46_jax.generate import Generator, blocks, grow
+from minicpmv46_jax.model import Pieces
 from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.state import empty_state
 from tests.tolerances import CACHED_FORWARD, relative_rms
 
 
@@ -37,7 +43,7 @@ def test_prefill_in_blocks_equals_the_whole_forward(demo, length):
     ids = np.random.default_rng(length).integers(0, 256, length).astype(np.int32)
     inputs = Inputs(ids, ())
     logits, state = demo.generator.prefill(inputs)
-    assert int(state.length[0]) == length
+    assert int(state.lengths[0]) == length
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
 
 
@@ -48,6 +54,33 @@ def test_a_block_may_end_inside_a_picture(demo, photos, monkeypatch):
     assert view.start % 64 and view.num_tokens > 128
     logits, _ = demo.generator.prefill(inputs)
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
+
+
+def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
+    """Two prompts, one with a picture, read in pieces of odd lengths in one row; slots and pages in no order."""
+    prompts = [prompt(demo, "What is it?", [photos[0].resize((90, 70))], max_slice_nums=1), prompt(demo, "z" * 150)]
+    features, firsts = demo.generator.features(prompts[0].views)
+    rows = [demo.generator.feature_rows(p, firsts if p.views else []) for p in prompts]
+    state = empty_state(demo.config.text, 3, 12, jnp.float32, longest=5)
+    tables = np.array([[7, 2, 9, 0, -1], [4, 11, 3, 1, 8]], np.int32)
+    read = jax.jit(functools.partial(model.read, model.schema(demo.config).text))
+    at, found = [0, 0], {}
+    while any(at[i] < len(p.token_ids) for i, p in enumerate(prompts)):
+        sizes = [min(n, len(p.token_ids) - a) for n, p, a in zip((37, 53), prompts, at, strict=True)]
+        ids, feature_rows = np.zeros(96, np.int32), np.full(96, -1, np.int32)
+        starts = np.array([0, sizes[0]], np.int32)
+        for p, r, a, size, start in zip(prompts, rows, at, sizes, starts, strict=True):
+            ids[start : start + size], feature_rows[start : start + size] = p.token_ids[a : a + size], r[a : a + size]
+        slots = np.where(sizes, [2, 0], -1).astype(np.int32)
+        before, lengths = np.array(at, np.int32), np.array(sizes, np.int32)
+        nothing = np.zeros((0, 2), np.int32), np.zeros(0, np.int32)
+        chunks = Chunks(starts, lengths, before, slots, np.where(before, slots, -1).astype(np.int32), tables, *nothing)
+        logits, state = read(demo.params["text"], state, jax.tree.map(jnp.asarray, Pieces(ids, feature_rows, chunks)), features)
+        at = [a + size for a, size in zip(at, sizes, strict=True)]
+        found |= {i: logits[i] for i, size in enumerate(sizes) if size and at[i] == len(prompts[i].token_ids)}
+    assert state.lengths.tolist() == [len(prompts[1].token_ids), 0, len(prompts[0].token_ids)]
+    for i, one in enumerate(prompts):
+        assert relative_rms(found[i], demo.logits(one)[-1]) < CACHED_FORWARD
 
 
 def test_blocks_cover_the_prompt_with_few_sizes():
@@ -63,13 +96,14 @@ def test_growing_the_cache_changes_nothing(demo, monkeypatch):
     options = demo.options(max_new_tokens=100, temperature=0.0, ignore_eos=True)
     expected = [t.id for t in demo.generator.tokens(inputs, options)]
     monkeypatch.setattr(generate, "SMALLEST_CAPACITY", 64)
-    assert demo.generator.capacity(len(inputs.token_ids) + 1) < len(inputs.token_ids) + 100
+    assert PAGE * demo.generator.pages(len(inputs.token_ids) + 1) < len(inputs.token_ids) + 100
     assert [t.id for t in demo.generator.tokens(inputs, options)] == expected
 
 
 def test_grow_keeps_what_was_there(demo):
     _, state = demo.generator.prefill(prompt(demo, "hello"))
-    bigger = grow(state, 2048)
+    bigger = grow(state, 32)
+    assert bigger.tables.tolist() == [list(range(32))]
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(bigger), strict=True):
         np.testing.assert_array_equal(new[tuple(slice(0, n) for n in old.shape)], old)
 
@@ -80,8 +114,8 @@ def test_compilations_are_as_many_as_buckets(demo, photos):
     for words in ("a", "ab", "abc" * 9, "b" * 70, "c" * 100, "d" * 150):
         list(generator.tokens(prompt(demo, words), options))
     programs = generator.programs()
-    assert programs["advance"] == programs["embed"] == 2  # blocks of 64 and 256, one capacity
-    assert programs["decode"] == programs["begin"] == 1
+    assert programs["read"] == 2  # blocks of 64 and 256, one number of pages
+    assert programs["decode"] == programs["start"] == 1
     for size in ((100, 100), (101, 99), (98, 102)):
         list(generator.tokens(prompt(demo, "a", [photos[0].resize(size)], max_slice_nums=1), options))
     assert generator.programs()["encode"] == 1
@@ -102,7 +136,7 @@ def test_more_stop_tokens_than_the_device_looks_for(demo):
     inputs = prompt(demo, "Count.")
     free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
     stop = max(set(free))
-    many = [i for i in range(stop + 1) if i not in free][: generate.DEVICE_STOPS + 4] + [stop]
+    many = [i for i in range(stop + 1) if i not in free][: decoding.DEVICE_STOPS + 4] + [stop]
     options = demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True, stop_token_ids=many)
     assert [t.id for t in demo.generator.tokens(inputs, options)] == free[: free.index(stop) + 1]
 
@@ -177,14 +211,12 @@ def test_the_answer_ends_where_the_context_does(demo):
 
 
 def test_the_functional_core_is_differentiable(demo):
-    from minicpmv46_jax import model
-
     graph = model.schema(demo.config)
     ids = np.arange(10, dtype=np.int32)
     block = jax.tree.map(jnp.asarray, generate.token_block(ids, np.full(10, -1, np.int32), 10))
 
     def loss(params):
-        logits = model.forward(graph, params, demo.config, block, jnp.zeros((1, demo.config.text.hidden_size)))
+        logits = model.forward(graph, params, block, jnp.zeros((1, demo.config.text.hidden_size)))
         return -jax.nn.log_softmax(logits[0, :-1])[jnp.arange(9), block.ids[0, 1:]].mean()
 
     gradient = jax.jit(jax.grad(loss))(demo.params)

@@ -18,20 +18,31 @@ from transformers import (
 )
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.generate import sampling_params
+from minicpmv46_jax.decoding import sampling_params
 from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.sampling import History, Steering, filter_scores, new_history, penalise, sample
+from minicpmv46_jax.sampling import MAX_LOGPROBS, Steering, count, filter_scores, new_history, note, penalise, sample
 
 V = 50
-draw = jax.jit(sample, static_argnames="num_logprobs")
+draw = jax.jit(sample, static_argnames="mode")
+enter = jax.jit(note)
 
 
 def params(**options):
-    return sampling_params(generation_options(GenerationConfig(), **{"seed": 0, "temperature": 1.0, **options}))
+    options = generation_options(GenerationConfig(), **{"seed": 0, "temperature": 1.0, **options})
+    return sampling_params([options], [options.seed])
 
 
-def fresh_history(batch=1, vocab=V):
-    return History(jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32))
+def drawn(scores, params, mode="sampled", steering=None):
+    """Of rows without a history."""
+    rows = scores.shape[0]
+    return draw(scores, params, new_history(*scores.shape), jnp.zeros(rows, jnp.int32), mode=mode, steering=steering)
+
+
+def noted(prompt, answer, fresh=True, history=None):
+    """A history of one slot after these tokens; two tokens of padding follow."""
+    ids = jnp.array([*prompt, *answer, 49, 49], jnp.int32)
+    total = np.int32(len(prompt) + len(answer))
+    return enter(history or new_history(1, V), np.int32(0), ids, np.int32(len(prompt)), total, np.bool_(fresh))
 
 
 def logits(seed, vocab=V):
@@ -66,27 +77,35 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, tempera
 @settings(max_examples=10, deadline=None)
 def test_repetition_penalty_is_transformers(seed, penalty):
     scores, prompt, answer = logits(seed), [3, 7, 7, 12], [7, 20]
-    history = new_history(jnp.array([[*prompt, 49, 49]]), jnp.array([len(prompt)]), V)  # two tokens of padding
-    history = dataclasses.replace(history, counts=history.counts.at[0, jnp.array(answer)].add(1))
+    history = noted(prompt, answer)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + answer]), torch.tensor(scores))
     found = penalise(jnp.asarray(scores), params(repetition_penalty=penalty), history)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
 def test_presence_and_frequency_penalties_look_at_the_answer_alone():
-    history = new_history(jnp.array([[1, 2]]), jnp.array([2]), V)
-    history = dataclasses.replace(history, counts=history.counts.at[0, 2].add(3))
+    history = noted([1, 2], [2, 2, 2])
     change = penalise(jnp.zeros((1, V)), params(presence_penalty=0.5, frequency_penalty=0.25), history)
     expected = np.zeros((1, V))
     expected[0, 2] = -0.5 - 3 * 0.25
     np.testing.assert_allclose(change, expected)
 
 
-def test_temperature_zero_takes_the_best_and_counts_it():
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "logprobs"])
+def test_temperature_zero_takes_the_best(mode):
     scores = jnp.asarray(logits(1))
-    sampled, history = draw(scores, params(temperature=0.0), fresh_history())
-    assert sampled.ids[0] == scores.argmax()
-    assert history.counts[0, sampled.ids[0]] == 1 and history.counts.sum() == 1
+    assert drawn(scores, params(temperature=0.0), mode).ids[0] == scores.argmax()
+
+
+def test_a_history_is_added_to_piece_by_piece_and_forgotten_whole():
+    first = noted([3, 4], [])
+    both = noted([5], [6, 6], fresh=False, history=first)
+    assert np.flatnonzero(both.in_prompt[0]).tolist() == [3, 4, 5]
+    assert both.counts[0, 6] == 2 and both.counts.sum() == 2
+    counted = count(both, jnp.array([0, 1]), jnp.array([6, 6]))  # slot 1 is past the last
+    assert counted.counts[0, 6] == 3 and counted.counts.sum() == 3
+    again = noted([1], [2], history=counted)
+    assert np.flatnonzero(again.in_prompt[0]).tolist() == [1] and again.counts.sum() == 1
 
 
 def test_what_is_ruled_out_never_comes_and_a_bias_moves_the_rest():
@@ -94,23 +113,22 @@ def test_what_is_ruled_out_never_comes_and_a_bias_moves_the_rest():
     none = Steering(np.full((1, 1), V, np.int32), np.zeros((1, 1), np.float32), bits)
     toward_three = dataclasses.replace(none, bias_ids=np.full((1, 1), 3, np.int32), bias=np.full((1, 1), 50.0, np.float32))
     for seed in range(20):
-        own = draw(logits(seed), params(seed=seed), fresh_history())[0]
-        steered = draw(logits(seed), params(seed=seed), fresh_history(), steering=none)[0]
-        assert int(steered.ids[0]) in (1, 3)
-        greedy = draw(logits(seed), params(temperature=0.0), fresh_history(), steering=none)[0]
+        own = drawn(logits(seed), params(seed=seed))
+        assert int(drawn(logits(seed), params(seed=seed), steering=none).ids[0]) in (1, 3)
+        greedy = drawn(logits(seed), params(temperature=0.0), steering=none)
         assert int(greedy.ids[0]) == max((1, 3), key=lambda i: logits(seed)[0, i])
-        assert int(draw(logits(seed), params(seed=seed), fresh_history(), steering=toward_three)[0].ids[0]) == 3
+        assert int(drawn(logits(seed), params(seed=seed), steering=toward_three).ids[0]) == 3
         free = dataclasses.replace(none, allowed=np.full((1, 2), 0xFFFFFFFF, np.uint32))
-        assert draw(logits(seed), params(seed=seed), fresh_history(), steering=free)[0].ids == own.ids
+        assert drawn(logits(seed), params(seed=seed), steering=free).ids == own.ids
 
 
 def test_draws_follow_the_probabilities():
     rows, vocab = 20_000, 8
     scores = jnp.broadcast_to(jnp.asarray(logits(5, vocab)), (rows, vocab))
     one = params(temperature=0.8)
-    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), dataclasses.replace(one, key=jnp.zeros(1)))
-    many = dataclasses.replace(many, key=jax.random.split(jax.random.key(0), rows))
-    sampled, _ = draw(scores, many, fresh_history(rows, vocab))
+    many = jax.tree.map(lambda x: np.broadcast_to(x, (rows, *x.shape[1:])), one)
+    seeds = np.random.default_rng(0).integers(0, 2**32, (rows, 2), np.uint32)
+    sampled = drawn(scores, dataclasses.replace(many, seed=seeds))
     seen = np.bincount(np.asarray(sampled.ids), minlength=vocab) / rows
     expected = np.asarray(jax.nn.softmax(scores[0] / 0.8))
     assert np.abs(seen - expected).max() < 5 * np.sqrt(0.25 / rows)  # five standard deviations
@@ -120,23 +138,23 @@ def test_a_row_does_not_depend_on_its_neighbours():
     scores = jnp.asarray(np.concatenate([logits(i) for i in range(3)]))
     rows = [params(seed=i, top_p=0.9) for i in range(3)]
     together = jax.tree.map(lambda *x: jnp.concatenate([jnp.asarray(y) for y in x]), *rows)
-    sampled, _ = draw(scores, together, fresh_history(3))
-    alone = [draw(scores[i : i + 1], rows[i], fresh_history())[0].ids[0] for i in range(3)]
+    sampled = drawn(scores, together)
+    alone = [drawn(scores[i : i + 1], rows[i]).ids[0] for i in range(3)]
     assert sampled.ids.tolist() == [int(i) for i in alone]
 
 
 def test_seeds_of_64_bits_all_count():
     scores = jnp.zeros((1, V))
-    ids = {int(draw(scores, params(seed=seed), fresh_history())[0].ids[0]) for seed in [1, 1 + 2**32, 1 + 2**33, -1, 1 - 2**40]}
+    ids = {int(drawn(scores, params(seed=seed)).ids[0]) for seed in [1, 1 + 2**32, 1 + 2**33, -1, 1 - 2**40]}
     assert len(ids) > 2
 
 
 def test_logprobs_are_the_models_own():
     scores = jnp.asarray(logits(3))
-    sampled, _ = draw(scores, params(temperature=0.3, top_k=2), fresh_history(), num_logprobs=5)
+    sampled = drawn(scores, params(temperature=0.3, top_k=2), "logprobs")
     expected = torch.log_softmax(torch.tensor(np.asarray(scores)), -1)[0]
     assert float(sampled.logprob[0]) == pytest.approx(float(expected[int(sampled.ids[0])]), rel=1e-5)
-    top = expected.topk(5)
+    top = expected.topk(MAX_LOGPROBS)
     assert sampled.top_ids[0].tolist() == top.indices.tolist()
     np.testing.assert_allclose(sampled.top_logprobs[0], top.values.numpy(), rtol=1e-5)
 

@@ -57,7 +57,8 @@ def test_help_comes_at_once():
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--cpu --tpu", "--port 70000", "--port x", "--dtype int8", "--prot 1", "--api 1", "--max-model-len 5", "folder"]
+    "arguments",
+    ["--cpu --tpu", "--port 70000", "--port x", "--dtype int8", "--prot 1", "--api 1", "--max-model-length 5", "folder"],
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -98,6 +99,20 @@ def test_the_media_flags_make_the_rules():
     assert fetch._reach.domains == {"good.test", "other.test"}
     assert [str(network) for network in fetch._reach.networks] == ["10.0.0.0/8", "::1/128"]
     assert fetch._limits.max_bytes == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--memory-fraction 1.5", "1.5 is not between 0 and 1"),
+        ("--max-running 0", "0 is less than 1"),
+        ("--max-wait 0", "0.0 is not more than 0"),
+    ],
+)
+def test_engine_flags_out_of_range(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert said in capsys.readouterr().err
 
 
 def test_a_port_in_use(capsys):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from serve.api import Service
 from serve.api.prompt import opens_thinking
-from serve.engine import Engine
 from serve.media import MediaFetcher
+from tests.small_engine import SIZES
 from tests.test_serve_support import NAME, live
 
 FEW = {"max_tokens": 12, "temperature": 0.0}
@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(demo, folder):
-    service = Service(demo, Engine(demo), NAME, api_keys=("secret",))
+def address(demo, demo_engine, folder):
+    service = Service(demo, demo_engine, NAME, api_keys=("secret",))
     before, demo.processor.fetch = demo.processor.fetch, MediaFetcher(folder)
     with live(service) as address:
         yield f"{address}/v1"
-    service.close()
+    service.pool.shutdown()
     demo.processor.fetch = before
 
 
@@ -219,7 +219,7 @@ def refusals():
         "no user": ([{"role": "assistant", "content": "x"}], "messages", "user"),
         "unknown part": (conversation({"type": "audio"}), "messages[0].content[0]", "'audio'"),
         "placeholder": (conversation(text("<|image_pad|>")), "messages[0].content[0]", "<|image_pad|>"),
-        "too long": ([{"role": "user", "content": "x" * 9000}], "messages", "8192"),
+        "too long": ([{"role": "user", "content": "x" * 9000}], "messages", str(SIZES.longest)),
     }
 
 

@@ -9,7 +9,6 @@ import pydantic
 import pytest
 
 from serve.api import Service
-from serve.engine import Engine
 from tests.test_serve_support import NAME, FakeModel, ask, content_of, events, live, serving
 
 OPENED = "<|im_start|>assistant\n<think>\n"
@@ -100,11 +99,11 @@ class Person(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def http(demo):
-    service = Service(demo, Engine(demo), NAME)
+def http(demo, demo_engine):
+    service = Service(demo, demo_engine, NAME)
     with live(service) as address:
         yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
-    service.close()
+    service.pool.shutdown()
 
 
 def test_parse_with_a_model_of_random_weights(http):

@@ -2,7 +2,10 @@
 
 import pytest
 
+from serve.engine import Engine
 from serve.offline import Offline
+from tests.serial_engine import SerialEngine
+from tests.small_engine import SIZES
 from tests.test_serve_support import FakeModel
 
 
@@ -17,23 +20,28 @@ class Model(FakeModel):
         return self.process(messages), self.options(**options)
 
 
+def offline_fake():
+    model = Model()
+    return Offline(model, SerialEngine(model, max_waiting=64))
+
+
 def test_answers_come_in_order():
     texts = [f"question {i}" for i in range(100)]
-    with Offline(Model()) as offline:
+    with offline_fake() as offline:
         assert offline.chat(map(conversation, texts)) == [text.upper() for text in texts]
         assert offline.chat(map(conversation, texts[:2]), max_new_tokens=3, progress=False) == ["QUE", "QUE"]
         assert offline.chat([]) == []
 
 
 def test_each_as_alone(demo):
-    with Offline(demo) as offline:
+    with Offline(demo, Engine(demo, SIZES)) as offline:
         conversations = [conversation(f"Question {i}") for i in range(3)]
         options = {"max_new_tokens": 6, "temperature": 0.0}
         assert offline.chat(conversations, **options) == [demo.chat(messages, **options) for messages in conversations]
 
 
 def test_a_mistake_is_named():
-    with Offline(Model()) as offline:
+    with offline_fake() as offline:
         with pytest.raises(ValueError, match="conversation 1: messages is empty"):
             offline.chat([conversation("a"), []])
         assert offline.chat([conversation("b")]) == ["B"]

@@ -21,7 +21,7 @@ from minicpmv46_jax.library import Delta
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs
 from serve.api import Service, create_app
-from serve.engine import Engine
+from tests.serial_engine import SerialEngine
 
 NAME = "fake"
 CONTEXT = 200
@@ -132,7 +132,7 @@ def prompt(text):
 @contextlib.contextmanager
 def serving(model, max_waiting=16, **fields):
     """A service around a model."""
-    service = Service(model, Engine(model, max_waiting), NAME, **fields)
+    service = Service(model, SerialEngine(model, max_waiting), NAME, **fields)
     try:
         yield service
     finally:

@@ -6,8 +6,8 @@
   choices.py: one answer; prompt.py, thinking.py: what its prompt says, and a budget for thinking; forms.py: JSON, calls and
   the like; pictures.py: how many, and what they cost.
 - chat.py, answers.py: /v1/chat/completions. responses*.py: /v1/responses. messages*.py: /v1/messages. foreign.py: what these two
-  share. sse.py: server-sent events.
-- tokens.py, models.py, health.py, home.py: the small routes, and the page.
+  share. sse.py: server-sent events. completions.py: the older text completions.
+- tokens.py, models.py, health.py, metrics.py, home.py: the small routes, and the page.
 """
 
 from serve.api.app import create_app

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serve.engine import EngineFull, EngineStopped
+from serve.engine import EngineFull, EngineStopped, Refused
 
 RETRY_AFTER_S = 1  # places come free one by one, so the client may knock soon
 INTERNAL = "the server failed to answer; its log has the details under this request's X-Request-Id"
@@ -97,6 +97,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(EngineStopped)
     async def stopped(request: Request, _: EngineStopped) -> JSONResponse:
         return stopped_error().response(request.url.path)
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        return ApiError(400, str(error)).response()
 
     @app.exception_handler(HTTPException)
     async def of_routing(request: Request, error: HTTPException) -> JSONResponse:

@@ -101,7 +101,7 @@ def _tagging(send: Send, exchange: Exchange) -> Send:
 
 
 def _log_line(scope: Scope, exchange: Exchange, seconds: float) -> None:
-    quiet = scope["path"] in ("/health", "/ready")  # load balancers ask every second
+    quiet = scope["path"] in ("/health", "/ready", "/metrics")  # load balancers and Prometheus ask every second
     fields = {
         "request_id": exchange.id,
         "method": scope["method"],

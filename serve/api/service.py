@@ -69,7 +69,7 @@ class Service:
     @property
     def context(self) -> int:
         """Most tokens of a prompt and its answer."""
-        return self.model.config.text.max_position_embeddings
+        return self.engine.max_model_len
 
     @property
     def vocabulary(self) -> int:

@@ -1,0 +1,5 @@
+"""Attention over keys and values kept in pages (vLLM's PagedAttention, arXiv:2309.06180): decoding and prompts in one call."""
+
+from kernels_pallas.paged_attention.api import PAGE, paged_attention
+
+__all__ = ["PAGE", "paged_attention"]

@@ -1,0 +1,102 @@
+"""Paged attention in readable jnp: blocks of queries, each over its sequence's pages, some pages at a time.
+
+The pages are visited in a loop that ends with the longest context present, and the softmax is kept up to date on the way
+(arXiv:2205.14135). A block's result depends neither on the other sequences nor on the width of the tables: pages past its own
+context add exact zeros.
+Glossary: C blocks of queries, L queries of a block, G query heads of a key-value head, W tokens visited at once; the others as
+in the api.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+QUERY_BLOCK = 64  # queries; a prompt's last block wastes at most as many rows
+PAGES_AT_ONCE = 8  # 512 tokens: one visit for most chats, and scores of 64 x 512 a head
+
+
+class Blocks(NamedTuple):
+    """Queries of one sequence that stand side by side: `real` of `rows`, at these positions of their sequence."""
+
+    sequence: Int32[Array, " C"]
+    rows: Int32[Array, "C L"]
+    positions: Int32[Array, "C L"]
+    real: Bool[Array, "C L"]
+
+
+class Running(NamedTuple):
+    """The softmax so far: weighted sum of the values, sum of the weights, largest score."""
+
+    total: Float32[Array, "C L K G H"]
+    weight: Float32[Array, "C L K G"]
+    largest: Float32[Array, "C L K G"]
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "P page K H"],
+    values: Float[Array, "P page K H"],
+    tables: Int32[Array, "S M"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    contexts: Int32[Array, " S"],
+    longest: int,
+) -> Float[Array, "T N H"]:
+    """`api.paged_attention`."""
+    (T, N, H), (_, page, K, _) = q.shape, keys.shape
+    blocks = query_blocks(starts, lengths, contexts, T, min(longest, QUERY_BLOCK))
+    C, L = blocks.rows.shape
+    q_CLKGH = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, K, N // K, H)
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % PAGES_AT_ONCE)))[blocks.sequence]
+    visits = -(-jnp.max(contexts, initial=0) // (PAGES_AT_ONCE * page))
+
+    def visit(i: Array, running: Running) -> Running:
+        table = jax.lax.dynamic_slice_in_dim(tables, i * PAGES_AT_ONCE, PAGES_AT_ONCE, axis=1)
+        k, v = (x[jnp.clip(table, 0, None)].reshape(C, -1, K, H) for x in (keys, values))
+        position_W = i * PAGES_AT_ONCE * page + jnp.arange(k.shape[1], dtype=jnp.int32)
+        seen_CLW = (position_W[None, None] <= blocks.positions[..., None]) & blocks.real[..., None]
+        return _add(running, q_CLKGH, k, v, seen_CLW)
+
+    nothing = jnp.zeros((C, L, K, N // K), jnp.float32)
+    running = Running(jnp.zeros(q_CLKGH.shape, jnp.float32), nothing, jnp.full_like(nothing, -jnp.inf))
+    running = jax.lax.fori_loop(0, visits, visit, running)
+    out = running.total / jnp.where(running.weight > 0, running.weight, 1.0)[..., None]
+    rows = jnp.where(blocks.real, blocks.rows, T)
+    return jnp.zeros_like(q).at[rows].set(out.reshape(C, L, N, H).astype(q.dtype), mode="drop")
+
+
+def query_blocks(
+    starts: Int32[Array, " S"], lengths: Int32[Array, " S"], contexts: Int32[Array, " S"], tokens: int, size: int
+) -> Blocks:
+    """Cuts every sequence's queries into blocks of `size`; as many blocks as there can be."""
+    sequences = starts.shape[0]
+    ends = jnp.cumsum((lengths + size - 1) // size)
+    block = jnp.arange((tokens + (size - 1) * sequences) // size, dtype=jnp.int32)
+    sequence = jnp.searchsorted(ends, block, side="right", method="compare_all").astype(jnp.int32)
+    before = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[sequence]
+    own = jnp.minimum(sequence, sequences - 1)
+    within = (size * (block - before))[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+    real = (sequence < sequences)[:, None] & (within < lengths[own][:, None])
+    return Blocks(own, starts[own][:, None] + within, (contexts - lengths)[own][:, None] + within, real)
+
+
+def _add(
+    running: Running,
+    q: Float[Array, "C L K G H"],
+    k: Float[Array, "C W K H"],
+    v: Float[Array, "C W K H"],
+    seen: Bool[Array, "C L W"],
+) -> Running:
+    """The softmax with W more tokens."""
+    precision = Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("clkgh,cwkh->clkgw", q, k, precision=precision, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
+    largest = jnp.maximum(running.largest, scores.max(axis=-1))
+    anchor = jnp.where(jnp.isfinite(largest), largest, 0.0)  # nothing seen yet: exp(-inf - 0) is the zero that is wanted
+    faded = jnp.exp(running.largest - anchor)
+    weights = jnp.exp(scores - anchor[..., None])
+    mixed = jnp.einsum("clkgw,cwkh->clkgh", weights.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+    return Running(running.total * faded[..., None] + mixed, running.weight * faded + weights.sum(axis=-1), largest)

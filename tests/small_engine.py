@@ -1,0 +1,6 @@
+"""An engine of few, small shapes for tests: it compiles in half a minute, and its pages, slots and passes run out soon."""
+
+from serve.sizes import Buckets, Pass, Sizes
+
+BUCKETS = Buckets(rows=(), steps=2, prompts=((256, 4),), passes=(Pass(1152, 1, 1152), Pass(4608, 4, 1152)))
+SIZES = Sizes(running=8, snapshots=8, pages=160, longest=2048, features=2048, buckets=BUCKETS)

@@ -1,0 +1,93 @@
+"""Paged attention against dense attention of each sequence alone, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.paged_attention import PAGE, paged_attention
+from tests.tolerances import FLOAT32_ONE_OP, relative_rms
+
+POOL, WIDTH = 48, 12  # pages in all, pages a sequence may have
+attention = jax.jit(functools.partial(paged_attention, backend="reference"), static_argnames="longest")
+
+
+def draw(rng, lengths, contexts, row):
+    """Random pages in random order; what no sequence may see is huge."""
+    q = rng.standard_normal((row, 4, 16)).astype(np.float32)
+    keys, values = rng.standard_normal((2, POOL, PAGE, 2, 16)).astype(np.float32)
+    order, tables = rng.permutation(POOL), np.full((len(lengths), WIDTH), -1, np.int32)
+    for s, context in enumerate(contexts):
+        pages = -(-context // PAGE)
+        tables[s, :pages], order = order[:pages], order[pages:]
+        values[tables[s, pages - 1], (context - 1) % PAGE + 1 :] = 1e30
+    values[order] = 1e30
+    gaps = rng.integers(0, 4, len(lengths))
+    starts = np.cumsum(gaps + np.concatenate([[0], lengths[:-1]])).astype(np.int32)
+    return q, keys, values, tables, starts
+
+
+def alone(q, k, v):
+    """The queries are the last tokens of [context, K, H]."""
+    k, v = (np.repeat(x.astype(np.float64), q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    scores = np.einsum("qnh,knh->nqk", q.astype(np.float64), k) * q.shape[-1] ** -0.5
+    first = len(k) - len(q)
+    scores[:, np.arange(len(k))[None] > first + np.arange(len(q))[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def check(lengths, contexts, seed, row, longest):
+    q, keys, values, tables, starts = draw(np.random.default_rng(seed), lengths, contexts, row)
+    numbers = (np.array(x, np.int32) for x in (tables, starts, lengths, contexts))
+    out = np.asarray(attention(*map(jnp.asarray, (q, keys, values, *numbers)), longest=longest))
+    nobody = np.ones(row, bool)
+    for s, (start, length, context) in enumerate(zip(starts, lengths, contexts, strict=True)):
+        own = slice(start, start + length)
+        nobody[own] = False
+        k, v = (x[tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
+        if length:
+            assert relative_rms(out[own], alone(q[own], k, v)) < FLOAT32_ONE_OP
+    assert not out[nobody].any()
+
+
+SEQUENCES = st.tuples(st.sampled_from([0, 1, 3, 63, 64, 65, 150]), st.sampled_from([0, 1, 63, 64, 100, 511, 512, 600]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(sequences=st.lists(SEQUENCES, min_size=3, max_size=3), seed=st.integers(0, 2**31))
+def test_pieces_of_prompts(sequences, seed):
+    check([length for length, _ in sequences], [max(a + b, 1) for a, b in sequences], seed, 512, 512)
+
+
+@settings(max_examples=15, deadline=None)
+@given(contexts=st.lists(st.integers(1, 700), min_size=4, max_size=4), active=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_decoding(contexts, active):
+    q, keys, values, tables, _ = draw(np.random.default_rng(sum(contexts)), [1] * 4, contexts, 4)
+    lengths = np.array(active, np.int32)
+    seen = np.where(active, contexts, 0).astype(np.int32)
+    out = attention(*map(jnp.asarray, (q, keys, values, tables, np.arange(4, dtype=np.int32), lengths, seen)), longest=1)
+    for s, context in enumerate(contexts):
+        k, v = (x[tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
+        if active[s]:
+            assert relative_rms(out[s : s + 1], alone(q[s : s + 1], k, v)) < FLOAT32_ONE_OP
+        else:
+            assert not np.asarray(out[s]).any()
+
+
+def test_a_result_does_not_depend_on_the_others_to_the_bit():
+    q, keys, values, tables, _ = draw(np.random.default_rng(0), [1] * 4, [600, 70, 1, 300], 4)
+    arguments = [jnp.asarray(x) for x in (q, keys, values, tables, np.arange(4, dtype=np.int32), np.ones(4, np.int32))]
+    together = attention(*arguments, jnp.array([600, 70, 1, 300]), longest=1)
+    others_gone = attention(*arguments[:5], jnp.array([0, 1, 0, 0]), jnp.array([0, 70, 0, 0]), longest=1)
+    np.testing.assert_array_equal(others_gone[1], together[1])
+
+
+def test_pages_of_another_size_are_refused():
+    q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, 32, 2, 16)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match=r"keys are \(2, 32, 2, 16\), expected pages of 64"):
+        paged_attention(q, pages, pages, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, longest=1)

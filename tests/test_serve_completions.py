@@ -1,0 +1,152 @@
+"""Text completions, metrics and the load client, over the small engine on a loopback port."""
+
+import json
+
+import httpx
+import numpy as np
+import pytest
+
+from minicpmv46_jax.processing import Inputs
+from serve import bench
+from serve.api import Service
+from tests.small_engine import SIZES
+from tests.test_serve_support import NAME, events, live
+
+GREEDY = {"model": NAME, "temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def address(demo, demo_engine):
+    service = Service(demo, demo_engine, NAME)
+    with live(service) as address:
+        yield address
+    service.pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def http(address):
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def complete(http, **fields):
+    return http.post("/v1/completions", json={**GREEDY, "prompt": "Once", **fields})
+
+
+@pytest.fixture(scope="module")
+def expected(demo):
+    """The demo's greedy continuation of a text, 12 tokens."""
+    ids = np.frombuffer(b"Once", np.uint8).astype(np.int32)
+    options = demo.options(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+    return "".join(delta.text for delta in demo.generate(Inputs(ids, ()), options))
+
+
+def test_a_text_and_its_token_ids_go_on_alike(http, expected):
+    for prompt in ("Once", list(b"Once")):
+        got = complete(http, prompt=prompt, max_tokens=12).json()
+        assert got["object"] == "text_completion" and got["id"].startswith("cmpl-") and got["model"] == NAME
+        assert got["choices"] == [{"index": 0, "text": expected, "logprobs": None, "finish_reason": "length"}]
+        assert got["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+
+
+def test_a_stream(http, expected):
+    chunks = events(complete(http, max_tokens=12, stream=True, stream_options={"include_usage": True}).text)
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 12
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == expected
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]][-1] == "length"
+    assert "usage" not in chunks[0]
+    assert all(chunk["choices"] for chunk in events(complete(http, max_tokens=12, stream=True).text))
+
+
+def test_as_many_tokens_as_openai_says(http):
+    assert complete(http).json()["usage"]["completion_tokens"] == 16
+
+
+def test_a_stop_text(http, expected):
+    got = complete(http, max_tokens=12, stop=expected[3:5]).json()["choices"][0]
+    assert (got["text"], got["finish_reason"]) == (expected[: expected.find(expected[3:5])], "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "words"),
+    [
+        ({"prompt": ""}, 400, "prompt", "not empty"),
+        ({"prompt": []}, 400, "prompt", "not empty"),
+        ({"prompt": [5, 10**6]}, 400, "prompt", "token 1000000, but the vocabulary ends at 305"),
+        ({"prompt": [5, -1]}, 400, "prompt", "prompt is"),
+        ({"prompt": ["a", "b"]}, 400, "prompt", "prompt is"),
+        ({"prompt": None}, 400, "prompt", "prompt is missing"),
+        ({"prompt": "x" * 3000}, 400, "prompt", f"the context holds {SIZES.longest} tokens"),
+        ({"max_tokens": SIZES.longest}, 400, "prompt", "together"),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens is 0"),
+        ({"temperature": -1}, 400, "temperature", "temperature is -1"),
+        ({"n": 2}, 400, "n", "n is 2, but only 1 is served"),
+        ({"echo": True}, 400, "echo", "echo is True"),
+        ({"max_tokenz": 3}, 400, "max_tokenz", "not a field"),
+        ({"model": "other"}, 404, "model", "does not exist"),
+    ],
+)
+def test_mistakes(http, fields, status, param, words):
+    answer = complete(http, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param)
+    assert words in error["message"] and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7"])
+def test_broken_bodies(http, content):
+    assert http.post("/v1/completions", content=content).status_code == 400
+
+
+def test_metrics(http):
+    complete(http)
+    answer = http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "\nminicpmv46_answer_tokens_total " in answer.text
+    assert "\nminicpmv46_time_to_first_token_seconds_bucket" in answer.text
+
+
+def run_bench(address, tmp_path, *flags):
+    out = tmp_path / "numbers.json"
+    pace = [] if "--rate" in flags else ["--concurrency", "3"]
+    common = ["--url", address, "--requests", "4", "--warmup", "0", "--ids", "256", "--output", str(out)]
+    status = bench.main([*common, *pace, *flags])
+    return status, json.loads(out.read_text())
+
+
+def test_the_load_client_counts_what_it_sent(address, tmp_path, capsys):
+    status, found = run_bench(address, tmp_path, "--input-len", "5..60", "--output-len", "9")
+    assert status == 0 and "output_throughput" in capsys.readouterr().out
+    assert (found["successful_requests"], found["failed_requests"]) == (4, 0)
+    assert found["total_output_tokens"] == 36 and 20 <= found["total_input_tokens"] <= 240
+    assert found["output_throughput"] == pytest.approx(36 / found["duration_s"])
+    assert 0 < found["median_ttft_ms"] < found["median_e2e_ms"]
+    assert found["mean_e2e_ms"] == pytest.approx(found["mean_ttft_ms"] + 8 * found["mean_tpot_ms"], rel=0.3)
+    assert found["settings"]["input_len"] == [5, 60]
+
+
+def test_the_load_client_has_conversations_and_pictures(address, tmp_path, demo_engine):
+    hits = demo_engine.scheduler.cached_tokens
+    status, found = run_bench(address, tmp_path, "--turns", "2", "--image", "64x48", "--input-len", "20", "--output-len", "4")
+    assert status == 0 and found["successful_requests"] == 8 and found["total_output_tokens"] == 32
+    assert demo_engine.scheduler.cached_tokens > hits
+
+
+def test_the_load_client_keeps_a_rate(address, tmp_path):
+    status, found = run_bench(address, tmp_path, "--rate", "4", "--output-len", "3")
+    assert status == 0 and found["successful_requests"] == 4
+
+
+def test_the_load_client_says_what_failed(address, tmp_path, capsys):
+    status, found = run_bench(address, tmp_path, "--model", "other", "--output-len", "3")
+    assert status == 1 and found["failed_requests"] == 4
+    assert "does not exist here" in capsys.readouterr().err
+    assert bench.main(["--url", "http://127.0.0.1:9", "--requests", "1"]) == 1
+    assert "http://127.0.0.1:9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--input-len 5..2", "--image 12", "--image 0x5", "--rate 1 --concurrency 2"])
+def test_the_load_clients_mistakes(flags, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(flags.split())
+    assert "usage: python -m serve.bench" in capsys.readouterr().err
