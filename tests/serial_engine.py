@@ -1,6 +1,7 @@
 """An engine over a fake model: one request after the other, in the order of submission. What the HTTP layer's tests talk to."""
 
 import contextlib
+import types
 from collections import deque
 
 from serve.jobs import Cancelled, Desk, EngineStopped, tell
@@ -13,6 +14,7 @@ class SerialEngine(Desk):
         super().__init__(max_waiting + 1)
         self._model = model
         self._waiting = deque()
+        self.metrics = types.SimpleNamespace(text=lambda: b"")
         self.start()
 
     @property

@@ -61,7 +61,7 @@ def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
     prompts = [prompt(demo, "What is it?", [photos[0].resize((90, 70))], max_slice_nums=1), prompt(demo, "z" * 150)]
     features, firsts = demo.generator.features(prompts[0].views)
     rows = [demo.generator.feature_rows(p, firsts if p.views else []) for p in prompts]
-    state = empty_state(demo.config.text, 3, 12, jnp.float32, longest=5)
+    state = empty_state(demo.config.text, 3, 12, jnp.dtype("float32"), longest=5)
     tables = np.array([[7, 2, 9, 0, -1], [4, 11, 3, 1, 8]], np.int32)
     read = jax.jit(functools.partial(model.read, model.schema(demo.config).text))
     at, found = [0, 0], {}

@@ -99,8 +99,8 @@ def install(app: FastAPI) -> None:
         return stopped_error().response(request.url.path)
 
     @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
-        return ApiError(400, str(error)).response()
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return ApiError(400, str(error)).response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
