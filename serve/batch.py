@@ -163,6 +163,7 @@ def _parser() -> flags.Parser:
         "--concurrency", metavar="N", type=flags.positive, default=32, help="requests at once (default: %(default)s)"
     )
     flags.add_model_flags(parser)
+    flags.add_engine_flags(parser.add_argument_group("engine"))
     return parser
 
 

@@ -180,7 +180,7 @@ class Answer:
         return {**self._header, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]}
 
     def _usage(self) -> dict[str, int]:
-        return usage(self._exchange.prompt_tokens, self._exchange.completion_tokens)
+        return usage(self._exchange)
 
 
 def _watch(request: Request, job: Job) -> asyncio.Task:

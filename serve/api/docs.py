@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from serve.api.completions import CompletionRequest
 from serve.api.schema import ChatRequest
 from serve.api.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -62,6 +63,7 @@ _ERROR = {
 
 _BODIES: dict[str, type[BaseModel] | dict[str, Any]] = {
     "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
     "/v1/responses": _RESPONSES,
     "/v1/messages": _MESSAGES,
     "/v1/messages/count_tokens": _COUNT_TOKENS,
