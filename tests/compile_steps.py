@@ -47,7 +47,7 @@ def main(topology: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)).devices
     mesh = Mesh(np.array(devices), ("chip",))
     config, dtype, shape = ModelConfig.from_dict(released_config()), jnp.bfloat16, jax.ShapeDtypeStruct
-    graph = model.schema(config, backend="tpu")
+    graph = model.schema(config)  # on a TPU, None takes the kernels there are
     params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
     state = jax.eval_shape(lambda: empty_state(config.text, SLOTS, PAGES, dtype, longest=PAGES, snapshots=SLOTS))
     decoding = jax.eval_shape(lambda: new_decoding(state_like(state), config.text.vocab_size))
