@@ -30,9 +30,8 @@ def chunked(lengths: tuple[int, ...], backward: bool = False) -> float:
     from fla.ops.common import chunk_o
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    chunk_o.TRITON_ABOVE_3_7_1 = (
-        True  # else it refuses its backward under Triton 3.4 to 3.7, whose results are wrong: timed all the same
-    )
+    # Under Triton 3.4 to 3.7 it refuses its backward, whose results those get wrong: timed all the same.
+    chunk_o.TRITON_ABOVE_3_7_1 = True
     equal = len(set(lengths)) == 1
     shape = (len(lengths), lengths[0]) if equal else (1, sum(lengths))
     offsets = None if equal else torch.tensor([0, *lengths], device="cuda").cumsum(0)

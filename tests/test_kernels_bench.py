@@ -1,0 +1,47 @@
+"""The kernels' benchmark, as far as it goes without a chip: its table, its lines, and a device that has no kernels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels_pallas import bench
+from kernels_pallas.gated_delta import bench as gated_delta
+from kernels_pallas.gated_delta import shapes
+
+
+def test_every_shape_is_in_the_table():
+    works = {work.name: work for work in gated_delta.works()}
+    assert len(works) == 2 * len(shapes.CHUNKED) + len(shapes.RECURRENT)
+    prompt = works["gated delta, 1 x 8,192"]
+    assert prompt.bytes == pytest.approx(
+        8192 * (6144 + 32 + 2048) * 2 + 2 * 2**20
+    )  # projections in, outputs out, memory both ways
+    assert prompt.flops == 8192 * 16 * 3 * 2 * 128 * 128
+
+
+def test_a_call_can_be_made_anywhere():
+    step = next(work for work in gated_delta.works() if work.name == "gated delta step, 1 slot")
+    assert step.run("reference")().shape == (1, 1, 16, 128)
+
+
+def test_a_line_names_the_others_and_the_share_of_the_limit():
+    row = {
+        "name": "x",
+        "us": 10.0,
+        "gb_s": 1.0,
+        "tflop_s": 2.0,
+        "of_limit": 0.5,
+        "reference_us": 40.0,
+        "rival": "fla",
+        "rival_us": 15.0,
+    }
+    assert "50% of the limit; reference 40.0 us (4.00 x), fla 15.0 us (1.50 x)" in bench.line(row)
+
+
+def test_a_device_without_kernels_is_named():
+    command = [sys.executable, "-m", "kernels_pallas.bench"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "there are kernels for gpu and tpu, and the device is 'cpu'" in done.stderr
