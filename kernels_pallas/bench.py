@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from kernels_pallas.backends import CHIPS
 
-KERNELS = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}  # by jax's name of the platform
 CALLS = 10  # a measurement: the mean of so many calls on the device
 
 
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     given = parser.parse_args()
     device = jax.devices()[0].device_kind
-    if jax.default_backend() not in KERNELS:
+    if jax.default_backend() not in CHIPS:
         raise SystemExit(f"there are kernels for {' and '.join(CHIPS)}, and the device is {device!r}")
     copy, product = limits()
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
@@ -106,7 +105,7 @@ def beside(library: str, only: str) -> dict[str, float]:
 
 def measured(work: Work, copy: float, product: float) -> dict[str, Any]:
     """A line's figures."""
-    ours = device_microseconds(work.run(KERNELS[jax.default_backend()]))
+    ours = device_microseconds(work.run(jax.default_backend()))
     limit = max(work.bytes / copy, work.flops / product) * 1e6
     return {
         "name": work.name,

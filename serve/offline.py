@@ -42,8 +42,7 @@ class Offline:
 
     @staticmethod
     def _fitting(model: MiniCPMV) -> Desk:
-        platform = {"gpu": "gpu", "cuda": "gpu", "tpu": "tpu"}.get(jax.default_backend(), "cpu")
-        return make_engine(model, platform, MEMORY_FRACTION, Wishes(), Policy())
+        return make_engine(model, jax.default_backend(), MEMORY_FRACTION, Wishes(), Policy())
 
     def __enter__(self) -> "Offline":
         return self

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
-from kernels_pallas.gated_delta.reference import L2_EPS, gates
+from kernels_pallas.gated_delta.reference import L2_EPS, chunk_gates
 from kernels_pallas.mosaic import (
     ACROSS,
     COL,
@@ -61,23 +61,13 @@ def chunked(
     """As `reference.chunked`."""
     T, (_, N, V, _) = qkv.shape[0], memory.shape
     table = chunk_table(starts, lengths, T)
-    system = systems(qkv, conv, tail, *chunk_gates(a, b, a_log, dt_bias, table), table)
+    g, beta = (x.transpose(2, 0, 1) for x in chunk_gates(a, b, a_log, dt_bias, table))
+    system = systems(qkv, conv, tail, g, beta, table)
     taken = snapshot_of_chunk(table, snapshots)
     out, end, kept = scan(system, memory, starts, lengths, taken, T, snapshots.shape[0])
     there = jnp.any(taken[None] == jnp.arange(snapshots.shape[0], dtype=jnp.int32)[:, None], axis=1)
     kept = jnp.where(there[:, None, None, None], kept, 0.0)
     return out.reshape(T, N, V), end, kept
-
-
-def chunk_gates(
-    a: Float[Array, "T N"], b: Float[Array, "T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"], table: Chunks
-) -> tuple[Float32[Array, "N chunks L"], Float32[Array, "N chunks L"]]:
-    """Log decay and writing strength of every chunk's tokens; both 0 in rows past the end, which so do nothing."""
-    within = jnp.arange(L, dtype=jnp.int32)[None]
-    rows = jnp.clip(table.row[:, None] + within, 0, a.shape[0] - 1)
-    real = (within < table.rows[:, None])[..., None]
-    g, beta = (jnp.where(real, x, 0.0).transpose(2, 0, 1) for x in gates(a[rows], b[rows], a_log, dt_bias))
-    return g, beta
 
 
 class System(NamedTuple):

@@ -41,8 +41,7 @@ def chunked(
     table = chunk_table(starts, lengths, T)
     rows, real = _rows(table)
     q, k, v = heads(_convolved_chunks(qkv, conv, tail, table), N, K, V)
-    g, beta = gates(a[jnp.clip(rows, 0, T - 1)], b[jnp.clip(rows, 0, T - 1)], a_log, dt_bias)
-    g, beta = (jnp.where(real[..., None], x, 0.0) for x in (g, beta))  # a token with neither changes nothing
+    g, beta = chunk_gates(a, b, a_log, dt_bias, table)
 
     q, k, v, g, beta = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, g, beta))  # [chunks, N, L, ...]
     decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
@@ -158,6 +157,16 @@ def gates(
     """Log decay `-exp(a_log) softplus(a + dt_bias)` and writing strength `sigmoid(b)`."""
     rate, bias = (x.astype(jnp.float32)[None, None] for x in (jnp.exp(a_log.astype(jnp.float32)), dt_bias))
     return -rate * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(b.astype(jnp.float32))
+
+
+def chunk_gates(
+    a: Float[Array, "T N"], b: Float[Array, "T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"], table: Chunks
+) -> tuple[Float32[Array, "chunks L N"], Float32[Array, "chunks L N"]]:
+    """`gates` of every chunk's tokens; both 0 in rows past the end, which so change nothing."""
+    rows, real = _rows(table)
+    rows = jnp.clip(rows, 0, a.shape[0] - 1)
+    g, beta = gates(a[rows], b[rows], a_log, dt_bias)
+    return jnp.where(real[..., None], g, 0.0), jnp.where(real[..., None], beta, 0.0)
 
 
 def gated_norm(
