@@ -35,7 +35,7 @@ class MiniCPMV46(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str | None = None, rngs: nnx.Rngs):
         self.text = TextModel(config.text, backend=backend, rngs=rngs)
-        self.vision = VisionTower(config.vision, config.text.hidden_size, rngs=rngs)
+        self.vision = VisionTower(config.vision, config.text.hidden_size, backend=backend, rngs=rngs)
 
 
 class Schema(NamedTuple):

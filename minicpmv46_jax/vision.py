@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from kernels_pallas.packed_attention import packed_attention
 from minicpmv46_jax.config import VisionConfig
@@ -100,11 +100,11 @@ class FinalMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Packed views in, text embeddings out."""
+    """Packed views in, text embeddings out; `backend` as in `kernels_pallas.packed_attention`."""
 
-    def __init__(self, config: VisionConfig, text_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, text_width: int, *, backend: str | None = None, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.insert_layer_id = config.insert_layer_id
+        self.insert_layer_id, self.backend = config.insert_layer_id, backend
         self.patch_embed = Linear(config.patch_dim, D, bias=True, rngs=rngs)
         self.position_embed = Embedding(config.positions_per_side**2, D, rngs=rngs)
         self.layers = nnx.List([VisionBlock(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
@@ -122,17 +122,22 @@ class VisionTower(nnx.Module):
         x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
         x = x + self.position_embed(views.position_ids)
         tap(taps, "vision.embeddings", x)
-        attend = within_views(views.starts, views.lengths, views.longest)
+        attend = self.within_views(views, 1)
         for i, block in enumerate(self.layers):
             x = block(x, attend)
             tap(taps, f"vision.layers.{i}", x)
             if i == self.insert_layer_id and views.downsample_mode == "16x":
                 x = self.window_merger(x)
                 tap(taps, "vision.window_merger", x)
-                attend = within_views(views.starts // WINDOW, views.lengths // WINDOW, views.longest // WINDOW)
+                attend = self.within_views(views, WINDOW)
         features = self.merger(self.post_norm(x))
         tap(taps, "vision.merger", features)
         return features
+
+    def within_views(self, views: PackedViews, merged: int):
+        """An attention that keeps each view to itself, where `merged` patches have become one row."""
+        where = {"starts": views.starts // merged, "lengths": views.lengths // merged, "longest": views.longest // merged}
+        return functools.partial(packed_attention, **where, backend=self.backend)
 
 
 def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
@@ -140,11 +145,6 @@ def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
     P, channels = views.scale.shape
     values = views.patches.reshape(P, channels, -1).astype(jnp.float32)
     return (values * views.scale[..., None] + views.offset[..., None]).reshape(P, -1)
-
-
-def within_views(starts: Int32[Array, " I"], lengths: Int32[Array, " I"], longest: int):
-    """An attention that keeps each view to itself."""
-    return functools.partial(packed_attention, starts=starts, lengths=lengths, longest=longest)
 
 
 def window_attention(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"]) -> Float[Array, "P N H"]:

@@ -1,0 +1,41 @@
+"""The operation, one function; `backend` says who runs it.
+
+Glossary: P patches in the row, I views, L the longest view, N heads, H head width.
+"""
+
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.packed_attention import reference
+
+
+def packed_attention(
+    q: Float[Array, "P N H"],
+    k: Float[Array, "P N H"],
+    v: Float[Array, "P N H"],
+    starts: Int32[Array, " I"],
+    lengths: Int32[Array, " I"],
+    *,
+    longest: int,
+    backend: str | None = None,
+) -> Float[Array, "P N H"]:
+    """Softmax attention of each view within itself, scaled by H^-1/2. Differentiable in q, k and v.
+
+    Args:
+      q, k, v: every view's rows one after another; there may be gaps.
+      starts: each view's first row, ascending.
+      lengths: each view's rows, at most `longest`; 0 for a view that is not there (its start is then P).
+      longest: the static bound L; the reference takes I x N x L x L float32.
+      backend: "reference", or None for the fastest that serves these arguments here.
+
+    Returns:
+      In q's dtype; zeros for rows of no view.
+
+    Raises:
+      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+    """
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}, expected one dtype")
+    implementations = {REFERENCE: reference.packed_attention}
+    run = implementations[choose(backend, dict.fromkeys(implementations))]
+    return run(q, k, v, starts, lengths, longest)

@@ -1,0 +1,31 @@
+"""This model's real workloads: one table for tests, benchmark and tuning."""
+
+from typing import NamedTuple
+
+HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # query heads, key-value heads, width of either
+
+
+class PagedShape(NamedTuple):
+    """Sequences with so many queries, the last of contexts so long; `longest` bounds the queries of one."""
+
+    name: str
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    longest: int
+
+
+PAGED = (
+    PagedShape("decode 1 x 1,024", (1,), (1024,), 1),
+    PagedShape("decode 100 x 1,024", (1,) * 100, (1024,) * 100, 1),
+    PagedShape("decode 4 x 131,072", (1,) * 4, (131072,) * 4, 1),
+    PagedShape("decode 1 x 262,144", (1,), (262144,), 1),
+    PagedShape("prefill 2,048 from nothing", (2048,), (2048,), 2048),
+    PagedShape("prefill 2,048 on 30,000", (2048,), (32048,), 2048),
+    # A reading step of a busy server: pieces of sixteen prompts, 2,048 tokens in all.
+    PagedShape(
+        "prefill 16 pieces",
+        (512, 4, 64, 1, 200, 17, 448, 130, 65, 96, 5, 255, 128, 31, 60, 32),
+        (512, 4099, 64, 1, 1200, 9000, 448, 2178, 65, 96, 70, 255, 30000, 31, 316, 32),
+        2048,
+    ),
+)
