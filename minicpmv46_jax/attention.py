@@ -76,6 +76,7 @@ def write(
 ) -> KeyValues:
     """Puts each token into its place in its page; tokens without a page are dropped."""
     pages = dropped(pages, state.keys.shape[0])
+    k, v = (x.reshape(x.shape[0], -1) for x in (k, v))
     return KeyValues(
         state.keys.at[pages, positions % PAGE].set(k, mode="drop"),
         state.values.at[pages, positions % PAGE].set(v, mode="drop"),

@@ -16,10 +16,10 @@ from minicpmv46_jax.trees import tree_dataclass
 
 @tree_dataclass
 class KeyValues:
-    """Keys and values of one full-attention layer."""
+    """Keys and values of one full-attention layer; a token's heads side by side."""
 
-    keys: Float[Array, "P page K H"]
-    values: Float[Array, "P page K H"]
+    keys: Float[Array, "P page KH"]
+    values: Float[Array, "P page KH"]
 
 
 @tree_dataclass
@@ -58,7 +58,7 @@ def empty_state(
 
     def layer(kind: str) -> KeyValues | DeltaState:
         if kind == "full_attention":
-            shape = (pages, PAGE, config.num_key_value_heads, config.head_dim)
+            shape = (pages, PAGE, config.num_key_value_heads * config.head_dim)
             return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         slots = sequences + snapshots
         heads = (slots, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)

@@ -19,7 +19,7 @@ attention = jax.jit(functools.partial(paged_attention, backend="reference"), sta
 def draw(rng, lengths, contexts, row):
     """Random pages in random order; what no sequence may see is huge."""
     q = rng.standard_normal((row, 4, 16)).astype(np.float32)
-    keys, values = rng.standard_normal((2, POOL, PAGE, 2, 16)).astype(np.float32)
+    keys, values = rng.standard_normal((2, POOL, PAGE, 2 * 16)).astype(np.float32)
     order, tables = rng.permutation(POOL), np.full((len(lengths), WIDTH), -1, np.int32)
     for s, context in enumerate(contexts):
         pages = -(-context // PAGE)
@@ -88,6 +88,6 @@ def test_a_result_does_not_depend_on_the_others_to_the_bit():
 
 
 def test_pages_of_another_size_are_refused():
-    q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, 32, 2, 16)), jnp.zeros(1, jnp.int32)
-    with pytest.raises(ValueError, match=r"keys are \(2, 32, 2, 16\), expected pages of 64"):
+    q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, 32, 32)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match=r"keys are \(2, 32, 32\), expected pages of 64"):
         paged_attention(q, pages, pages, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, longest=1)

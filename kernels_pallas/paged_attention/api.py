@@ -2,7 +2,10 @@
 
 Keys and values lie in pages of 64 tokens, in any order; a table names each sequence's pages in the order of its tokens. The
 queries of several sequences stand in one row: one each in decoding, a piece of a prompt each while prompts are read.
-Glossary: T queries, S sequences, N query heads, K key-value heads, H head width, P pages, M pages of the longest sequence.
+The heads of a page stand side by side in one axis, because a TPU tiles the last two axes: with the heads in the last but one each
+token would be a tile of its own, mostly empty on chip; so a page is whole tiles and a head a slice of lanes.
+Glossary: T queries, S sequences, N query heads, K key-value heads, H head width, KH = K x H, P pages, M pages of the longest
+sequence.
 """
 
 from jaxtyping import Array, Float, Int32
@@ -15,8 +18,8 @@ PAGE = 64  # tokens; a chunk of the gated delta rule, so that a prefix is whole 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    keys: Float[Array, "P page K H"],
-    values: Float[Array, "P page K H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
     tables: Int32[Array, "S M"],
     starts: Int32[Array, " S"],
     lengths: Int32[Array, " S"],
@@ -29,7 +32,7 @@ def paged_attention(
 
     Args:
       q: sequence s has the queries `starts[s] : starts[s] + lengths[s]`; they are its last tokens.
-      keys, values: all pages; those of the queries' own tokens are written already.
+      keys, values: all pages, a token's K heads side by side; those of the queries' own tokens are written already.
       tables: each sequence's pages; what lies past a sequence's context is never read into a result.
       starts, lengths: may leave gaps and may be empty, must not overlap.
       contexts: tokens of each sequence, its queries counted in.
@@ -42,8 +45,9 @@ def paged_attention(
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
-    if keys.shape[1] != PAGE or q.shape[1] % keys.shape[2]:
-        raise ValueError(f"keys are {keys.shape}, expected pages of {PAGE} and heads that divide q's {q.shape[1]}")
+    _, N, H = q.shape
+    if keys.shape[1] != PAGE or keys.shape[2] % H or N % (keys.shape[2] // H):
+        raise ValueError(f"keys are {keys.shape}, expected pages of {PAGE} and heads of q's width {H} that divide its {N}")
     implementations = {REFERENCE: reference.paged_attention}
     run = implementations[choose(backend, dict.fromkeys(implementations))]
     return run(q, keys, values, tables, starts, lengths, contexts, longest)

@@ -37,8 +37,8 @@ class Running(NamedTuple):
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    keys: Float[Array, "P page K H"],
-    values: Float[Array, "P page K H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
     tables: Int32[Array, "S M"],
     starts: Int32[Array, " S"],
     lengths: Int32[Array, " S"],
@@ -46,7 +46,8 @@ def paged_attention(
     longest: int,
 ) -> Float[Array, "T N H"]:
     """`api.paged_attention`."""
-    (T, N, H), (_, page, K, _) = q.shape, keys.shape
+    (T, N, H), page = q.shape, keys.shape[1]
+    K = keys.shape[2] // H
     blocks = query_blocks(starts, lengths, contexts, T, min(longest, QUERY_BLOCK))
     C, L = blocks.rows.shape
     q_CLKGH = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, K, N // K, H)
