@@ -10,6 +10,14 @@ CHIPS = {
     "gpu": ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200"),
     "tpu": ("TPU v5", "TPU v6", "TPU7"),
 }
+MOSAIC_GPU = (0, 11)  # it is young: jax 0.10's loads and layouts are others
+
+
+def mosaic_gap() -> str | None:
+    """What the present jax lacks for kernels in Mosaic GPU, or None."""
+    if jax.__version_info__ < MOSAIC_GPU:
+        return f"jax is {jax.__version__}, and it takes {'.'.join(map(str, MOSAIC_GPU))} or newer"
+    return None
 
 
 def device_kind() -> str:

@@ -20,10 +20,10 @@ def params(*, approximate: bool) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
-def tiles(*shape: int, dtype: jnp.dtype = jnp.bfloat16) -> object:
-    """Shared memory in the swizzled tiles that TMA writes and wgmma reads without bank conflicts."""
+def tiles(*shape: int, dtype: jnp.dtype = jnp.bfloat16, swizzle: int | None = None) -> object:
+    """Shared memory in the swizzled tiles that TMA writes and wgmma reads without bank conflicts; `swizzle` bytes wide."""
     size = jnp.dtype(dtype).itemsize
-    swizzle = min(shape[-1] * size, 128)
+    swizzle = swizzle or min(shape[-1] * size, 128)
     transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

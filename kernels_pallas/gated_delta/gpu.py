@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta import reference
 from kernels_pallas.gated_delta.gpu_chunked import TAIL
 from kernels_pallas.gated_delta.gpu_chunked import chunked as forward
@@ -13,7 +14,6 @@ from kernels_pallas.gated_delta.gpu_recurrent import PAIR, recurrent
 __all__ = ["chunked", "gap", "recurrent"]
 
 WIDTH = 128  # of keys and of values
-JAX = (0, 11)  # Mosaic GPU is young: jax 0.10's loads and layouts are others
 
 
 def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
@@ -29,9 +29,7 @@ def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
         return f"layer.conv has {conv.shape[1]} taps, and it takes {TAIL + 1}"
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}, and it takes bfloat16"
-    if jax.__version_info__ < JAX:
-        return f"jax is {jax.__version__}, and it takes {'.'.join(map(str, JAX))} or newer"
-    return None
+    return mosaic_gap()
 
 
 @jax.custom_vjp

@@ -1,0 +1,73 @@
+"""The kernels for Hopper, in Mosaic GPU: what they serve, and how the forward and backward ones go together."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.packed_attention.gpu_backward import backward
+from kernels_pallas.packed_attention.gpu_forward import forward
+from kernels_pallas.packed_attention.gpu_walks import views
+from kernels_pallas.packed_attention.gpu_walks import windows as window_views
+
+WIDTH = 72  # of a head
+ALIGNED = 8  # rows of a tile in memory
+
+
+def gap(q: jax.Array) -> str | None:
+    """What the kernels lack for these arguments, or None."""
+    _, N, H = q.shape
+    if H != WIDTH:
+        return f"q has heads of {H}, and it takes {WIDTH}"
+    if N % 2:
+        return f"q has {N} heads, and it takes an even number"
+    if q.dtype != jnp.bfloat16:
+        return f"q is {q.dtype}, and it takes bfloat16"
+    return mosaic_gap()
+
+
+def packed_attention(
+    q: Float[Array, "P N H"],
+    k: Float[Array, "P N H"],
+    v: Float[Array, "P N H"],
+    starts: Int32[Array, " I"],
+    lengths: Int32[Array, " I"],
+    longest: int,
+) -> Float[Array, "P N H"]:
+    """As `reference.packed_attention`."""
+    del longest  # views may be of any length
+    return _whole_tiles(q, k, v, *views(starts, lengths, q.shape[0]))
+
+
+def windows(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], size: int) -> Float[Array, "P N H"]:
+    """As `reference.windows`."""
+    return _whole_tiles(q, k, v, *window_views(size, q.shape[0]))
+
+
+def _whole_tiles(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
+    """With rows added up to a multiple of 8, if need be."""
+    P = q.shape[0]
+    if short := -P % ALIGNED:
+        q, k, v = (jnp.pad(x, ((0, short), (0, 0), (0, 0))) for x in (q, k, v))
+        first, end = (jnp.pad(x, (0, short)) for x in (first, end))
+    return _attend(q, k, v, first, end)[:P]
+
+
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
+    return forward(q, k, v, first, end)[0]
+
+
+def _remember(q: Array, k: Array, v: Array, first: Array, end: Array) -> tuple[Array, Any]:
+    out, sums = forward(q, k, v, first, end)
+    return out, (q, k, v, out, sums, first, end)
+
+
+def _pull_back(kept: Any, cotangent: Array) -> tuple[Any, ...]:
+    q, k, v, out, sums, first, end = kept
+    return *backward(q, k, v, out, sums, cotangent, first, end), None, None
+
+
+_attend.defvjp(_remember, _pull_back)

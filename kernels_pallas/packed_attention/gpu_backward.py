@@ -1,0 +1,134 @@
+"""The backward kernels for Hopper: one body, run once for the queries' gradient and once for the keys' and values'.
+
+Both recompute a tile's weights from the forward's sums (arXiv:2205.14135). With rows of queries walking over keys,
+
+    S = q k^T,  W = exp(S - sums),  dW = do v^T,  dS = W (dW - delta),  dq = dS k,
+
+and with rows of keys walking over queries the same in transposed matrices, S^T = k q^T, dW^T = v do^T, whose sums and deltas go along
+columns: dk = dS^T q, and dv = W^T do. So no matrix is ever turned, and each result has one owner: nothing is added across blocks.
+Glossary: P patches, R of them rounded up to whole blocks, N heads, H head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.mosaic import ACROSS, COL, MATRIX, accumulate, along_columns, along_rows, load, params, product, tiles
+from kernels_pallas.packed_attention.gpu_walks import ROWS, SLACK, columns, keep_own, leave, plan, seen
+
+GROUPS = 2
+TILE = 64
+STAGES = 3
+
+
+def backward(
+    q: Float[Array, "P N H"],
+    k: Float[Array, "P N H"],
+    v: Float[Array, "P N H"],
+    out: Float[Array, "P N H"],
+    sums: Float32[Array, "N R"],
+    cotangent: Float[Array, "P N H"],
+    first: Int32[Array, " P"],
+    end: Int32[Array, " P"],
+) -> tuple[Float[Array, "P N H"], Float[Array, "P N H"], Float[Array, "P N H"]]:
+    """The gradients of `gpu_forward.forward`'s first result with respect to q, k and v."""
+    P, N, H = q.shape
+    delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1).T
+    reach = (0, -(-P // (GROUPS * ROWS)) * GROUPS * ROWS + TILE - P)  # a tile may end so far behind the last row
+    sums, delta = (jnp.pad(x[:, :P], ((0, 0), reach)) for x in (sums, delta))
+    walks = plan(first, end, GROUPS, TILE)
+    flat = [x.reshape(P, N * H) for x in (q, k, v, cotangent)]
+    q, k, v, cotangent = flat
+    (dq,) = _walk("packed_attention_dq", (q, cotangent, k, v), sums, delta, walks, N, results=1)
+    dk, dv = _walk("packed_attention_dkv", (k, v, q, cotangent), sums, delta, walks, N, results=2)
+    return dq, dk, dv
+
+
+def _walk(name, operands, sums, delta, walks, N, results):
+    P, H = operands[0].shape[0], operands[0].shape[1] // N
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, N=N, H=H, results=results),
+        out_type=[jax.ShapeDtypeStruct((P, N, H), operands[0].dtype)] * results,
+        grid=(walks.begin.shape[0], N),
+        grid_names=("block", "head"),
+        num_threads=GROUPS + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            *(tiles(GROUPS * ROWS, H + SLACK, swizzle=32) for _ in range(2)),
+            *(tiles(STAGES, TILE, H + SLACK, swizzle=32) for _ in range(2)),
+            plgpu.SMEM((GROUPS, ROWS, H), operands[0].dtype),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name=name,
+    )
+    return kernel(*operands, sums, delta, *walks)
+
+
+def _kernel(*refs, N, H, results):
+    row_refs, tile_refs, (sums, delta, first, end, begin, count, own), rest = refs[:2], refs[2:4], refs[4:11], refs[11:]
+    outs, (rows_a, rows_b, tile_a, tile_b, out_s, ready_rows, ready, free) = rest[:results], rest[results:]
+    block, head, group = (lax.axis_index(name) for name in ("block", "head", "group"))
+    start, tiles_here, mine = begin[block], count[block], columns(head, H)
+
+    @pl.when(group == GROUPS)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        rows = pl.ds(block * GROUPS * ROWS, GROUPS * ROWS)
+        for source, place in zip(row_refs, (rows_a, rows_b), strict=True):
+            plgpu.copy_gmem_to_smem(source.at[rows, mine], place, ready_rows)
+
+        @pl.loop(0, tiles_here)
+        def _(i):
+            slot = lax.rem(i, STAGES)
+            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+            for source, place in zip(tile_refs, (tile_a, tile_b), strict=True):
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(start + i * TILE, TILE), mine], place.at[slot], ready.at[slot])
+
+    @pl.when(group < GROUPS)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        rows = pl.ds((block * GROUPS + group) * ROWS, ROWS)
+        since, until, clear, cloudy = (own[block, group, i] for i in range(4))
+        low, high = load(first.at[rows]), load(end.at[rows])
+        of_rows = [along_rows(load(x.at[head, rows]), TILE) for x in (sums, delta)] if results == 1 else None
+        plgpu.barrier_wait(ready_rows)
+        a, b = (x.at[pl.ds(group * ROWS, ROWS)] for x in (rows_a, rows_b))
+        for x in (a, b):
+            keep_own(x, head, H)
+
+        def skip(i, _):
+            slot = lax.rem(i, STAGES)
+            plgpu.barrier_wait(ready.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+
+        def visit(i, totals):
+            slot, at = lax.rem(i, STAGES), start + i * TILE
+            stats = of_rows or [along_columns(load(x.at[head, pl.ds(at, TILE)], COL), ROWS) for x in (sums, delta)]
+            plgpu.barrier_wait(ready.at[slot])
+            scores = product(a, tile_a.at[slot].transpose(ACROSS))
+            masked = (i < clear) | (i >= cloudy)
+            scores = lax.cond(masked, lambda x: seen(x, low, high, at), lambda x: x, scores)
+            weights = jnp.exp2(scores * (H**-0.5 * math.log2(math.e)) - stats[0])
+            slopes = (weights * (product(b, tile_b.at[slot].transpose(ACROSS)) - stats[1])).astype(tile_a.dtype)
+            totals = [accumulate(totals[0], slopes, tile_a.at[slot]), *totals[1:]]
+            if results == 2:
+                totals[1] = accumulate(totals[1], weights.astype(tile_b.dtype), tile_b.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+            return tuple(totals)
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H + SLACK), jnp.float32), MATRIX)
+        lax.fori_loop(0, since, skip, None)
+        totals = lax.fori_loop(since, until, visit, (zeros,) * results)
+        lax.fori_loop(until, tiles_here, skip, None)
+        for total, out, factor in zip(totals, outs, (H**-0.5, 1.0), strict=False):
+            leave((total * factor).astype(out.dtype), head, H, out_s.at[group], out.at[rows, head])
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,158 @@
+"""The forward kernel for Hopper.
+
+Blocks stay on the chip and take one (block of rows, head) after the other: one warpgroup only fetches, ahead into the next pair too;
+the other three own 64 rows each, and while one waits for the matrix unit another's softmax keeps the rest busy.
+Glossary: P patches, R of them rounded up to whole blocks, N heads, H head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, load, params, tiles
+from kernels_pallas.packed_attention.gpu_walks import FLOOR, PROCESSORS, ROWS, SLACK, columns, keep_own, leave, plan, seen
+
+
+def forward(
+    q: Float[Array, "P N H"],
+    k: Float[Array, "P N H"],
+    v: Float[Array, "P N H"],
+    first: Int32[Array, " P"],
+    end: Int32[Array, " P"],
+    *,
+    groups: int = 3,
+    tile: int = 128,
+    stages: int = 3,
+) -> tuple[Float[Array, "P N H"], Float32[Array, "N R"]]:
+    """The attention of rows over the rows from `first` to `end`; and the logarithm, base 2, of each row's sum of weights."""
+    P, N, H = q.shape
+    walks = plan(first, end, groups, tile)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages),
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((N, walks.first.shape[0]), jnp.float32),
+        ],
+        grid=(PROCESSORS,),
+        grid_names=("processor",),
+        num_threads=groups + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            tiles(2, groups * ROWS, H + SLACK, swizzle=32),
+            *(tiles(stages, tile, H + SLACK, swizzle=32) for _ in range(2)),
+            plgpu.SMEM((groups, ROWS, H), q.dtype),
+            *(plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_arrivals=groups, num_barriers=2)),
+            *(plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=groups, num_barriers=stages)),
+            *(plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=groups, num_barriers=stages)),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="packed_attention",
+    )
+    return kernel(*(x.reshape(P, N * H) for x in (q, k, v)), *walks)
+
+
+def _kernel(*refs, N, H, groups, tile, stages):
+    q, k, v, first, end, begin, count, own, out, sums, q_s, k_s, v_s, out_s, *barriers = refs
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    processor, group = lax.axis_index("processor"), lax.axis_index("group")
+    wide, items = H + SLACK, (begin.shape[0] * N - processor + PROCESSORS - 1) // PROCESSORS
+
+    def pair(n):
+        item = n * PROCESSORS + processor
+        return item // N, lax.rem(item, N)
+
+    @pl.when(group == groups)
+    def _fetch():
+        plgpu.set_max_registers(24, action="decrease")
+
+        def item(n, ring):
+            (block, head), at = pair(n), lax.rem(n, 2)
+            start, tiles_here, mine = begin[block], count[block], columns(head, H)
+            pl.when(n >= 2)(lambda: plgpu.barrier_wait(q_free.at[at]))
+            rows = pl.ds(block * groups * ROWS, groups * ROWS)
+            plgpu.copy_gmem_to_smem(q.at[rows, mine], q_s.at[at], q_ready.at[at])
+
+            @pl.loop(0, tiles_here)
+            def _(i):
+                slot, rows = lax.rem(ring + i, stages), pl.ds(start + i * tile, tile)
+                for source, place, ready, free in ((k, k_s, k_ready, k_free), (v, v_s, v_ready, v_free)):
+                    pl.when(ring + i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    plgpu.copy_gmem_to_smem(source.at[rows, mine], place.at[slot], ready.at[slot])
+
+            return ring + tiles_here
+
+        lax.fori_loop(0, items, item, jnp.int32(0))
+
+    @pl.when(group < groups)
+    def _compute():
+        plgpu.set_max_registers(160, action="increase")
+        scale = H**-0.5 * math.log2(math.e)
+
+        def item(n, ring):
+            (block, head), at = pair(n), lax.rem(n, 2)
+            rows = pl.ds((block * groups + group) * ROWS, ROWS)
+            start, tiles_here = begin[block], count[block]
+            since, until, clear, cloudy = (own[block, group, i] for i in range(4))
+            low, high = load(first.at[rows]), load(end.at[rows])
+            plgpu.barrier_wait(q_ready.at[at])
+            mine_s = q_s.at[at, pl.ds(group * ROWS, ROWS)]
+            keep_own(mine_s, head, H)
+
+            def skip(i, _):
+                slot = lax.rem(ring + i, stages)
+                for ready, free in ((k_ready, k_free), (v_ready, v_free)):
+                    plgpu.barrier_wait(ready.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            def visit(i, carry):
+                total, weight, largest = carry
+                slot = lax.rem(ring + i, stages)
+                plgpu.barrier_wait(k_ready.at[slot])
+                scores = _scores(mine_s, k_s.at[slot])
+                plgpu.barrier_arrive(k_free.at[slot])
+                masked = (i < clear) | (i >= cloudy)
+                scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * tile), lambda x: x, scores)
+                peak = jnp.maximum(largest, scores.max(axis=1) * scale)
+                faded = jnp.exp2(largest - peak)
+                weights = jnp.exp2(scores * scale - along_rows(peak, tile))
+                weight = weight * faded + weights.sum(axis=1)
+                total = total * along_rows(faded, wide)
+                plgpu.barrier_wait(v_ready.at[slot])
+                total = accumulate(total, weights.astype(q.dtype), v_s.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                return total, weight, peak
+
+            lax.fori_loop(0, since, skip, None)
+            total, weight, largest = lax.fori_loop(since, until, visit, nothing(wide))
+            lax.fori_loop(until, tiles_here, skip, None)
+            plgpu.barrier_arrive(q_free.at[at])
+            there = weight > 0
+            weight = jnp.where(there, weight, 1.0)
+            result = (total * along_rows(jnp.where(there, 1 / weight, 0.0), wide)).astype(out.dtype)
+            leave(result, head, H, out_s.at[group], out.at[rows, head])
+            sums[head, rows] = largest + jnp.log2(weight)
+            return ring + tiles_here
+
+        lax.fori_loop(0, items, item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def nothing(width: int) -> tuple[Array, Array, Array]:
+    """A softmax that has seen nothing: sum of values, sum of weights, largest score."""
+    total = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), MATRIX)
+    weight = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
+    return total, weight, plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+
+
+def _scores(rows: object, columns: object) -> Array:
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, rows, columns.transpose(ACROSS))
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((rows.shape[0], columns.shape[0]), jnp.float32))

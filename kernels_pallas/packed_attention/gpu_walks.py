@@ -1,0 +1,103 @@
+"""Which keys the Hopper kernels' blocks of rows walk over, and how heads lie in memory.
+
+The row of patches is cut into blocks wherever views begin: a block of rows walks over all rows from the beginning of its first
+row's view to the end of its last row's, in tiles, and only tiles that are not wholly everybody's are masked. So nothing is padded or
+gathered, views may begin anywhere, and sixteen 2x2 windows are one tile.
+
+Heads of 72 values lie side by side, 4.5 tiles of 16 each: 80 columns are fetched, the head's 72 and 8 of a neighbour's, before
+them for an odd head and behind them for an even one. They count as zeros in a product's left operand, and are dropped from results.
+Glossary: P patches, R of them rounded up to whole blocks, I views, N heads, H head width.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int32
+
+from kernels_pallas.mosaic import along_rows, iota
+
+ROWS = 64  # of a warpgroup
+PROCESSORS = 132  # of a chip; as many blocks stay on it
+SLACK = 8  # columns of a neighbouring head
+FLOOR = -1e30  # below every score
+
+
+class Walks(NamedTuple):
+    """What each row sees, and which tiles each block of rows walks over.
+
+    Attributes:
+      first, end: each row's view; first >= end for a row of no view.
+      begin, count: the first row of a block's first tile, a multiple of 8, and its tiles.
+      own: of a block's tiles, those [0, 1) that each warpgroup reads, and those [2, 3) that it need not mask.
+    """
+
+    first: Int32[Array, " R"]
+    end: Int32[Array, " R"]
+    begin: Int32[Array, " blocks"]
+    count: Int32[Array, " blocks"]
+    own: Int32[Array, "blocks groups 4"]
+
+
+def views(starts: Int32[Array, " I"], lengths: Int32[Array, " I"], rows: int) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
+    """Each row's view, from its first row to its end; an empty one from `rows` to 0 for a row of no view."""
+    row = jnp.arange(rows, dtype=jnp.int32)
+    view = jnp.maximum(jnp.searchsorted(starts, row, side="right", method="compare_all").astype(jnp.int32) - 1, 0)
+    first, end = starts[view], (starts + lengths)[view]
+    real = (row >= first) & (row < end)
+    return jnp.where(real, first, rows), jnp.where(real, end, 0)
+
+
+def windows(size: int, rows: int) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
+    """As `views`, for windows of so many rows one after the other."""
+    first = jnp.arange(rows, dtype=jnp.int32) // size * size
+    return first, first + size
+
+
+def plan(first: Int32[Array, " P"], end: Int32[Array, " P"], groups: int, tile: int) -> Walks:
+    """The walks of blocks of `groups` x 64 rows over tiles of `tile`."""
+    rows = first.shape[0]
+    blocks = -(-rows // (groups * ROWS))
+    short = (0, blocks * groups * ROWS - rows)
+    first, end = jnp.pad(first, short, constant_values=rows), jnp.pad(end, short)
+    low, high = (x.reshape(blocks, groups, ROWS) for x in (first, end))
+    begin = jnp.minimum(low.min(axis=(1, 2)), rows) // 8 * 8
+    count = jnp.maximum(high.max(axis=(1, 2)) - begin + tile - 1, 0) // tile
+    since = begin[:, None]
+    edges = (low.min(axis=2), high.max(axis=2) + tile - 1, low.max(axis=2) + tile - 1, high.min(axis=2))
+    own = jnp.clip(jnp.stack([(edge - since) // tile for edge in edges], axis=-1), 0, count[:, None, None])
+    own = own.at[..., 1].max(own[..., 0])  # a warpgroup without rows reads nothing
+    return Walks(first, end, begin, count, own)
+
+
+def columns(head: Array, H: int) -> object:
+    """Where a head's 80 columns are."""
+    return pl.ds(head * H - SLACK * lax.rem(head, 2), H + SLACK)
+
+
+def keep_own(ref: object, head: Array, H: int) -> None:
+    """Makes the neighbour's columns of a tile in shared memory zeros."""
+    column = iota(ref.shape, 1) - SLACK * lax.rem(head, 2)
+    ref[...] = jnp.where((column >= 0) & (column < H), ref[...], jnp.zeros((), ref.dtype))
+    plgpu.commit_smem()
+
+
+def leave(result: Array, head: Array, H: int, place: object, destination: object) -> None:
+    """Sends a head's own columns of a result to device memory through `place` in shared memory, without waiting."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for side in range(2):
+
+        @pl.when(lax.rem(head, 2) == side)
+        def _(side=side):
+            place[...] = lax.slice(result, (0, SLACK * side), (ROWS, SLACK * side + H))
+
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(place, destination)
+
+
+def seen(scores: Array, first: Array, end: Array, tile_start: Array) -> Array:
+    """The scores of a tile, -inf where a row does not see the column."""
+    j, width = iota(scores.shape, 1) + tile_start, scores.shape[1]
+    return jnp.where((j >= along_rows(first, width)) & (j < along_rows(end, width)), scores, -jnp.inf)

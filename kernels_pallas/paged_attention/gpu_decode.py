@@ -1,0 +1,258 @@
+"""`paged_attention` for Hopper where each sequence has one query or a few: bound by reading keys and values once.
+
+The pages of all sequences are laid in one line and shared out evenly: a block per processor takes its run of them, which may begin
+and end inside a sequence, and leaves a partial answer for each sequence that it met; a second kernel puts these together. Block b's
+part of sequence s lies in slot b + s: along the line either b or s goes up, so no two share one, and a sequence's are neighbours.
+
+One warpgroup only fetches; the two others have a key-value head each and a ring of their own. The 8 rows of a token's query heads are
+rows of one 64-row product, so that most of its work is for nothing: it takes a third of the time that the memory needs.
+Glossary: S sequences, N query heads, K key-value heads, H head width, M pages of the longest sequence, R query rows of a sequence.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, tiles
+
+PAGE = 64
+ROWS = 64  # of a matrix product
+PROCESSORS = 132
+STAGES = 3  # tiles of a ring: 6 x 32 KB and the queries fill the shared memory
+FLOOR = -1e30
+AT_ONCE = 8  # partial answers that are loaded together
+
+
+class Shares(NamedTuple):
+    """Who reads what.
+
+    Attributes:
+      before: pages of all sequences before each, and of all.
+      share: pages of a block.
+      first, count: the sequences that each block meets.
+    """
+
+    before: Int32[Array, " S+1"]
+    share: Int32[Array, " 1"]
+    first: Int32[Array, " blocks"]
+    count: Int32[Array, " blocks"]
+
+
+def shares(contexts: Int32[Array, " S"]) -> Shares:
+    """Shares out the pages evenly."""
+    pages = (contexts + PAGE - 1) // PAGE
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pages)]).astype(jnp.int32)
+    total = before[-1]
+    share = jnp.maximum((total + PROCESSORS - 1) // PROCESSORS, 1)
+    begin = jnp.minimum(jnp.arange(PROCESSORS, dtype=jnp.int32) * share, total)
+    end = jnp.minimum(begin + share, total)
+    first, last = (
+        jnp.searchsorted(before[1:], page, side="right", method="compare_all").astype(jnp.int32)
+        for page in (begin, jnp.maximum(end - 1, 0))
+    )
+    return Shares(before, share[None], first, jnp.where(end > begin, last - first + 1, 0))
+
+
+def decode(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
+    tables: Int32[Array, "S M"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    contexts: Int32[Array, " S"],
+    longest: int,
+) -> Float[Array, "T N H"]:
+    """As `reference.paged_attention`."""
+    (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
+    S, R = contexts.shape[0], longest * N
+    contexts = jnp.where(lengths > 0, contexts, 0)
+    plan = shares(contexts)
+    slots = PROCESSORS + S
+    flat = (x.reshape(-1, K * H) for x in (keys, values))
+    rows = jnp.pad(q, ((0, longest - 1), (0, 0), (0, 0))).reshape(-1, H)
+    read = plgpu.kernel(
+        functools.partial(_read, N=N, K=K, H=H, R=R),
+        out_type=[jax.ShapeDtypeStruct((slots, K, R, H), jnp.float32), jax.ShapeDtypeStruct((slots, K, ROWS), jnp.float32)],
+        grid=(PROCESSORS,),
+        grid_names=("block",),
+        num_threads=K + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            tiles(ROWS, H),
+            plgpu.RefUnion(tiles(K * STAGES, PAGE, H), plgpu.SMEM((K * STAGES, ROWS, H // 2), jnp.float32)),
+            *(plgpu.Barrier(), plgpu.Barrier(num_arrivals=K)),
+            *(plgpu.Barrier(num_barriers=K * STAGES), plgpu.Barrier(num_barriers=K * STAGES)),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="paged_attention_decode",
+    )
+    partial, weights = read(rows, *flat, tables, starts, lengths, contexts, *plan)
+    join = plgpu.kernel(
+        functools.partial(_join, N=N, K=K, longest=longest),
+        out_type=jax.ShapeDtypeStruct((S, R, H), q.dtype),
+        grid=(S, R),
+        grid_names=("sequence", "row"),
+        compiler_params=params(approximate=True),
+        kernel_name="paged_attention_join",
+    )
+    out = join(partial, weights, plan.before, plan.share).reshape(S, longest, N, H)
+    if longest == 1 and T == S:
+        return out.reshape(q.shape)
+    within = jnp.arange(longest, dtype=jnp.int32)[None]
+    places = jnp.where(within < lengths[:, None], starts[:, None] + within, T)
+    return jnp.zeros_like(q).at[places].set(out, mode="drop")
+
+
+def _read(*refs, N, K, H, R):
+    q, keys, values, tables, starts, lengths, contexts, before, share, first, count, partial, weights, *scratch = refs
+    q_s, (tile_s, out_s), q_ready, q_free, ready, free = scratch
+    block, group = lax.axis_index("block"), lax.axis_index("group")
+    begin, G = block * share[0], N // K
+    end = begin + share[0]
+
+    def part(n):
+        """Of the block's n-th sequence: which it is, its pages here."""
+        s = first[block] + n
+        since = before[s]
+        return s, jnp.maximum(begin - since, 0), jnp.minimum(end, before[s + 1]) - since
+
+    @pl.when(group == K)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def sequence(n, ring):
+            s, low, high = part(n)
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(q_free))
+            plgpu.copy_gmem_to_smem(q.at[pl.ds(starts[s] * N, R)], q_s.at[pl.ds(0, R)], q_ready)
+
+            def page(i, t):
+                rows = pl.ds(tables[s, i] * PAGE, PAGE)
+                for source in (keys, values):
+                    for head in range(K):
+                        slot = head * STAGES + lax.rem(t, STAGES)
+                        pl.when(t >= STAGES)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+                        plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], tile_s.at[slot], ready.at[slot])
+                    t = t + 1
+                return t
+
+            return lax.fori_loop(low, high, page, ring)
+
+        lax.fori_loop(0, count[block], sequence, jnp.int32(0))
+
+    @pl.when(group < K)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        scale = H**-0.5 * math.log2(math.e)
+        token = iota((ROWS, PAGE), 0) // N
+
+        def sequence(n, ring):
+            s, low, high = part(n)
+            context, length = contexts[s], lengths[s]
+            plgpu.barrier_wait(q_ready)
+
+            def page(i, carry):
+                total, weight, largest, t = carry
+                slot = group * STAGES + lax.rem(t, STAGES)
+                plgpu.barrier_wait(ready.at[slot])
+                scores = product_of(q_s, tile_s.at[slot].transpose(ACROSS))
+                plgpu.barrier_arrive(free.at[slot])
+                pl.when(i == high - 1)(lambda: plgpu.barrier_arrive(q_free))
+                left = context - i * PAGE  # tokens from here on
+
+                def mask(x):
+                    return jnp.where(iota((ROWS, PAGE), 1) < left - length + token + 1, x, -jnp.inf)
+
+                scores = lax.cond(left - length < PAGE, mask, lambda x: x, scores)
+                peak = jnp.maximum(jnp.maximum(largest, scores.max(axis=1) * scale), FLOOR)
+                faded = jnp.exp2(largest - peak)
+                p = jnp.exp2(scores * scale - along_rows(peak, PAGE))
+                weight = weight * faded + p.sum(axis=1)
+                total = total * along_rows(faded, H)
+                t = t + 1
+                slot = group * STAGES + lax.rem(t, STAGES)
+                plgpu.barrier_wait(ready.at[slot])
+                pl.when(left < PAGE)(lambda: clear(tile_s.at[slot], left))
+                total = accumulate(total, p.astype(q.dtype), tile_s.at[slot])
+                pl.when(i < high - 1)(lambda: plgpu.barrier_arrive(free.at[slot]))
+                return total, weight, peak, t + 1
+
+            zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
+            none = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
+            floor = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+            total, weight, largest, ring = lax.fori_loop(low, high, page, (zeros, none, floor, ring))
+            weight = jnp.where(weight > 0, weight, 1.0)
+            total = total * along_rows(1 / weight, H)
+            # The last tile of values is still ours: the answer leaves through it, half after half.
+            slot, to = group * STAGES + lax.rem(ring - 1, STAGES), block + s
+            for half in range(2):
+                out_s[slot] = lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2))
+                plgpu.commit_smem()
+                for t in range(R // N):
+                    mine = pl.ds(t * N + group * G, G)
+                    plgpu.copy_smem_to_gmem(
+                        out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)]
+                    )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            weights[to, group] = largest + jnp.log2(weight)
+            plgpu.barrier_arrive(free.at[slot])
+            return ring
+
+        lax.fori_loop(0, count[block], sequence, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def product_of(a, b):
+    """`a @ b` of two references."""
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def clear(ref, valid):
+    """Zeros in rows from `valid` on: what no token has written may be NaN, and nothing times NaN is NaN."""
+    rows, step = ref.shape[0], 64
+    for c in range(0, ref.shape[1], step):
+        some = ref.at[:, pl.ds(c, step)]
+        some[...] = jnp.where(iota((rows, step), 0) < valid, some[...], jnp.zeros((), ref.dtype))
+    plgpu.commit_smem()
+
+
+def _join(partial, weights, before, share, out, *, N, K, longest):
+    """A row of a sequence from its blocks' parts, each with the logarithm of the weight it has."""
+    s, row = lax.axis_index("sequence"), lax.axis_index("row")
+    head = lax.rem(row, N) // (N // K)
+    low, high = before[s], before[s + 1]
+    first = low // share[0]
+    count = jnp.where(high > low, (high - 1) // share[0] - first + 1, 0)
+    width = out.shape[-1]
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=2)
+
+    def several(n, carry):
+        total, weight, largest = carry
+        slots = [first + s + n * AT_ONCE + i for i in range(AT_ONCE)]
+        there = [n * AT_ONCE + i < count for i in range(AT_ONCE)]
+        slots = [jnp.where(here, slot, first + s) for here, slot in zip(there, slots, strict=True)]
+        logs = [jnp.where(here, weights[slot, head, row], FLOOR) for here, slot in zip(there, slots, strict=True)]
+        parts = [load(partial.at[slot, head, row], layout) for slot in slots]
+        peak = functools.reduce(jnp.maximum, logs, largest)
+        faded = jnp.exp2(largest - peak)
+        shares_ = [jnp.exp2(x - peak) for x in logs]
+        total = total * faded + sum(x * y for x, y in zip(parts, shares_, strict=True))
+        return total, weight * faded + sum(shares_), peak
+
+    zeros = plgpu.layout_cast(jnp.zeros(width, jnp.float32), layout)
+    start = (zeros, jnp.float32(0), jnp.float32(FLOOR))
+    total, weight, _ = lax.fori_loop(0, (count + AT_ONCE - 1) // AT_ONCE, several, start)
+    scale = jnp.where(count > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
+    out[s, row] = (total * scale).astype(out.dtype)

@@ -1,0 +1,173 @@
+"""`paged_attention` for Hopper where sequences have many queries: bound by the matrix unit.
+
+A block takes 32 queries of a sequence with the heads of one key-value head: 128 rows, half for each of two warpgroups, which walk over
+the pages together and take turns at the matrix unit: while one's scores are computed the other works on its softmax. A third
+warpgroup only fetches. Where there are fewer blocks than processors each is split along the pages, and XLA puts the parts together.
+Glossary: T queries, S sequences, N query heads, K key-value heads, G query heads of each, H head width, C blocks of L queries.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, store, tiles
+from kernels_pallas.paged_attention.gpu_decode import FLOOR, PAGE, PROCESSORS, ROWS, clear
+from kernels_pallas.paged_attention.reference import query_blocks
+
+GROUPS = 2  # warpgroups that compute
+STAGES = 2  # of keys, and of values
+
+
+def prefill(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
+    tables: Int32[Array, "S M"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    contexts: Int32[Array, " S"],
+    longest: int,
+    *,
+    splits: int | None = None,
+) -> Float[Array, "T N H"]:
+    """As `reference.paged_attention`."""
+    (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
+    G = N // K
+    L = GROUPS * ROWS // G
+    blocks = query_blocks(starts, lengths, contexts, T, L)
+    C = blocks.sequence.shape[0]
+    splits = splits or max(PROCESSORS // (C * K), 1)
+    real = blocks.real.sum(axis=1, dtype=jnp.int32)
+    first = blocks.positions[:, 0]
+    rows = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, K, G, H).swapaxes(1, 2).reshape(C * K * L * G, H)
+    shape, dtype = rows.shape, q.dtype if splits == 1 else jnp.float32
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, K=K, G=G, H=H, splits=splits),
+        out_type=[jax.ShapeDtypeStruct((splits, *shape), dtype), jax.ShapeDtypeStruct((splits, shape[0]), jnp.float32)],
+        grid=(C, K, splits),
+        grid_names=("block", "head", "split"),
+        num_threads=GROUPS + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            tiles(GROUPS * ROWS, H),
+            *(tiles(STAGES, PAGE, H), tiles(STAGES, PAGE, H)),
+            plgpu.Barrier(),
+            *(plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)),
+            *(plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)),
+            plgpu.Barrier(num_arrivals=GROUPS),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="paged_attention_prefill",
+    )
+    flat = (x.reshape(-1, K * H) for x in (keys, values))
+    out, logs = kernel(rows, *flat, tables, blocks.sequence, first, real)
+    if splits > 1:
+        shares = jnp.exp2(logs - logs.max(axis=0))
+        out = jnp.sum(out * (shares / shares.sum(axis=0))[..., None], axis=0).astype(q.dtype)
+    out = out.reshape(C, K, L, G, H).swapaxes(1, 2).reshape(C * L, N, H)
+    # Back to the row of queries: where each stands among the blocks.
+    token = jnp.arange(T, dtype=jnp.int32)
+    counts = (lengths + L - 1) // L
+    owned = (token[:, None] >= starts) & (token[:, None] < starts + lengths)
+    place = jnp.sum(jnp.where(owned, (jnp.cumsum(counts) - counts) * L + token[:, None] - starts, 0), axis=1)
+    return jnp.where(owned.any(axis=1)[:, None, None], out[place], jnp.zeros((), q.dtype))
+
+
+def _kernel(*refs, K, G, H, splits):
+    q, keys, values, tables, sequences, firsts, reals, out, logs, *scratch = refs
+    q_s, k_s, v_s, q_ready, k_ready, k_free, v_ready, v_free, turn = scratch
+    block, head, split, group = (lax.axis_index(name) for name in ("block", "head", "split", "group"))
+    sequence, first, real = sequences[block], firsts[block], reals[block]
+    context = first + real
+    pages = jnp.where(real > 0, (context + PAGE - 1) // PAGE, 0)
+    low, high = pages * split // splits, pages * (split + 1) // splits
+    base = (block * K + head) * GROUPS * ROWS
+
+    @pl.when((group == GROUPS) & (high > low))
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        plgpu.copy_gmem_to_smem(q.at[pl.ds(base, GROUPS * ROWS)], q_s, q_ready)
+
+        @pl.loop(low, high)
+        def _(i):
+            n = i - low
+            slot, rows = lax.rem(n, STAGES), pl.ds(tables[sequence, i] * PAGE, PAGE)
+            for source, place, ready, free in ((keys, k_s, k_ready, k_free), (values, v_s, v_ready, v_free)):
+                pl.when(n >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], place.at[slot], ready.at[slot])
+
+    @pl.when((group < GROUPS) & (high > low))
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        scale = H**-0.5 * math.log2(math.e)
+        mine = pl.ds(group * ROWS, ROWS)
+        position = first + (iota((ROWS, PAGE), 0) + group * ROWS) // G
+        plgpu.barrier_wait(q_ready)
+        pl.when(group == 1)(lambda: meet(turn))
+
+        def page(i, carry):
+            total, weight, largest = carry
+            slot = lax.rem(i - low, STAGES)
+            plgpu.barrier_wait(k_ready.at[slot])
+
+            def multiply(accumulator):
+                plgpu.wgmma(accumulator, q_s.at[mine], k_s.at[slot].transpose(ACROSS))
+                meet(turn)
+                return accumulator[...]
+
+            scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, PAGE), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[slot])
+
+            def mask(x):
+                return jnp.where(iota((ROWS, PAGE), 1) + i * PAGE <= position, x, -jnp.inf)
+
+            scores = lax.cond((i + 1) * PAGE > first, mask, lambda x: x, scores)
+            peak = jnp.maximum(jnp.maximum(largest, scores.max(axis=1) * scale), FLOOR)
+            faded = jnp.exp2(largest - peak)
+            p = jnp.exp2(scores * scale - along_rows(peak, PAGE))
+            weight = weight * faded + p.sum(axis=1)
+            p = p.astype(q.dtype)
+            plgpu.barrier_arrive(turn)
+            total = total * along_rows(faded, H)
+            plgpu.barrier_wait(v_ready.at[slot])
+            pl.when((i + 1) * PAGE > context)(lambda: clear(v_s.at[slot], context - i * PAGE))
+            plgpu.barrier_wait(turn)
+            total = accumulate(total, p, v_s.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+            return total, weight, peak
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
+        none = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
+        floor = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+        total, weight, largest = lax.fori_loop(low, high, page, (zeros, none, floor))
+        pl.when(group == 0)(lambda: meet(turn))
+        weight = jnp.where(weight > 0, weight, 1.0)
+        total = total * along_rows(1 / weight, H)
+        rows = pl.ds(base + group * ROWS, ROWS)
+        if splits == 1:
+            q_s.at[mine][...] = total.astype(out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[mine], out.at[0, rows])
+            plgpu.wait_smem_to_gmem(0)
+        else:
+            store(out.at[split, rows], total)
+        logs[split, rows] = largest + jnp.log2(weight)
+
+    # A part without pages weighs nothing; what stands there must still be a number.
+    @pl.when((group < GROUPS) & (high <= low) & (splits > 1))
+    def _nothing():
+        rows = pl.ds(base + group * ROWS, ROWS)
+        store(out.at[split, rows], plgpu.layout_cast(jnp.zeros((ROWS, H), out.dtype), MATRIX))
+        logs[split, rows] = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+
+
+def meet(barrier):
+    """Waits for the other warpgroup to come here as often."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
