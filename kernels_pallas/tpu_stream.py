@@ -1,7 +1,8 @@
 """What the TPU attention kernels share: keys stream through two buffers on chip while the softmax is kept up to date.
 
-A kernel's grid walks through blocks of queries; each block visits the keys that it may see, a window at a time. The copy of the
-next window is under way while the present one is computed, across blocks too: a block's last visit fetches the next block's first.
+A kernel's grid walks through blocks of rows, dealt out to the chip's cores; each block visits those rows of other arrays that it
+needs, a window at a time. The copy of the next window is under way while the present one is computed, across blocks too: a
+block's last visit fetches the next block's first.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.lax import Precision
 
 LANES = 128  # of a vector register
-CORES = 2  # of a v5p, whose grid is split between them; a chip of one core walks through both halves
+CORES = 2  # of a v5p; a chip of one core walks through the one's blocks, then through the other's
 LOWEST = -1e30  # the largest score before any was seen: finite, so that no difference of two is NaN
 
 
@@ -20,6 +21,19 @@ def dot(equation, x, y):
     """A product in float32 of operands of one dtype; float32 operands in full precision (six passes)."""
     precision = Precision.HIGHEST if x.dtype == jnp.float32 else Precision.DEFAULT
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def grid(blocks: int) -> tuple[int, int]:
+    """Cores and steps for so many blocks: core c has the blocks c, c + cores, ..."""
+    cores = min(CORES, blocks)
+    return cores, pl.cdiv(blocks, cores)
+
+
+def block_index(core, step, blocks: int):
+    """The block that a step holds, for index maps. Where none is left it holds on to the one before, and writes nothing."""
+    cores, _ = grid(blocks)
+    block = step * cores + core
+    return jnp.where(block < blocks, block, block - cores)
 
 
 def visit_all(step, visits, next_visits, fetch: Callable, compute: Callable, slot_ref) -> None:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.reference import Blocks
-from kernels_pallas.tpu_stream import CORES, LANES, LOWEST, add, dot, visit_all
+from kernels_pallas.tpu_stream import LANES, LOWEST, add, block_index, dot, grid, visit_all
 
 JOINT = 8  # queries of a block, up to which one product serves all heads
 TILE = 64  # queries computed at once
@@ -62,29 +62,28 @@ def forward(
     tables: Int32[Array, "S M"],
     blocks: Blocks,
     plan: Plan,
-) -> Float[Array, "C2 groups R H"]:
-    """The kernel over all blocks, and perhaps one more; rows of queries that are not real hold anything at all."""
+) -> Float[Array, "C groups R H"]:
+    """The kernel over all blocks; rows of queries that are not real hold anything at all."""
     (C, groups, R, H), (_, page, KH), M = q.shape, keys.shape, tables.shape[1]
-    steps = pl.cdiv(C, CORES)
-    padding = CORES * (steps + 1) - C  # a step looks at the next one
+    cores, steps = grid(C)
+    padding = cores * (steps + 1) - C  # a step looks at the next one
     real = jnp.pad(blocks.real.sum(axis=1, dtype=jnp.int32), (0, padding))
     sequence, first = (jnp.pad(x, (0, padding)) for x in (blocks.sequence, blocks.positions[:, 0]))
     begins = jnp.pad(tables[:, : plan.pages], ((0, 0), (0, max(plan.pages - M, 0))))[sequence].reshape(-1)
 
-    def block(core, step):
-        return step * CORES + core
+    def table_index(core, step, sequence, *_):
+        return sequence[block_index(core, step, C)], 0, 0
 
-    queries = pl.BlockSpec((1, groups, R, H), lambda c, i, *_: (jnp.minimum(block(c, i), C - 1), 0, 0, 0))
-    rows = pl.BlockSpec((1, groups, R, H), lambda c, i, *_: (block(c, i), 0, 0, 0))
-    table = pl.BlockSpec((1, 1, M), lambda c, i, sequence, *_: (sequence[block(c, i)], 0, 0), memory_space=pltpu.SMEM)
+    rows = pl.BlockSpec((1, groups, R, H), lambda core, step, *_: (block_index(core, step, C), 0, 0, 0))
+    table = pl.BlockSpec((1, 1, M), table_index, memory_space=pltpu.SMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     width = KH if plan.joint else H
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(CORES, steps),
-            in_specs=[queries, table, hbm, hbm],
+            grid=(cores, steps),
+            in_specs=[rows, table, hbm, hbm],
             out_specs=rows,
             scratch_shapes=[
                 pltpu.VMEM((2, plan.pages, page, KH), keys.dtype),
@@ -96,7 +95,7 @@ def forward(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((CORES * steps, *q.shape[1:]), q.dtype),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="paged_attention",
     )(sequence, first, real, begins, q, tables[:, None], keys, values)
@@ -122,19 +121,19 @@ def _kernel(
     *,
     plan,
 ):
-    core, step = pl.program_id(0), pl.program_id(1)
-    block = step * CORES + core
+    cores, step = pl.num_programs(0), pl.program_id(1)
+    block = step * cores + pl.program_id(0)
     page, pool = keys_ref.shape[1], keys_ref.shape[0]
     W = plan.pages * page
 
     def seen(ahead):  # tokens
-        which = block + ahead * CORES
+        which = block + ahead * cores
         return jnp.where(real[which] > 0, first[which] + real[which], 0)
 
     def fetch(ahead, visit, slot, action):
         def copy(i, _):
             at = visit * plan.pages + i
-            number = begins[(block + CORES) * plan.pages + i] if ahead else table_ref[0, 0, at]
+            number = begins[(block + cores) * plan.pages + i] if ahead else table_ref[0, 0, at]
             number = jnp.clip(number, 0, pool - 1)
             for source, buffers in ((keys_ref, key_buffers), (values_ref, value_buffers)):
                 transfer = pltpu.make_async_copy(source.at[number], buffers.at[slot, i], semaphores.at[slot])
