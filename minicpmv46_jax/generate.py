@@ -184,8 +184,8 @@ class Generator:
 def grow(state: TextState, pages: int) -> TextState:
     """One sequence with room for so many pages, which are all its own."""
 
-    def grown(x: Float[Array, "P page K H"]) -> Float[Array, "P2 page K H"]:
-        return jnp.pad(x, [(0, pages - x.shape[0]), (0, 0), (0, 0), (0, 0)])
+    def grown(x: Float[Array, "P page KH"]) -> Float[Array, "P2 page KH"]:
+        return jnp.pad(x, [(0, pages - x.shape[0]), (0, 0), (0, 0)])
 
     layers = (KeyValues(grown(x.keys), grown(x.values)) if isinstance(x, KeyValues) else x for x in state.layers)
     return TextState(tuple(layers), jnp.arange(pages, dtype=jnp.int32)[None], state.lengths)

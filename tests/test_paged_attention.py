@@ -16,16 +16,19 @@ POOL, WIDTH = 48, 12  # pages in all, pages a sequence may have
 attention = jax.jit(functools.partial(paged_attention, backend="reference"), static_argnames="longest")
 
 
-def draw(rng, lengths, contexts, row):
-    """Random pages in random order; what no sequence may see is huge."""
-    q = rng.standard_normal((row, 4, 16)).astype(np.float32)
-    keys, values = rng.standard_normal((2, POOL, PAGE, 2 * 16)).astype(np.float32)
+def draw(rng, lengths, contexts, row, *, heads=4, key_heads=2, width=16, unseen=1e30):
+    """Random pages in random order; what no sequence may see is `unseen`, keys and values where that is NaN, else values."""
+    q = rng.standard_normal((row, heads, width)).astype(np.float32)
+    keys, values = rng.standard_normal((2, POOL, PAGE, key_heads * width)).astype(np.float32)
     order, tables = rng.permutation(POOL), np.full((len(lengths), WIDTH), -1, np.int32)
+    poisoned = (keys, values) if np.isnan(unseen) else (values,)
     for s, context in enumerate(contexts):
         pages = -(-context // PAGE)
         tables[s, :pages], order = order[:pages], order[pages:]
-        values[tables[s, pages - 1], (context - 1) % PAGE + 1 :] = 1e30
-    values[order] = 1e30
+        for x in poisoned:
+            x[tables[s, pages - 1], (context - 1) % PAGE + 1 :] = unseen
+    for x in poisoned:
+        x[order] = unseen
     gaps = rng.integers(0, 4, len(lengths))
     starts = np.cumsum(gaps + np.concatenate([[0], lengths[:-1]])).astype(np.int32)
     return q, keys, values, tables, starts

@@ -22,6 +22,17 @@ GATED_DELTA = {
     "tpu bfloat16 gradient": 2e-2,
 }
 
+# Attention over pages against dense attention in float64 of the same rounded inputs. In bfloat16 the softmax's weights and the
+# result are rounded to 8 bits.
+PAGED_ATTENTION = {"tpu float32": 2e-6, "tpu bfloat16": 6e-3}
+# Packed attention likewise; its gradients against the reference's own, in float32.
+PACKED_ATTENTION = {
+    "tpu float32": 2e-6,
+    "tpu bfloat16": 6e-3,
+    "tpu float32 gradient": 5e-6,
+    "tpu bfloat16 gradient": 1e-2,
+}
+
 
 def relative_rms(found, expected) -> float:
     """Root mean square of the difference over that of what was expected, in float64."""

@@ -6,7 +6,7 @@ Glossary: P patches in the row, I views, L the longest view, N heads, H head wid
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.packed_attention import reference
+from kernels_pallas.packed_attention import reference, tpu
 
 
 def packed_attention(
@@ -26,7 +26,7 @@ def packed_attention(
       starts: each view's first row, ascending.
       lengths: each view's rows, at most `longest`; 0 for a view that is not there (its start is then P).
       longest: the static bound L; the reference takes I x N x L x L float32.
-      backend: "reference", or None for the fastest that serves these arguments here.
+      backend: "reference", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In q's dtype; zeros for rows of no view.
@@ -36,6 +36,6 @@ def packed_attention(
     """
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}, expected one dtype")
-    implementations = {REFERENCE: reference.packed_attention}
-    run = implementations[choose(backend, dict.fromkeys(implementations))]
+    gaps = {REFERENCE: None, "tpu": tpu.gap(q)}
+    run = {REFERENCE: reference.packed_attention, "tpu": tpu.packed_attention}[choose(backend, gaps)]
     return run(q, k, v, starts, lengths, longest)

@@ -11,7 +11,7 @@ sequence.
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.paged_attention import reference
+from kernels_pallas.paged_attention import reference, tpu
 
 PAGE = 64  # tokens; a chunk of the gated delta rule, so that a prefix is whole pages and whole chunks
 
@@ -37,7 +37,7 @@ def paged_attention(
       starts, lengths: may leave gaps and may be empty, must not overlap.
       contexts: tokens of each sequence, its queries counted in.
       longest: static bound of `lengths`; 1 in decoding.
-      backend: "reference", or None for the fastest that serves these arguments here.
+      backend: "reference", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In q's dtype; zeros for queries of no sequence.
@@ -48,6 +48,6 @@ def paged_attention(
     _, N, H = q.shape
     if keys.shape[1] != PAGE or keys.shape[2] % H or N % (keys.shape[2] // H):
         raise ValueError(f"keys are {keys.shape}, expected pages of {PAGE} and heads of q's width {H} that divide its {N}")
-    implementations = {REFERENCE: reference.paged_attention}
-    run = implementations[choose(backend, dict.fromkeys(implementations))]
+    gaps = {REFERENCE: None, "tpu": tpu.gap(q, keys)}
+    run = {REFERENCE: reference.paged_attention, "tpu": tpu.paged_attention}[choose(backend, gaps)]
     return run(q, keys, values, tables, starts, lengths, contexts, longest)

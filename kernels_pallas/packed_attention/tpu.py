@@ -1,0 +1,78 @@
+"""Packed attention on TPU: what the kernels serve, and their arguments in the shape that the kernels want.
+
+Glossary as in the api; D = N x H.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.packed_attention import tpu_backward, tpu_forward
+from kernels_pallas.packed_attention.tpu_views import ALIGNED, bounds
+from kernels_pallas.tpu_stream import LANES
+
+DTYPES = ("float32", "bfloat16")
+
+
+def gap(q: Float[Array, "P N H"]) -> str | None:
+    """Why the kernels do not serve these arguments, or None."""
+    _, N, H = q.shape
+    if H > LANES:
+        return f"q's heads are {H} wide, and it takes up to {LANES}"
+    if 2 * N > LANES:
+        return f"q has {N} heads, and it takes up to {LANES // 2}"
+    if str(q.dtype) not in DTYPES:
+        return f"q is {q.dtype}, and it takes {' or '.join(DTYPES)}"
+    return None
+
+
+def packed_attention(
+    q: Float[Array, "P N H"],
+    k: Float[Array, "P N H"],
+    v: Float[Array, "P N H"],
+    starts: Int32[Array, " I"],
+    lengths: Int32[Array, " I"],
+    longest: int,
+) -> Float[Array, "P N H"]:
+    """`api.packed_attention`."""
+    del longest  # a view takes as many visits as it has rows
+    P, N, _ = q.shape
+    rows = (jnp.pad(x.reshape(P, -1), ((0, -P % ALIGNED), (0, 0))) for x in (q, k, v))
+    return _attention(N, *(_cleared(x, starts, lengths) for x in rows), starts, lengths)[:P].reshape(q.shape)
+
+
+def _cleared(x: Float[Array, "P D"], starts: Int32[Array, " I"], lengths: Int32[Array, " I"]) -> Float[Array, "P D"]:
+    """Zeros in rows of no view: they may hold anything, and a product of zero and NaN is NaN. XLA does it where x is computed."""
+    lower, upper = bounds(starts, lengths, len(x))
+    return jnp.where((lower < upper)[:, None], x, jnp.zeros((), x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    N: int,
+    q: Float[Array, "P D"],
+    k: Float[Array, "P D"],
+    v: Float[Array, "P D"],
+    starts: Int32[Array, " I"],
+    lengths: Int32[Array, " I"],
+) -> Float[Array, "P D"]:
+    return _forward(N, q, k, v, starts, lengths)[0]
+
+
+def _forward(N, q, k, v, starts, lengths):
+    out, sums = tpu_forward.forward(q, k, v, starts, lengths, tpu_forward.plan(N, *q.shape, q.dtype))
+    return out, (q, k, v, starts, lengths, out, sums)
+
+
+def _backward(N, kept, out_bar):
+    q, k, v, starts, lengths, out, sums = kept
+    P, out_bar = len(q), _cleared(out_bar, starts, lengths)
+    products = (out_bar.astype(jnp.float32) * out.astype(jnp.float32)).reshape(P, N, -1).sum(-1)
+    sums = sums + jnp.pad(products, ((0, 0), (N, LANES - 2 * N)))
+    arguments = (q, k, v, out_bar, sums, starts, lengths, tpu_backward.plan(N, *q.shape, q.dtype))
+    return tpu_backward.queries(*arguments), *tpu_backward.keys_values(*arguments), None, None
+
+
+_attention.defvjp(_forward, _backward)

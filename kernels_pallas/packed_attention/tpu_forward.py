@@ -1,0 +1,151 @@
+"""Packed attention on TPU, forward: one block of rows in each step of the grid, all heads.
+
+Heads of 72 stand side by side in rows of 1,152, as the projections leave them; a head's lanes are moved to the front of a
+register where they are used. To lay heads out by 128 beforehand would be one more pass over all that the kernel reads and writes.
+Glossary: P rows, L rows of a block, W rows of a window, N heads, H head width, D = N x H.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.packed_attention.tpu_views import bounds, column, cut, numbers, strangers, window_row
+from kernels_pallas.tpu_stream import LANES, LOWEST, add, block_index, dot, grid, visit_all
+
+
+class Plan(NamedTuple):
+    """How the work is cut: heads, rows of a block, rows computed at once, rows of a window."""
+
+    heads: int
+    rows: int
+    tile: int
+    window: int
+
+    def limits(self) -> pltpu.CompilerParams:
+        """Two blocks may be computed at once by two cores; what is kept on chip takes more than the default allows."""
+        return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=56 * 2**20)
+
+
+def plan(N: int, P: int, D: int, dtype: jnp.dtype) -> Plan:
+    """The cut for a row of P rows."""
+    del D
+    return Plan(N, 256, 128, min(P, 256 if dtype == jnp.float32 else 512))
+
+
+def forward(
+    q: Float[Array, "P D"],
+    k: Float[Array, "P D"],
+    v: Float[Array, "P D"],
+    starts: Int32[Array, " I"],
+    lengths: Int32[Array, " I"],
+    plan: Plan,
+) -> tuple[Float[Array, "P D"], Float32[Array, "P lanes"]]:
+    """The kernel over all rows: the result, and lane n the logarithm of the sum of head n's exponentials.
+
+    P is a multiple of 16 and at least a window. Rows of no view must be finite; their results are zeros.
+    """
+    (P, D), (N, L, tile, W) = q.shape, plan
+    blocks = pl.cdiv(P, L)
+    cores, steps = grid(blocks)
+    *scalars, lower, upper = cut(*bounds(starts, lengths, P), L, tile, W, 2 * cores)
+
+    def block(*shape):
+        return pl.BlockSpec(shape, lambda core, step, *_: (block_index(core, step, blocks), *[0] * (len(shape) - 1)))
+
+    rows, views, hbm = block(L, D), block(1, L // tile, tile), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(cores, steps),
+            in_specs=[views, views, rows, hbm, hbm],
+            out_specs=[rows, block(L, LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((2, W, D), q.dtype),
+                pltpu.VMEM((2, W, D), q.dtype),
+                pltpu.VMEM((N, L, D // N), jnp.float32),
+                pltpu.VMEM((N, L, LANES), jnp.float32),
+                pltpu.VMEM((N, L, LANES), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((P, LANES), jnp.float32)],
+        compiler_params=plan.limits(),
+        name="packed_attention",
+    )(*scalars, lower, upper, q, k, v)
+
+
+def _kernel(
+    begin,
+    visits,
+    spans,
+    lower_ref,
+    upper_ref,
+    q_ref,
+    k_hbm,
+    v_hbm,
+    out_ref,
+    sums_ref,
+    k_buffers,
+    v_buffers,
+    total_ref,
+    largest_ref,
+    weight_ref,
+    slot_ref,
+    semaphores,
+    *,
+    plan,
+):
+    cores, step = pl.num_programs(0), pl.program_id(1)
+    block = step * cores + pl.program_id(0)
+    N, L, tile, W = plan
+    P, H = k_hbm.shape[0], q_ref.shape[1] // N
+
+    def fetch(ahead, visit, slot, action):
+        row = window_row(begin[block + ahead * cores], visit, W, P)
+        for source, buffers in ((k_hbm, k_buffers), (v_hbm, v_buffers)):
+            transfer = pltpu.make_async_copy(source.at[pl.ds(row, W)], buffers.at[slot], semaphores.at[slot])
+            getattr(transfer, action)()
+
+    total_ref[...] = jnp.zeros_like(total_ref)
+    weight_ref[...] = jnp.zeros_like(weight_ref)
+    largest_ref[...] = jnp.full_like(largest_ref, LOWEST)
+
+    def compute(visit, slot):
+        first = begin[block] + visit * W
+        row = window_row(begin[block], visit, W, P)
+
+        def attend(i, _):
+            @pl.when(overlaps(spans, block * (L // tile) + i, row, W))
+            def _():
+                rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
+                own = (column(ref[0, pl.ds(i, 1)]) for ref in (lower_ref, upper_ref))
+                unseen = strangers(*own, numbers((tile, W), 1, row), first.astype(jnp.float32))
+                for n in range(N):
+                    lanes = slice(n * H, (n + 1) * H)
+                    scores = dot("qh,kh->qk", q_ref[rows, lanes], k_buffers[slot, :, lanes]) * H**-0.5 + unseen
+                    add(scores, v_buffers[slot, :, lanes], *(x.at[n, rows] for x in (total_ref, largest_ref, weight_ref)))
+
+        jax.lax.fori_loop(0, L // tile, attend, None)
+
+    visit_all(step, visits[block], visits[block + cores], fetch, compute, slot_ref)
+
+    @pl.when(block * L < P)
+    def _():
+        lane = jax.lax.broadcasted_iota(jnp.int32, sums_ref.shape, 1)
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+        for n in range(N):
+            weight = jnp.where(weight_ref[n] > 0, weight_ref[n], 1.0)
+            out_ref[:, n * H : (n + 1) * H] = (total_ref[n] / weight[:, :1]).astype(out_ref.dtype)
+            sums_ref[...] = jnp.where(lane == n, largest_ref[n] + jnp.log(weight), sums_ref[...])
+
+
+def overlaps(spans, tile, row, window):
+    """Whether a window holds rows that belong to views of a tile's rows."""
+    return (spans[0, tile] < row + window) & (spans[3, tile] > row)

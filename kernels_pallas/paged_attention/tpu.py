@@ -1,0 +1,59 @@
+"""Paged attention on TPU: what the kernel serves, and its arguments in the shape that the kernel wants.
+
+Glossary: C blocks of queries, L queries of a block, G query heads of a key-value head; the others as in the api.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.paged_attention import tpu_kernel
+from kernels_pallas.paged_attention.reference import Blocks, query_blocks
+from kernels_pallas.tpu_stream import LANES
+
+DTYPES = ("float32", "bfloat16")
+
+
+def gap(q: Float[Array, "T N H"], keys: Float[Array, "P page KH"]) -> str | None:
+    """Why the kernel does not serve these arguments, or None."""
+    if q.shape[2] % LANES:
+        return f"q's heads are {q.shape[2]} wide, and it takes multiples of {LANES}"
+    if str(q.dtype) not in DTYPES or keys.dtype != q.dtype:
+        return f"q is {q.dtype} and keys {keys.dtype}, and it takes {' or '.join(DTYPES)} for both"
+    return None
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
+    tables: Int32[Array, "S M"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    contexts: Int32[Array, " S"],
+    longest: int,
+) -> Float[Array, "T N H"]:
+    """`api.paged_attention`."""
+    (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
+    plan = tpu_kernel.plan(N, K, longest, q.dtype)
+    blocks = query_blocks(starts, lengths, contexts, T, plan.queries)
+    C, L = blocks.rows.shape
+    groups = 1 if plan.joint else K
+    q_CLKGH = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, groups, N // groups, H)
+    q_CKRH = q_CLKGH.swapaxes(1, 2).reshape(C, groups, -1, H)
+    out_CKRH = tpu_kernel.forward(q_CKRH, keys, values, tables, blocks, plan)
+    out_RNH = out_CKRH.reshape(-1, groups, L, N // groups, H).swapaxes(1, 2).reshape(-1, N, H)
+    row_T, real_T = _places(blocks, starts, lengths, T)
+    return jnp.where(real_T[:, None, None], out_RNH[row_T], jnp.zeros((), q.dtype))
+
+
+def _places(blocks: Blocks, starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens: int) -> tuple[jax.Array, jax.Array]:
+    """For each token its row among the blocks' rows, [T] int32, and whether it is any sequence's, [T] bool."""
+    L = blocks.rows.shape[1]
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    inside_TS = (token >= starts[None]) & (token < (starts + lengths)[None])
+    sequence = jnp.argmax(inside_TS, axis=1)
+    own = -(-lengths // L)
+    first_block = jnp.cumsum(own) - own
+    row = first_block[sequence] * L + token[:, 0] - starts[sequence]
+    return row, inside_TS.any(axis=1)

@@ -1,0 +1,210 @@
+"""Paged attention on TPU: one block of queries in each step of the grid, its sequence's pages copied to the chip on the way.
+
+A step's rows are queries times heads. Each key-value head has its own product with its own lanes of the pages; but a few queries
+(decoding) leave the matrix unit idle anyway, so there one product serves all heads: a row holds its query in the lanes of its
+own key-value head and zeros in the others'. Which pages a block sees stands in its sequence's row of the tables, which comes to
+scalar memory with the block; the next block's first pages are known beforehand, so that they may come early.
+Glossary: C blocks, R rows, H head width, W tokens of a visit; the others as in the api.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.paged_attention.reference import Blocks
+from kernels_pallas.tpu_stream import LANES, LOWEST, add, block_index, dot, grid, visit_all
+
+JOINT = 8  # queries of a block, up to which one product serves all heads
+TILE = 64  # queries computed at once
+
+
+class Plan(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      heads, key_heads: N and K.
+      queries: of a block.
+      tile: queries computed at once.
+      pages: of a visit.
+      joint: whether one product serves all heads.
+    """
+
+    heads: int
+    key_heads: int
+    queries: int
+    tile: int
+    pages: int
+    joint: bool
+
+    @property
+    def heads_at_once(self) -> int:
+        """Query heads of one product: rows of one query."""
+        return self.heads if self.joint else self.heads // self.key_heads
+
+
+def plan(N: int, K: int, longest: int, dtype: jnp.dtype) -> Plan:
+    """The cut for calls of at most `longest` queries a sequence."""
+    halves = 2 if dtype == jnp.float32 else 1
+    if longest <= JOINT:
+        return Plan(N, K, longest, longest, 16 // halves, True)
+    return Plan(N, K, min(128, -(-longest // TILE) * TILE), TILE, 8 // halves, False)
+
+
+def forward(
+    q: Float[Array, "C groups R H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
+    tables: Int32[Array, "S M"],
+    blocks: Blocks,
+    plan: Plan,
+) -> Float[Array, "C groups R H"]:
+    """The kernel over all blocks; rows of queries that are not real hold anything at all."""
+    (C, groups, R, H), (_, page, KH), M = q.shape, keys.shape, tables.shape[1]
+    cores, steps = grid(C)
+    padding = cores * (steps + 1) - C  # a step looks at the next one
+    real = jnp.pad(blocks.real.sum(axis=1, dtype=jnp.int32), (0, padding))
+    sequence, first = (jnp.pad(x, (0, padding)) for x in (blocks.sequence, blocks.positions[:, 0]))
+    begins = jnp.pad(tables[:, : plan.pages], ((0, 0), (0, max(plan.pages - M, 0))))[sequence].reshape(-1)
+
+    def table_index(core, step, sequence, *_):
+        return sequence[block_index(core, step, C)], 0, 0
+
+    rows = pl.BlockSpec((1, groups, R, H), lambda core, step, *_: (block_index(core, step, C), 0, 0, 0))
+    table = pl.BlockSpec((1, 1, M), table_index, memory_space=pltpu.SMEM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    width = KH if plan.joint else H
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(cores, steps),
+            in_specs=[rows, table, hbm, hbm],
+            out_specs=rows,
+            scratch_shapes=[
+                pltpu.VMEM((2, plan.pages, page, KH), keys.dtype),
+                pltpu.VMEM((2, plan.pages, page, KH), keys.dtype),
+                pltpu.VMEM((groups, R, width), jnp.float32),
+                pltpu.VMEM((groups, R, LANES), jnp.float32),
+                pltpu.VMEM((groups, R, LANES), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="paged_attention",
+    )(sequence, first, real, begins, q, tables[:, None], keys, values)
+
+
+def _kernel(
+    _,
+    first,
+    real,
+    begins,
+    q_ref,
+    table_ref,
+    keys_ref,
+    values_ref,
+    out_ref,
+    key_buffers,
+    value_buffers,
+    total_ref,
+    largest_ref,
+    weight_ref,
+    slot_ref,
+    semaphores,
+    *,
+    plan,
+):
+    cores, step = pl.num_programs(0), pl.program_id(1)
+    block = step * cores + pl.program_id(0)
+    page, pool = keys_ref.shape[1], keys_ref.shape[0]
+    W = plan.pages * page
+
+    def seen(ahead):  # tokens
+        which = block + ahead * cores
+        return jnp.where(real[which] > 0, first[which] + real[which], 0)
+
+    def fetch(ahead, visit, slot, action):
+        def copy(i, _):
+            at = visit * plan.pages + i
+            number = begins[(block + cores) * plan.pages + i] if ahead else table_ref[0, 0, at]
+            number = jnp.clip(number, 0, pool - 1)
+            for source, buffers in ((keys_ref, key_buffers), (values_ref, value_buffers)):
+                transfer = pltpu.make_async_copy(source.at[number], buffers.at[slot, i], semaphores.at[slot])
+                getattr(transfer, action)()
+
+        pages = pl.cdiv(seen(ahead), page) - visit * plan.pages
+        jax.lax.fori_loop(0, jnp.minimum(pages, plan.pages), copy, None)
+
+    @pl.when(real[block] > 0)
+    def _():
+        total_ref[...] = jnp.zeros_like(total_ref)
+        weight_ref[...] = jnp.zeros_like(weight_ref)
+        largest_ref[...] = jnp.full_like(largest_ref, LOWEST)
+
+    def compute(visit, slot):
+        for tile in range(plan.queries // plan.tile):
+            own = first[block] + tile * plan.tile  # position of the tile's first query
+            some = (tile * plan.tile < real[block]) & (visit * W < own + plan.tile)
+            whole = (visit + 1) * W <= own + 1
+
+            def attend(masked, tile=tile, own=own):
+                rows = slice(tile * plan.tile * plan.heads_at_once, (tile + 1) * plan.tile * plan.heads_at_once)
+                for group in range(q_ref.shape[1]):
+                    q, k, v = _operands(q_ref, key_buffers.at[slot], value_buffers.at[slot], group, rows, plan)
+                    scores = dot("qh,kh->qk", q, k) * q_ref.shape[3] ** -0.5
+                    if masked:
+                        scores, v = _masked(scores, v, visit * W, own, seen(0), plan)
+                    add(scores, v, *(x.at[group, rows] for x in (total_ref, largest_ref, weight_ref)))
+
+            pl.when(some & whole)(functools.partial(attend, False))
+            pl.when(some & ~whole)(functools.partial(attend, True))
+
+    visit_all(step, pl.cdiv(seen(0), W), pl.cdiv(seen(1), W), fetch, compute, slot_ref)
+
+    @pl.when(real[block] > 0)
+    def _():
+        for group in range(q_ref.shape[1]):
+            out = total_ref[group] / weight_ref[group][:, :1]
+            out_ref[0, group] = _own_head(out, plan).astype(out_ref.dtype)
+
+
+def _operands(q_ref, keys_ref, values_ref, group, rows, plan):
+    """Queries, keys and values of one product, [rows, width] and [W, width]."""
+    q, H = q_ref[0, group, rows], q_ref.shape[3]
+    lanes = slice(0, plan.key_heads * H) if plan.joint else slice(group * H, (group + 1) * H)
+    k, v = (x[:, :, lanes].reshape(-1, lanes.stop - lanes.start) for x in (keys_ref, values_ref))
+    if plan.joint:
+        own = _key_head(q.shape, plan)
+        q = jnp.concatenate([jnp.where(own == head, q, jnp.zeros_like(q)) for head in range(plan.key_heads)], axis=1)
+    return q, k, v
+
+
+def _key_head(shape, plan):
+    """Whose each row of a joint product is."""
+    head = jax.lax.broadcasted_iota(jnp.int32, shape, 0) % plan.heads
+    return head // (plan.heads // plan.key_heads)
+
+
+def _own_head(out, plan):
+    """Of each row of a joint product the lanes of its own key-value head."""
+    if not plan.joint:
+        return out
+    heads = jnp.split(out, plan.key_heads, axis=1)
+    own = _key_head(heads[0].shape, plan)
+    return functools.reduce(lambda rest, i: jnp.where(own == i, heads[i], rest), range(1, plan.key_heads), heads[0])
+
+
+def _masked(scores, v, first_token, first_position, seen, plan):
+    """Scores without what lies ahead of each query, and values without what no query sees: that may be NaN."""
+    query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) // plan.heads_at_once
+    token = first_token + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    scores = jnp.where(token <= first_position + query, scores, -jnp.inf)
+    there = first_token + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < seen
+    return scores, jnp.where(there, v, jnp.zeros_like(v))
