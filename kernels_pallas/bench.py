@@ -1,9 +1,9 @@
-"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside fla] [--json FILE]`.
+"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside fla torch cudnn] [--json FILE]`.
 
 For every shape of every operation's table: microseconds on the device (all its kernels, as the profiler sees them), GB/s
 of the bytes that must move at least, TFLOP/s of the work that must be done at least, and the larger share of a limit, measured on
 the spot: a large copy (bytes read and written), a large bfloat16 product. Beside it the plain-XLA reference and, where asked for
-and installed, flash-linear-attention's Triton kernels, by the same profiler in the same run.
+and installed, flash-linear-attention's Triton kernels and PyTorch's and cuDNN's attention, in the same run.
 """
 
 import argparse
@@ -21,6 +21,11 @@ import jax.numpy as jnp
 
 from kernels_pallas.backends import CHIPS
 
+RIVALS = {  # modules that measure another library, in a process of their own: two profilers cannot watch the chip from one
+    "fla": ("kernels_pallas.gated_delta.rivals",),
+    "torch": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.paged_attention.rivals"),
+    "cudnn": ("kernels_pallas.packed_attention.rivals",),
+}
 CALLS = 10  # a measurement: the mean of so many calls on the device
 
 
@@ -71,10 +76,12 @@ def limits() -> tuple[float, float]:
 def main() -> None:
     """Prints the tables."""
     from kernels_pallas.gated_delta import bench as gated_delta
+    from kernels_pallas.packed_attention import bench as packed_attention
+    from kernels_pallas.paged_attention import bench as paged_attention
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="operations and shapes whose names contain this")
-    parser.add_argument("--beside", choices=("fla",), help="another library to measure in the same run")
+    parser.add_argument("--beside", nargs="+", choices=RIVALS, default=[], help="other libraries to measure in the same run")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     given = parser.parse_args()
     device = jax.devices()[0].device_kind
@@ -83,10 +90,11 @@ def main() -> None:
     copy, product = limits()
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     rows = []
-    rivals = beside(given.beside, given.only) if given.beside else {}
-    for work in gated_delta.works():
+    rivals = {library: beside(library, given.only) for library in given.beside}
+    for work in (*gated_delta.works(), *packed_attention.works(), *paged_attention.works()):
         if given.only in work.name:
-            rows.append(measured(work, copy, product) | {"rival": given.beside, "rival_us": rivals.get(work.name)})
+            others = {library: figures[work.name] for library, figures in rivals.items() if work.name in figures}
+            rows.append(measured(work, copy, product) | {"rivals_us": others})
             print(line(rows[-1]), flush=True)
     if given.json:
         given.json.write_text(
@@ -96,11 +104,13 @@ def main() -> None:
 
 def beside(library: str, only: str) -> dict[str, float]:
     """Another library's microseconds, by the names of our lines."""
-    command = [sys.executable, "-m", {"fla": "kernels_pallas.gated_delta.rivals"}[library], only]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{library} cannot be measured here: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    figures: dict[str, float] = {}
+    for module in RIVALS[library]:
+        done = subprocess.run([sys.executable, "-m", module, library, only], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{library} cannot be measured here: {done.stderr.strip().splitlines()[-1]}")
+        figures |= json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def measured(work: Work, copy: float, product: float) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def measured(work: Work, copy: float, product: float) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """A line as it is printed."""
-    others = {"reference": row["reference_us"], row["rival"]: row["rival_us"]}
+    others = {"reference": row["reference_us"], **row["rivals_us"]}
     beside = ", ".join(f"{name} {us:.1f} us ({us / row['us']:.2f} x)" for name, us in others.items() if us)
     speed = f"{row['gb_s']:7.0f} GB/s {row['tflop_s']:6.1f} TFLOP/s {row['of_limit']:4.0%} of the limit"
     return f"{row['name']:44} {row['us']:8.1f} us {speed}; {beside}"

@@ -34,7 +34,7 @@ def load(ref: object, layout: object = ROW) -> object:
 
 
 def store(ref: object, value: object) -> None:
-    """Registers to device memory, also where a thread's share is less than a sector: jax 0.12 wants that said."""
+    """Registers to memory, also in less than whole sectors or with bank conflicts: jax 0.12 wants that said."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.packed_attention import packed_attention
+from kernels_pallas.packed_attention import packed_attention, windows
 from minicpmv46_jax.config import VisionConfig
-from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, precise, tap
+from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, tap
 from minicpmv46_jax.packing import PackedViews
 
 WINDOW = 4  # a 2x2 window
@@ -78,11 +78,11 @@ class WindowMerger(nnx.Module):
         self.linear_1 = Linear(WINDOW * D, WINDOW * F, bias=True, rngs=rngs)
         self.linear_2 = Linear(WINDOW * F, D, bias=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "P/4 D"]:
-        x = x + self.attn(self.norm1(x), window_attention)
-        windows = x.reshape(-1, WINDOW, x.shape[1])
-        merged = self.linear_2(tanh_gelu(self.linear_1(self.pre_norm(windows.reshape(windows.shape[0], -1)))))
-        return merged + windows.mean(axis=1)
+    def __call__(self, x: Float[Array, "P D"], attend) -> Float[Array, "P/4 D"]:
+        x = x + self.attn(self.norm1(x), attend)
+        x = x.reshape(-1, WINDOW, x.shape[1])
+        merged = self.linear_2(tanh_gelu(self.linear_1(self.pre_norm(x.reshape(x.shape[0], -1)))))
+        return merged + x.mean(axis=1)
 
 
 class FinalMerger(nnx.Module):
@@ -127,7 +127,7 @@ class VisionTower(nnx.Module):
             x = block(x, attend)
             tap(taps, f"vision.layers.{i}", x)
             if i == self.insert_layer_id and views.downsample_mode == "16x":
-                x = self.window_merger(x)
+                x = self.window_merger(x, functools.partial(windows, size=WINDOW, backend=self.backend))
                 tap(taps, "vision.window_merger", x)
                 attend = self.within_views(views, WINDOW)
         features = self.merger(self.post_norm(x))
@@ -145,13 +145,3 @@ def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
     P, channels = views.scale.shape
     values = views.patches.reshape(P, channels, -1).astype(jnp.float32)
     return (values * views.scale[..., None] + views.offset[..., None]).reshape(P, -1)
-
-
-def window_attention(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"]) -> Float[Array, "P N H"]:
-    """An attention inside each run of four rows."""
-    shape = q.shape
-    q, k, v = (x.reshape(-1, WINDOW, *shape[1:]) for x in (q, k, v))
-    precision = precise(q.dtype)
-    scores = jnp.einsum("wqnh,wknh->wnqk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * shape[-1] ** -0.5, axis=-1).astype(q.dtype)
-    return jnp.einsum("wnqk,wknh->wqnh", weights, v, precision=precision).reshape(shape)

@@ -22,9 +22,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from kernels_pallas import gated_delta
+from kernels_pallas import gated_delta, packed_attention, paged_attention
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
+from kernels_pallas.packed_attention.shapes import PHOTO
+from kernels_pallas.paged_attention.shapes import PAGED
 
 H200 = """
 gpu_device_info {
@@ -82,6 +84,25 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
             return step(qkv, a, b, z, layer, norm, memory=memory, tail=tail, slots=slots, keep=keep)
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
+    yield from attention()
+
+
+def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
+    """As `programs`."""
+    integers = functools.partial(like, dtype=jnp.int32)
+    for shape in (PAGED[1], PAGED[5]):
+        S, T, pages = len(shape.lengths), sum(shape.lengths), max(shape.contexts) // 64 + 1
+        pool, numbers = like(4096, 64, 512), (integers(S), integers(S), integers(S))
+        run = functools.partial(paged_attention.paged_attention, longest=shape.longest, backend="gpu")
+        yield shape.name, run, (like(T, 8, 256), pool, pool, integers(S, pages), *numbers), ()
+    patches, views = like(sum(PHOTO), 16, 72), (integers(len(PHOTO)), integers(len(PHOTO)))
+    packed = functools.partial(packed_attention.packed_attention, longest=1088, backend="gpu")
+    yield "1 photo", packed, (patches, patches, patches, *views), ()
+
+    def gradients(q, k, v, cotangent, starts, lengths):
+        return jax.vjp(lambda *qkv: packed(*qkv, starts, lengths), q, k, v)[1](cotangent)
+
+    yield "1 photo, gradients", gradients, (patches,) * 4 + views, ()
 
 
 def assembled(dump: Path) -> dict[str, dict[str, int]]:

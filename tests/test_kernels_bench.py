@@ -9,6 +9,10 @@ import pytest
 from kernels_pallas import bench
 from kernels_pallas.gated_delta import bench as gated_delta
 from kernels_pallas.gated_delta import shapes
+from kernels_pallas.packed_attention import bench as packed
+from kernels_pallas.packed_attention.shapes import PACKED
+from kernels_pallas.paged_attention import bench as paged
+from kernels_pallas.paged_attention.shapes import PAGED
 
 
 def test_every_shape_is_in_the_table():
@@ -19,6 +23,18 @@ def test_every_shape_is_in_the_table():
         8192 * (6144 + 32 + 2048) * 2 + 2 * 2**20
     )  # projections in, outputs out, memory both ways
     assert prompt.flops == 8192 * 16 * 3 * 2 * 128 * 128
+
+
+def test_attention_is_in_the_table():
+    works = {work.name: work for work in (*packed.works(), *paged.works())}
+    assert len(works) == 2 * len(PACKED) + 1 + len(PAGED)
+    photo = works["packed attention, 1 photo"]
+    assert photo.flops == 4 * 16 * 72 * (1056**2 + 6 * 1008**2)
+    assert works["packed attention backward, 1 photo"].flops == 2.5 * photo.flops
+    decode = works["paged attention, decode 100 x 1,024"]
+    assert decode.bytes == 100 * (1024 * 2048 + 2 * 4096)  # keys and values once, queries in, answers out
+    prefill = works["paged attention, prefill 2,048 from nothing"]
+    assert prefill.flops == 4 * 8 * 256 * 2048 * 2049 / 2
 
 
 def test_a_call_can_be_made_anywhere():
@@ -34,8 +50,7 @@ def test_a_line_names_the_others_and_the_share_of_the_limit():
         "tflop_s": 2.0,
         "of_limit": 0.5,
         "reference_us": 40.0,
-        "rival": "fla",
-        "rival_us": 15.0,
+        "rivals_us": {"fla": 15.0},
     }
     assert "50% of the limit; reference 40.0 us (4.00 x), fla 15.0 us (1.50 x)" in bench.line(row)
 

@@ -55,10 +55,10 @@ def chunked(lengths: tuple[int, ...], backward: bool = False) -> float:
             return forward()
 
     if not backward:
-        return _microseconds(without_gradients)
+        return microseconds(without_gradients)
     out = forward()
     cotangent, leaves = torch.randn_like(out), [*qkv, a, b, *taps, rates, bias]
-    return _microseconds(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
+    return microseconds(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
 
 
 def recurrent(shape: RecurrentShape) -> float:
@@ -81,7 +81,7 @@ def recurrent(shape: RecurrentShape) -> float:
             )
         return out
 
-    return _microseconds(step)
+    return microseconds(step)
 
 
 def _leaf(*shape: int, dtype: Any = None) -> Any:
@@ -90,8 +90,8 @@ def _leaf(*shape: int, dtype: Any = None) -> Any:
     return torch.randn(*shape, device="cuda", dtype=dtype or torch.bfloat16).requires_grad_()
 
 
-def _microseconds(call: Callable[[], Any]) -> float:
-    """Mean device time of a call, all of its kernels summed: the same measure as `bench.device_microseconds`."""
+def microseconds(call: Callable[[], Any]) -> float:
+    """Mean device time of a call, all of its kernels summed: the same measure as `bench.devicemicroseconds`."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -106,4 +106,4 @@ def _microseconds(call: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[2])

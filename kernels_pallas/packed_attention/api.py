@@ -1,4 +1,4 @@
-"""The operation, one function; `backend` says who runs it.
+"""The operation, over views and over windows; `backend` says who runs it.
 
 Glossary: P patches in the row, I views, L the longest view, N heads, H head width.
 """
@@ -6,7 +6,7 @@ Glossary: P patches in the row, I views, L the longest view, N heads, H head wid
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.packed_attention import reference, tpu
+from kernels_pallas.packed_attention import gpu, reference, tpu
 
 
 def packed_attention(
@@ -26,7 +26,7 @@ def packed_attention(
       starts: each view's first row, ascending.
       lengths: each view's rows, at most `longest`; 0 for a view that is not there (its start is then P).
       longest: the static bound L; the reference takes I x N x L x L float32.
-      backend: "reference", "tpu", or None for the fastest that serves these arguments here.
+      backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In q's dtype; zeros for rows of no view.
@@ -34,8 +34,32 @@ def packed_attention(
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
+    _check(q, k, v)
+    gaps = {REFERENCE: None, "gpu": gpu.gap(q), "tpu": tpu.gap(q)}
+    runs = {REFERENCE: reference.packed_attention, "gpu": gpu.packed_attention, "tpu": tpu.packed_attention}
+    return runs[choose(backend, gaps)](q, k, v, starts, lengths, longest)
+
+
+def windows(
+    q: Float[Array, "P N H"],
+    k: Float[Array, "P N H"],
+    v: Float[Array, "P N H"],
+    *,
+    size: int,
+    backend: str | None = None,
+) -> Float[Array, "P N H"]:
+    """As `packed_attention` where every view has `size` rows, one after the other; P is a multiple of it.
+
+    On a TPU, where a tile would be mostly other windows, XLA's own batched products serve as its backend.
+    """
+    _check(q, k, v)
+    if q.shape[0] % size:
+        raise ValueError(f"q has {q.shape[0]} rows, expected a multiple of the window's {size}")
+    gaps = {REFERENCE: None, "gpu": gpu.gap(q), "tpu": None}
+    runs = {REFERENCE: reference.windows, "gpu": gpu.windows, "tpu": reference.windows}
+    return runs[choose(backend, gaps)](q, k, v, size)
+
+
+def _check(q: Array, k: Array, v: Array) -> None:
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}, expected one dtype")
-    gaps = {REFERENCE: None, "tpu": tpu.gap(q)}
-    run = {REFERENCE: reference.packed_attention, "tpu": tpu.packed_attention}[choose(backend, gaps)]
-    return run(q, k, v, starts, lengths, longest)

@@ -4,8 +4,9 @@ Both recompute a tile's weights from the forward's sums (arXiv:2205.14135). With
 
     S = q k^T,  W = exp(S - sums),  dW = do v^T,  dS = W (dW - delta),  dq = dS k,
 
-and with rows of keys walking over queries the same in transposed matrices, S^T = k q^T, dW^T = v do^T, whose sums and deltas go along
-columns: dk = dS^T q, and dv = W^T do. So no matrix is ever turned, and each result has one owner: nothing is added across blocks.
+and with rows of keys walking over queries the same in transposed matrices, S^T = k q^T, dW^T = v do^T, whose sums and deltas go
+along columns: dk = dS^T q, and dv = W^T do. So no matrix is ever turned, and each result has one owner: nothing is added across
+blocks.
 Glossary: P patches, R of them rounded up to whole blocks, N heads, H head width.
 """
 

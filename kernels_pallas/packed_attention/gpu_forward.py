@@ -1,7 +1,7 @@
 """The forward kernel for Hopper.
 
-Blocks stay on the chip and take one (block of rows, head) after the other: one warpgroup only fetches, ahead into the next pair too;
-the other three own 64 rows each, and while one waits for the matrix unit another's softmax keeps the rest busy.
+Blocks stay on the chip and take one (block of rows, head) after the other: one warpgroup only fetches, ahead into the next pair
+too; the other three own 64 rows each, and while one waits for the matrix unit another's softmax keeps the rest busy.
 Glossary: P patches, R of them rounded up to whole blocks, N heads, H head width.
 """
 

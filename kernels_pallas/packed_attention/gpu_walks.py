@@ -1,11 +1,12 @@
 """Which keys the Hopper kernels' blocks of rows walk over, and how heads lie in memory.
 
 The row of patches is cut into blocks wherever views begin: a block of rows walks over all rows from the beginning of its first
-row's view to the end of its last row's, in tiles, and only tiles that are not wholly everybody's are masked. So nothing is padded or
-gathered, views may begin anywhere, and sixteen 2x2 windows are one tile.
+row's view to the end of its last row's, in tiles, and only tiles that are not wholly everybody's are masked. So nothing is
+padded or gathered, views may begin anywhere, and sixteen 2x2 windows are one tile.
 
 Heads of 72 values lie side by side, 4.5 tiles of 16 each: 80 columns are fetched, the head's 72 and 8 of a neighbour's, before
-them for an odd head and behind them for an even one. They count as zeros in a product's left operand, and are dropped from results.
+them for an odd head and behind them for an even one. They count as zeros in a product's left operand, and are dropped from
+results.
 Glossary: P patches, R of them rounded up to whole blocks, I views, N heads, H head width.
 """
 

@@ -11,7 +11,7 @@ sequence.
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.paged_attention import reference, tpu
+from kernels_pallas.paged_attention import gpu, reference, tpu
 
 PAGE = 64  # tokens; a chunk of the gated delta rule, so that a prefix is whole pages and whole chunks
 
@@ -48,6 +48,6 @@ def paged_attention(
     _, N, H = q.shape
     if keys.shape[1] != PAGE or keys.shape[2] % H or N % (keys.shape[2] // H):
         raise ValueError(f"keys are {keys.shape}, expected pages of {PAGE} and heads of q's width {H} that divide its {N}")
-    gaps = {REFERENCE: None, "tpu": tpu.gap(q, keys)}
-    run = {REFERENCE: reference.paged_attention, "tpu": tpu.paged_attention}[choose(backend, gaps)]
-    return run(q, keys, values, tables, starts, lengths, contexts, longest)
+    gaps = {REFERENCE: None, "gpu": gpu.gap(q, keys), "tpu": tpu.gap(q, keys)}
+    runs = {REFERENCE: reference.paged_attention, "gpu": gpu.paged_attention, "tpu": tpu.paged_attention}
+    return runs[choose(backend, gaps)](q, keys, values, tables, starts, lengths, contexts, longest)

@@ -1,12 +1,15 @@
 """`paged_attention` for Hopper where each sequence has one query or a few: bound by reading keys and values once.
 
-The pages of all sequences are laid in one line and shared out evenly: a block per processor takes its run of them, which may begin
-and end inside a sequence, and leaves a partial answer for each sequence that it met; a second kernel puts these together. Block b's
-part of sequence s lies in slot b + s: along the line either b or s goes up, so no two share one, and a sequence's are neighbours.
+The pages of all sequences are laid in one line and shared out evenly: a block per processor takes its run of them, which may
+begin and end inside a sequence, and leaves a partial answer for each sequence that it met; a second kernel puts these together.
+Block b's part of sequence s lies in slot b + s: along the line either b or s goes up, so no two share one, and a sequence's are
+neighbours.
 
-One warpgroup only fetches; the two others have a key-value head each and a ring of their own. The 8 rows of a token's query heads are
-rows of one 64-row product, so that most of its work is for nothing: it takes a third of the time that the memory needs.
-Glossary: S sequences, N query heads, K key-value heads, H head width, M pages of the longest sequence, R query rows of a sequence.
+One warpgroup only fetches; the two others have a key-value head each and a ring of their own. The 8 rows of a token's query
+heads are rows of one 64-row product, so that most of its work is for nothing: it takes a third of the time that the memory
+needs.
+Glossary: S sequences, N query heads, K key-value heads, H head width, M pages of the longest sequence, R query rows of a
+sequence.
 """
 
 import functools
@@ -18,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, tiles
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, store, tiles
 
 PAGE = 64
 ROWS = 64  # of a matrix product
@@ -193,13 +196,11 @@ def _read(*refs, N, K, H, R):
             # The last tile of values is still ours: the answer leaves through it, half after half.
             slot, to = group * STAGES + lax.rem(ring - 1, STAGES), block + s
             for half in range(2):
-                out_s[slot] = lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2))
+                store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2)))
                 plgpu.commit_smem()
                 for t in range(R // N):
                     mine = pl.ds(t * N + group * G, G)
-                    plgpu.copy_smem_to_gmem(
-                        out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)]
-                    )
+                    plgpu.copy_smem_to_gmem(out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             weights[to, group] = largest + jnp.log2(weight)
             plgpu.barrier_arrive(free.at[slot])

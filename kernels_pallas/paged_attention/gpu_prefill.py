@@ -1,8 +1,9 @@
 """`paged_attention` for Hopper where sequences have many queries: bound by the matrix unit.
 
-A block takes 32 queries of a sequence with the heads of one key-value head: 128 rows, half for each of two warpgroups, which walk over
-the pages together and take turns at the matrix unit: while one's scores are computed the other works on its softmax. A third
-warpgroup only fetches. Where there are fewer blocks than processors each is split along the pages, and XLA puts the parts together.
+A block takes 32 queries of a sequence with the heads of one key-value head: 128 rows, half for each of two warpgroups, which
+walk over the pages together and take turns at the matrix unit: while one's scores are computed the other works on its softmax.
+A third warpgroup only fetches. Where there are fewer blocks than processors each is split along the pages, and XLA puts the
+parts together.
 Glossary: T queries, S sequences, N query heads, K key-value heads, G query heads of each, H head width, C blocks of L queries.
 """
 
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, store, tiles
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, params, store, tiles
 from kernels_pallas.paged_attention.gpu_decode import FLOOR, PAGE, PROCESSORS, ROWS, clear
 from kernels_pallas.paged_attention.reference import query_blocks
 

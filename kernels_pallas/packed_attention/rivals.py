@@ -1,0 +1,57 @@
+"""Other libraries' attention on the same views, for `kernels_pallas.bench --beside`: a process of its own, which prints JSON.
+
+`torch` is PyTorch's variable-length flash attention; `cudnn` is cuDNN's through jax, on the views padded to the longest.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+from kernels_pallas.packed_attention import shapes
+from kernels_pallas.packed_attention.shapes import HEADS, WIDTH
+
+
+def torch(lengths: tuple[int, ...]) -> float:
+    """Microseconds of a forward."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    from kernels_pallas.gated_delta.rivals import microseconds
+
+    q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+    return microseconds(lambda: varlen_attn(q, k, v, offsets, offsets, max(lengths), max(lengths)))
+
+
+def cudnn(lengths: tuple[int, ...]) -> float:
+    """Microseconds of a forward."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels_pallas.bench import device_microseconds
+
+    shape = (3, len(lengths), max(lengths), HEADS, WIDTH)
+    q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    sizes = jnp.asarray(lengths, jnp.int32)
+
+    @jax.jit
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        where = {} if len(set(lengths)) == 1 else {"query_seq_lengths": sizes, "key_value_seq_lengths": sizes}
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **where)
+
+    return device_microseconds(lambda: attend(q, k, v))
+
+
+def measured(measure: Callable[[tuple[int, ...]], float], only: str) -> Iterator[tuple[str, float]]:
+    """By the names that `bench` gives its lines; a shape that the library refuses is left out."""
+    for shape in shapes.PACKED:
+        name = f"packed attention, {shape.name}"
+        if only in name:
+            try:
+                yield name, measure(shape.lengths)
+            except Exception as error:  # another library's, of any kind: said, and the table goes on
+                print(f"{name}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(measured({"torch": torch, "cudnn": cudnn}[sys.argv[1]], sys.argv[2]))))

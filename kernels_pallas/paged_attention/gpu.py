@@ -1,0 +1,38 @@
+"""The kernels for Hopper, in Mosaic GPU: what they serve, and which of the two."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.paged_attention.gpu_decode import ROWS, decode
+from kernels_pallas.paged_attention.gpu_prefill import prefill
+
+HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # what shared memory and registers were shared out for
+
+
+def gap(q: jax.Array, keys: jax.Array) -> str | None:
+    """What the kernels lack for these arguments, or None."""
+    _, N, H = q.shape
+    if H != WIDTH:
+        return f"q has heads of {H}, and it takes {WIDTH}"
+    if (N, keys.shape[2] // H) != (HEADS, KEY_HEADS):
+        return f"there are {N} query and {keys.shape[2] // H} key-value heads, and it takes {HEADS} and {KEY_HEADS}"
+    if q.dtype != jnp.bfloat16 or keys.dtype != q.dtype:
+        return f"q is {q.dtype} and keys {keys.dtype}, and it takes bfloat16 for both"
+    return mosaic_gap()
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "P page KH"],
+    values: Float[Array, "P page KH"],
+    tables: Int32[Array, "S M"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    contexts: Int32[Array, " S"],
+    longest: int,
+) -> Float[Array, "T N H"]:
+    """As `reference.paged_attention`."""
+    run = decode if longest * q.shape[1] <= ROWS else prefill
+    return run(q, keys, values, tables, starts, lengths, contexts, longest)

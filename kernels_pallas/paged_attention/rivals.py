@@ -1,0 +1,40 @@
+"""PyTorch's flash attention on the same work, keys and values contiguous, for `kernels_pallas.bench --beside torch`.
+
+A process of its own, which prints JSON. Its flash attention takes one length a call, so that ragged shapes have no rival here.
+"""
+
+import json
+import sys
+
+from kernels_pallas.paged_attention import shapes
+from kernels_pallas.paged_attention.shapes import HEADS, KEY_HEADS, WIDTH, PagedShape
+
+
+def flash(shape: PagedShape) -> float:
+    """Microseconds."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from kernels_pallas.gated_delta.rivals import microseconds
+
+    rows, queries, context = len(shape.lengths), shape.lengths[0], shape.contexts[0]
+    # With a causal bias it knows no groups of heads: the keys and values stand there four times, to be read from the cache.
+    heads = KEY_HEADS if queries == 1 else HEADS
+    q = torch.randn(rows, HEADS, queries, WIDTH, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(rows, heads, context, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    options = {"enable_gqa": True} if queries == 1 else {"attn_mask": causal_lower_right(queries, context)}
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        return microseconds(lambda: scaled_dot_product_attention(q, k, v, **options))
+
+
+def main(only: str) -> None:
+    """By the names that `bench` gives its lines."""
+    even = [shape for shape in shapes.PAGED if len({*zip(shape.lengths, shape.contexts, strict=True)}) == 1]
+    names = {f"paged attention, {shape.name}": shape for shape in even}
+    print(json.dumps({name: flash(shape) for name, shape in names.items() if only in name}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[2])

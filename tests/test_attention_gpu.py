@@ -1,0 +1,128 @@
+"""The Hopper attention kernels as far as a machine without one can show: in the program, planned rightly, refused in words."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.packed_attention import gpu_walks, packed_attention, windows
+from kernels_pallas.paged_attention import PAGE, gpu_decode, paged_attention
+from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
+
+
+def like(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def paged(tokens, sequences, *, heads=8, key_heads=2, width=256, dtype=jnp.bfloat16):
+    pool, numbers = like(40, PAGE, key_heads * width, dtype=dtype), like(sequences, dtype=jnp.int32)
+    return like(tokens, heads, width, dtype=dtype), pool, pool, like(sequences, 16, dtype=jnp.int32), numbers, numbers, numbers
+
+
+def packed(*, heads=16, width=72, dtype=jnp.bfloat16):
+    return [like(200, heads, width, dtype=dtype)] * 3 + [like(3, dtype=jnp.int32)] * 2
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("operation", "arguments", "kernels"),
+    [
+        (functools.partial(paged_attention, longest=1), paged(8, 8), ("paged_attention_decode", "paged_attention_join")),
+        (functools.partial(paged_attention, longest=200), paged(200, 3), ("paged_attention_prefill",)),
+        (functools.partial(packed_attention, longest=96), packed(), ("packed_attention",)),
+        (functools.partial(windows, size=4), packed()[:3], ("packed_attention",)),
+    ],
+)
+def test_the_kernels_are_in_the_program(operation, arguments, kernels):
+    with described_gpu():
+        for backend in ("gpu", None):
+            program = exported(functools.partial(operation, backend=backend), *arguments)
+            assert all(kernel in program for kernel in kernels)
+        assert "mosaic_gpu" not in exported(functools.partial(operation, backend="reference"), *arguments)
+    assert "mosaic_gpu" not in exported(functools.partial(operation, backend=None), *arguments)  # this machine's device is a CPU
+
+
+@needs_mosaic
+def test_the_gradients_kernels_are_in_the_program():
+    def loss(q, k, v, starts, lengths):
+        return packed_attention(q, k, v, starts, lengths, longest=96, backend="gpu").astype(jnp.float32).sum()
+
+    with described_gpu():
+        program = exported(jax.grad(loss, (0, 1, 2)), *packed())
+    assert all(kernel in program for kernel in ("packed_attention_dq", "packed_attention_dkv"))
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "message"),
+    [
+        (functools.partial(paged_attention, longest=1), paged(8, 8, width=128), "q has heads of 128, and it takes 256"),
+        (
+            functools.partial(paged_attention, longest=1),
+            paged(8, 8, key_heads=4),
+            "there are 8 query and 4 key-value heads, and it takes 8 and 2",
+        ),
+        (
+            functools.partial(paged_attention, longest=1),
+            paged(8, 8, dtype=jnp.float32),
+            "q is float32 and keys float32, and it takes bfloat16 for both",
+        ),
+        (functools.partial(packed_attention, longest=96), packed(width=64), "q has heads of 64, and it takes 72"),
+        (functools.partial(packed_attention, longest=96), packed(heads=3), "q has 3 heads, and it takes an even number"),
+        (functools.partial(windows, size=4), packed(dtype=jnp.float32)[:3], "q is float32, and it takes bfloat16"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(operation, arguments, message):
+    with pytest.raises(NotImplementedError, match=f"backend 'gpu': {message}; backend 'reference' serves it"):
+        jax.eval_shape(functools.partial(operation, backend="gpu"), *arguments)
+
+
+def test_windows_that_do_not_fit_are_refused():
+    arguments = [like(202, 16, 72)] * 3
+    with pytest.raises(ValueError, match="q has 202 rows, expected a multiple of the window's 4"):
+        jax.eval_shape(functools.partial(windows, size=4), *arguments)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_walks_reach_every_key_and_mask_what_must_be(seed):
+    """Each warpgroup's tiles hold all keys that its rows see, and tiles that it need not mask are seen by all of its rows."""
+    rng, groups, tile = np.random.default_rng(seed), 3, 128
+    lengths = rng.integers(1, 500, 7)
+    starts = np.cumsum(rng.integers(0, 9, 7) + np.concatenate([[0], lengths[:-1]]))
+    rows = int(starts[-1] + lengths[-1] + rng.integers(0, 400))
+    first, end = gpu_walks.views(jnp.asarray(starts, jnp.int32), jnp.asarray(lengths, jnp.int32), rows)
+    walks = jax.tree.map(np.asarray, gpu_walks.plan(first, end, groups, tile))
+    for block, (begin, count) in enumerate(zip(walks.begin, walks.count, strict=True)):
+        assert begin % 8 == 0
+        for group in range(groups):
+            at = (block * groups + group) * 64
+            low, high = walks.first[at : at + 64], walks.end[at : at + 64]
+            since, until, clear, cloudy = walks.own[block, group]
+            assert 0 <= since <= until <= count
+            real = low < high
+            if real.any():
+                assert begin + since * tile <= low[real].min()
+                assert begin + until * tile >= high[real].max()
+            for i in range(since, until):
+                if clear <= i < cloudy:
+                    assert real.all()
+                    assert (low <= begin + i * tile).all()
+                    assert (high >= begin + (i + 1) * tile).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pages_are_shared_out_evenly_and_once(seed):
+    rng = np.random.default_rng(seed)
+    contexts = rng.integers(0, [1, 200, 3000, 20000, 70000][seed] + 1, 50) * (rng.random(50) < 0.8)
+    plan = jax.tree.map(np.asarray, gpu_decode.shares(jnp.asarray(contexts, jnp.int32)))
+    pages, slots = -(-contexts // PAGE), set()
+    for block, (first, count) in enumerate(zip(plan.first, plan.count, strict=True)):
+        begin, end = block * plan.share[0], (block + 1) * plan.share[0]
+        for s in range(first, first + count):
+            low, high = max(begin - plan.before[s], 0), min(end, plan.before[s + 1]) - plan.before[s]
+            pages[s] -= max(high - low, 0)
+            if high > low:
+                assert block + s not in slots
+                slots.add(block + s)
+    assert not pages.any()

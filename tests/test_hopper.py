@@ -1,0 +1,157 @@
+"""The Hopper kernels where there is one: against the recurrence in float64 and attention in float32.
+
+What is not theirs to read is poisoned. Run there with JAX_PLATFORMS=cuda; elsewhere all of it is skipped. Every run draws anew.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import gated_delta
+from kernels_pallas.backends import CHIPS, device_kind
+from kernels_pallas.packed_attention import packed_attention, windows
+from kernels_pallas.packed_attention.shapes import PHOTO
+from kernels_pallas.paged_attention import PAGE, paged_attention
+from tests import gated_delta_truth as truth
+from tests.test_gated_delta import expected_step, step_inputs
+from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, relative_rms
+
+pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["gpu"]), reason="there is no Hopper GPU here")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("decay", truth.DECAYS)
+@pytest.mark.parametrize("lengths", [[1, 0, 63, 64, 65, 300], [1500], [128] * 3])
+def test_chunked_follows_the_recurrence(rng, lengths, decay):
+    case = truth.draw(rng, lengths, heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16)
+    found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
+    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+        if lengths[s]:
+            assert relative_rms(found.out[own], out) < GATED_DELTA["gpu bfloat16"]
+            assert relative_rms(found.memory[s], memories[-1]) < GATED_DELTA["gpu bfloat16"]
+        else:
+            np.testing.assert_array_equal(found.memory[s], case.memory[s])
+
+
+def test_a_very_long_sequence_beside_short_ones(rng):
+    lengths = [70_000, 1, 5_000]
+    case = truth.draw(rng, lengths, heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
+    for s in range(3):  # token by token in float64, a head at a time would take the same: some ten seconds
+        own = slice(int(case.starts[s]), int(case.starts[s]) + lengths[s])
+        out, end = truth.naive_end(case, s)
+        assert relative_rms(found.out[own], out) < GATED_DELTA["gpu bfloat16"]
+        assert relative_rms(found.memory[s], end) < GATED_DELTA["gpu bfloat16"]
+
+
+def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
+    case = truth.draw(rng, [512], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)
+    run = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))
+    whole = run(*case.arguments(), jnp.array([[0, 3]], jnp.int32))
+    qkv, a, b, layer, memory, tail, *_ = case.arguments()
+    start, cut = jnp.zeros(1, jnp.int32), 192
+    first = run(qkv[:cut], a[:cut], b[:cut], layer, memory, tail, start, jnp.full(1, cut, jnp.int32))
+    second = run(qkv[cut:], a[cut:], b[cut:], layer, first.memory, first.tail, start, jnp.full(1, 512 - cut, jnp.int32))
+    np.testing.assert_array_equal(first.memory, whole.snapshots)
+    np.testing.assert_array_equal(second.memory, whole.memory)
+    np.testing.assert_array_equal(jnp.concatenate([first.out, second.out]), whole.out)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (20, 1), (5, 4)])
+def test_steps_follow_the_recurrence(rng, rows, tokens):
+    *inputs, memory, tail, slot = step_inputs(rng, rows, tokens, rows + 2, heads=16, K=128, V=128, dtype=jnp.bfloat16)
+    keep = rng.integers(0, tokens + 1, rows)
+    step = jax.jit(functools.partial(gated_delta.recurrent, backend="gpu"), static_argnames="eps")
+    numbers = {"slots": slot, "keep": jnp.asarray(keep, jnp.int32)}
+    out, new_memory, new_tail = step(*inputs, eps=1e-6, memory=memory, tail=tail, **numbers)
+    for r, expected in enumerate(expected_step(*inputs, memory, tail, slot, keep, 1e-6)):
+        found = out[r], new_memory[slot[r]], new_tail[slot[r]]
+        for what, value, target in zip(("gpu bfloat16", "gpu memory", "gpu memory"), found, expected, strict=True):
+            assert relative_rms(value, target) < GATED_DELTA[what]
+
+
+DECODING = {
+    "ragged": ([1] * 9, [1, 63, 64, 65, 700, 2999, 128, 5000, 31], 1),
+    "resting rows": ([1, 0, 1, 0], [100, 90, 64, 0], 1),
+    "one long": ([1], [70_001], 1),
+    "a full house": ([1] * 128, list(range(1, 2049, 16)), 1),
+    "drafts": ([4, 2, 3, 0, 4], [400, 2, 3000, 77, 65], 4),
+}
+PROMPTS = {
+    "pieces": ([512, 4, 64, 0, 1, 200, 17], [512, 4099, 64, 30, 1, 1200, 9000], 512),
+    "one from nothing": ([2048], [2048], 2048),
+    "few on many": ([100, 37], [50_000, 500], 100),  # split along the pages
+}
+
+
+@pytest.mark.parametrize("name", [*DECODING, *PROMPTS])
+def test_paged_attention(rng, name):
+    lengths, contexts, longest = (DECODING | PROMPTS)[name]
+    counts = [-(-context // PAGE) for context in contexts]
+    order, at = rng.permutation(sum(counts) + 5), 0
+    tables = np.full((len(lengths), max(counts) + 2), -1, np.int32)
+    pools = rng.standard_normal((2, len(order), PAGE, 512)).astype(np.float32)
+    clean = np.array(pools)
+    for s, (count, context) in enumerate(zip(counts, contexts, strict=True)):
+        tables[s, :count], at = order[at : at + count], at + count
+        if context % PAGE:
+            pools[:, tables[s, count - 1], context % PAGE :] = np.nan
+    pools[:, order[at:]] = np.nan
+    tables[:, -1] = order[-1]
+    gaps = rng.integers(0, 4, len(lengths)) if longest > 1 else np.zeros(len(lengths), int)
+    starts = np.cumsum(gaps + [0, *np.maximum(lengths[:-1], longest == 1)])
+    tokens = int(starts[-1] + max(lengths[-1], 1) + (longest > 1) * 3)
+    q = normal(rng, tokens, 8, 256)
+    numbers = [jnp.asarray(x, jnp.int32) for x in (tables, starts, lengths, contexts)]
+    run = jax.jit(paged_attention, static_argnames=("longest", "backend"))
+    out = run(q, *(jnp.asarray(x, jnp.bfloat16) for x in pools), *numbers, longest=longest, backend="gpu")
+    rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in clean]
+    expected = run(q.astype(jnp.float32), *rounded, *numbers, longest=longest, backend="reference")
+    assert relative_rms(out, expected) < PAGED_ATTENTION["gpu bfloat16"]
+    nobody = np.ones(tokens, bool)
+    for start, length in zip(starts, lengths, strict=True):
+        nobody[start : start + length] = False
+    assert not np.asarray(out, np.float32)[nobody].any()
+
+
+def views(rng, lengths, gaps):
+    starts = np.cumsum(rng.integers(0, 20, len(lengths)) * gaps + np.concatenate([[0], lengths[:-1]]))
+    rows = int(starts[-1] + lengths[-1] + 7 * gaps)
+    return [normal(rng, rows, 16, 72) for _ in range(4)], jnp.asarray(starts, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+@pytest.mark.parametrize("gaps", [0, 1])
+@pytest.mark.parametrize("lengths", [PHOTO, (1, 3, 1, 4900, 16, 7), (200, 192, 64, 63, 500, 5)])
+def test_packed_attention_and_its_gradients(rng, lengths, gaps):
+    (q, k, v, cotangent), starts, sizes = views(rng, lengths, gaps)
+    longest = max(lengths)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def run(q, k, v, cotangent, backend):
+        attend = functools.partial(packed_attention, starts=starts, lengths=sizes, longest=longest, backend=backend)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(cotangent)
+
+    found = run(q, k, v, cotangent, backend="gpu")
+    expected = run(*(x.astype(jnp.float32) for x in (q, k, v, cotangent)), backend="reference")
+    kinds = ("gpu bfloat16", *["gpu bfloat16 gradient"] * 3)
+    for x, y, kind in zip(found, expected, kinds, strict=True):
+        assert relative_rms(x, y) < PACKED_ATTENTION[kind]
+
+
+def test_windows(rng):
+    q, k, v = (normal(rng, 7104, 16, 72) for _ in range(3))
+    found = windows(q, k, v, size=4, backend="gpu")
+    expected = windows(*(x.astype(jnp.float32) for x in (q, k, v)), size=4, backend="reference")
+    assert relative_rms(found, expected) < PACKED_ATTENTION["gpu bfloat16"]
