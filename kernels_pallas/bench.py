@@ -47,21 +47,26 @@ class Work:
 
 def device_microseconds(call: Callable[[], Any]) -> float:
     """Mean device time of a call, all of its kernels summed; the first call, which compiles, is not counted."""
+    return sum(us for _, us in kernels(call, CALLS)) / CALLS
+
+
+def kernels(call: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
+    """Name and microseconds of every kernel that the device ran in so many calls; the first one, which compiles, is not counted."""
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(CALLS):
+            for _ in range(calls):
                 jax.block_until_ready(call())
-        return sum(_kernel_nanoseconds(Path(folder))) / CALLS / 1e3
+        return list(_events(Path(folder)))
 
 
-def _kernel_nanoseconds(folder: Path) -> Iterator[float]:
+def _events(folder: Path) -> Iterator[tuple[str, float]]:
     for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             if plane.name.startswith("/device:"):
                 for line in plane.lines:
                     if line.name.startswith(("Stream", "XLA Ops")) and "Async" not in line.name:
-                        yield from (event.duration_ns for event in line.events)
+                        yield from ((event.name, event.duration_ns / 1e3) for event in line.events)
 
 
 def limits() -> tuple[float, float]:

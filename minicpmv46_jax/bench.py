@@ -6,6 +6,8 @@ bandwidth, a large product for arithmetic.
 """
 
 import argparse
+import collections
+import functools
 import statistics
 import sys
 import time
@@ -16,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minicpmv46_jax import checkpoint, model
+from kernels_pallas.bench import kernels
+from minicpmv46_jax import checkpoint, model, packing
 from minicpmv46_jax.config import GenerationConfig, ModelConfig, VisionConfig
 from minicpmv46_jax.generate import Generator
 from minicpmv46_jax.options import generation_options
@@ -94,11 +97,32 @@ def decode_seconds(generator: Generator, inputs: Inputs, tokens: int = 257) -> t
     return statistics.median(firsts[1:]), statistics.median(rests[1:])
 
 
+def encode_many(generator: Generator, pictures: int) -> float:
+    """Seconds of the tower alone for so many 1280 x 720 pictures in one pass, their patches on the device already."""
+    views, side = photo_inputs(generator.config, 1).views * pictures, generator.config.vision.positions_per_side
+    ((_, packed),) = packing.pack(views, side, limit=sum(h * w for h, w in PHOTO) * pictures)
+    packed, graph = jax.device_put(packed), model.schema(generator.config).vision
+    encode = jax.jit(functools.partial(model.encode, graph))
+    return seconds(lambda: encode(generator.params["vision"], packed))
+
+
+def print_kernels(what: str, run: Callable[[], object], parts: int) -> None:
+    """The device's kernels of one of `parts` equal parts of the run: how often each ran, how long all of them took."""
+    times = collections.defaultdict(list)
+    for name, us in kernels(run, 1):
+        times[name].append(us)
+    total, count = sum(map(sum, times.values())), sum(map(len, times.values()))
+    print(f"{what}: {count / parts:.1f} kernels, {total / parts:.1f} us")
+    for name, runs in sorted(times.items(), key=lambda item: -sum(item[1]))[:40]:
+        print(f"  {len(runs) / parts:7.2f} x {sum(runs) / len(runs):8.1f} us = {sum(runs) / parts:8.1f} us  {name[:100]}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json without --load")
     parser.add_argument("--load", action="store_true", help="load its weights instead of drawing random ones")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--kernels", action="store_true", help="print the device's kernels of each part as well")
     args = parser.parse_args(arguments)
     config, dtype = ModelConfig.from_folder(args.model), jnp.dtype(args.dtype)
     on_cpu = jax.default_backend() == "cpu"
@@ -126,10 +150,18 @@ def main(arguments: list[str] | None = None) -> None:
     encode = seconds(lambda: generator.features(inputs.views)[0])
     flops = tower_flops(config.vision, config.text.hidden_size, PHOTO)
     rows.append(("encode a 1280x720 picture", encode * 1e3, "ms", f"{flops / encode / rate:.0%} of the matrix rate"))
+    if not on_cpu:
+        many = encode_many(generator, 16)
+        rows.append(("tower, 16 of them in one pass", many * 1e3, "ms", f"{16 * flops / many / rate:.0%} of the matrix rate"))
     first, _ = decode_seconds(generator, inputs, tokens=2)
     rows.append(("picture and 128 tokens: first token", first * 1e3, "ms", "decoding and slicing of the file not counted"))
     for name, value, unit, note in rows:
         print(f"{name:38s} {value:9.2f} {unit}  {note}")
+    if args.kernels:
+        options = generation_options(GenerationConfig(), max_new_tokens=65, temperature=0.0)
+        print_kernels("a token, reading of 128 shared out", lambda: list(generator.tokens(words, options)), 65)
+        print_kernels("prefill of 2,048 tokens", lambda: generator.prefill(long_words)[0], 1)
+        print_kernels("encode a 1280x720 picture", lambda: generator.features(inputs.views)[0], 1)
 
 
 if __name__ == "__main__":
