@@ -51,7 +51,7 @@ def device_microseconds(call: Callable[[], Any]) -> float:
 
 
 def kernels(call: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
-    """Name and microseconds of every kernel that the device ran in so many calls; the first one, which compiles, is not counted."""
+    """Name and microseconds of every kernel that the device ran in so many calls; a first, which compiles, is not counted."""
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -69,8 +69,8 @@ def prefill(
     flat = (x.reshape(-1, K * H) for x in (keys, values))
     out, logs = kernel(rows, *flat, tables, blocks.sequence, first, real)
     if splits > 1:
-        shares = jnp.exp2(logs - logs.max(axis=0))
-        out = jnp.sum(out * (shares / shares.sum(axis=0))[..., None], axis=0).astype(q.dtype)
+        shares = jnp.exp2(logs - logs.max(axis=0, keepdims=True))
+        out = jnp.sum(out * (shares / shares.sum(axis=0, keepdims=True))[..., None], axis=0).astype(q.dtype)
     out = out.reshape(C, K, L, G, H).swapaxes(1, 2).reshape(C * L, N, H)
     # Back to the row of queries: where each stands among the blocks.
     token = jnp.arange(T, dtype=jnp.int32)
