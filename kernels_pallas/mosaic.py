@@ -77,26 +77,6 @@ def sigmoid(x: object) -> object:
     return root * root
 
 
-def exp2_spread(x: object, by_hand: int) -> object:
-    """`2^x` of a matrix for x <= 0, to 1e-4 of its value: of its columns, `by_hand` without the chip's few units for exponentials.
-
-    Those have an eighth of the other units' rate. 2^x = 2^n 2^f with n the nearest whole number: adding 1.5 x 2^23 rounds to it
-    and leaves it in the low bits, from where it goes to the exponent's; 2^f, |f| <= 1/2, is a cubic of least relative error.
-    """
-    if by_hand == 0:
-        return jnp.exp2(x)
-    rows, columns = x.shape
-    rest = columns - by_hand
-    low = jnp.maximum(lax.slice(x, (0, rest), (rows, columns)), -126.0)
-    rounder = 12582912.0
-    shifted = low + rounder
-    f = low - (shifted - rounder)
-    cubic = 1.0 + f * (0.69328283 + f * (0.24220944 + f * 0.05500831))
-    bits = lax.bitcast_convert_type(cubic, jnp.int32) + lax.shift_left(lax.bitcast_convert_type(shifted, jnp.int32), 23)
-    high = jnp.exp2(lax.slice(x, (0, 0), (rows, rest)))
-    return lax.concatenate([high, lax.bitcast_convert_type(bits, jnp.float32)], 1)
-
-
 def silu(x: object) -> object:
     """`x sigmoid(x)`."""
     return x * sigmoid(x)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.mosaic import exp2_spread
 from kernels_pallas.packed_attention import gpu_walks, packed_attention, windows
 from kernels_pallas.paged_attention import PAGE, gpu_decode, paged_attention
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
@@ -127,11 +126,3 @@ def test_pages_are_shared_out_evenly_and_once(seed):
                 assert block + s not in slots
                 slots.add(block + s)
     assert not pages.any()
-
-
-@pytest.mark.parametrize("by_hand", [0, 32])
-def test_exponentials_by_hand(by_hand):
-    x = -np.random.default_rng(0).exponential(10, (64, 128)).astype(np.float32)
-    x[:, ::40] = [0.0, -125.5, -300.0, -np.inf]
-    found = np.asarray(exp2_spread(jnp.asarray(x), by_hand))
-    np.testing.assert_allclose(found, np.exp2(x), rtol=1.1e-4, atol=2.0**-125)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, exp2_spread, load, params, tiles
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, load, params, tiles
 from kernels_pallas.packed_attention.gpu_walks import FLOOR, PROCESSORS, ROWS, SLACK, columns, keep_own, leave, plan, seen
 
 
@@ -29,13 +29,12 @@ def forward(
     groups: int = 3,
     tile: int = 128,
     stages: int = 3,
-    by_hand: int = 0,
 ) -> tuple[Float[Array, "P N H"], Float32[Array, "N R"]]:
     """The attention of rows over the rows from `first` to `end`; and the logarithm, base 2, of each row's sum of weights."""
     P, N, H = q.shape
     walks = plan(first, end, groups, tile)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages, by_hand=by_hand),
+        functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((N, walks.first.shape[0]), jnp.float32),
@@ -55,10 +54,11 @@ def forward(
         compiler_params=params(approximate=True),
         kernel_name="packed_attention",
     )
-    return kernel(*(x.reshape(P, N * H) for x in (q, k, v)), *walks)
+    out, sums = kernel(*(x.reshape(P, N * H) for x in (q, k, v)), *walks)
+    return out, sums
 
 
-def _kernel(*refs, N, H, groups, tile, stages, by_hand):
+def _kernel(*refs, N, H, groups, tile, stages):
     q, k, v, first, end, begin, count, own, out, sums, q_s, k_s, v_s, out_s, *barriers = refs
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
     processor, group = lax.axis_index("processor"), lax.axis_index("group")
@@ -121,7 +121,7 @@ def _kernel(*refs, N, H, groups, tile, stages, by_hand):
                 scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * tile), lambda x: x, scores)
                 peak = jnp.maximum(largest, scores.max(axis=1) * scale)
                 faded = jnp.exp2(largest - peak)
-                weights = exp2_spread(scores * scale - along_rows(peak, tile), by_hand)
+                weights = jnp.exp2(scores * scale - along_rows(peak, tile))
                 weight = weight * faded + weights.sum(axis=1)
                 total = total * along_rows(faded, wide)
                 plgpu.barrier_wait(v_ready.at[slot])

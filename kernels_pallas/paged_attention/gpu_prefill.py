@@ -75,8 +75,9 @@ def prefill(
     # Back to the row of queries: where each stands among the blocks.
     token = jnp.arange(T, dtype=jnp.int32)
     counts = (lengths + L - 1) // L
-    owned = (token[:, None] >= starts) & (token[:, None] < starts + lengths)
-    place = jnp.sum(jnp.where(owned, (jnp.cumsum(counts) - counts) * L + token[:, None] - starts, 0), axis=1)
+    since = token[:, None] - starts[None]
+    owned = (since >= 0) & (since < lengths[None])
+    place = jnp.sum(jnp.where(owned, ((jnp.cumsum(counts) - counts) * L)[None] + since, 0), axis=1)
     return jnp.where(owned.any(axis=1)[:, None, None], out[place], jnp.zeros((), q.dtype))
 
 
