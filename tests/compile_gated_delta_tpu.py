@@ -122,8 +122,12 @@ def schedule(chip: str) -> dict[str, dict[str, int]]:
 
 
 def listing(folder: Path, kernel: str) -> dict[str, int]:
-    """Of the listing `<time>-<kernel>.<number>-<pass>-final_bundles.txt`: a line a bundle, numbered in hexadecimal."""
-    (file,) = folder.glob(f"*-{kernel}.*[0-9]-final_bundles.txt")
+    """Of the listing `<time>-<kernel>.<number>-<pass>-final_bundles.txt`: a line a bundle, numbered in hexadecimal.
+
+    Differentiation puts the kernel's name between others: `transpose_jvp_<kernel>__`.
+    """
+    name = re.compile(rf"-(jvp_|transpose_)*{kernel}_*\.\d+-\d+-final_bundles\.txt")
+    (file,) = (file for file in folder.iterdir() if name.search(file.name))
     lines = [line for line in file.read_text().splitlines() if re.match(r" *(0x)?[0-9a-f]+ +", line)]
     return {"bundles": len(lines), "spills": sum(len(re.findall(r"\bvst [^;]*_spill", line)) for line in lines)}
 

@@ -37,10 +37,9 @@ def packed_attention(
     longest: int,
 ) -> Float[Array, "P N H"]:
     """`api.packed_attention`."""
-    del longest  # a view takes as many visits as it has rows
     P, N, _ = q.shape
     rows = (jnp.pad(x.reshape(P, -1), ((0, -P % ALIGNED), (0, 0))) for x in (q, k, v))
-    return _attention(N, *(_cleared(x, starts, lengths) for x in rows), starts, lengths)[:P].reshape(q.shape)
+    return _attention(N, longest, *(_cleared(x, starts, lengths) for x in rows), starts, lengths)[:P].reshape(q.shape)
 
 
 def _cleared(x: Float[Array, "P D"], starts: Int32[Array, " I"], lengths: Int32[Array, " I"]) -> Float[Array, "P D"]:
@@ -49,29 +48,30 @@ def _cleared(x: Float[Array, "P D"], starts: Int32[Array, " I"], lengths: Int32[
     return jnp.where((lower < upper)[:, None], x, jnp.zeros((), x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     N: int,
+    longest: int,
     q: Float[Array, "P D"],
     k: Float[Array, "P D"],
     v: Float[Array, "P D"],
     starts: Int32[Array, " I"],
     lengths: Int32[Array, " I"],
 ) -> Float[Array, "P D"]:
-    return _forward(N, q, k, v, starts, lengths)[0]
+    return _forward(N, longest, q, k, v, starts, lengths)[0]
 
 
-def _forward(N, q, k, v, starts, lengths):
-    out, sums = tpu_forward.forward(q, k, v, starts, lengths, tpu_forward.plan(N, *q.shape, q.dtype))
+def _forward(N, longest, q, k, v, starts, lengths):
+    out, sums = tpu_forward.forward(q, k, v, starts, lengths, tpu_forward.plan(N, len(q), longest))
     return out, (q, k, v, starts, lengths, out, sums)
 
 
-def _backward(N, kept, out_bar):
+def _backward(N, longest, kept, out_bar):
     q, k, v, starts, lengths, out, sums = kept
     P, out_bar = len(q), _cleared(out_bar, starts, lengths)
     products = (out_bar.astype(jnp.float32) * out.astype(jnp.float32)).reshape(P, N, -1).sum(-1)
     sums = sums + jnp.pad(products, ((0, 0), (N, LANES - 2 * N)))
-    arguments = (q, k, v, out_bar, sums, starts, lengths, tpu_backward.plan(N, *q.shape, q.dtype))
+    arguments = (q, k, v, out_bar, sums, starts, lengths, tpu_backward.plan(N, P, longest))
     return tpu_backward.queries(*arguments), *tpu_backward.keys_values(*arguments), None, None
 
 

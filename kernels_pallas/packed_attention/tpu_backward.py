@@ -2,7 +2,7 @@
 
 For the queries' cotangents one walks through blocks of queries and visits windows of keys and values, as the forward kernel does.
 For the keys' and values' the other walks through blocks of keys and visits windows of queries. `sums` has of each row, head n, in
-lane n the logarithm of the sum of its exponentials, in lane N + n the product of its result with the result's cotangent.
+lane n the logarithm (base 2) of the sum of its exponentials, in lane N + n the product of its result with the result's cotangent.
 Glossary as in tpu_forward.
 """
 
@@ -14,15 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_forward import Plan, overlaps
+from kernels_pallas.packed_attention.tpu_forward import Plan, grouped, overlaps, window
 from kernels_pallas.packed_attention.tpu_views import bounds, column, cut, numbers, strangers, window_row
-from kernels_pallas.tpu_stream import block_index, dot, grid, visit_all
+from kernels_pallas.tpu_stream import LOG2_E, block_index, dot, grid, visit_all
 
 
-def plan(N: int, P: int, D: int, dtype: jnp.dtype) -> Plan:
+def plan(N: int, P: int, longest: int) -> Plan:
     """The cut for a row of P rows."""
-    del D
-    return Plan(N, 128, 128, min(P, 256 if dtype == jnp.float32 else 512))
+    return Plan(N, 128, 128, window(P, longest))
 
 
 def queries(
@@ -127,30 +126,27 @@ def _queries_kernel(lower, upper, row, first, own_refs, window_refs, total_refs,
     (q_ref, bar_ref, sums_ref), (k_ref, v_ref), (total_ref,) = own_refs, window_refs, total_refs
     L, D = q_ref.shape
     unseen = strangers(column(lower), column(upper), numbers((L, k_ref.shape[0]), 1, row), first)
-    for n, lanes in _heads(N, D):
-        k = k_ref[:, lanes]
-        _, change = _weights(q_ref[:, lanes], k, v_ref[:, lanes], bar_ref[:, lanes], sums_ref, n, N, unseen)
-        total_ref[n] += dot("qk,kh->qh", change.astype(k.dtype), k)
+    for heads in grouped(N, D // N):
+        changes = [change for _, change in _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen, N)]
+        for (n, lanes), change in zip(heads, changes, strict=True):
+            total_ref[n] += dot("qk,kh->qh", change.astype(k_ref.dtype), k_ref[:, lanes])
 
 
 def _keys_values_kernel(lower, upper, row, first, own_refs, window_refs, total_refs, N):
     (k_ref, v_ref), (q_ref, bar_ref, sums_ref), (key_ref, value_ref) = own_refs, window_refs, total_refs
     W, D = q_ref.shape
     unseen = strangers(lower, upper, numbers((W, k_ref.shape[0]), 0, row), first)
-    for n, lanes in _heads(N, D):
-        q, bar = q_ref[:, lanes], bar_ref[:, lanes]
-        weights, change = _weights(q, k_ref[:, lanes], v_ref[:, lanes], bar, sums_ref, n, N, unseen)
-        key_ref[n] += dot("qk,qh->kh", change.astype(q.dtype), q)
-        value_ref[n] += dot("qk,qh->kh", weights.astype(q.dtype), bar)
+    for heads in grouped(N, D // N):
+        found = _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen, N)
+        for (n, lanes), (weights, change) in zip(heads, found, strict=True):
+            key_ref[n] += dot("qk,qh->kh", change.astype(q_ref.dtype), q_ref[:, lanes])
+            value_ref[n] += dot("qk,qh->kh", weights.astype(q_ref.dtype), bar_ref[:, lanes])
 
 
-def _heads(N, D):
-    return [(n, slice(n * (D // N), (n + 1) * (D // N))) for n in range(N)]
-
-
-def _weights(q, k, v, out_bar, sums_ref, n, N, unseen):
-    """The softmax's weights and their scores' cotangents, [queries, keys] float32."""
-    scale = q.shape[1] ** -0.5
-    weights = jnp.exp(dot("qh,kh->qk", q, k) * scale + unseen - sums_ref[:, n : n + 1])
-    by_value = dot("qh,kh->qk", out_bar, v)
-    return weights, weights * (by_value - sums_ref[:, N + n : N + n + 1]) * scale
+def _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen, N):
+    """Of each head the softmax's weights and the scores' cotangents, times the scale, [queries, keys] float32."""
+    scale = (q_ref.shape[1] // N) ** -0.5
+    scores = [dot("qh,kh->qk", q_ref[:, lanes], k_ref[:, lanes]) * (scale * LOG2_E) + unseen for _, lanes in heads]
+    by_value = [dot("qh,kh->qk", bar_ref[:, lanes], v_ref[:, lanes]) for _, lanes in heads]
+    weights = [jnp.exp2(x - sums_ref[:, n : n + 1]) for (n, _), x in zip(heads, scores, strict=True)]
+    return [(w, w * (x - sums_ref[:, N + n : N + n + 1]) * scale) for (n, _), w, x in zip(heads, weights, by_value, strict=True)]

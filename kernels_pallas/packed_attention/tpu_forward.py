@@ -14,8 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_views import bounds, column, cut, numbers, strangers, window_row
-from kernels_pallas.tpu_stream import LANES, LOWEST, add, block_index, dot, grid, visit_all
+from kernels_pallas.packed_attention.tpu_views import ALIGNED, bounds, column, cut, numbers, strangers, window_row
+from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
+
+TOGETHER = 4  # heads, whose steps hide each other's latency
+MOST = 1152  # rows of a window
 
 
 class Plan(NamedTuple):
@@ -31,10 +34,21 @@ class Plan(NamedTuple):
         return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=56 * 2**20)
 
 
-def plan(N: int, P: int, D: int, dtype: jnp.dtype) -> Plan:
+def window(P: int, longest: int) -> int:
+    """Rows of a window: the longest view in one, or in as many as it takes; it begins up to a tile before the view."""
+    rows = longest + ALIGNED - 1
+    return min(-(-rows // pl.cdiv(rows, MOST) // ALIGNED) * ALIGNED, P)
+
+
+def grouped(N: int, H: int) -> list[list[tuple[int, slice]]]:
+    """Heads and their lanes, in groups that are computed together."""
+    heads = [(n, slice(n * H, (n + 1) * H)) for n in range(N)]
+    return [heads[n : n + TOGETHER] for n in range(0, N, TOGETHER)]
+
+
+def plan(N: int, P: int, longest: int) -> Plan:
     """The cut for a row of P rows."""
-    del D
-    return Plan(N, 256, 128, min(P, 256 if dtype == jnp.float32 else 512))
+    return Plan(N, 256, 128, window(P, longest))
 
 
 def forward(
@@ -45,7 +59,7 @@ def forward(
     lengths: Int32[Array, " I"],
     plan: Plan,
 ) -> tuple[Float[Array, "P D"], Float32[Array, "P lanes"]]:
-    """The kernel over all rows: the result, and lane n the logarithm of the sum of head n's exponentials.
+    """The kernel over all rows: the result, and lane n the logarithm, of base 2, of the sum of head n's exponentials.
 
     P is a multiple of 16 and at least a window. Rows of no view must be finite; their results are zeros.
     """
@@ -127,10 +141,15 @@ def _kernel(
                 rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
                 own = (column(ref[0, pl.ds(i, 1)]) for ref in (lower_ref, upper_ref))
                 unseen = strangers(*own, numbers((tile, W), 1, row), first.astype(jnp.float32))
-                for n in range(N):
-                    lanes = slice(n * H, (n + 1) * H)
-                    scores = dot("qh,kh->qk", q_ref[rows, lanes], k_buffers[slot, :, lanes]) * H**-0.5 + unseen
-                    add(scores, v_buffers[slot, :, lanes], *(x.at[n, rows] for x in (total_ref, largest_ref, weight_ref)))
+
+                def softmax(n, lanes):
+                    scores = dot("qh,kh->qk", q_ref[rows, lanes], k_buffers[slot, :, lanes]) * (H**-0.5 * LOG2_E) + unseen
+                    return Softmax(
+                        scores, v_buffers[slot, :, lanes], *(x.at[n, rows] for x in (total_ref, largest_ref, weight_ref))
+                    )
+
+                for heads in grouped(N, H):
+                    add([softmax(*head) for head in heads])
 
         jax.lax.fori_loop(0, L // tile, attend, None)
 
@@ -143,7 +162,7 @@ def _kernel(
         for n in range(N):
             weight = jnp.where(weight_ref[n] > 0, weight_ref[n], 1.0)
             out_ref[:, n * H : (n + 1) * H] = (total_ref[n] / weight[:, :1]).astype(out_ref.dtype)
-            sums_ref[...] = jnp.where(lane == n, largest_ref[n] + jnp.log(weight), sums_ref[...])
+            sums_ref[...] = jnp.where(lane == n, largest_ref[n] + jnp.log2(weight), sums_ref[...])
 
 
 def overlaps(spans, tile, row, window):

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.reference import Blocks
-from kernels_pallas.tpu_stream import LANES, LOWEST, add, block_index, dot, grid, visit_all
+from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
 
 JOINT = 8  # queries of a block, up to which one product serves all heads
 TILE = 64  # queries computed at once
@@ -156,12 +156,15 @@ def _kernel(
 
             def attend(masked, tile=tile, own=own):
                 rows = slice(tile * plan.tile * plan.heads_at_once, (tile + 1) * plan.tile * plan.heads_at_once)
-                for group in range(q_ref.shape[1]):
+
+                def softmax(group):
                     q, k, v = _operands(q_ref, key_buffers.at[slot], value_buffers.at[slot], group, rows, plan)
-                    scores = dot("qh,kh->qk", q, k) * q_ref.shape[3] ** -0.5
+                    scores = dot("qh,kh->qk", q, k) * (q_ref.shape[3] ** -0.5 * LOG2_E)
                     if masked:
                         scores, v = _masked(scores, v, visit * W, own, seen(0), plan)
-                    add(scores, v, *(x.at[group, rows] for x in (total_ref, largest_ref, weight_ref)))
+                    return Softmax(scores, v, *(x.at[group, rows] for x in (total_ref, largest_ref, weight_ref)))
+
+                add([softmax(group) for group in range(q_ref.shape[1])])
 
             pl.when(some & whole)(functools.partial(attend, False))
             pl.when(some & ~whole)(functools.partial(attend, True))
