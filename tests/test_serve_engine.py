@@ -3,7 +3,6 @@ things go wrong."""
 
 import asyncio
 import contextlib
-import threading
 
 import numpy as np
 import pytest
@@ -16,12 +15,11 @@ from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
 from serve.sizes import Sizes
 from serve.work import prepare
+from tests.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
 from tests.small_engine import BUCKETS, SIZES
 
-PATIENCE_S = 300  # two cores may be shared with others
 ONE_AT_A_TIME = Sizes(running=1, snapshots=0, pages=40, longest=1024, features=2048, buckets=BUCKETS)
 GREEDY_OPTIONS = generation_options(GenerationConfig())
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -51,47 +49,6 @@ def nothing_is_held(engine):
     assert engine.pages.free == engine.pages.count - kept
     assert engine.snapshots.free == engine.snapshots.count - engine.prefixes.snapshots
     assert all(not entry.pins for entry in engine.features._entries.values())
-
-
-def wait_until(true):
-    event = threading.Event()
-    for _ in range(PATIENCE_S * 100):
-        if true():
-            return
-        event.wait(0.01)
-    raise AssertionError("it did not come")
-
-
-def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario, PATIENCE_S))
-
-
-@contextlib.contextmanager
-def submitted(engine, inputs, options):
-    job = engine.reserve()
-    try:
-        job.submit(inputs, options)
-        yield job
-    finally:
-        job.close()
-
-
-async def ask(engine, inputs, options):
-    """Tokens and the reason."""
-    tokens, reason = [], None
-    with submitted(engine, inputs, options) as job:
-        async for delta in job.deltas():
-            tokens += [token.id for token in delta.tokens]
-            reason = delta.finish_reason
-    return tokens, reason
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def request(demo, *parts, **options):
-    return demo.prepare([{"role": "user", "content": list(parts)}], {**GREEDY, "max_new_tokens": 24, **options})
 
 
 @pytest.fixture(scope="module")
