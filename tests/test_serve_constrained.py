@@ -1,4 +1,4 @@
-"""Constrained and biased answers in the engine's batch: each is the one its request has alone, and nobody waits for their masks."""
+"""Constrained and biased answers in the engine's batch: each is the one its request has alone; nobody waits for their masks."""
 
 import asyncio
 import dataclasses
@@ -9,8 +9,6 @@ import pytest
 
 from serve import masks
 from serve.constraints import Constraints, Wanted
-from serve.engine import Engine
-from serve.sizes import Sizes
 from tests.engine_client import answer, request, run, submitted, text, wait_until
 from tests.small_engine import BUCKETS
 
@@ -126,18 +124,17 @@ def test_the_answers_have_their_forms(demo, steered, expected):
     assert all(40 <= token.id < 90 for token in expected[8][0])
 
 
-def test_preempted_ones_go_on_as_if_nothing_had_been(demo, make, alone, free):
-    """14 pages for answers that want 3 to 7 each: they are put back between their scores and the choice of a token, too."""
-    sizes = Sizes(running=6, snapshots=0, pages=14, longest=768, features=2048, buckets=BUCKETS)
-    options = {"ignore_eos": False, "max_new_tokens": 230, **DRAWN}
+def test_preempted_ones_go_on_as_if_nothing_had_been(demo, tight_engine, make, alone):
+    """19 pages for answers that want 5 to 8 each: they are put back between their scores and the choice of a token, too."""
+    options = {"ignore_eos": False, "max_new_tokens": 300, **DRAWN}
     long = [
         request(demo, text(f"{i} " * 60), constraint=make(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
         for i in range(4)
     ]
     requests = [*long, request(demo, text("free " * 30), max_new_tokens=200)]
-    with Engine(demo, sizes) as engine:
-        found = run(together(engine, requests))
-        assert engine.scheduler.preemptions > 0 and engine.pages.free == 14
+    preemptions = tight_engine.scheduler.preemptions
+    found = run(together(tight_engine, requests))
+    assert tight_engine.scheduler.preemptions > preemptions and tight_engine.pages.free == tight_engine.pages.count
     assert all(same(*pair) for pair in zip(found, map(alone, requests), strict=True))
 
 
@@ -221,7 +218,7 @@ def test_nobody_waits_for_a_mask(demo, demo_engine, alone, free, expected):
 
 
 def test_steps_are_sent_ahead_and_shared(demo, demo_engine, make, monkeypatch):
-    """A constrained and a free stream take a token each in every dispatch, which is sent before anybody looks at the last one's."""
+    """A constrained and a free stream get a token each from every dispatch, sent before anybody looks at the last one's."""
     engine, events = demo_engine, []
     monkeypatch.setattr(masks, "PATIENCE_S", 30.0)  # masks are never late
     for name in ("decode", "choose"):
