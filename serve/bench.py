@@ -2,8 +2,8 @@
 
 Four kinds of load. By default prompts of random token ids to /v1/completions, input and output lengths drawn evenly from ranges.
 With `--chat` random words to /v1/chat/completions; with `--image 1280x720` a random JPEG before them. With `--turns 3`
-conversations, whose each turn sends the ones before again. Every answer goes on past its end token (`ignore_eos`) to its drawn length, but with
-`--response-format FILE`, which asks for answers of a form in chats: they end where their form does, or at that length.
+conversations, whose each turn sends the ones before again. Every answer goes on past its end token (`ignore_eos`) to its drawn
+length, but with `--response-format FILE`, which asks for answers of a form in chats: they end where their form does.
 
 The terms are those of SGLang's bench_serving: TTFT is the time to the first token, TPOT the mean time of each later token of a
 request, ITL the time between two chunks of a stream divided by the tokens a chunk has on average, E2E a whole request's time.
