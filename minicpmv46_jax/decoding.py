@@ -2,19 +2,24 @@
 
 All that a step needs of a sequence lies on the device by its slot: pages, sampling, stop tokens, newest token. The host says no
 more than which slots take part and which pages they have been given, so that it may be a step behind in what it knows.
-Glossary: S slots, B rows of a step, E stop tokens watched, N steps of a dispatch, T tokens, V vocabulary.
+
+Where the host has a say in a token (a mask that depends on the one before), a step is taken apart: `decode` computes the scores,
+which needs no mask, and keeps them; `choose` samples from them. The mask is made in between, while the device computes.
+Glossary: S slots, B rows of a step, E stop tokens watched, N steps of a dispatch, T tokens, V vocabulary, W words of a mask.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from minicpmv46_jax import model
 from minicpmv46_jax.batch import Rows, dropped
 from minicpmv46_jax.model import Params
 from minicpmv46_jax.options import GenerationOptions
-from minicpmv46_jax.sampling import History, Mode, Sampled, SamplingParams, Steering, count, new_history, sample
+from minicpmv46_jax.sampling import MAX_BIASED, Bias, History, Mode, Sampled, SamplingParams, count, new_bias, new_history, sample
 from minicpmv46_jax.state import Layers, TextState
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -23,12 +28,17 @@ DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out fo
 
 @tree_dataclass
 class Decoding:
-    """All slots. `left` is how many tokens an answer may still get; at 0 its row rests, as it does after a stop token."""
+    """All slots. `left` is how many tokens an answer may still get; at 0 its row rests, as it does after a stop token.
+
+    `kept`: scores of rows whose token is still to be chosen.
+    """
 
     state: TextState
     sampling: SamplingParams
     stops: Int32[Array, "S E"]
     history: History
+    bias: Bias
+    kept: Float32[Array, "S V"]
     last: Int32[Array, " S"]
     answered: Int32[Array, " S"]
     left: Int32[Array, " S"]
@@ -54,11 +64,17 @@ def new_decoding(state: TextState, vocabulary: int) -> Decoding:
     zeros = jnp.zeros(S, jnp.int32)
     params = SamplingParams(*[jnp.zeros(S, kind) for kind in _KINDS], seed=jnp.zeros((S, 2), jnp.uint32))
     stops = jnp.full((S, DEVICE_STOPS), -1, jnp.int32)
-    return Decoding(state, params, stops, new_history(S, vocabulary), zeros, zeros, zeros)
+    kept = jnp.zeros((S, vocabulary), jnp.float32)
+    return Decoding(state, params, stops, new_history(S, vocabulary), new_bias(S), kept, zeros, zeros, zeros)
 
 
 def start(
-    decoding: Decoding, logits: Float32[Array, "B V"], begin: Start, steering: Steering | None = None, *, mode: Mode
+    decoding: Decoding,
+    logits: Float32[Array, "B V"],
+    begin: Start,
+    allowed: UInt32[Array, "B W"] | None = None,
+    *,
+    mode: Mode,
 ) -> tuple[Decoding, Sampled]:
     """Samples the next token of answers whose prompts have been read.
 
@@ -66,18 +82,48 @@ def start(
       decoding: donated.
       logits: after each prompt's last token.
       begin: whose they are; rows without a slot sample too, for nothing.
-      steering: what requests add to the scores, or None.
+      allowed: which tokens may come, see `sampling.sample`; None for all.
       mode: what to sample (static).
     """
-    S = decoding.last.shape[0]
-    slots = dropped(begin.slots, S)
-    sampled = sample(logits, begin.sampling, _rows(decoding.history, slots), begin.answered, mode, steering)
+    slots = dropped(begin.slots, decoding.last.shape[0])
+    table = (decoding.sampling, decoding.stops, decoding.answered, decoding.left)
+    new = (begin.sampling, begin.stops, begin.answered, begin.left)
+    params, stops, answered, left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
+    begun = dataclasses.replace(decoding, sampling=params, stops=stops, answered=answered, left=left)
+    return _sample(begun, logits, slots, allowed, mode)
+
+
+def choose(
+    decoding: Decoding, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: Mode
+) -> tuple[Decoding, Sampled]:
+    """Samples the tokens of rows that `decode` has held: from the scores that it kept, those that are allowed.
+
+    Args:
+      decoding: donated.
+      slots: whose rows they are, -1 for none.
+      allowed: which tokens may come, see `sampling.sample`.
+      mode: what to sample (static).
+    """
+    rows = dropped(slots, decoding.last.shape[0])
+    return _sample(decoding, _rows(decoding.kept, rows), rows, allowed, mode)
+
+
+def _sample(
+    decoding: Decoding,
+    logits: Float32[Array, "B V"],
+    slots: Int32[Array, " B"],
+    allowed: UInt32[Array, "B W"] | None,
+    mode: Mode,
+) -> tuple[Decoding, Sampled]:
+    """A token for each of these slots, entered."""
+    known = (decoding.sampling, decoding.stops, decoding.history, decoding.bias, decoding.answered, decoding.left)
+    params, stops, history, bias, answered, left = _rows(known, slots)
+    sampled = sample(logits, params, history, answered, mode, bias, allowed)
     history = decoding.history if mode == "greedy" else count(decoding.history, slots, sampled.ids)
-    left = jnp.where(is_stop(sampled.ids, begin.stops), 0, begin.left - 1)
-    table = (decoding.sampling, decoding.stops, decoding.last, decoding.answered, decoding.left)
-    new = (begin.sampling, begin.stops, sampled.ids, begin.answered + 1, left)
-    params, stops, last, answered, left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
-    return Decoding(decoding.state, params, stops, history, last, answered, left), sampled
+    table = (decoding.last, decoding.answered, decoding.left)
+    new = (sampled.ids, answered + 1, jnp.where(is_stop(sampled.ids, stops), 0, left - 1))
+    last, answered, left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
+    return dataclasses.replace(decoding, history=history, last=last, answered=answered, left=left), sampled
 
 
 def decode(
@@ -86,7 +132,7 @@ def decode(
     decoding: Decoding,
     slots: Int32[Array, " B"],
     pages: Int32[Array, "B 2"],
-    steering: Steering | None = None,
+    held: Bool[Array, " B"] | None = None,
     *,
     steps: int,
     mode: Mode,
@@ -100,37 +146,43 @@ def decode(
       decoding: donated.
       slots: whose rows they are, -1 for none. A row that has ended rests and repeats its last token.
       pages: for each row (place in its table, page) of a page it is given before the first step; page -1 for none.
-      steering: what requests add to the scores, or None. What it allows is the next token's: then `steps` is 1.
+      held: rows that get no token here: their scores are kept for `choose`, before which they may not come again. None: no row
+        is, and `steps` may be more than 1.
       steps: static number N of tokens.
       mode: what to sample (static).
 
     Returns:
-      The slots after it, and what was sampled, [B, N, ...].
+      The slots after it, and what was sampled, [B, N, ...]; of held rows it means nothing.
     """
+    assert held is None or steps == 1
     rows = dropped(slots, decoding.last.shape[0])
     given = jnp.where(pages[:, 1] >= 0, rows, decoding.last.shape[0])
     tables = decoding.state.tables.at[given, pages[:, 0]].set(pages[:, 1], mode="drop")
-    sampling, stops, table = _rows((decoding.sampling, decoding.stops, tables), rows)
+    sampling, stops, bias, table = _rows((decoding.sampling, decoding.stops, decoding.bias, tables), rows)
+    if held is not None:  # nothing is drawn for them
+        sampling = dataclasses.replace(sampling, temperature=jnp.where(held, 0.0, sampling.temperature))
 
     def step(at: _At, _: None) -> tuple[_At, Sampled]:
         active = (slots >= 0) & (at.left > 0)
         batch = Rows(jnp.where(active, slots, -1), at.length, table)
         logits, layers = model.step(graph, params, at.layers, at.last, batch)
-        sampled = sample(logits, sampling, _rows(at.history, rows), at.answered, mode, steering)
-        ids = jnp.where(active, sampled.ids, at.last)
-        resting = jnp.where(active, rows, decoding.last.shape[0])
-        history = at.history if mode == "greedy" else count(at.history, resting, ids)
-        more = active.astype(jnp.int32)
-        left = jnp.where(active & is_stop(ids, stops), 0, at.left - more)
-        return _At(layers, history, ids, at.length + more, at.answered + more, left), sampled._replace(ids=ids)
+        gets = active if held is None else active & ~held
+        kept = at.kept if held is None else _at_rows(at.kept, rows, active & held, logits)
+        sampled = sample(logits, sampling, _rows(at.history, rows), at.answered, mode, bias)
+        ids = jnp.where(gets, sampled.ids, at.last)
+        history = at.history if mode == "greedy" else count(at.history, jnp.where(gets, rows, decoding.last.shape[0]), ids)
+        more = gets.astype(jnp.int32)
+        left = jnp.where(gets & is_stop(ids, stops), 0, at.left - more)
+        length = at.length + active.astype(jnp.int32)
+        return _At(layers, history, kept, ids, length, at.answered + more, left), sampled._replace(ids=ids)
 
     carried = (decoding.last, decoding.state.lengths, decoding.answered, decoding.left)
-    at = _At(decoding.state.layers, decoding.history, *_rows(carried, rows))
+    at = _At(decoding.state.layers, decoding.history, decoding.kept, *_rows(carried, rows))
     at, sampled = jax.lax.scan(step, at, None, length=steps)
     new = (at.last, at.length, at.answered, at.left)
     last, lengths, answered, left = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), carried, new)
-    state = TextState(at.layers, tables, lengths)
-    decoding = Decoding(state, decoding.sampling, decoding.stops, at.history, last, answered, left)
+    changed = {"history": at.history, "kept": at.kept, "last": last, "answered": answered, "left": left}
+    decoding = dataclasses.replace(decoding, state=TextState(at.layers, tables, lengths), **changed)
     return decoding, jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)
 
 
@@ -140,6 +192,7 @@ class _At:
 
     layers: Layers
     history: History
+    kept: Float32[Array, "S V"]
     last: Int32[Array, " B"]
     length: Int32[Array, " B"]
     answered: Int32[Array, " B"]
@@ -151,18 +204,34 @@ def _rows(tree, slots: Int32[Array, " B"]):
     return jax.tree.map(lambda x: x[jnp.minimum(slots, x.shape[0] - 1)], tree)
 
 
+def _at_rows(
+    kept: Float32[Array, "S V"], slots: Int32[Array, " B"], which: Bool[Array, " B"], new: Float32[Array, "B V"]
+) -> Float32[Array, "S V"]:
+    """With some of these rows at their slots."""
+    return kept.at[jnp.where(which, slots, kept.shape[0])].set(new, mode="drop")
+
+
 def is_stop(ids: Int32[Array, " B"], stops: Int32[Array, "B E"]) -> Bool[Array, " B"]:
     """Which rows have sampled a token that ends them."""
     return (ids[:, None] == stops).any(axis=1)
 
 
-_KINDS = tuple(np.dtype(kind) for kind in "f4 i4 f4 f4 f4 f4 f4".split())  # of SamplingParams' fields but the seed
+_KINDS = tuple(np.dtype(kind) for kind in "f4 i4 f4 f4 f4 f4 f4 i4".split())  # of SamplingParams' fields but the seed
 
 
 def sampling_params(options: list[GenerationOptions], seeds: list[int]) -> SamplingParams:
     """Requests' sampling, a row each."""
     wished = [
-        (o.temperature, min(o.top_k, 2**31 - 1), o.top_p, o.min_p, o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
+        (
+            o.temperature,
+            min(o.top_k, 2**31 - 1),
+            o.top_p,
+            o.min_p,
+            o.repetition_penalty,
+            o.presence_penalty,
+            o.frequency_penalty,
+            len(o.logit_bias),
+        )
         for o in options
     ]
     columns = zip(_KINDS, zip(*wished, strict=True), strict=True)
@@ -170,16 +239,24 @@ def sampling_params(options: list[GenerationOptions], seeds: list[int]) -> Sampl
     return SamplingParams(*[np.array(column, kind) for kind, column in columns], seed=halves)
 
 
+def bias_row(options: GenerationOptions) -> tuple[Int32[np.ndarray, " E"], Float32[np.ndarray, " E"]]:
+    """A request's row of `Bias`."""
+    ids, amounts = np.zeros(MAX_BIASED, np.int32), np.zeros(MAX_BIASED, np.float32)
+    for i, (token, amount) in enumerate(options.logit_bias):
+        ids[i], amounts[i] = token, amount
+    return ids, amounts
+
+
+def set_bias(bias: Bias, slot: Int32[Array, ""], ids: Int32[Array, " E"], amounts: Float32[Array, " E"]) -> Bias:
+    """With a slot's row replaced; `bias` is donated."""
+    return Bias(bias.ids.at[slot].set(ids), bias.amounts.at[slot].set(amounts))
+
+
 def mode_of(options: GenerationOptions) -> Mode:
     """The least that serves a request."""
-    if options.logprobs is not None:
-        return "logprobs"
-    return "sampled" if options.temperature > 0 or penalises(options) or steers(options) else "greedy"
-
-
-def steers(options: GenerationOptions) -> bool:
-    """Whether a request adds to the scores or rules tokens out."""
-    return bool(options.logit_bias) or options.constraint is not None
+    if options.logprobs is not None or options.logit_bias:
+        return "full"
+    return "sampled" if options.temperature > 0 or penalises(options) or options.constraint is not None else "greedy"
 
 
 def penalises(options: GenerationOptions) -> bool:

@@ -21,19 +21,21 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.decoding import (
     Decoding,
     Start,
+    bias_row,
+    choose,
     decode,
     device_stops,
     mode_of,
     new_decoding,
     penalises,
     sampling_params,
+    set_bias,
     start,
-    steers,
 )
 from minicpmv46_jax.model import Params, Pieces, TokenBlock
-from minicpmv46_jax.options import GenerationOptions
+from minicpmv46_jax.options import Constraint, GenerationOptions
 from minicpmv46_jax.processing import Inputs, View
-from minicpmv46_jax.sampling import Sampled, Steering
+from minicpmv46_jax.sampling import Mode, Sampled
 from minicpmv46_jax.state import KeyValues, TextState, empty_state, pages_of
 
 PREFILL_BUCKETS = (64, 256, 1024)  # tokens a block; multiples of the gated delta chunk
@@ -41,6 +43,7 @@ SMALLEST_CAPACITY = 512  # tokens; doubled as an answer grows
 STEPS_PER_DISPATCH = 8  # tokens; a stream's first comes alone
 STEPS_PER_DISPATCH_CPU = 2  # where a step takes as long as it does there, those past an answer's end are dear
 NOTE_TOKENS = 1024  # tokens entered into a history at once
+ONE_ROW = np.zeros(1, np.int32), np.full((1, 2), -1, np.int32)  # of a step: slot 0; its table is full already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,9 @@ class Generator:
         self._place = jax.jit(functools.partial(place), donate_argnums=0)
         self._new = jax.jit(functools.partial(new_decoding), static_argnums=1, donate_argnums=0)
         self._start = jax.jit(functools.partial(start), static_argnames="mode", donate_argnums=0)
+        self._choose = jax.jit(functools.partial(choose), static_argnames="mode", donate_argnums=0)
         self._note = jax.jit(functools.partial(sampling.note), donate_argnums=0)
+        self._set_bias = jax.jit(functools.partial(set_bias), donate_argnums=0)
 
     def programs(self) -> dict[str, int]:
         """How many variants of each function have been compiled so far."""
@@ -134,33 +139,46 @@ class Generator:
         Ends after a stop token, after `max_new_tokens`, or when the context is full. The next dispatch waits until the caller has
         taken this one's tokens: sent ahead it gained nothing on an H200, where sending takes as long as running.
         """
-        total, mode = len(inputs.token_ids), mode_of(options)
+        total, mode, constraint = len(inputs.token_ids), mode_of(options), options.constraint
         logits, state = self.prefill(inputs)
         room = self.config.text.max_position_embeddings - total
         left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
-        decoding = self._new(state, self.config.text.vocab_size)
-        if penalises(options):
-            decoding = dataclasses.replace(decoding, history=self._noted(decoding.history, inputs.token_ids))
-        steps, steering = (1 if options.constraint else self.steps), steering_of(options, logits.shape[1])
-        decoding, sampled = self._start(decoding, logits, one_start(options, left), steering, mode=mode)
-        sampled = jax.tree.map(lambda x: x[:, None], jax.device_get(sampled))
-        total += 1
+        decoding = self._begin(state, inputs, options)
+        allowed = None if constraint is None else constraint.mask()[None]
+        decoding, sampled = self._start(decoding, logits, one_start(options, left), allowed, mode=mode)
+        sampled, total = _step_of(sampled), total + 1
         while True:
             for token in row_tokens(sampled, 0, options.logprobs)[:left]:
                 yield token
                 left -= 1
                 if token.id in options.stop_token_ids:
                     return
-                if options.constraint is not None:
-                    options.constraint.advance(token.id)
-                    steering = steering_of(options, logits.shape[1])
             if left == 0:
                 return
+            steps = self.steps if constraint is None else 1
             total += steps
-            nothing = np.zeros(1, np.int32), np.full((1, 2), -1, np.int32)  # slot 0; its table is full already
             decoding = self._fit(decoding, total)
-            decoding, sampled = self._decode(self.params["text"], decoding, *nothing, steering, steps=steps, mode=mode)
-            sampled = jax.device_get(sampled)
+            if constraint is None:
+                decoding, sampled = self._decode(self.params["text"], decoding, *ONE_ROW, steps=steps, mode=mode)
+                sampled = jax.device_get(sampled)
+            else:
+                decoding, sampled = self._decode_constrained(decoding, constraint, token.id, mode)
+
+    def _begin(self, state: TextState, inputs: Inputs, options: GenerationOptions) -> Decoding:
+        """What is to be known before the first token is sampled."""
+        decoding = self._new(state, self.config.text.vocab_size)
+        if penalises(options):
+            decoding = dataclasses.replace(decoding, history=self._noted(decoding.history, inputs.token_ids))
+        if options.logit_bias:
+            decoding = dataclasses.replace(decoding, bias=self._set_bias(decoding.bias, np.int32(0), *bias_row(options)))
+        return decoding
+
+    def _decode_constrained(self, decoding: Decoding, constraint: Constraint, token: int, mode: Mode) -> tuple[Decoding, Sampled]:
+        """One token more; the mask is made while the device computes the scores."""
+        decoding, _ = self._decode(self.params["text"], decoding, *ONE_ROW, np.ones(1, bool), steps=1, mode=mode)
+        constraint.advance(token)
+        decoding, sampled = self._choose(decoding, np.zeros(1, np.int32), constraint.mask()[None], mode=mode)
+        return decoding, _step_of(sampled)
 
     def pages(self, tokens: int) -> int:
         """Pages that hold this many tokens: a power of two, or the whole context."""
@@ -242,16 +260,9 @@ def one_start(options: GenerationOptions, left: int) -> Start:
     )
 
 
-def steering_of(options: GenerationOptions, vocabulary: int) -> Steering | None:
-    """What a request adds to its next token's scores, as a batch of one; None for nothing."""
-    if not steers(options):
-        return None
-    size = _power_of_two(len(options.logit_bias))
-    ids, bias = np.full((1, size), vocabulary, np.int32), np.zeros((1, size), np.float32)
-    for i, (token, value) in enumerate(options.logit_bias):
-        ids[0, i], bias[0, i] = token, value
-    everything = np.full(-(-vocabulary // 32), 0xFFFFFFFF, np.uint32)
-    return Steering(ids, bias, (everything if options.constraint is None else options.constraint.mask())[None])
+def _step_of(sampled: Sampled) -> Sampled:
+    """What was sampled once, [B, ...], as [B, N, ...] on the host."""
+    return jax.tree.map(lambda x: x[:, None], jax.device_get(sampled))
 
 
 def row_tokens(sampled: Sampled, row: int, logprobs: int | None) -> list[Token]:

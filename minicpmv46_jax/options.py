@@ -10,9 +10,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.sampling import MAX_LOGPROBS
-
-MAX_BIASED = 1024  # tokens with a bias of their own, as OpenAI's API
+from minicpmv46_jax.sampling import MAX_BIASED, MAX_LOGPROBS
 
 
 @typing.runtime_checkable
@@ -24,7 +22,7 @@ class Constraint(Protocol):
         ...
 
     def advance(self, token: int) -> None:
-        """The token that came."""
+        """The token that came, where another is to follow."""
         ...
 
 
@@ -44,7 +42,7 @@ class GenerationOptions:
       ignore_eos: go on past the checkpoint's own end tokens (for load tests); they then stand in the answer as what they are.
       logprobs: None, or how many alternatives (0 to 20) to report beside each token's log probability.
       logit_bias: (token, what is added to its score), after penalties and before temperature.
-      constraint: which tokens may come; None for all.
+      constraint: which tokens may come; None for all. Then one token is decoded at a time.
     """
 
     max_new_tokens: int | None

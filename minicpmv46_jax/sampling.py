@@ -3,7 +3,8 @@
 Order and meaning follow transformers' logits processors: repetition penalty over prompt and answer, presence and frequency
 penalties (OpenAI's definition) over the answer, a request's bias and what it rules out, then temperature, top-k, top-p, min-p.
 Temperature 0 takes the largest logit.
-Glossary: B sequences, S sequences that a history is kept of, V vocabulary, K alternatives reported.
+Glossary: B sequences, S sequences that a history is kept of, V vocabulary, W words of a mask (V / 32), E tokens with a bias,
+K alternatives reported.
 """
 
 from typing import Literal, NamedTuple
@@ -15,15 +16,19 @@ from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 from minicpmv46_jax.trees import tree_dataclass
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
+MAX_BIASED = 1024  # tokens with a bias of their own, as OpenAI's API
 
-# What a step computes, static: the largest logit alone; all that sampling knows; and log probabilities too. At a batch of 100 the
-# vocabulary is 100 MB of logits, so that each further pass over them costs a tenth of reading the weights.
-Mode = Literal["greedy", "sampled", "logprobs"]
+# What a step computes, static: the largest logit alone; all that sampling knows but biases; and biases and log probabilities too.
+# At a batch of 100 the vocabulary is 100 MB of logits, so that each further pass over them costs a tenth of reading the weights.
+Mode = Literal["greedy", "sampled", "full"]
 
 
 @tree_dataclass
 class SamplingParams:
-    """How each row is sampled. 0 switches top-k and min-p off, 1 top-p and the repetition penalty; seeds: low word, high word."""
+    """How each row is sampled. 0 switches top-k and min-p off, 1 top-p and the repetition penalty; seeds: low word, high word.
+
+    `biased`: how many entries of its row of `Bias` count.
+    """
 
     temperature: Float32[Array, " B"]
     top_k: Int32[Array, " B"]
@@ -32,6 +37,7 @@ class SamplingParams:
     repetition_penalty: Float32[Array, " B"]
     presence_penalty: Float32[Array, " B"]
     frequency_penalty: Float32[Array, " B"]
+    biased: Int32[Array, " B"]
     seed: UInt32[Array, "B 2"]
 
 
@@ -47,19 +53,15 @@ class History:
 
 
 @tree_dataclass
-class Steering:
-    """What a request adds to the scores: a bias for some tokens (id V for none), and which may come at all.
+class Bias:
+    """What requests add to the scores of some tokens. Of each row the first entries count, see `SamplingParams.biased`."""
 
-    Bit i % 32 of word i // 32 of `allowed` is token i's.
-    """
-
-    bias_ids: Int32[Array, "B N"]
-    bias: Float32[Array, "B N"]
-    allowed: UInt32[Array, "B W"]
+    ids: Int32[Array, "S E"]
+    amounts: Float32[Array, "S E"]
 
 
 class Sampled(NamedTuple):
-    """A token for each row; in mode "logprobs" with the log probabilities of the model itself (before penalties, temperature)."""
+    """A token for each row; in mode "full" with the model's own log probabilities: before penalties, bias, mask, temperature."""
 
     ids: Int32[Array, " B"]
     logprob: Float32[Array, " B"] | None = None
@@ -70,6 +72,12 @@ class Sampled(NamedTuple):
 def new_history(sequences: int, vocabulary: int) -> History:
     """Of sequences without a token."""
     return History(jnp.zeros((sequences, vocabulary), bool), jnp.zeros((sequences, vocabulary), jnp.int32))
+
+
+def new_bias(sequences: int) -> Bias:
+    """Of sequences without any."""
+    shape = (sequences, MAX_BIASED)
+    return Bias(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
 def note(
@@ -103,7 +111,8 @@ def sample(
     history: History,
     answered: Int32[Array, " B"],
     mode: Mode,
-    steering: Steering | None = None,
+    bias: Bias | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> Sampled:
     """Draws one token a row.
 
@@ -114,14 +123,16 @@ def sample(
       params: how to sample.
       history: what penalties look at, of these rows.
       answered: tokens each row's answer has.
-      mode: what to compute (static); "greedy" knows neither penalties nor steering.
-      steering: of some rows; None where no row has any.
+      mode: what to compute (static); "greedy" knows neither penalties nor masks, and "full" alone biases.
+      bias: of these rows; needed in mode "full".
+      allowed: which tokens may come: bit i % 32 of word i // 32 is token i's. None for all.
     """
     if mode == "greedy":
-        assert steering is None
+        assert allowed is None
         return Sampled(_best(logits))
     scores = penalise(logits, params, history)
-    scores = scores if steering is None else steer(scores, steering)
+    scores = add_bias(scores, bias, params.biased) if mode == "full" else scores
+    scores = scores if allowed is None else rule_out(scores, allowed)
     greedy, random = _best(scores), params.temperature > 0
 
     def draw(_):
@@ -156,13 +167,18 @@ def penalise(logits: Float32[Array, "B V"], params: SamplingParams, history: His
     return scores - presence * jnp.minimum(counts, 1.0) - frequency * counts
 
 
-def steer(scores: Float32[Array, "B V"], steering: Steering) -> Float32[Array, "B V"]:
-    """Scores with the bias added, -inf for what may not come."""
-    rows = jnp.arange(scores.shape[0])[:, None]
-    scores = scores.at[rows, steering.bias_ids].add(steering.bias, mode="drop")
-    ids = jnp.arange(scores.shape[1])
-    bits = steering.allowed[:, ids // 32] >> (ids % 32).astype(jnp.uint32)[None]
-    return jnp.where((bits & jnp.uint32(1)) == 1, scores, -jnp.inf)
+def add_bias(scores: Float32[Array, "B V"], bias: Bias, biased: Int32[Array, " B"]) -> Float32[Array, "B V"]:
+    """Scores with each row's first `biased` entries added."""
+    (B, V), entries = scores.shape, jnp.arange(bias.ids.shape[1], dtype=jnp.int32)
+    ids = jnp.where(entries[None] < biased[:, None], bias.ids, V)
+    return scores.at[jnp.arange(B)[:, None], ids].add(bias.amounts, mode="drop")
+
+
+def rule_out(scores: Float32[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float32[Array, "B V"]:
+    """Scores, -inf for what may not come."""
+    bits = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]
+    may = (bits & jnp.uint32(1)).reshape(allowed.shape[0], -1)[:, : scores.shape[1]]
+    return jnp.where(may == 1, scores, -jnp.inf)
 
 
 def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:

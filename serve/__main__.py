@@ -134,7 +134,8 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     engine = startup.make_engine(model, platform, args.memory_fraction, wishes, policy)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
     media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
-    return Service(model, engine, name, tuple(aliases), media_limits=media_limits, **fields)
+    fields |= {"media_limits": media_limits, "restore_newlines": args.restore_newlines}
+    return Service(model, engine, name, tuple(aliases), **fields)
 
 
 def cors(args: argparse.Namespace) -> "Cors | None":

@@ -18,6 +18,8 @@ from serve.work import Picture, Work
 class Answer:
     """The engine thread's record of a job.
 
+    Under a constraint `mask` says which token may come next; it is None while it is being made, see `serve.masks`.
+
     Args:
       job: whose answer it is.
       work: what is asked.
@@ -30,11 +32,18 @@ class Answer:
         prompt, new = len(work.ids), work.options.max_new_tokens
         most = longest if new is None else min(prompt + new, longest)
         self.request = Request(prompt, most, work.keys, arrived=job.reserved_at)
+        self.request.constrained = work.options.constraint is not None
+        self.mask = work.mask
         self.told_at: float | None = None  # when the client was last given a token
         self._stream = detokenizer.stream(work.options.stop)
         self._stops = frozenset(work.options.stop_token_ids)
         self._tokens: list[int] = []
         self._pinned: dict[Picture, Entry] = {}
+
+    @property
+    def newest(self) -> int:
+        """The last token it has been given."""
+        return self._tokens[-1]
 
     def ids(self, start: int, end: int) -> np.ndarray:
         """Tokens of prompt and answer, int32."""
@@ -64,8 +73,9 @@ class Answer:
         self._pinned[picture] = entry
 
     def set_readable(self) -> None:
-        """The request may be read up to the first picture that is missing."""
-        self.request.readable = next((picture.start for picture in self.missing()), math.inf)
+        """The request may be read up to the first picture that is missing, and not to its end as long as a mask is."""
+        end = self.request.total - 1 if self.request.constrained and self.mask is None else math.inf
+        self.request.readable = next((picture.start for picture in self.missing()), end)
 
     def unpin(self, features: FeatureCache, *, everything: bool) -> None:
         """Lets go of the pictures that have been read, or of all."""

@@ -1,8 +1,9 @@
 """Load on an OpenAI-compatible server: `python -m serve.bench --url http://127.0.0.1:8000 --requests 500 --concurrency 100`.
 
-Three kinds of load. By default prompts of random token ids to /v1/completions, input and output lengths drawn evenly from ranges.
-With `--image 1280x720` a random JPEG and words to /v1/chat/completions. With `--turns 3` conversations, whose each turn sends the
-ones before again. Every answer goes on past its end token (`ignore_eos`) to its drawn length.
+Four kinds of load. By default prompts of random token ids to /v1/completions, input and output lengths drawn evenly from ranges.
+With `--chat` random words to /v1/chat/completions; with `--image 1280x720` a random JPEG before them. With `--turns 3`
+conversations, whose each turn sends the ones before again. Every answer goes on past its end token (`ignore_eos`) to its drawn
+length, but with `--response-format FILE`, which asks for answers of a form in chats: they end where their form does.
 
 The terms are those of SGLang's bench_serving: TTFT is the time to the first token, TPOT the mean time of each later token of a
 request, ITL the time between two chunks of a stream divided by the tokens a chunk has on average, E2E a whole request's time.
@@ -43,7 +44,9 @@ class Result:
 async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Result:
     """Sends a request and reads its stream."""
     result, start = Result([]), time.perf_counter()
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    if "response_format" not in body:
+        body["ignore_eos"] = True
     try:
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
@@ -78,7 +81,7 @@ class Load:
 
     async def request(self, i: int) -> list[Result]:
         rng = np.random.default_rng([self.args.seed, i])
-        if self.args.turns > 1 or self.args.image is not None:
+        if self.args.chat or self.args.turns > 1 or self.args.image is not None or self.args.response_format is not None:
             return await self._conversation(rng)
         ids = rng.integers(0, self.args.ids, self._length(rng, self.args.input_len)).tolist()
         return [await self._send("/v1/completions", {"prompt": ids}, rng)]
@@ -90,7 +93,8 @@ class Load:
             if turn == 0 and self.args.image is not None:
                 parts = [*(_picture(rng, self.args.image) for _ in range(self.args.images)), *parts]
             messages.append({"role": "user", "content": parts})
-            results.append(await self._send("/v1/chat/completions", {"messages": messages}, rng))
+            form = {} if self.args.response_format is None else {"response_format": self.args.response_format}
+            results.append(await self._send("/v1/chat/completions", {"messages": messages, **form}, rng))
             messages.append({"role": "assistant", "content": results[-1].text or "-"})
         return results
 
@@ -210,6 +214,19 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _response_format(path: str) -> dict[str, Any]:
+    """OpenAI's response_format, or a JSON schema that is put into one, from a file."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{path} holds {found!r}, expected a response_format or a JSON schema")
+    if found.get("type") in ("text", "json_object", "json_schema"):
+        return found
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": found}}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serve.bench", description="Load an OpenAI-compatible server and time it.")
     add = parser.add_argument
@@ -223,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-len", metavar="N[..M]", type=_range, default=(128, 128), help="tokens of a prompt; in chats words")
     add("--output-len", metavar="N[..M]", type=_range, default=(128, 128), help="tokens of an answer")
     add("--ids", type=int, default=30_000, help="prompts are drawn from the ids below this (default: %(default)s)")
+    add("--chat", action="store_true", help="words to chat completions, instead of token ids to completions")
+    add("--response-format", metavar="FILE", type=_response_format, help="a response_format, or a JSON schema, for chats")
     add("--image", metavar="WxH", type=_size, help="begin each prompt with random pictures of this size")
     add("--images", type=int, default=1, help="how many (default: %(default)s)")
     add("--turns", type=int, default=1, help="turns of a conversation (default: %(default)s)")

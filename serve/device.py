@@ -13,12 +13,24 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from minicpmv46_jax import model, packing
 from minicpmv46_jax.batch import Chunks, dropped
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.decoding import DEVICE_STOPS, Decoding, Start, decode, device_stops, new_decoding, sampling_params, start
+from minicpmv46_jax.decoding import (
+    DEVICE_STOPS,
+    Decoding,
+    Start,
+    bias_row,
+    choose,
+    decode,
+    device_stops,
+    new_decoding,
+    sampling_params,
+    set_bias,
+    start,
+)
 from minicpmv46_jax.model import Params, Pieces
 from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.packing import Laid, PackedViews
@@ -32,20 +44,25 @@ from serve.work import Work
 
 SNAPSHOTS_A_PROMPT = 2  # of a reading step: where the prompt parts from others, and its last page
 NOTE_TOKENS = 2048  # entered into a history at once
+EVERYTHING = 0xFFFFFFFF  # a mask's word in which all may come
 COPY_PAGES = 32  # copied to or from the host at once: 24 MB of the released model
 Tree = TypeVar("Tree")
-MODES: tuple[Mode, ...] = ("greedy", "sampled", "logprobs")
+MODES: tuple[Mode, ...] = ("greedy", "sampled", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A piece of a request's prompt with what the device needs of it; `answered` counts tokens that it reads again."""
+    """A piece of a request's prompt with what the device needs of it.
+
+    `answered` counts tokens that it reads again; `mask` says which token may come behind it, None for any.
+    """
 
     piece: Piece
     work: Work
     ids: Int32[np.ndarray, " t"]
     feature_rows: Int32[np.ndarray, " t"]
     answered: int
+    mask: UInt32[np.ndarray, " W"] | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,6 +96,7 @@ class Device:
         self.dtype = params["text"]["embed"]["weight"].dtype
         self._graph = model.schema(config, backend)
         self._pages = pages_of(sizes.longest)
+        self._everything: dict[int, UInt32[Array, "Q W"]] = {}  # a mask for each number of prompts that are read
         self._programs = Programs()
 
     def compile(self, show: bool = False) -> int:
@@ -89,7 +107,8 @@ class Device:
         self._add_reads()
         self._add_decodes()
         self._add_encodes()
-        self._add_note()
+        self._add_requests_own()
+        self._add_chooses()
         if self.sizes.snapshots:
             self._add_copies()
         self._programs.compile(show)
@@ -128,24 +147,57 @@ class Device:
             history = self._programs["note"](self._decoding.history, *numbers)
             self._decoding = dataclasses.replace(self._decoding, history=history)
 
+    def set_bias(self, slot: int, options: GenerationOptions) -> None:
+        """Enters what a request adds to the scores."""
+        bias = self._programs["bias"](self._decoding.bias, np.int32(slot), *bias_row(options))
+        self._decoding = dataclasses.replace(self._decoding, bias=bias)
+
     def read(self, readings: Sequence[Reading], mode: Mode) -> Sampled:
         """Reads pieces of prompts; row i of what is sampled counts where piece i is its request's last."""
         tokens = sum(len(reading.ids) for reading in readings)
         T, Q = next((T, Q) for T, Q in self.sizes.buckets.prompts if tokens <= T and len(readings) <= Q)
-        mode = "greedy" if mode == "greedy" else "logprobs"
+        mode = "greedy" if mode == "greedy" else "full"
         pieces, begin = self._pieces(readings, T, Q), self._begin(readings, Q)
+        allowed = () if mode == "greedy" else (self._allowed([reading.mask for reading in readings], Q),)
         read = self._programs["read", T, Q, mode]
-        self._decoding, sampled = read(self.params["text"], self._decoding, self._bank, pieces, begin)
+        self._decoding, sampled = read(self.params["text"], self._decoding, self._bank, pieces, begin, *allowed)
         return _sent(sampled)
 
     def decode(self, plan: Plan, mode: Mode) -> Sampled:
-        """The plan's tokens for its rows, [B, N]."""
-        rows = self.sizes.rows[-1] if mode == "logprobs" else next(rows for rows in self.sizes.rows if rows >= len(plan.rows))
-        slots, grown = np.full(rows, -1, np.int32), np.full((rows, 2), -1, np.int32)
-        slots[: len(plan.rows)], grown[: len(plan.rows)] = plan.slots, plan.grown
+        """The plan's tokens for its rows, [B, N]; those of held rows are to be chosen."""
+        size, rows = len(plan.rows), self._rows(len(plan.rows), mode)
+        slots, grown, held = self._nobodys_rows(rows)
+        slots[:size], grown[:size], held[:size] = plan.slots, plan.grown, plan.held
         steps = self._programs["decode", rows, plan.steps, mode]
-        self._decoding, sampled = steps(self.params["text"], self._decoding, slots, grown)
+        arguments = (slots, grown, held) if _holds(plan.steps, mode) else (slots, grown)
+        self._decoding, sampled = steps(self.params["text"], self._decoding, *arguments)
         return _sent(sampled)
+
+    def choose(self, slots: Sequence[int], masks: Sequence[UInt32[np.ndarray, " W"]], mode: Mode) -> Sampled:
+        """A token for each of these held rows, of those that its mask allows; [C]."""
+        rows = self._rows(len(slots), mode)
+        padded = np.full(rows, -1, np.int32)
+        padded[: len(slots)] = slots
+        self._decoding, sampled = self._programs["choose", rows, mode](self._decoding, padded, self._allowed(masks, rows))
+        return _sent(sampled)
+
+    def _rows(self, rows: int, mode: Mode) -> int:
+        """Rows of the program for so many."""
+        return self.sizes.rows[-1] if mode == "full" else next(size for size in self.sizes.rows if size >= rows)
+
+    def _allowed(self, masks: Sequence[UInt32[np.ndarray, " W"] | None], rows: int) -> UInt32[Array | np.ndarray, "B W"]:
+        """Masks as a batch; where there is none, everything may come."""
+        if all(mask is None for mask in masks):
+            return self._everything[rows]
+        allowed = np.full((rows, -(-self.config.text.vocab_size // 32)), EVERYTHING, np.uint32)
+        for i, mask in enumerate(masks):
+            if mask is not None:
+                allowed[i] = mask
+        return allowed
+
+    def _nobodys_rows(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slots, pages and which are held, of rows of which none takes part."""
+        return np.full(rows, -1, np.int32), np.full((rows, 2), -1, np.int32), np.zeros(rows, bool)
 
     def fetch(self, pages: Sequence[int], slot: int) -> Copy:
         """Starts to copy a prefix to the host."""
@@ -207,19 +259,35 @@ class Device:
     def _add_reads(self) -> None:
         for T, Q in self.sizes.buckets.prompts:
             pieces, begin = self._pieces([], T, Q), _nobody(Q)
-            for mode in ("greedy", "logprobs"):
+            words = -(-self.config.text.vocab_size // 32)
+            self._everything[Q] = jax.device_put(np.full((Q, words), EVERYTHING, np.uint32))
+            for mode in ("greedy", "full"):
                 run = functools.partial(_read, self._graph.text, mode=mode)
-                arguments = (self.params["text"], self._decoding, self._bank, pieces, begin)
+                allowed = () if mode == "greedy" else (self._everything[Q],)
+                arguments = (self.params["text"], self._decoding, self._bank, pieces, begin, *allowed)
                 self._programs.add(("read", T, Q, mode), run, *arguments, donate=(1,))
 
     def _add_decodes(self) -> None:
         for rows in self.sizes.rows:
-            numbers = np.full(rows, -1, np.int32), np.full((rows, 2), -1, np.int32)
+            slots, grown, held = self._nobodys_rows(rows)
             for steps in {1, self.sizes.buckets.steps}:
-                for mode in MODES if rows == self.sizes.rows[-1] else MODES[:2]:
+                for mode in self._modes(rows):
                     run = functools.partial(decode, self._graph.text, steps=steps, mode=mode)
+                    numbers = (slots, grown, held) if _holds(steps, mode) else (slots, grown)
                     arguments = (self.params["text"], self._decoding, *numbers)
                     self._programs.add(("decode", rows, steps, mode), run, *arguments, donate=(1,))
+
+    def _add_chooses(self) -> None:
+        words = -(-self.config.text.vocab_size // 32)
+        for rows in self.sizes.rows:
+            arguments = np.full(rows, -1, np.int32), np.zeros((rows, words), np.uint32)
+            for mode in self._modes(rows)[1:]:
+                run = functools.partial(choose, mode=mode)
+                self._programs.add(("choose", rows, mode), run, self._decoding, *arguments, donate=(0,))
+
+    def _modes(self, rows: int) -> tuple[Mode, ...]:
+        """Of the programs for so many rows."""
+        return MODES if rows == self.sizes.rows[-1] else MODES[:2]
 
     def _add_encodes(self) -> None:
         vision = self.config.vision
@@ -250,21 +318,37 @@ class Device:
         (T, Q), rows = self.sizes.buckets.prompts[0], self.sizes.rows[0]
         arguments = self._bank, self._pieces([], T, Q), _nobody(Q)
         self._decoding, _ = self._programs["read", T, Q, "greedy"](self.params["text"], self._decoding, *arguments)
-        numbers = np.full(rows, -1, np.int32), np.full((rows, 2), -1, np.int32)
-        self._decoding, _ = self._programs["decode", rows, 1, "greedy"](self.params["text"], self._decoding, *numbers)
+        slots, grown, _ = self._nobodys_rows(rows)
+        self._decoding, _ = self._programs["decode", rows, 1, "greedy"](self.params["text"], self._decoding, slots, grown)
         self.wait()
 
-    def _add_note(self) -> None:
+    def _add_requests_own(self) -> None:
+        """What is entered of some requests before they are read."""
         numbers = np.int32(0), np.zeros(NOTE_TOKENS, np.int32), np.int32(0), np.int32(0), np.bool_(False)
         self._programs.add("note", functools.partial(note), self._decoding.history, *numbers, donate=(0,))
+        row = np.int32(0), *bias_row(_GREEDY)
+        self._programs.add("bias", functools.partial(set_bias), self._decoding.bias, *row, donate=(0,))
+
+
+def _holds(steps: int, mode: Mode) -> bool:
+    """Whether a decoding program can hold rows."""
+    return steps == 1 and mode != "greedy"
 
 
 def _read(
-    graph, params: Params, decoding: Decoding, bank: Float[Array, "R D"], pieces: Pieces, begin: Start, *, mode: Mode
+    graph,
+    params: Params,
+    decoding: Decoding,
+    bank: Float[Array, "R D"],
+    pieces: Pieces,
+    begin: Start,
+    allowed: UInt32[Array, "Q W"] | None = None,
+    *,
+    mode: Mode,
 ) -> tuple[Decoding, Sampled]:
     """Reads pieces of prompts and starts the answers of those that end here; `decoding` is donated."""
     logits, state = model.read(graph, params, decoding.state, pieces, bank)
-    return start(dataclasses.replace(decoding, state=state), logits, begin, mode=mode)
+    return start(dataclasses.replace(decoding, state=state), logits, begin, allowed, mode=mode)
 
 
 def _encode(graph, params: Params, bank: Float[Array, "R D"], views: PackedViews, to: Int32[Array, " r"]) -> Float[Array, "R D"]:

@@ -3,9 +3,12 @@
 It sends step n + 1 before it looks at what step n sampled, so that the device has work while the host turns tokens into text.
 A step is at most one pass of the tower, one reading of prompts and one dispatch of decoding, in this order; that bounds how long
 a stream waits for its next token, whatever else arrives.
+
+Of a constrained answer a dispatch computes the scores alone, which need no mask. By the time they are there so is the mask, made
+on the host meanwhile. Then the choice of its token is sent, and the next dispatch behind it, before anybody has looked at that
+token. An answer whose mask is late rests, and nobody waits for it.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -17,7 +20,7 @@ import jax
 import numpy as np
 
 from minicpmv46_jax import MiniCPMV
-from minicpmv46_jax.decoding import penalises, steers
+from minicpmv46_jax.decoding import penalises
 from minicpmv46_jax.generate import row_tokens
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.options import GenerationOptions
@@ -28,6 +31,7 @@ from serve.device import MODES, Device, Reading
 from serve.features import FeatureCache
 from serve.host import HostCache
 from serve.jobs import Cancelled, Desk, EngineFull, EngineStopped, Job, Refused, tell
+from serve.masks import Masks
 from serve.metrics import Metrics
 from serve.pages import Pages, Slots
 from serve.prefix import Node, PrefixCache
@@ -71,6 +75,14 @@ class Flight:
         return [*(piece.request for piece in self.plan.pieces), *self.plan.rows]
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Tokens of constrained answers under way: whose they are, and what the device will have sampled."""
+
+    requests: list[Request]
+    sampled: Sampled
+
+
 class Engine(Desk):
     """A model that answers many requests at once.
 
@@ -107,8 +119,10 @@ class Engine(Desk):
         self._gone: list[Job] = []
         self._flight: Flight | None = None
         self._encoding: list[Request] = []  # whose pictures are in the pass being sent
+        self._choosing: list[Request] = []  # whose tokens are being chosen
+        self._held: dict[Request, Answer] = {}  # whose scores the device keeps
+        self.masks = Masks()
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="lay")
-        self._alone = ThreadPoolExecutor(1, thread_name_prefix="alone")
         self.start()
 
     @property
@@ -119,36 +133,14 @@ class Engine(Desk):
     def close(self, timeout_s: float = 10.0) -> None:
         super().close(timeout_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._alone.shutdown(wait=False)  # it ends every job it was given: with EngineStopped
+        self.masks.close()
 
     def accept(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
         self._check(inputs)
         with self.changed:
             if self.stopping:
                 raise EngineStopped
-        if steers(options):
-            self.metrics.prompt_tokens.inc(len(inputs.token_ids))
-            self._alone.submit(self._answer_alone, job, inputs, options)
-        else:
-            self._pool.submit(self._prepare, job, inputs, options)
-
-    def _answer_alone(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
-        """An answer whose next token the host has a say in, one at a time beside the batch: each waits for the one before."""
-        outcome: Delta | Exception = RuntimeError("the model's answer ended without a finish_reason")
-        try:
-            with contextlib.closing(self._model.generate(inputs, options)) as deltas:
-                for delta in deltas:
-                    if job.cancelled or self.stopping:
-                        outcome = EngineStopped() if self.stopping else Cancelled()
-                        break
-                    if delta.finish_reason is not None:
-                        outcome = delta
-                        break
-                    if job.deliver(delta):
-                        tell([job])
-        except Exception as error:  # this request's alone
-            outcome = error
-        self.leave(job, outcome)
+        self._pool.submit(self._prepare, job, inputs, options)
 
     def withdraw(self, job: Job) -> None:
         with self.changed:
@@ -227,19 +219,23 @@ class Engine(Desk):
         try:
             self._restore()
             self._encode()
+            choice = self._choose()
             plan = self.scheduler.plan()
             for request in plan.preempted:
                 self._answers[request].unpin(self.features, everything=True)
+                self._held.pop(request, None)
             self._flight = self._send(plan)
         except Exception as error:
-            taking_part = self._encoding or self.scheduler.reading if plan is None else Flight(plan, None, None).requests
-            self._recover(error, taking_part, previous)
+            before_plan = self._encoding or self._choosing or self.scheduler.reading
+            self._recover(error, before_plan if plan is None else Flight(plan, None, None).requests, previous)
             return
         self.metrics.host.inc(time.perf_counter() - begun)
         try:
+            self._take(choice)
             self._receive(previous)
         except Exception as error:
-            self._recover(error, previous.requests, None)
+            sent = [flight.requests for flight in (previous, choice) if flight is not None]
+            self._recover(error, list(itertools.chain.from_iterable(sent)), None)
 
     def _copy_to_host(self, node: Node) -> None:
         """For the prefix cache: a snapshot is about to leave the device."""
@@ -284,6 +280,24 @@ class Engine(Desk):
             return False
         return self._device.pass_for([len(view.laid.patches) for view in (*views, picture)]) is not None
 
+    def _choose(self) -> Choice | None:
+        """Sends the choice of tokens for which the device has kept the scores and whose masks are there."""
+        for answer, error in self.masks.settle():
+            if answer.request in self._answers:
+                self._end(answer, error)
+        ready = {request: answer for request, answer in self._held.items() if answer.mask is not None}
+        self.metrics.late_masks.inc(len(self._held) - len(ready))
+        if not ready:
+            return None
+        self._choosing = list(ready)
+        slots, masks = [request.slot for request in ready], [answer.mask for answer in ready.values()]
+        choice = Choice(self._choosing, self._device.choose(slots, masks, self._mode(ready)))
+        for request in ready:
+            del self._held[request]
+            self.scheduler.go_on(request)
+        self._choosing = []
+        return choice
+
     def _send(self, plan: Plan) -> Flight | None:
         if plan.empty:
             return None
@@ -295,34 +309,60 @@ class Engine(Desk):
                 self._answers[piece.request].unpin(self.features, everything=False)
         if plan.rows:
             decoded = self._device.decode(plan, self._mode(plan.rows))
+            self._held |= {row: self._answers[row] for row, held in zip(plan.rows, plan.held, strict=True) if held}
         return Flight(plan, started, decoded)
 
     def _reading(self, piece: Piece) -> Reading:
         answer, end = self._answers[piece.request], piece.start + piece.count
         work = answer.work
-        if piece.source != piece.request.slot and penalises(work.options):  # its first piece
-            self._device.note(piece.request.slot, answer.ids(0, piece.request.total), piece.request.prompt)
-        return Reading(piece, work, answer.ids(piece.start, end), answer.feature_rows(piece.start, end), piece.request.known)
+        if piece.source != piece.request.slot:  # its first piece
+            self._enter_own(answer)
+        ids, rows = answer.ids(piece.start, end), answer.feature_rows(piece.start, end)
+        return Reading(piece, work, ids, rows, piece.request.known, answer.mask if piece.last else None)
+
+    def _enter_own(self, answer: Answer) -> None:
+        """What the device is to know of an answer's own before it samples."""
+        request, options = answer.request, answer.work.options
+        if penalises(options):
+            self._device.note(request.slot, answer.ids(0, request.total), request.prompt)
+        if options.logit_bias:
+            self._device.set_bias(request.slot, options)
 
     def _mode(self, requests: Iterable[Request]):
         """The least that serves them all."""
         return max((self._answers[request].mode for request in requests), key=MODES.index, default=MODES[0])
+
+    def _take(self, choice: Choice | None) -> None:
+        """Hands out the tokens that were chosen, and begins with the masks of the next ones. Waits for the device if it must."""
+        if choice is None:
+            return
+        chosen = _column(jax.device_get(choice.sampled))
+        begun = time.perf_counter()
+        tell(self._hand_out_all((chosen, i, request) for i, request in enumerate(choice.requests)))
+        self._next_masks(choice.requests)
+        self.metrics.host.inc(time.perf_counter() - begun)
 
     def _receive(self, flight: Flight | None) -> None:
         """Hands out what a step has sampled. Waits for the device if it must."""
         if flight is None:
             return
         started, decoded = jax.device_get((flight.started, flight.decoded))
-        begun = time.perf_counter()
-        ends = [(i, piece.request) for i, piece in enumerate(flight.plan.pieces) if piece.last]
-        columns = jax.tree.map(lambda x: x[:, None], started)
-        rows = itertools.chain(
-            ((columns, i, request) for i, request in ends), ((decoded, i, row) for i, row in enumerate(flight.plan.rows))
-        )
-        told = [job for sampled, i, request in rows if (job := self._hand_out(sampled, i, request)) is not None]
-        tell(told)
+        begun, plan = time.perf_counter(), flight.plan
+        columns = _column(started)
+        ends = [(columns, i, piece.request) for i, piece in enumerate(plan.pieces) if piece.last]
+        rows = [(decoded, i, row) for i, row in enumerate(plan.rows) if not plan.held[i]]
+        tell(self._hand_out_all([*ends, *rows]))
+        self._next_masks(request for _, _, request in ends)
         self.metrics.steps.inc()
         self.metrics.host.inc(time.perf_counter() - begun)
+
+    def _hand_out_all(self, rows: Iterable[tuple[Sampled, int, Request]]) -> list[Job]:
+        """Rows' tokens to their readers; returns who is to be told."""
+        return [job for row in rows if (job := self._hand_out(*row)) is not None]
+
+    def _next_masks(self, requests: Iterable[Request]) -> None:
+        """Begins with those of the constrained among them that have not ended."""
+        self.masks.make([self._answers[request] for request in requests if request.constrained and request in self._answers])
 
     def _hand_out(self, sampled: Sampled, row: int, request: Request) -> Job | None:
         """A row's tokens to its reader, who is returned if he is to be told."""
@@ -345,6 +385,7 @@ class Engine(Desk):
 
     def _forget(self, answer: Answer) -> None:
         answer.unpin(self.features, everything=True)
+        self._held.pop(answer.request, None)
         del self._answers[answer.request], self._of_job[answer.job]
 
     def _recover(self, error: Exception, requests: list[Request], previous: Flight | None) -> None:
@@ -372,4 +413,11 @@ class Engine(Desk):
             self.prefixes.clear()
         self.features.clear()
         self._flight = None
+        self._encoding, self._choosing = [], []
+        self._held.clear()
         self._device.reset()
+
+
+def _column(sampled: Sampled) -> Sampled:
+    """What was sampled once, [B, ...], as [B, N, ...]."""
+    return jax.tree.map(lambda x: x[:, None], sampled)

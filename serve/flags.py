@@ -143,6 +143,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--served-model-name", metavar="NAME", nargs="+", help="one or more (default: the hub id, or the folder's name)"
     )
+    parser.add_argument(
+        "--restore-newlines", action="store_true", help=r"read a written \n as a line break where a request does not say"
+    )
     _add_media_flags(parser.add_argument_group("pictures and videos in requests"))
 
 

@@ -32,6 +32,7 @@ class Metrics:
         self.answer_tokens = counter("answer_tokens", "Tokens of answers handed out")
         self.encoded = counter("encoded_views", "Views that went through the vision tower")
         self.steps = counter("steps", "Steps of the engine: a reading of prompts, a dispatch of decoding, or both")
+        self.late_masks = counter("late_masks", "Rows that missed a step because the mask of a constrained answer was not there")
         self.host = counter("host_seconds", "Seconds the engine's thread worked on steps, not waiting for the device")
         self.first = histogram("time_to_first_token_seconds", "From a request's arrival to its first token", FIRST_S)
         self.each = histogram("time_per_output_token_seconds", "Between a stream's tokens, a dispatch's mean", TOKEN_S)
@@ -83,6 +84,7 @@ class Metrics:
             "prefix_restored_tokens": (scheduler.restored_tokens, "Tokens of those that came from host memory"),
             "feature_hits": (features.hits, "Views whose features were there"),
             "feature_misses": (features.misses, "Views whose features were not there"),
+            "mask_seconds": (engine.masks.seconds, "Seconds spent on masks of constrained answers, in all threads together"),
             "compilations": (engine.compilations.count, "Programs compiled since the engine began to serve"),
         }
         for name, (value, what) in counters.items():

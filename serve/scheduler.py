@@ -48,6 +48,7 @@ class Request:
       arrived, deadline: on the caller's clock; one that has not begun by its deadline expires.
       readable: tokens that may be read now; the caller raises it as pictures become ready.
       known: tokens of its answer that the caller has; the caller counts them.
+      constrained: its caller chooses each token: it is held after every step, until `go_on`.
     """
 
     prompt: int
@@ -58,6 +59,7 @@ class Request:
     deadline: float = math.inf
     readable: float = math.inf
     known: int = 0
+    constrained: bool = False
 
     # The scheduler's own.
     stage: Stage = Stage.WAITING
@@ -93,12 +95,16 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A step. `rows` get `steps` tokens each, after row i was given page `grown[i, 1]` (-1: none) at place `grown[i, 0]`."""
+    """A step. `rows` get `steps` tokens each, after row i was given page `grown[i, 1]` (-1: none) at place `grown[i, 0]`.
+
+    Rows that are `held` get theirs later, from the caller, who then has them `go_on`.
+    """
 
     pieces: list[Piece]
     rows: list[Request]
     slots: np.ndarray
     grown: np.ndarray
+    held: np.ndarray
     steps: int
     preempted: list[Request]
 
@@ -120,7 +126,7 @@ class Restore:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of a step: tokens and prompts read, and tokens decoded at once where nobody is being read (`steps`)."""
+    """Of a step: tokens and prompts read, and tokens decoded at once where nobody is being read or constrained (`steps`)."""
 
     tokens: int
     prompts: int
@@ -142,8 +148,8 @@ class Scheduler:
         self._fresh: list[Node] = []  # whose snapshots the newest plan makes
         self._count = itertools.count()
         self._at: list[Request | None] = [None] * slots.count
-        self._decoding = np.zeros(slots.count, bool)
-        self._length, self._most, self._held = np.zeros((3, slots.count), np.int64)  # tokens in the state, most - 1, pages
+        self._decoding, self._constrained, self._held = np.zeros((3, slots.count), bool)
+        self._length, self._most, self._paged = np.zeros((3, slots.count), np.int64)  # tokens in the state, most - 1, pages
 
     @property
     def running(self) -> int:
@@ -169,6 +175,10 @@ class Scheduler:
         self._release(request)
         self._wait(request)
 
+    def go_on(self, request: Request) -> None:
+        """A held request has been given its token."""
+        self._held[request.slot] = False
+
     def admit(self, now: float) -> list[Request]:
         """Lets those in that fit, in order of rank; the plan before has been sent. Returns who has waited past its deadline."""
         for node in self._fresh:
@@ -182,13 +192,14 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step; what it says is done."""
-        steps = 1 if self.reading else self.limits.steps
+        steps = 1 if self.reading or self._constrained.any() else self.limits.steps
         grown, preempted = self._grow(steps)
         slots = self._decodable()
         self._length[slots] = np.minimum(self._length[slots] + steps, self._most[slots])
         pages = np.array([grown.get(slot, (0, -1)) for slot in slots.tolist()], np.int32).reshape(-1, 2)
-        rows = [self._at[slot] for slot in slots]
-        return Plan(self._pieces(), rows, slots.astype(np.int32), pages, steps, preempted)
+        rows, held = [self._at[slot] for slot in slots], self._constrained[slots]
+        self._held[slots] = held
+        return Plan(self._pieces(), rows, slots.astype(np.int32), pages, held, steps, preempted)
 
     def _admit(self) -> None:
         """From waiting to being read, in order of rank, as long as slots and pages last."""
@@ -256,7 +267,7 @@ class Scheduler:
         grown, preempted = {}, []
         slots = self._decodable()
         after = np.minimum(self._length[slots] + steps, self._most[slots])
-        short = slots[pages_of(after) > self._held[slots]]
+        short = slots[pages_of(after) > self._paged[slots]]
         for request in sorted((self._at[slot] for slot in short), key=lambda request: request.rank):
             while request.stage is Stage.DECODING and not self._available(1):
                 victim = max((other for other in self._at if other is not None), key=lambda other: other.rank)
@@ -266,7 +277,7 @@ class Scheduler:
                 (page,) = self.pages.take(1)
                 grown[request.slot] = (len(request.pages), page)
                 request.pages.append(page)
-                self._held[request.slot] += 1
+                self._paged[request.slot] += 1
         self.preemptions += len(preempted)
         return grown, preempted
 
@@ -312,12 +323,12 @@ class Scheduler:
         self.reading.remove(request)
         request.stage = Stage.DECODING
         slot = request.slot
-        self._decoding[slot] = True
-        self._length[slot], self._most[slot], self._held[slot] = request.total, request.most - 1, len(request.pages)
+        self._decoding[slot], self._constrained[slot] = True, request.constrained
+        self._length[slot], self._most[slot], self._paged[slot] = request.total, request.most - 1, len(request.pages)
 
     def _decodable(self) -> np.ndarray:
-        """Slots of the rows that may still get a token."""
-        return np.flatnonzero(self._decoding & (self._length < self._most))
+        """Slots of the rows that may get a token now."""
+        return np.flatnonzero(self._decoding & ~self._held & (self._length < self._most))
 
     def _available(self, pages: int) -> bool:
         return self.pages.free >= pages or (self.cache is not None and self.cache.reclaim(pages))
@@ -334,5 +345,7 @@ class Scheduler:
             request.hit.node.pins -= 1
         self.pages.give_back(request.pages)
         self.slots.give_back(request.slot)
-        self._at[request.slot], self._decoding[request.slot] = None, False
+        self._at[request.slot] = None
+        for which in (self._decoding, self._constrained, self._held):
+            which[request.slot] = False
         request.slot, request.pages, request.read, request.hit = -1, [], 0, NOTHING

@@ -3,6 +3,7 @@
 import dataclasses
 
 from minicpmv46_jax.config import TextConfig, VisionConfig
+from minicpmv46_jax.options import MAX_BIASED
 from serve.pages import PAGE, pages_of
 
 GIB = 2**30
@@ -103,9 +104,9 @@ def slot_bytes(text: TextConfig, itemsize: int) -> int:
     return text.layer_types.count("linear_attention") * (memory + tail)
 
 
-def history_bytes(text: TextConfig) -> int:
-    """What penalties need of one sequence."""
-    return 5 * text.vocab_size
+def sampling_bytes(text: TextConfig) -> int:
+    """What is kept of one sequence for sampling: which tokens it has used and how often, scores, biases."""
+    return (1 + 4 + 4) * text.vocab_size + (4 + 4) * MAX_BIASED
 
 
 def working_bytes(vision: VisionConfig, buckets: Buckets) -> int:
@@ -132,7 +133,7 @@ def fit(text: TextConfig, itemsize: int, memory: int, wishes: Wishes, buckets: B
     """
     lines: list[str] = []
     page, slot, row = page_bytes(text, itemsize), slot_bytes(text, itemsize), text.hidden_size * itemsize
-    conversation = slot + history_bytes(text)
+    conversation = slot + sampling_bytes(text)
     features = min(MOST_FEATURES, int(memory * FEATURE_SHARE) // row)
     running = _running(wishes.max_running, default, int(memory * SLOT_SHARE) // conversation, lines)
     longest = _longest(wishes.max_model_len, text.max_position_embeddings, lines)

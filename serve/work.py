@@ -41,6 +41,7 @@ class Work:
       keys: of the prompt's whole pages; a key stands for all tokens and pictures up to the end of its page.
       options: how to decode.
       seed: the options', or one drawn now: an answer that is interrupted goes on with the same.
+      mask: which token it may begin with, uint32, see `options.Constraint`; None for any.
     """
 
     ids: np.ndarray
@@ -48,13 +49,15 @@ class Work:
     keys: tuple[bytes, ...]
     options: GenerationOptions
     seed: int
+    mask: np.ndarray | None = None
 
 
 def prepare(inputs: Inputs, options: GenerationOptions, positions_per_side: int) -> Work:
-    """Lays out and hashes; takes some milliseconds a picture."""
+    """Lays out and hashes; takes some milliseconds a picture. Raises what a constraint does that cannot be kept."""
     pictures = tuple(Picture(picture_key(view), packing.lay(view, positions_per_side), view.start) for view in inputs.views)
     seed = secrets.randbits(63) if options.seed is None else options.seed
-    return Work(inputs.token_ids, pictures, prompt_keys(inputs.token_ids, pictures), options, seed)
+    mask = None if options.constraint is None else options.constraint.mask()
+    return Work(inputs.token_ids, pictures, prompt_keys(inputs.token_ids, pictures), options, seed, mask)
 
 
 def picture_key(view: View) -> bytes:

@@ -62,6 +62,46 @@ def demo_engine(demo):
 
 
 @pytest.fixture(scope="session")
+def tight_engine(demo):
+    """Another, in which pages run out."""
+    from serve.engine import Engine
+    from tests.small_engine import FEW_PAGES
+
+    with Engine(demo, FEW_PAGES) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def demo_address(demo, demo_engine):
+    """Where the small model is served over HTTP."""
+    from serve.api import Service
+    from tests.test_serve_support import NAME, live
+
+    service = Service(demo, demo_engine, NAME)
+    with live(service) as address:
+        yield address
+    service.pool.shutdown()
+
+
+@pytest.fixture
+def model():
+    """A model whose answers are known beforehand."""
+    from tests.test_serve_support import FakeModel
+
+    return FakeModel()
+
+
+@pytest.fixture
+def service(model):
+    """A service around it; every place has been given back at the end."""
+    from tests.test_serve_support import serving
+
+    with serving(model) as service:
+        yield service
+    assert service.engine.taken == 0
+
+
+@pytest.fixture(scope="session")
 def full_size_folder(tmp_path_factory, demo_folder):
     """A checkpoint of the released size: MINICPMV46_CHECKPOINT's, or one with random weights (2.6 GB)."""
     if given := os.environ.get("MINICPMV46_CHECKPOINT"):

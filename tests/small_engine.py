@@ -4,3 +4,4 @@ from serve.sizes import Buckets, Pass, Sizes
 
 BUCKETS = Buckets(rows=(), steps=2, prompts=((256, 4),), passes=(Pass(1152, 1, 1152), Pass(4608, 4, 1152)))
 SIZES = Sizes(running=8, snapshots=8, pages=160, longest=2048, features=2048, buckets=BUCKETS)
+FEW_PAGES = Sizes(running=6, snapshots=0, pages=19, longest=1024, features=2048, buckets=BUCKETS)  # answers are put back

@@ -184,7 +184,20 @@ def test_a_constraint_is_asked_before_each_token(demo, temperature):
     options = demo.options(max_new_tokens=9, temperature=temperature, seed=1, constraint=constraint, ignore_eos=True)
     said = [token.id for token in demo.generator.tokens(prompt(demo, "Tell me."), options)]
     assert len(said) == 9 and set(said[::2]) <= {40, 300} and set(said[1::2]) == {41}
-    assert constraint.said == said
+    assert constraint.said == said[:-1]  # behind the last token nothing follows
+
+
+def test_constrained_greedy_answers_are_those_of_the_whole_forward(demo):
+    """Each token is the best that may come, by scores computed without a cache."""
+    inputs = prompt(demo, "Tell me.")
+    constraint, truth = (Alternating(demo.config.text.vocab_size, range(100, 200), range(300, 316)) for _ in range(2))
+    options = demo.options(max_new_tokens=6, temperature=0.0, constraint=constraint, ignore_eos=True)
+    said = [token.id for token in demo.generator.tokens(inputs, options)]
+    for token in said:
+        scores = demo.logits(Inputs(np.concatenate([inputs.token_ids, np.array(truth.said, np.int32)]), ()))[-1]
+        may = np.unpackbits(truth.mask().view(np.uint8), bitorder="little")[: len(scores)].astype(bool)
+        assert token == np.where(may, scores, -np.inf).argmax()
+        truth.advance(token)
 
 
 def test_a_bias_decides_what_is_said(demo):

@@ -20,7 +20,7 @@ from transformers import (
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.decoding import sampling_params
 from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.sampling import MAX_LOGPROBS, Steering, count, filter_scores, new_history, note, penalise, sample
+from minicpmv46_jax.sampling import MAX_LOGPROBS, Bias, count, filter_scores, new_bias, new_history, note, penalise, sample
 
 V = 50
 draw = jax.jit(sample, static_argnames="mode")
@@ -32,10 +32,11 @@ def params(**options):
     return sampling_params([options], [options.seed])
 
 
-def drawn(scores, params, mode="sampled", steering=None):
+def drawn(scores, params, mode="sampled", bias=None, allowed=None):
     """Of rows without a history."""
     rows = scores.shape[0]
-    return draw(scores, params, new_history(*scores.shape), jnp.zeros(rows, jnp.int32), mode=mode, steering=steering)
+    bias = new_bias(rows) if bias is None and mode == "full" else bias
+    return draw(scores, params, new_history(*scores.shape), jnp.zeros(rows, jnp.int32), mode=mode, bias=bias, allowed=allowed)
 
 
 def noted(prompt, answer, fresh=True, history=None):
@@ -91,7 +92,7 @@ def test_presence_and_frequency_penalties_look_at_the_answer_alone():
     np.testing.assert_allclose(change, expected)
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampled", "logprobs"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "full"])
 def test_temperature_zero_takes_the_best(mode):
     scores = jnp.asarray(logits(1))
     assert drawn(scores, params(temperature=0.0), mode).ids[0] == scores.argmax()
@@ -109,17 +110,24 @@ def test_a_history_is_added_to_piece_by_piece_and_forgotten_whole():
 
 
 def test_what_is_ruled_out_never_comes_and_a_bias_moves_the_rest():
-    bits = np.array([[0b1010, 0]], np.uint32)  # tokens 1 and 3
-    none = Steering(np.full((1, 1), V, np.int32), np.zeros((1, 1), np.float32), bits)
-    toward_three = dataclasses.replace(none, bias_ids=np.full((1, 1), 3, np.int32), bias=np.full((1, 1), 50.0, np.float32))
+    two = np.array([[0b1010, 0]], np.uint32)  # tokens 1 and 3
+    high = np.array([[0, 1 << 17]], np.uint32)  # token 49, the last
+    all_ = np.full((1, 2), 0xFFFFFFFF, np.uint32)
+    toward_three = Bias(np.array([[3, 7]], np.int32), np.array([[50.0, 90.0]], np.float32))  # the second is not in use
+    biased = params(logit_bias={3: 50.0})
     for seed in range(20):
         own = drawn(logits(seed), params(seed=seed))
-        assert int(drawn(logits(seed), params(seed=seed), steering=none).ids[0]) in (1, 3)
-        greedy = drawn(logits(seed), params(temperature=0.0), steering=none)
+        assert int(drawn(logits(seed), params(seed=seed), allowed=two).ids[0]) in (1, 3)
+        assert int(drawn(logits(seed), params(seed=seed), allowed=high).ids[0]) == 49
+        greedy = drawn(logits(seed), params(temperature=0.0), allowed=two)
         assert int(greedy.ids[0]) == max((1, 3), key=lambda i: logits(seed)[0, i])
-        assert int(drawn(logits(seed), params(seed=seed), steering=toward_three).ids[0]) == 3
-        free = dataclasses.replace(none, allowed=np.full((1, 2), 0xFFFFFFFF, np.uint32))
-        assert drawn(logits(seed), params(seed=seed), steering=free).ids == own.ids
+        for allowed in (None, two):
+            sampled = drawn(logits(seed), biased, "full", bias=toward_three, allowed=allowed)
+            assert int(sampled.ids[0]) == 3
+            own_logprob = jax.nn.log_softmax(jnp.asarray(logits(seed)))[0, 3]
+            assert float(sampled.logprob[0]) == pytest.approx(float(own_logprob), rel=1e-5)  # the model's, whatever was done
+        assert drawn(logits(seed), params(seed=seed), "full", bias=toward_three).ids == own.ids  # another's row
+        assert drawn(logits(seed), params(seed=seed), allowed=all_).ids == own.ids
 
 
 def test_draws_follow_the_probabilities():
@@ -151,7 +159,7 @@ def test_seeds_of_64_bits_all_count():
 
 def test_logprobs_are_the_models_own():
     scores = jnp.asarray(logits(3))
-    sampled = drawn(scores, params(temperature=0.3, top_k=2), "logprobs")
+    sampled = drawn(scores, params(temperature=0.3, top_k=2), "full")
     expected = torch.log_softmax(torch.tensor(np.asarray(scores)), -1)[0]
     assert float(sampled.logprob[0]) == pytest.approx(float(expected[int(sampled.ids[0])]), rel=1e-5)
     top = expected.topk(MAX_LOGPROBS)

@@ -46,6 +46,8 @@ class Chat:
     stop: int
     arrives: int = 0
     leaves: float = math.inf
+    late: int | None = None  # of a constrained one: steps that its mask takes
+    ready: float = 0  # when its next mask is there
     request: Request | None = None
     answer: list[int] = dataclasses.field(default_factory=list)
     outcome: str | None = None
@@ -67,6 +69,7 @@ class Device:
         self.tables = {}
         self.left = {}
         self.last = {}
+        self.held = set()
         self.slots = slots
 
     def run(self, plan, chats):
@@ -76,12 +79,13 @@ class Device:
         out = [(chats[row.request], self.read(row, chats[row.request])) for row in plan.pieces]
         assert len({id(row) for row in plan.rows}) == len(plan.rows) == len(plan.slots)
         assert sum(piece.count for piece in plan.pieces) <= LIMITS.tokens and len(plan.pieces) <= LIMITS.prompts
-        for slot, row, (place, page) in zip(plan.slots, plan.rows, plan.grown, strict=True):
+        for slot, row, (place, page), held in zip(plan.slots, plan.rows, plan.grown, plan.held, strict=True):
             table = self.tables[slot]
             if page >= 0:
                 assert place == len(table)
                 table.append(page)
-            out.append((chats[row], [self.step(slot, chats[row]) for _ in range(plan.steps)]))
+            assert held == (chats[row].late is not None) and (plan.steps == 1 or not held)
+            out.append((chats[row], self.hold(slot) if held else [self.step(slot, chats[row]) for _ in range(plan.steps)]))
         return out
 
     def fetch(self, node):
@@ -107,6 +111,7 @@ class Device:
         for chunks, kept in piece.snapshots:
             assert kept >= self.slots
             self.memory[kept] = tuple(chat.tokens[: piece.start + chunks * PAGE])
+        self.held.discard(slot)
         if not piece.last:
             return []
         self.left[slot] = chat.most - end
@@ -118,6 +123,15 @@ class Device:
         self.write(slot, len(self.memory[slot]), self.last[slot])
         self.memory[slot] += (self.last[slot],)
         return self.sample(slot, chat)
+
+    def hold(self, slot):
+        """The first half of a step; `sample` is the second."""
+        assert slot not in self.held
+        if self.left[slot]:
+            self.write(slot, len(self.memory[slot]), self.last[slot])
+            self.memory[slot] += (self.last[slot],)
+            self.held.add(slot)
+        return []
 
     def sample(self, slot, chat):
         seen = self.memory[slot]
@@ -158,14 +172,28 @@ class Server:
             for restore in self.scheduler.restores:
                 self.device.restore(restore)
             self.scheduler.restores.clear()
+            chosen = self.choose()
             plan = self.scheduler.plan()
             flight = self.device.run(plan, self.chats)
-            for chat, tokens in self.flight:
+            for chat, tokens in [*chosen, *self.flight]:
                 self.deliver(chat, tokens)
             self.flight = flight
 
+    def choose(self):
+        """Tokens of the held rows whose masks are there."""
+        out = []
+        for request, chat in self.chats.items():
+            ready = self.now >= chat.ready
+            request.readable = math.inf if ready else request.total - 1
+            if ready and request.stage is Stage.DECODING and request.slot in self.device.held:
+                self.device.held.remove(request.slot)
+                out.append((chat, [self.device.sample(request.slot, chat)]))
+                self.scheduler.go_on(request)
+        return out
+
     def submit(self, chat):
-        chat.request = Request(len(chat.prompt), chat.most, chat.keys(), arrived=float(self.now))
+        constrained = chat.late is not None
+        chat.request = Request(len(chat.prompt), chat.most, chat.keys(), arrived=float(self.now), constrained=constrained)
         self.chats[chat.request] = chat
         self.scheduler.add(chat.request)
 
@@ -174,6 +202,7 @@ class Server:
             if chat.outcome is None:
                 chat.answer.append(token)
                 chat.request.known += 1
+                chat.ready = self.now + (chat.late or 0)
                 if token == chat.stop or len(chat.tokens) == chat.most:
                     self.finish(chat, "answered")
 
@@ -210,7 +239,8 @@ def chat(draw, pages):
     most = min(len(prompt) + draw(st.integers(1, 150)), room)
     leaves = draw(st.sampled_from([math.inf, math.inf, math.inf, 3, 9, 40]))
     arrives = draw(st.integers(0, 60))
-    return Chat(prompt, most, draw(st.integers(0, VOCABULARY + 40)), arrives, arrives + leaves)
+    late = draw(st.sampled_from([None, None, 0, 5]))
+    return Chat(prompt, most, draw(st.integers(0, VOCABULARY + 40)), arrives, arrives + leaves, late)
 
 
 @settings(max_examples=120, deadline=None)
@@ -241,6 +271,29 @@ def test_preempted_answers_go_on_where_they_were():
     answers(chats)
     assert server.scheduler.preemptions > 0
     assert min(chats, key=lambda c: c.request.rank).request is chats[0].request
+    server.check_nothing_is_held()
+
+
+def test_constrained_rows_take_part_in_each_step_and_late_ones_hold_up_nobody():
+    streams = [Chat([i] * 60, 160, stop=-1, late=late) for i, late in enumerate([None, 0, 9])]
+    server = Server(40, 4, 0)
+    took, run = {id(chat): 0 for chat in streams}, server.device.run
+
+    def watched(plan, chats):
+        for row in plan.rows:
+            took[id(chats[row])] += 1
+        return run(plan, chats)
+
+    server.device.run = watched
+    server.serve(streams[:2])
+    answers(streams[:2])
+    assert [took[id(chat)] for chat in streams[:2]] == [99, 99]  # a token a step for both, the first from the prompt
+    free = Chat([0] * 60, 160, stop=-1)
+    took[id(free)], begun = 0, server.now
+    server.serve([free, streams[2]])
+    answers([free, streams[2]])
+    assert took[id(free)] == 99 and took[id(streams[2])] == 99
+    assert server.now - begun > 9 * 99
     server.check_nothing_is_held()
 
 

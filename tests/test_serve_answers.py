@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from tests.test_serve_support import NAME, FakeModel, ask, content_of, events, live, serving
+from tests.test_serve_support import NAME, ask, content_of, events, live, serving
 
 OPENED = "<|im_start|>assistant\n<think>\n"
 TOOL = {
@@ -14,18 +14,6 @@ TOOL = {
 }
 XML = "<tool_call>\n<function=weather>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
 JSON = '<tool_call>{"name": "weather", "arguments": {"days": 3}}</tool_call>'
-
-
-@pytest.fixture
-def model():
-    return FakeModel()
-
-
-@pytest.fixture
-def service(model):
-    with serving(model) as service:
-        yield service
-    assert service.engine.taken == 0
 
 
 def saying(model, text, thinking=False):
@@ -183,6 +171,9 @@ def test_restored_newlines(service, model):
     assert whole(service)[0]["content"] == r"one\ntwo `a\nb`"
     for get in (whole, streamed):
         assert get(service, restore_newlines=True)[0]["content"] == "one\ntwo `a\\nb`"
+    with serving(model, restore_newlines=True) as service:
+        assert whole(service)[0]["content"] == "one\ntwo `a\\nb`"
+        assert whole(service, restore_newlines=False)[0]["content"] == r"one\ntwo `a\nb`"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 from tests.test_serve_support import (
     CONTEXT,
     NAME,
-    FakeModel,
     ask,
     body,
     client,
@@ -18,17 +17,6 @@ from tests.test_serve_support import (
     events,
     serving,
 )
-
-
-@pytest.fixture
-def model():
-    return FakeModel()
-
-
-@pytest.fixture
-def service(model):
-    with serving(model) as service:
-        yield service
 
 
 def test_an_answer(service):

@@ -17,8 +17,9 @@ import httpx
 import pytest
 
 from serve import flags, startup
-from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name
+from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
 from serve.server import Server, Tls, address
+from tests.serial_engine import SerialEngine
 from tests.test_serve_support import FakeModel, serving
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,16 @@ def test_https(tmp_path):
         finally:
             server.should_exit = True
             thread.join(20)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_flag_for_newlines(monkeypatch, wanted):
+    model = FakeModel()
+    for name, value in {"choose_platform": "cpu", "load": model, "make_engine": SerialEngine(model)}.items():
+        monkeypatch.setattr(startup, name, lambda *_, value=value: value)
+    service = start(_parser().parse_args(["--model", "x", *["--restore-newlines"] * wanted]))
+    assert service.restore_newlines == wanted
+    service.close()
 
 
 def test_the_flags_for_pages_of_other_origins():

@@ -8,24 +8,15 @@ import pytest
 
 from minicpmv46_jax.processing import Inputs
 from serve import bench
-from serve.api import Service
 from tests.small_engine import SIZES
-from tests.test_serve_support import NAME, events, live
+from tests.test_serve_support import NAME, events
 
 GREEDY = {"model": NAME, "temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def address(demo, demo_engine):
-    service = Service(demo, demo_engine, NAME)
-    with live(service) as address:
-        yield address
-    service.pool.shutdown()
-
-
-@pytest.fixture(scope="module")
-def http(address):
-    with httpx.Client(base_url=address, timeout=60) as client:
+def http(demo_address):
+    with httpx.Client(base_url=demo_address, timeout=60) as client:
         yield client
 
 
@@ -114,8 +105,8 @@ def run_bench(address, tmp_path, *flags):
     return status, json.loads(out.read_text())
 
 
-def test_the_load_client_counts_what_it_sent(address, tmp_path, capsys):
-    status, found = run_bench(address, tmp_path, "--input-len", "5..60", "--output-len", "9")
+def test_the_load_client_counts_what_it_sent(demo_address, tmp_path, capsys):
+    status, found = run_bench(demo_address, tmp_path, "--input-len", "5..60", "--output-len", "9")
     assert status == 0 and "output_throughput" in capsys.readouterr().out
     assert (found["successful_requests"], found["failed_requests"]) == (4, 0)
     assert found["total_output_tokens"] == 36 and 20 <= found["total_input_tokens"] <= 240
@@ -125,27 +116,47 @@ def test_the_load_client_counts_what_it_sent(address, tmp_path, capsys):
     assert found["settings"]["input_len"] == [5, 60]
 
 
-def test_the_load_client_has_conversations_and_pictures(address, tmp_path, demo_engine):
+def test_the_load_client_has_conversations_and_pictures(demo_address, tmp_path, demo_engine):
     hits = demo_engine.scheduler.cached_tokens
-    status, found = run_bench(address, tmp_path, "--turns", "2", "--image", "64x48", "--input-len", "20", "--output-len", "4")
+    status, found = run_bench(
+        demo_address, tmp_path, "--turns", "2", "--image", "64x48", "--input-len", "20", "--output-len", "4"
+    )
     assert status == 0 and found["successful_requests"] == 8 and found["total_output_tokens"] == 32
     assert demo_engine.scheduler.cached_tokens > hits
 
 
-def test_the_load_client_keeps_a_rate(address, tmp_path):
-    status, found = run_bench(address, tmp_path, "--rate", "4", "--output-len", "3")
+def test_the_load_client_keeps_a_rate(demo_address, tmp_path):
+    status, found = run_bench(demo_address, tmp_path, "--rate", "4", "--output-len", "3")
     assert status == 0 and found["successful_requests"] == 4
 
 
-def test_the_load_client_says_what_failed(address, tmp_path, capsys):
-    status, found = run_bench(address, tmp_path, "--model", "other", "--output-len", "3")
+def test_the_load_client_asks_for_a_form(demo_address, tmp_path, monkeypatch):
+    schema = {"enum": [5, "words", None]}
+    (tmp_path / "form.json").write_text(json.dumps(schema))
+    sent, send = [], bench.ask
+    monkeypatch.setattr(bench, "ask", lambda client, path, body: (sent.append((path, body)), send(client, path, body))[1])
+    flags = ["--response-format", str(tmp_path / "form.json"), "--input-len", "5", "--output-len", "40"]
+    status, found = run_bench(demo_address, tmp_path, *flags)
+    assert status == 0 and found["successful_requests"] == 4 and found["total_output_tokens"] < 4 * 40
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    assert all((path, body["response_format"]) == ("/v1/chat/completions", form) for path, body in sent)
+    (tmp_path / "form.json").write_text(json.dumps(form))
+    assert bench._response_format(str(tmp_path / "form.json")) == form
+    status, found = run_bench(demo_address, tmp_path, "--chat", "--input-len", "5", "--output-len", "7")
+    assert status == 0 and found["total_output_tokens"] == 28
+
+
+def test_the_load_client_says_what_failed(demo_address, tmp_path, capsys):
+    status, found = run_bench(demo_address, tmp_path, "--model", "other", "--output-len", "3")
     assert status == 1 and found["failed_requests"] == 4
     assert "does not exist here" in capsys.readouterr().err
     assert bench.main(["--url", "http://127.0.0.1:9", "--requests", "1"]) == 1
     assert "http://127.0.0.1:9" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--input-len 5..2", "--image 12", "--image 0x5", "--rate 1 --concurrency 2"])
+@pytest.mark.parametrize(
+    "flags", ["--input-len 5..2", "--image 12", "--image 0x5", "--rate 1 --concurrency 2", "--response-format /none"]
+)
 def test_the_load_clients_mistakes(flags, capsys):
     with pytest.raises(SystemExit):
         bench.main(flags.split())

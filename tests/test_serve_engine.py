@@ -3,7 +3,7 @@ things go wrong."""
 
 import asyncio
 import contextlib
-import threading
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,17 +11,14 @@ import pytest
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs, Video
-from serve.engine import Engine, Policy
+from serve.engine import Engine
 from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
-from serve.sizes import Sizes
 from serve.work import prepare
-from tests.small_engine import BUCKETS, SIZES
+from tests.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
+from tests.small_engine import SIZES
 
-PATIENCE_S = 300  # two cores may be shared with others
-ONE_AT_A_TIME = Sizes(running=1, snapshots=0, pages=40, longest=1024, features=2048, buckets=BUCKETS)
 GREEDY_OPTIONS = generation_options(GenerationConfig())
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -51,47 +48,6 @@ def nothing_is_held(engine):
     assert engine.pages.free == engine.pages.count - kept
     assert engine.snapshots.free == engine.snapshots.count - engine.prefixes.snapshots
     assert all(not entry.pins for entry in engine.features._entries.values())
-
-
-def wait_until(true):
-    event = threading.Event()
-    for _ in range(PATIENCE_S * 100):
-        if true():
-            return
-        event.wait(0.01)
-    raise AssertionError("it did not come")
-
-
-def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario, PATIENCE_S))
-
-
-@contextlib.contextmanager
-def submitted(engine, inputs, options):
-    job = engine.reserve()
-    try:
-        job.submit(inputs, options)
-        yield job
-    finally:
-        job.close()
-
-
-async def ask(engine, inputs, options):
-    """Tokens and the reason."""
-    tokens, reason = [], None
-    with submitted(engine, inputs, options) as job:
-        async for delta in job.deltas():
-            tokens += [token.id for token in delta.tokens]
-            reason = delta.finish_reason
-    return tokens, reason
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def request(demo, *parts, **options):
-    return demo.prepare([{"role": "user", "content": list(parts)}], {**GREEDY, "max_new_tokens": 24, **options})
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +85,16 @@ def test_many_together_answer_as_each_alone(engine, mixed, expected):
     assert engine.compilations.count == compiled
 
 
-def test_preempted_answers_go_on_as_if_nothing_had_been(demo, mixed, expected, alone):
+def test_preempted_answers_go_on_as_if_nothing_had_been(demo, tight_engine, mixed, expected, alone):
     """19 pages for answers that want 3 to 13 each."""
-    sizes = Sizes(running=6, snapshots=0, pages=19, longest=1024, features=2048, buckets=BUCKETS)
     long = [request(demo, text(f"{i} " * 60), max_new_tokens=260) for i in range(4)]
 
     async def scenario():
-        return await asyncio.gather(*(ask(engine, *one) for one in [*long, *mixed]))
+        return await asyncio.gather(*(ask(tight_engine, *one) for one in [*long, *mixed]))
 
-    with Engine(demo, sizes) as engine:
-        answers = run(scenario())
-        assert engine.scheduler.preemptions > 0
-        assert engine.pages.free == 19
+    preemptions = tight_engine.scheduler.preemptions
+    answers = run(scenario())
+    assert tight_engine.scheduler.preemptions > preemptions and tight_engine.pages.free == tight_engine.pages.count
     for (tokens, _), right in zip(answers, [*(alone(*one) for one in long), *expected], strict=True):
         assert tokens == right
 
@@ -349,37 +303,39 @@ def test_results_that_cannot_be_fetched_fail_their_requests(demo, engine, mixed,
     assert run(ask(engine, *mixed[0]))[0] == expected[0]
 
 
-def test_who_waits_too_long_is_told(demo):
+def test_who_waits_too_long_is_told(demo, engine, monkeypatch):
     async def scenario():
-        with submitted(engine, *request(demo, text("first"), max_new_tokens=900)) as first:
-            await anext(first.deltas())
+        with contextlib.ExitStack() as cleanup:
+            for i in range(SIZES.running):
+                long = request(demo, text(f"first {i}"), max_new_tokens=1900)
+                await anext(cleanup.enter_context(submitted(engine, *long)).deltas())
+            monkeypatch.setattr(engine, "policy", dataclasses.replace(engine.policy, max_wait_s=0.1))
             with pytest.raises(EngineFull, match=r"waited 0.1 seconds"):
                 await ask(engine, *request(demo, text("second")))
 
-    with Engine(demo, ONE_AT_A_TIME, Policy(max_wait_s=0.1)) as engine:
-        run(scenario())
+    run(scenario())
 
 
 def test_stopping_ends_what_runs_and_what_waits(demo):
-    long = request(demo, text("long"), max_new_tokens=1000)
+    long = request(demo, text("long"), max_new_tokens=900)
 
     async def scenario():
-        running, waiting = (asyncio.create_task(ask(engine, *long)) for _ in range(2))
-        while not engine.scheduler.running:
+        tasks = [asyncio.create_task(ask(engine, *long)) for _ in range(FEW_PAGES.running + 1)]
+        while not engine.scheduler.running or not engine.scheduler.waiting:
             await asyncio.sleep(0.01)
         engine.stop()
-        for task in (running, waiting):
+        for task in tasks:
             with pytest.raises(EngineStopped):
                 await task
         assert not engine.alive
         with pytest.raises(EngineStopped):
             engine.reserve()
 
-    with Engine(demo, ONE_AT_A_TIME) as engine:
+    with Engine(demo, FEW_PAGES) as engine:
         run(scenario())
 
 
-def test_what_cannot_be_served_is_refused_at_once(demo, photos):
+def test_what_cannot_be_served_is_refused_at_once(demo, engine, photos):
     slim = {"type": "image", "image": photos[0].resize((3000, 10))}
 
     async def refused(*parts, **options):
@@ -388,15 +344,14 @@ def test_what_cannot_be_served_is_refused_at_once(demo, photos):
             job.submit(*request(demo, *parts, **options))
         return str(caught.value)
 
-    with Engine(demo, ONE_AT_A_TIME) as engine:
-        said = run(refused(text("x" * 1100)))
-        assert "the prompt has 11" in said and "this server holds 1024" in said
-        assert "patches, and this server encodes 1152 at most" in run(refused(slim, max_slice_nums=1))
-        assert engine.taken == 0
+    said = run(refused(text("x" * 2100)))
+    assert "the prompt has 21" in said and "this server holds 2048" in said
+    assert "patches, and this server encodes 1152 at most" in run(refused(slim, max_slice_nums=1))
+    assert engine.taken == 0
 
 
 def test_rounds_of_many_streams_with_some_that_leave(demo, engine, mixed, expected):
-    """64 at a time, each third leaves in the middle; what is held is the same after each round."""
+    """32 at a time, each third leaves in the middle; what is held is the same after each round."""
     rng = np.random.default_rng(0)
 
     async def one(i):
@@ -410,13 +365,13 @@ def test_rounds_of_many_streams_with_some_that_leave(demo, engine, mixed, expect
         return tokens == expected[i % len(mixed)]
 
     async def scenario():
-        gate = asyncio.Semaphore(64)
+        gate = asyncio.Semaphore(32)
 
         async def gated(i):
             async with gate:
                 return await one(i)
 
-        return await asyncio.gather(*(gated(i) for i in range(80)))
+        return await asyncio.gather(*(gated(i) for i in range(40)))
 
     compiled = engine.compilations.count
     for _ in range(2):

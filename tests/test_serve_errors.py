@@ -15,11 +15,6 @@ from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, body, client
 
 
 @pytest.fixture
-def model():
-    return FakeModel()
-
-
-@pytest.fixture
 def service(model):
     with serving(model) as service:
         yield service

@@ -8,8 +8,7 @@ import openai
 import pydantic
 import pytest
 
-from serve.api import Service
-from tests.test_serve_support import NAME, FakeModel, ask, content_of, events, live, serving
+from tests.test_serve_support import NAME, ask, content_of, events
 
 OPENED = "<|im_start|>assistant\n<think>\n"
 SCHEMA = {
@@ -19,17 +18,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g")]
-
-
-@pytest.fixture
-def model():
-    return FakeModel()
-
-
-@pytest.fixture
-def service(model):
-    with serving(model) as service:
-        yield service
 
 
 def content(service, **fields):
@@ -99,11 +87,8 @@ class Person(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def http(demo, demo_engine):
-    service = Service(demo, demo_engine, NAME)
-    with live(service) as address:
-        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
-    service.pool.shutdown()
+def http(demo_address):
+    return openai.OpenAI(base_url=f"{demo_address}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def test_parse_with_a_model_of_random_weights(http):

@@ -2,10 +2,8 @@
 
 import pytest
 
-from serve.engine import Engine
 from serve.offline import Offline
 from tests.serial_engine import SerialEngine
-from tests.small_engine import SIZES
 from tests.test_serve_support import FakeModel
 
 
@@ -33,11 +31,11 @@ def test_answers_come_in_order():
         assert offline.chat([]) == []
 
 
-def test_each_as_alone(demo):
-    with Offline(demo, Engine(demo, SIZES)) as offline:
-        conversations = [conversation(f"Question {i}") for i in range(3)]
-        options = {"max_new_tokens": 6, "temperature": 0.0}
-        assert offline.chat(conversations, **options) == [demo.chat(messages, **options) for messages in conversations]
+def test_each_as_alone(demo, demo_engine):
+    offline = Offline(demo, demo_engine)  # not closed: others use the engine
+    conversations = [conversation(f"Question {i}") for i in range(3)]
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    assert offline.chat(conversations, **options) == [demo.chat(messages, **options) for messages in conversations]
 
 
 def test_a_mistake_is_named():

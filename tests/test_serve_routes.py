@@ -14,17 +14,6 @@ from serve.api.service import Cors
 from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, client, serving
 
 
-@pytest.fixture
-def model():
-    return FakeModel()
-
-
-@pytest.fixture
-def service(model):
-    with serving(model) as service:
-        yield service
-
-
 def get(service, path, **headers):
     async def scenario():
         async with client(service) as http:

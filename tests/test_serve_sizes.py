@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from minicpmv46_jax.config import ModelConfig
 from serve.pages import PAGE, pages_of
-from serve.sizes import ACCELERATOR, CPU, GIB, Wishes, fit, history_bytes, page_bytes, slot_bytes
+from serve.sizes import ACCELERATOR, CPU, GIB, Wishes, fit, page_bytes, sampling_bytes, slot_bytes
 from tests.released import released_config
 
 TEXT = ModelConfig.from_dict(released_config()).text
 
 
 def used(sizes, itemsize=2):
-    slots = (sizes.running + sizes.snapshots) * slot_bytes(TEXT, itemsize) + sizes.running * history_bytes(TEXT)
+    slots = (sizes.running + sizes.snapshots) * slot_bytes(TEXT, itemsize) + sizes.running * sampling_bytes(TEXT)
     return slots + sizes.pages * page_bytes(TEXT, itemsize) + sizes.features * TEXT.hidden_size * itemsize
 
 

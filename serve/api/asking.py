@@ -59,8 +59,8 @@ class Form:
     thinking_budget: int | None
 
     @classmethod
-    def of(cls, request: ChatRequest) -> "Form":
-        """What the request says about it."""
+    def of(cls, request: ChatRequest, restore_newlines: bool) -> "Form":
+        """What the request says about it; the server's wish for newlines counts where it says none."""
         return cls(
             request.n,
             request.stream,
@@ -69,7 +69,7 @@ class Form:
             request.functions,
             request.parallel_tool_calls,
             request.include_reasoning,
-            request.restore_newlines,
+            restore_newlines if request.restore_newlines is None else request.restore_newlines,
             request.thinking_token_budget,
         )
 
@@ -186,7 +186,7 @@ def _prepare(service: Service, request: ChatRequest) -> Prepared:
     check_context(len(inputs.token_ids), request, service.context)
     thinking = opens_thinking(service.model, inputs)
     options = dataclasses.replace(options, constraint=constraint_of(request, service.constraints, thinking))
-    return Prepared(Form.of(request), inputs, options, thinking)
+    return Prepared(Form.of(request, service.restore_newlines), inputs, options, thinking)
 
 
 def check_model(service: Service, name: str) -> None:

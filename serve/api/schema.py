@@ -98,7 +98,7 @@ class ChatRequest(Strict):
     guided_choice: Any = None
     guided_grammar: Any = None
     thinking_token_budget: int | None = Field(None, ge=0)
-    restore_newlines: bool = False
+    restore_newlines: bool | None = None
 
     @field_validator("tools")
     @classmethod

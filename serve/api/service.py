@@ -42,6 +42,7 @@ class Service:
       max_body_bytes: most bytes of a request's body.
       media_limits: most images and most videos of a request.
       cors: which web pages may ask; None for those of this server alone.
+      restore_newlines: whether a written backslash-n becomes a line break where a request does not say.
       log_prompts: whether the log has the text of prompts. They are the users' own, so it has not unless asked.
       created: when serving began, in seconds since 1970.
       pool: where requests are prepared, off the event loop.
@@ -55,6 +56,7 @@ class Service:
     max_body_bytes: int = MAX_BODY_BYTES
     media_limits: Mapping[str, int] = dataclasses.field(default_factory=lambda: MEDIA_LIMITS)
     cors: Cors | None = None
+    restore_newlines: bool = False
     log_prompts: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = dataclasses.field(

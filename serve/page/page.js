@@ -28,7 +28,7 @@ function settings() {
     ...given(SAMPLING),
     mm_processor_kwargs: given(MEDIA_OPTIONS),
     chat_template_kwargs: field("thinking").checked ? { enable_thinking: true } : {},
-    restore_newlines: field("restore_newlines").checked,
+    ...(field("restore_newlines").checked && { restore_newlines: true }),  // else as the server has it
     ...(tools && { tools: JSON.parse(tools) }),
   };
 }
