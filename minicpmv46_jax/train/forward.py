@@ -92,10 +92,12 @@ def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, *, remat: st
     """`model.encode`, each layer forgotten."""
     rest = {name: gather(part, ("vision", name)) for name, part in params.items() if name != "layers"}
 
-    def run(i: int, block: nnx.Module, x: Array, attend: Callable[..., Array]) -> Array:
-        own, shards = nnx.split(block)
-        inside = functools.partial(_call, own, ("vision", "layers", i), gather)
-        return jax.checkpoint(lambda part, x: inside(part, x, attend), policy=REMAT[remat])(nnx.to_pure_dict(shards), x)
+    def run(first: int, blocks: list[nnx.Module], x: Array, attend: Callable[..., Array]) -> Array:
+        if not blocks:
+            return x
+        inside = functools.partial(_call, nnx.split(blocks[0])[0], ("vision", "layers", first), gather)
+        layer = jax.checkpoint(lambda x, part: (inside(part, x, attend), None), policy=REMAT[remat])
+        return jax.lax.scan(layer, x, _stacked([params["layers"][first + i] for i in range(len(blocks))]))[0]
 
     return model.merge(graph, {**rest, "layers": params["layers"]})(views, run=run)
 
