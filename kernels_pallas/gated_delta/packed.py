@@ -44,6 +44,7 @@ def packed(
         raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
     q, k, v = heads(convolve_segments(qkv, layer.conv, segments), N, key_width, value_width)
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
+    q, k, v = (x.astype(qkv.dtype) for x in (q, k, v))
     q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
     read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), qkv.dtype)
     return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(qkv.dtype)
@@ -64,9 +65,9 @@ def convolve_segments(
 
 
 def _read(
-    q: Float32[Array, "R c N L K"],
-    k: Float32[Array, "R c N L K"],
-    v: Float32[Array, "R c N L V"],
+    q: Float[Array, "R c N L K"],
+    k: Float[Array, "R c N L K"],
+    v: Float[Array, "R c N L V"],
     g: Float32[Array, "R c N L"],
     beta: Float32[Array, "R c N L"],
     segments: Int32[Array, "R c L"],
@@ -82,6 +83,7 @@ def _read(
     # difference is rounding error: the gradients of a quickly forgetting head were off by 1e-3 in float32.
     overlap_decay, between = between, jnp.where(jnp.eye(CHUNK, dtype=bool)[None, None, None], 1.0, between)
 
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # as they are read: they lie in the inputs' dtype
     k_beta = k * beta[..., None]
     overlap = _dot("rcnik,rcnjk->rcnij", k_beta, k, dtype) * overlap_decay
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]], axis=-1)
@@ -166,5 +168,5 @@ def _earlier() -> Bool[Array, "1 1 1 L L"]:
     return jnp.tril(jnp.ones((1, 1, 1, CHUNK, CHUNK), bool), -1)
 
 
-def _to_chunks(x: Float32[Array, "R T N ..."]) -> Float32[Array, "R c N L ..."]:
+def _to_chunks(x: Float[Array, "R T N ..."]) -> Float[Array, "R c N L ..."]:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 3, 2)

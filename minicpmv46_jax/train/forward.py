@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from minicpmv46_jax import model
+from minicpmv46_jax.attention import ATTENTION
 from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.packing import PackedViews
@@ -27,11 +28,13 @@ from minicpmv46_jax.train.loss import token_losses
 
 Path = tuple[str | int, ...]
 Gather = Callable[[Any, Path], Any]  # the whole parameters of a part of the tree, from a device's shards of them
-# What a layer keeps for the backward pass: all, the results of its products with weights, or nothing but its input.
+_keep = jax.checkpoint_policies
+# What a layer keeps for the backward pass: all; the results of its products with weights; or nothing but its input. The last two
+# keep what attention read: its blocks are computed again on their own, and would be so twice.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "layer": jax.checkpoint_policies.nothing_saveable,
+    "none": _keep.everything_saveable,
+    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(ATTENTION)),
+    "layer": _keep.save_only_these_names(ATTENTION),
 }
 
 
