@@ -171,12 +171,12 @@ def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int) -
         print(f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: does not fit the memory", flush=True)
         return False
     read = int(np.count_nonzero(batch.segments))
-    utilised = batch_flops(config, batch) / found["seconds"] / peak()[0]
+    seconds, utilised = found["seconds"], batch_flops(config, batch) / found["seconds"] / peak()[0]
     photos = 0 if batch.views is None else np.count_nonzero(batch.views.lengths) // len(PHOTO)
     print(
-        f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: {found['seconds'] * 1e3:8.1f} ms a step, {read / found['seconds']:9,.0f} "
-        f"tokens/s, {photos / found['seconds']:6.1f} pictures/s, MFU {utilised:6.1%}, {found['bytes'] / 2**30:5.1f} GiB held, loss "
-        f"{found['loss']:.2f}, compiled in {found['compile']:.0f} s",
+        f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: {seconds * 1e3:8.1f} ms a step, {read / seconds:9,.0f} tokens/s, "
+        f"{photos / seconds:6.1f} pictures/s, MFU {utilised:6.1%}, {found['bytes'] / 2**30:5.1f} GiB held, "
+        f"loss {found['loss']:.2f}, compiled in {found['compile']:.0f} s",
         flush=True,
     )
     return True
@@ -195,9 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = cut(args.groups) if args.groups else RELEASED
     rate, source = peak()
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.parameter_shapes(config)))
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {parameters:,} parameters; peak {rate / 1e12:.4g} TFLOP/s ({source})"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, {parameters:,} parameters; peak {rate / 1e12:.4g} TFLOP/s ({source})")
     if args.profile:
         jax.profiler.start_trace(args.profile)
     for name, plans in (("text", args.text), ("pictures", args.pictures)):
