@@ -1,5 +1,6 @@
 """Whole runs on the small model: they overfit, go on where they were broken off, and what they export is what was trained."""
 
+import functools
 import json
 import random
 import shutil
@@ -11,13 +12,16 @@ import pytest
 from convert import export_run
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.train import log
+from minicpmv46_jax.train import run as runs
 from minicpmv46_jax.train.__main__ import main
-from minicpmv46_jax.train.run import train, trained_params
+from minicpmv46_jax.train.run import trained_params
 from minicpmv46_jax.train.settings import Settings
 from tests.oracle import Oracle
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
+from tests.train_compile import QUICK
 
 STEPS = 30
+train = functools.partial(runs.train, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from minicpmv46_jax import sharding
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import BatchShape, Conversation, make_step, new_state, pack, place, split, stack
 from tests.tolerances import relative_rms
+from tests.train_compile import QUICK
 
 SHAPE = BatchShape(rows=1, tokens=64, patches=80, views=1, longest=80)
 
@@ -35,7 +36,7 @@ def two_steps(demo, batch, mesh):
     optimizer = optax.sgd(1e-3)
     state = new_state(*split(demo.params, lambda path: True), optimizer)
     state = state if mesh is None else place(state, mesh)
-    step = jax.jit(make_step(demo.config, optimizer, dtype=jnp.float32, mesh=mesh, z_loss=1e-3))
+    step = jax.jit(make_step(demo.config, optimizer, dtype=jnp.float32, mesh=mesh, z_loss=1e-3), compiler_options=QUICK)
     first = None
     for _ in range(2):
         state, metrics = step(state, batch)

@@ -110,7 +110,7 @@ def _hand_over(
 
     def chunk(memory, terms):
         write, read, key, fade = terms
-        new = write - _dot("rnlk,rnvk->rnlv", read, memory, dtype)
+        new = write.astype(jnp.float32) - _dot("rnlk,rnvk->rnlv", read, memory, dtype)
         return memory * fade[..., None, None] + _dot("rnlv,rnlk->rnvk", new, key, dtype), (memory, new)
 
     terms = jax.tree.map(
