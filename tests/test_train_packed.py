@@ -13,6 +13,7 @@ from minicpmv46_jax import attention
 from minicpmv46_jax.batch import Packed
 from tests import gated_delta_truth as truth
 from tests.tolerances import FLOAT32_ONE_OP, GATED_DELTA, relative_rms
+from tests.train_compile import QUICK
 
 LENGTHS = [70, 1, 57, 128, 60]  # seams inside a chunk, on its edge and through a whole one; the rest of the row is padding
 TOKENS = 384
@@ -25,7 +26,7 @@ def segments(lengths, tokens):
     return jnp.asarray(np.where(np.arange(tokens) < ends[-1], index, 0)[None], jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="widths")
+@functools.partial(jax.jit, static_argnames="widths", compiler_options=QUICK)
 def packed(qkv, a, b, layer, segments, widths):
     return gated_delta.packed(qkv[None], a[None], b[None], layer, segments, *widths)[0]
 
@@ -58,7 +59,7 @@ def test_gradients_of_the_rule_are_those_of_sequences_apart():
         return (out * weights).sum()
 
     arguments = case.qkv, case.a, case.b, case.layer
-    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(*arguments) for f in (ours, apart))
+    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)), compiler_options=QUICK)(*arguments) for f in (ours, apart))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative_rms(one, other) < 2e-5
 

@@ -3,7 +3,10 @@
 import functools
 import json
 import random
+import re
 import shutil
+import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -123,3 +126,10 @@ def test_mistakes_are_named(source, full, tmp_path, capsys):
         train(settings(source, full, optimizer={"vision": 0.0}))
     with pytest.raises(ValueError, match=r"no\.jsonl does not exist"):
         train(settings(source, tmp_path / "run", data={"files": [str(tmp_path / "no.jsonl")]}))
+
+
+def test_the_readmes_settings_are_read():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    found = Settings.from_dict(tomllib.loads(block))
+    assert found.lora.scale == 2.0 and found.mesh.fsdp == 8 and found.batch.patches == 28416

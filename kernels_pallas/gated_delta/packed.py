@@ -16,6 +16,8 @@ from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gates, heads
 
+SMALL = 8  # blocks up to this size are multiplied entry by entry: a GPU's products of them by the 100,000 take longer
+
 
 def packed(
     qkv: Float[Array, "R T C"],
@@ -131,10 +133,11 @@ def unit_lower_inverse(a: Float32[Array, "*batch L L"]) -> Float32[Array, "*batc
     inverse = jnp.ones_like(a[..., :1]).reshape(*a.shape[:-1], 1, 1)  # [..., blocks, size, size]
     size = 1
     while size < L:
-        pairs = a.reshape(*a.shape[:-2], L // (2 * size), 2 * size, L // (2 * size), 2 * size)
-        pairs = jnp.moveaxis(jnp.diagonal(pairs, axis1=-4, axis2=-2), -1, -3)
+        pairs = L // (2 * size)
+        corners = a.reshape(*a.shape[:-2], pairs, 2 * size, pairs, 2 * size)[..., size:, :, :size]
+        own = jnp.eye(pairs, dtype=bool).reshape(*[1] * (a.ndim - 2), pairs, 1, pairs, 1)
         upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        corner = -_exact(_exact(lower, pairs[..., size:, :size]), upper)
+        corner = -_exact(_exact(lower, jnp.where(own, corners, 0.0).sum(axis=-2)), upper)
         top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
         size *= 2
@@ -154,7 +157,9 @@ def _pull_back(inverse: Float32[Array, "*batch L L"], bar: Float32[Array, "*batc
 unit_lower_inverse.defvjp(_invert, _pull_back)
 
 
-def _exact(a: Array, b: Array) -> Array:
+def _exact(a: Float32[Array, "*batch i j"], b: Float32[Array, "*batch j k"]) -> Float32[Array, "*batch i k"]:
+    if b.shape[-1] <= SMALL:
+        return (a[..., None] * b[..., None, :, :]).sum(axis=-2)
     return jnp.matmul(a, b, precision=Precision.HIGHEST)
 
 
