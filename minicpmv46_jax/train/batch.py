@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from minicpmv46_jax import packing
 from minicpmv46_jax.config import VisionConfig
@@ -25,12 +25,12 @@ class Conversation:
 
     Attributes:
       inputs: its tokens and pictures, whole.
-      learned: of each token, whether the model is to say it; the first is never.
+      learned: of each token, whether the model is to say it, or how much that counts; the first is never.
       where: its place in the data, for messages.
     """
 
     inputs: Inputs
-    learned: Bool[np.ndarray, " T"]
+    learned: Bool[np.ndarray, " T"] | Float[np.ndarray, " T"]
     where: str = "a conversation"
 
     @property

@@ -67,7 +67,7 @@ PEAK = {
     "TPU v5": 459e12,
     "TPU v6": 918e12,
 }
-PLANS = {"text": ("dots:8", "layer:16", "layer:8", "layer:4"), "pictures": ("layer:8", "layer:4", "layer:2")}  # remat:rows
+PLANS = {"text": ("layer:16", "dots:8", "layer:32"), "pictures": ("layer:8", "layer:4", "layer:2")}  # remat:rows
 
 
 def cut(layers: int) -> ModelConfig:
@@ -133,8 +133,11 @@ def random_state(config: ModelConfig, optimizer: optax.GradientTransformation) -
     return new_state(params, jax.tree.map(lambda x: None, params), optimizer)
 
 
-def measure(config: ModelConfig, batch: TrainBatch, remat: str, steps: int) -> dict[str, float]:
-    """Seconds to compile and of a step (median), the loss, and the most bytes that the device held (0: not known)."""
+def measure(config: ModelConfig, batch: TrainBatch, remat: str, steps: int, profile: str | None = None) -> dict[str, float]:
+    """Seconds to compile and of a step (median), the loss, and the most bytes that the device held (0: not known).
+
+    `profile`: a folder for a profile of one more step.
+    """
     optimizer = optax.adamw(1e-5)
     state = random_state(config, optimizer)
     step = jax.jit(make_step(config, optimizer, remat=remat), donate_argnums=0)
@@ -148,6 +151,9 @@ def measure(config: ModelConfig, batch: TrainBatch, remat: str, steps: int) -> d
         state, metrics = compiled(state, batch)
         loss = float(metrics.loss)
         times.append(time.perf_counter() - start)
+    if profile:
+        with jax.profiler.trace(profile):
+            jax.block_until_ready(compiled(state, batch))
     held = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {"compile": compiling, "seconds": float(np.median(times[1:])), "loss": loss, "bytes": held}
 
@@ -159,12 +165,12 @@ def peak() -> tuple[float, str]:
     return (known, "data sheet") if known else (matrix_rate(1024, jnp.dtype(jnp.bfloat16)), "a product of 1,024 measured here")
 
 
-def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int) -> bool:
+def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int, profile: str | None = None) -> bool:
     """Measures one plan and prints its line; False where the memory cannot hold it."""
     remat, rows = plan.split(":")
     batch = make_batch(config, int(rows), tokens, name == "pictures")
     try:
-        found = measure(config, batch, remat, steps)
+        found = measure(config, batch, remat, steps, profile and f"{profile}/{name}-{remat}-{rows}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -190,21 +196,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", nargs="*", default=PLANS["pictures"], metavar="REMAT:ROWS", help="plans with pictures")
     parser.add_argument("--all", action="store_true", help="try all plans; else pictures stop at the first that fits")
     parser.add_argument("--groups", type=int, default=0, help="a model cut to so many groups of four layers; 0: the whole one")
-    parser.add_argument("--profile", metavar="DIR", help="write a profile of the last steps")
+    parser.add_argument("--profile", metavar="DIR", help="write a profile of one more step of each plan")
     args = parser.parse_args(arguments)
     config = cut(args.groups) if args.groups else RELEASED
     rate, source = peak()
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.parameter_shapes(config)))
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {parameters:,} parameters; peak {rate / 1e12:.4g} TFLOP/s ({source})")
-    if args.profile:
-        jax.profiler.start_trace(args.profile)
     for name, plans in (("text", args.text), ("pictures", args.pictures)):
         for plan in plans:
-            if report(config, name, plan, args.tokens, args.steps) and name == "pictures" and not args.all:
+            if report(config, name, plan, args.tokens, args.steps, args.profile) and name == "pictures" and not args.all:
                 break
-    if args.profile:
-        jax.profiler.stop_trace()
 
 
 if __name__ == "__main__":
