@@ -11,6 +11,7 @@ tracing; a Module as an argument costs 18.6 ms a call on the host, a plain tree 
 reads: on an H200 a call with all 779 parameters took 1.8 ms to dispatch.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +95,9 @@ def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
     return nnx.merge(graph, params)
 
 
+@functools.cache
 def _abstract(config: ModelConfig, backend: str | None = None) -> MiniCPMV46:
+    """The module without a parameter allocated; made once, for it takes a second."""
     return nnx.eval_shape(lambda: MiniCPMV46(config, backend=backend, rngs=nnx.Rngs(0)))
 
 

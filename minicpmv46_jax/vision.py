@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.packed_attention import packed_attention, windows
 from minicpmv46_jax.config import VisionConfig

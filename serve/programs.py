@@ -1,5 +1,6 @@
 """Compiled functions by name and shape: all made at the start, side by side, and none later."""
 
+import functools
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,20 +16,23 @@ class Programs:
     """A table of compiled functions. One that is missing is a fault of ours: KeyError."""
 
     def __init__(self):
-        self._lowered: dict[Hashable, Any] = {}
+        self._added: dict[Hashable, Callable[[], Any]] = {}
         self._compiled: dict[Hashable, Any] = {}
 
     def add(self, key: Hashable, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> None:
-        """Traces a function for arguments of these shapes."""
-        self._lowered[key] = jax.jit(function, donate_argnums=donate).lower(*arguments)
+        """A function, to be compiled for arguments of these shapes."""
+        self._added[key] = functools.partial(jax.jit(function, donate_argnums=donate).lower, *arguments)
 
     def compile(self, show: bool) -> None:
-        """Compiles what was added, with a bar on a terminal."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            jobs = {key: pool.submit(lowered.compile) for key, lowered in self._lowered.items()}
-            for key, job in tqdm(jobs.items(), desc="compiling", unit="program", disable=None if show else True, leave=False):
-                self._compiled[key] = job.result()
-        self._lowered.clear()
+        """Compiles what was added, with a bar on a terminal: one program is traced while the ones before are compiled."""
+        bar = tqdm(total=len(self._added), desc="compiling", unit="program", disable=None if show else True, leave=False)
+        with bar, ThreadPoolExecutor(THREADS) as pool:
+            jobs = {}
+            for key, lower in self._added.items():
+                jobs[key] = pool.submit(lower().compile)
+                jobs[key].add_done_callback(lambda _: bar.update())
+            self._compiled |= {key: job.result() for key, job in jobs.items()}
+        self._added.clear()
 
     def __getitem__(self, key: Hashable) -> Callable:
         return self._compiled[key]
