@@ -126,7 +126,7 @@ def test_the_answers_have_their_forms(demo, steered, expected):
 
 def test_preempted_ones_go_on_as_if_nothing_had_been(demo, tight_engine, make, alone):
     """19 pages for answers that want 5 to 8 each: they are put back between their scores and the choice of a token, too."""
-    options = {"ignore_eos": False, "max_new_tokens": 300, **DRAWN}
+    options = {"ignore_eos": False, "max_new_tokens": 200, **DRAWN}
     long = [
         request(demo, text(f"{i} " * 60), constraint=make(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
         for i in range(4)
