@@ -6,7 +6,7 @@ a stream waits for its next token, whatever else arrives.
 
 Of a constrained answer a dispatch computes the scores alone, which need no mask. By the time they are there so is the mask, made
 on the host meanwhile. Then the choice of its token is sent, and the next dispatch behind it, before anybody has looked at that
-token. An answer whose mask is late rests, and nobody waits for it.
+token. A step waits for masks a millisecond at most; an answer whose mask is late rests, and has the next.
 """
 
 import dataclasses

@@ -113,8 +113,8 @@ def same(found, right):
 
 def test_all_together_answer_as_each_alone(demo_engine, steered, free, expected):
     compiled = demo_engine.compilations.count
-    found = run(together(demo_engine, [*steered, *free] * 2))
-    assert all(same(*pair) for pair in zip(found, expected * 2, strict=True))
+    found = run(together(demo_engine, [*steered, *free]))  # four more than there are slots
+    assert all(same(*pair) for pair in zip(found, expected, strict=True))
     assert demo_engine.compilations.count == compiled
 
 
@@ -126,7 +126,7 @@ def test_the_answers_have_their_forms(demo, steered, expected):
 
 def test_preempted_ones_go_on_as_if_nothing_had_been(demo, tight_engine, make, alone):
     """19 pages for answers that want 5 to 8 each: they are put back between their scores and the choice of a token, too."""
-    options = {"ignore_eos": False, "max_new_tokens": 300, **DRAWN}
+    options = {"ignore_eos": False, "max_new_tokens": 200, **DRAWN}
     long = [
         request(demo, text(f"{i} " * 60), constraint=make(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
         for i in range(4)
@@ -176,10 +176,11 @@ def test_a_step_that_fails_is_its_own_requests_alone(demo_engine, steered, free,
         return choose(*arguments)
 
     monkeypatch.setattr(demo_engine._device, "choose", failing)
-    found = run(together(demo_engine, [*steered, *free]))
+    found = run(together(demo_engine, [*steered[:4], *free]))
     failed = [one for one in found if isinstance(one, Exception)]
     assert failed and {str(error) for error in failed} == {"device on fire"}
-    assert all(isinstance(one, Exception) or same(one, right) for one, right in zip(found, expected, strict=True))
+    rights = [*expected[:4], *expected[-3:]]
+    assert all(isinstance(one, Exception) or same(one, right) for one, right in zip(found, rights, strict=True))
     assert not any(isinstance(one, Exception) for one in found[-3:])  # nobody chooses for these
     assert "device on fire" in caplog.text
 
@@ -248,6 +249,7 @@ def test_biases_of_others_are_not_mine(demo, demo_engine, alone):
     """A slot that had a bias is given to an answer in whose step biases are added, too."""
     bias = request(demo, text("bias"), logit_bias={77: 100.0}, max_new_tokens=4)
     plain = request(demo, text("plain"), logprobs=1, max_new_tokens=4)
-    for one in (bias, plain, bias, plain):
-        assert all(same(*pair) for pair in zip(run(together(demo_engine, [one] * 8)), [alone(one)] * 8, strict=True))
-    assert {token.id for token in alone(bias)[0]} == {77}
+    rights = alone(bias), alone(plain)
+    for one, right in zip((bias, plain), rights, strict=True):
+        assert all(same(found, right) for found in run(together(demo_engine, [one] * demo_engine.slots.count)))
+    assert {token.id for token in rights[0][0]} == {77}

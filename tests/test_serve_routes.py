@@ -149,7 +149,8 @@ def test_the_document_describes_every_route(service):
     )
 
 
-def test_nothing_in_the_documents_requests_makes_the_server_fail(model):
+@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.full)])
+def test_nothing_in_the_documents_requests_makes_the_server_fail(model, examples):
 
     model.process = lambda messages, **options: FakeModel.process(model, [{"content": "hello"}] if messages else [], **options)
     model.say = lambda text: "ok"
@@ -160,7 +161,7 @@ def test_nothing_in_the_documents_requests_makes_the_server_fail(model):
         for operation in schema.get_all_operations():
             operation = operation.ok()
 
-            @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy())
             def run(case):
                 response = case.call()
