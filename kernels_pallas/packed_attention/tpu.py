@@ -58,11 +58,14 @@ def _attention(
     starts: Int32[Array, " I"],
     lengths: Int32[Array, " I"],
 ) -> Float[Array, "P D"]:
-    return _forward(N, longest, q, k, v, starts, lengths)[0]
+    plan = tpu_forward.plan(N, len(q), longest, q.dtype)
+    (out,) = tpu_forward.forward(q, k, v, starts, lengths, plan)
+    return out
 
 
 def _forward(N, longest, q, k, v, starts, lengths):
-    out, sums = tpu_forward.forward(q, k, v, starts, lengths, tpu_forward.plan(N, len(q), longest))
+    plan = tpu_forward.plan(N, len(q), longest, q.dtype)
+    out, sums = tpu_forward.forward(q, k, v, starts, lengths, plan, sums=True)
     return out, (q, k, v, starts, lengths, out, sums)
 
 
@@ -71,7 +74,7 @@ def _backward(N, longest, kept, out_bar):
     P, out_bar = len(q), _cleared(out_bar, starts, lengths)
     products = (out_bar.astype(jnp.float32) * out.astype(jnp.float32)).reshape(P, N, -1).sum(-1)
     sums = sums + jnp.pad(products, ((0, 0), (N, LANES - 2 * N)))
-    arguments = (q, k, v, out_bar, sums, starts, lengths, tpu_backward.plan(N, P, longest))
+    arguments = (q, k, v, out_bar, sums, starts, lengths, tpu_backward.plan(N, P, longest, q.dtype))
     return tpu_backward.queries(*arguments), *tpu_backward.keys_values(*arguments), None, None
 
 
