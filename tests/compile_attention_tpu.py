@@ -66,8 +66,7 @@ def named(table: tuple, name: str) -> PagedShape | PackedShape:
 PROGRAMS = {
     "decode": (paged, named(paged_shapes.PAGED, "decode 100 x 1,024"), ("paged_attention",)),
     "prompts": (paged, named(paged_shapes.PAGED, "prefill 16 pieces"), ("paged_attention",)),
-    "views": (packed, named(packed_shapes.PACKED, "16 photos"), (FORWARD,)),
-    "merged gradient": (gradient, named(packed_shapes.PACKED, "1 photo, merged"), (FORWARD, QUERIES, KEYS_VALUES)),
+    "merged views": (packed, named(packed_shapes.PACKED, "1 photo, merged"), (FORWARD,)),
     "gradient": (gradient, named(packed_shapes.PACKED, "1 photo"), (FORWARD, QUERIES, KEYS_VALUES)),
 }
 
