@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,3 +42,9 @@ def test_gradients_stay_inside_a_view():
     assert jnp.isfinite(gradient).all()
     assert (gradient[4:] == 0).all()
     assert (gradient[:4] != 0).all()
+
+
+def test_mixed_dtypes_are_refused():
+    q, one = jnp.zeros((3, 2, 4)), jnp.ones(1, jnp.int32)
+    with pytest.raises(ValueError, match="q is float32, k float32 and v bfloat16, expected one dtype"):
+        packed_attention(q, q, q.astype(jnp.bfloat16), one, one, longest=3)
