@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.packed_attention import packed_attention
+from kernels_pallas.packed_attention import packed_attention, window_attention
 from minicpmv46_jax.config import VisionConfig
-from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, precise, tap
+from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, tap
 from minicpmv46_jax.packing import PackedViews
 
 WINDOW = 4  # a 2x2 window
@@ -70,8 +70,9 @@ class VisionBlock(nnx.Module):
 class WindowMerger(nnx.Module):
     """Mid-tower: attention inside each 2x2 window, then an MLP that makes one token of it."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, backend: str | None = None, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
+        self.backend = backend
         self.norm1 = LayerNorm(D, config.layer_norm_eps)
         self.attn = VisionAttention(config, rngs=rngs)
         self.pre_norm = LayerNorm(WINDOW * D, config.layer_norm_eps)
@@ -79,7 +80,7 @@ class WindowMerger(nnx.Module):
         self.linear_2 = Linear(WINDOW * F, D, bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "P/4 D"]:
-        x = x + self.attn(self.norm1(x), window_attention)
+        x = x + self.attn(self.norm1(x), functools.partial(window_attention, window=WINDOW, backend=self.backend))
         windows = x.reshape(-1, WINDOW, x.shape[1])
         merged = self.linear_2(tanh_gelu(self.linear_1(self.pre_norm(windows.reshape(windows.shape[0], -1)))))
         return merged + windows.mean(axis=1)
@@ -108,7 +109,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = Linear(config.patch_dim, D, bias=True, rngs=rngs)
         self.position_embed = Embedding(config.positions_per_side**2, D, rngs=rngs)
         self.layers = nnx.List([VisionBlock(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.window_merger = WindowMerger(config, rngs=rngs)
+        self.window_merger = WindowMerger(config, backend=backend, rngs=rngs)
         self.post_norm = LayerNorm(D, config.layer_norm_eps)
         self.merger = FinalMerger(D, text_width, rngs=rngs)
 
@@ -145,13 +146,3 @@ def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
     P, channels = views.scale.shape
     values = views.patches.reshape(P, channels, -1).astype(jnp.float32)
     return (values * views.scale[..., None] + views.offset[..., None]).reshape(P, -1)
-
-
-def window_attention(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"]) -> Float[Array, "P N H"]:
-    """An attention inside each run of four rows."""
-    shape = q.shape
-    q, k, v = (x.reshape(-1, WINDOW, *shape[1:]) for x in (q, k, v))
-    precision = precise(q.dtype)
-    scores = jnp.einsum("wqnh,wknh->wnqk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * shape[-1] ** -0.5, axis=-1).astype(q.dtype)
-    return jnp.einsum("wnqk,wknh->wqnh", weights, v, precision=precision).reshape(shape)

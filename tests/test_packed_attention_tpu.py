@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends
-from kernels_pallas.packed_attention import packed_attention
+from kernels_pallas.packed_attention import packed_attention, window_attention
 from tests.test_gated_delta_tpu import described_tpu, exported
 from tests.test_packed_attention import alone
 from tests.tolerances import PACKED_ATTENTION, relative_rms
@@ -121,6 +121,21 @@ def test_gradients_agree_with_the_reference(dtype, mode, rng, tpu):
         assert relative_rms(gradient, value) < PACKED_ATTENTION[f"tpu {jnp.dtype(dtype)} gradient"]
 
 
+def test_windows(rng, tpu):
+    """Windows of four, and of three, which begin on no tile; their gradients too."""
+    q, k, v, bar = (jnp.asarray(x, jnp.float32) for x in rng.standard_normal((4, 300, HEADS, WIDTH)))
+
+    def outcome(*arguments, window, backend="tpu"):
+        out, pull = jax.vjp(functools.partial(window_attention, window=window, backend=backend), *arguments[:3])
+        return out, *pull(arguments[3])
+
+    for window in (3, 4):
+        found = tpu(functools.partial(outcome, window=window), q, k, v, bar)
+        expected = jax.jit(functools.partial(outcome, window=window, backend="reference"))(q, k, v, bar)
+        for ours, value in zip(found, expected, strict=True):
+            assert relative_rms(ours, value) < PACKED_ATTENTION["tpu float32 gradient"]
+
+
 def test_the_kernels_are_in_the_program(rng):
     given = draw(rng, [70, 3], 200, jnp.bfloat16)
 
@@ -133,6 +148,8 @@ def test_the_kernels_are_in_the_program(rng):
             assert program.count("@tpu_custom_call") == 1
             assert "packed_attention" in program
         assert "tpu_custom_call" not in exported(functools.partial(attention, backend="reference"), *given)
+        windows = exported(functools.partial(window_attention, window=4), *given[:3])
+        assert "packed_attention" in windows
         backward = exported(jax.grad(loss, argnums=(0, 1, 2)), *given)
         assert "packed_attention_queries" in backward
         assert "packed_attention_keys_values" in backward

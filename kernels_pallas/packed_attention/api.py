@@ -1,4 +1,4 @@
-"""The operation, one function; `backend` says who runs it.
+"""The operation, for views of any length and for small windows; `backend` says who runs it.
 
 Glossary: P patches in the row, I views, L the longest view, N heads, H head width.
 """
@@ -34,8 +34,28 @@ def packed_attention(
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}, expected one dtype")
+    _check(q, k, v)
     gaps = {REFERENCE: None, "tpu": tpu.gap(q)}
     run = {REFERENCE: reference.packed_attention, "tpu": tpu.packed_attention}[choose(backend, gaps)]
     return run(q, k, v, starts, lengths, longest)
+
+
+def window_attention(
+    q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], *, window: int, backend: str | None = None
+) -> Float[Array, "P N H"]:
+    """`packed_attention` where each `window` rows are a view. Differentiable.
+
+    Raises:
+      ValueError, NotImplementedError: as in `packed_attention`; or P is no multiple of `window`.
+    """
+    if len(q) % window:
+        raise ValueError(f"q has {len(q)} rows, expected a multiple of the window, {window}")
+    _check(q, k, v)
+    gaps = {REFERENCE: None, "tpu": tpu.gap(q)}
+    run = {REFERENCE: reference.window_attention, "tpu": tpu.window_attention}[choose(backend, gaps)]
+    return run(q, k, v, window)
+
+
+def _check(q: Array, k: Array, v: Array) -> None:
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}, expected one dtype")

@@ -14,14 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_forward import Plan, for_heads, overlaps, split, window_rows
-from kernels_pallas.packed_attention.tpu_views import bounds, column, cut, strangers, window
+from kernels_pallas.packed_attention.tpu_forward import TILE, Plan, for_heads, overlaps, split, window_rows
+from kernels_pallas.packed_attention.tpu_views import column, cut, strangers, window
 from kernels_pallas.tpu_stream import LANES, LOG2_E, block_index, dot, grid, visit_all
 
 
 def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:
     """The cut for a row of P rows."""
-    return Plan(N, 128, 128, window_rows(P, longest, dtype))
+    return Plan(N, TILE, TILE, window_rows(P, longest, dtype))
 
 
 def queries(
@@ -30,12 +30,12 @@ def queries(
     v: Float[Array, "P D"],
     out_bar: Float[Array, "P D"],
     sums: Float32[Array, "P lanes"],
-    starts: Int32[Array, " I"],
-    lengths: Int32[Array, " I"],
+    lower: Int32[Array, " P"],
+    upper: Int32[Array, " P"],
     plan: Plan,
 ) -> Float[Array, "P D"]:
     """The queries' cotangents."""
-    (bar,) = _call(_add_queries, "packed_attention_queries", (q, out_bar, sums), (k, v), starts, lengths, plan, 1)
+    (bar,) = _call(_add_queries, "packed_attention_queries", (q, out_bar, sums), (k, v), lower, upper, plan, 1)
     return bar
 
 
@@ -45,15 +45,15 @@ def keys_values(
     v: Float[Array, "P D"],
     out_bar: Float[Array, "P D"],
     sums: Float32[Array, "P lanes"],
-    starts: Int32[Array, " I"],
-    lengths: Int32[Array, " I"],
+    lower: Int32[Array, " P"],
+    upper: Int32[Array, " P"],
     plan: Plan,
 ) -> tuple[Float[Array, "P D"], Float[Array, "P D"]]:
     """The keys' and the values' cotangents."""
-    return _call(_add_keys_values, "packed_attention_keys_values", (k, v), (q, out_bar, sums), starts, lengths, plan, 2)
+    return _call(_add_keys_values, "packed_attention_keys_values", (k, v), (q, out_bar, sums), lower, upper, plan, 2)
 
 
-def _call(add, name, own, others, starts, lengths, plan, results):
+def _call(add, name, own, others, lower, upper, plan, results):
     """Over blocks of `own`, each of which visits windows of `others`; `results` arrays like the first of `own`.
 
     `sums` is the third of either; the first two have heads.
@@ -62,7 +62,7 @@ def _call(add, name, own, others, starts, lengths, plan, results):
     assert tile == L, f"blocks of {L} rows are computed {tile} rows at once"
     blocks = pl.cdiv(P, L)
     cores, steps = grid(blocks)
-    *scalars, lower, upper = cut(*bounds(starts, lengths, P), L, tile, W, 2 * cores)
+    *scalars, lower, upper = cut(lower, upper, L, tile, W, 2 * cores)
 
     def block(*shape):
         return pl.BlockSpec(shape, lambda core, step, *_: (block_index(core, step, blocks), *[0] * (len(shape) - 1)))

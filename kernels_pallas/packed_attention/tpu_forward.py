@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_views import ALIGNED, bounds, column, cut, strangers, window
+from kernels_pallas.packed_attention.tpu_views import ALIGNED, column, cut, strangers, window
 from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
 
+TILE = 128  # rows computed at once
 TOGETHER = 4  # heads, whose steps hide each other's latency
 MOST_BYTES = 2304  # of a column of a window: 1,152 rows of bfloat16, so that all views of most pictures fit one window
 
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
 
 def window_rows(P: int, longest: int, dtype: jnp.dtype) -> int:
     """Rows of a window: the longest view in one, or in as many as it takes; it begins up to a tile before the view."""
-    rows, most = longest + ALIGNED - 1, MOST_BYTES // dtype.itemsize
+    rows, most = max(longest, TILE) + ALIGNED - 1, MOST_BYTES // dtype.itemsize
     return min(-(-rows // pl.cdiv(rows, most) // ALIGNED) * ALIGNED, P)
 
 
@@ -60,27 +61,28 @@ def for_heads(N: int, compute) -> None:
 
 def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:
     """The cut for a row of P rows."""
-    return Plan(N, 1024 // dtype.itemsize, 128, window_rows(P, longest, dtype))
+    return Plan(N, 1024 // dtype.itemsize, TILE, window_rows(P, longest, dtype))
 
 
 def forward(
     q: Float[Array, "P D"],
     k: Float[Array, "P D"],
     v: Float[Array, "P D"],
-    starts: Int32[Array, " I"],
-    lengths: Int32[Array, " I"],
+    lower: Int32[Array, " P"],
+    upper: Int32[Array, " P"],
     plan: Plan,
     *,
     sums: bool = False,
 ) -> tuple[Float[Array, "P D"], *tuple[Float32[Array, "P lanes"], ...]]:
     """The kernel over all rows: the result, and with `sums` in lane n the logarithm (base 2) of head n's sum of exponentials.
 
-    P is a multiple of 16 and at least a window. Rows of no view must be finite; their results are zeros.
+    P is a multiple of 16 and at least a window; `lower` and `upper` are the bounds of each row's view. Rows of no view must be
+    finite; their results are zeros.
     """
     (P, D), (N, L, tile, W) = q.shape, plan
     blocks = pl.cdiv(P, L)
     cores, steps = grid(blocks)
-    *scalars, lower, upper = cut(*bounds(starts, lengths, P), L, tile, W, 2 * cores)
+    *scalars, lower, upper = cut(lower, upper, L, tile, W, 2 * cores)
 
     def block(*shape):
         return pl.BlockSpec(shape, lambda core, step, *_: (block_index(core, step, blocks), *[0] * (len(shape) - 1)))
