@@ -100,7 +100,8 @@ class Softmax(NamedTuple):
 def add(softmaxes: Sequence[Softmax]) -> None:
     """Adds keys to independent softmaxes (arXiv:2205.14135), step by step for all of them.
 
-    A step of one hides the latency of the others': on a v5e four heads together took 436 bundles a head where one took 930.
+    A step of one hides the latency of the others': on a v5e 128 rows of 72 and 1,104 keys take 910 bundles a head alone, and
+    630 four together.
     """
     before = [x.largest[...] for x in softmaxes]
     largest = [jnp.maximum(b, jnp.max(x.scores, axis=1, keepdims=True)) for x, b in zip(softmaxes, before, strict=True)]

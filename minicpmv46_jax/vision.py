@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention import packed_attention, windows
+from kernels_pallas.packed_attention import packed_attention, window_attention
 from minicpmv46_jax.config import VisionConfig
 from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, tap
 from minicpmv46_jax.packing import PackedViews
@@ -135,7 +135,7 @@ class VisionTower(nnx.Module):
         merged = self.insert_layer_id + 1 if views.downsample_mode == "16x" else len(blocks)
         x = run(0, blocks[:merged], x, attend)
         if views.downsample_mode == "16x":
-            x = self.window_merger(x, functools.partial(windows, size=WINDOW, backend=self.backend))
+            x = self.window_merger(x, functools.partial(window_attention, window=WINDOW, backend=self.backend))
             tap(taps, "vision.window_merger", x)
             x = run(merged, blocks[merged:], x, self.within_views(views, WINDOW))
         features = self.merger(self.post_norm(x))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.packed_attention import gpu_walks, packed_attention, windows
+from kernels_pallas.packed_attention import gpu_walks, packed_attention, window_attention
 from kernels_pallas.paged_attention import PAGE, gpu_decode, paged_attention
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
 
@@ -32,7 +32,7 @@ def packed(*, heads=16, width=72, dtype=jnp.bfloat16):
         (functools.partial(paged_attention, longest=1), paged(8, 8), ("paged_attention_decode", "paged_attention_join")),
         (functools.partial(paged_attention, longest=200), paged(200, 3), ("paged_attention_prefill",)),
         (functools.partial(packed_attention, longest=96), packed(), ("packed_attention",)),
-        (functools.partial(windows, size=4), packed()[:3], ("packed_attention",)),
+        (functools.partial(window_attention, window=4), packed()[:3], ("packed_attention",)),
     ],
 )
 def test_the_kernels_are_in_the_program(operation, arguments, kernels):
@@ -70,7 +70,7 @@ def test_the_gradients_kernels_are_in_the_program():
         ),
         (functools.partial(packed_attention, longest=96), packed(width=64), "q has heads of 64, and it takes 72"),
         (functools.partial(packed_attention, longest=96), packed(heads=3), "q has 3 heads, and it takes an even number"),
-        (functools.partial(windows, size=4), packed(dtype=jnp.float32)[:3], "q is float32, and it takes bfloat16"),
+        (functools.partial(window_attention, window=4), packed(dtype=jnp.float32)[:3], "q is float32, and it takes bfloat16"),
     ],
 )
 def test_what_the_kernels_do_not_serve_is_refused(operation, arguments, message):
@@ -80,8 +80,8 @@ def test_what_the_kernels_do_not_serve_is_refused(operation, arguments, message)
 
 def test_windows_that_do_not_fit_are_refused():
     arguments = [like(202, 16, 72)] * 3
-    with pytest.raises(ValueError, match="q has 202 rows, expected a multiple of the window's 4"):
-        jax.eval_shape(functools.partial(windows, size=4), *arguments)
+    with pytest.raises(ValueError, match="q has 202 rows, expected a multiple of the window, 4"):
+        jax.eval_shape(functools.partial(window_attention, window=4), *arguments)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -12,7 +12,7 @@ import pytest
 
 from kernels_pallas import gated_delta
 from kernels_pallas.backends import CHIPS, device_kind
-from kernels_pallas.packed_attention import packed_attention, windows
+from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
 from tests import gated_delta_truth as truth
@@ -152,6 +152,6 @@ def test_packed_attention_and_its_gradients(rng, lengths, gaps):
 
 def test_windows(rng):
     q, k, v = (normal(rng, 7104, 16, 72) for _ in range(3))
-    found = windows(q, k, v, size=4, backend="gpu")
-    expected = windows(*(x.astype(jnp.float32) for x in (q, k, v)), size=4, backend="reference")
+    found = window_attention(q, k, v, window=4, backend="gpu")
+    expected = window_attention(*(x.astype(jnp.float32) for x in (q, k, v)), window=4, backend="reference")
     assert relative_rms(found, expected) < PACKED_ATTENTION["gpu bfloat16"]

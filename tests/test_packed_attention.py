@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.packed_attention import packed_attention
+from kernels_pallas.packed_attention import packed_attention, window_attention
 from tests.tolerances import FLOAT32_ONE_OP, relative_rms
 
 attention = jax.jit(packed_attention, static_argnames="longest")
@@ -41,3 +42,18 @@ def test_gradients_stay_inside_a_view():
     assert jnp.isfinite(gradient).all()
     assert (gradient[4:] == 0).all()
     assert (gradient[:4] != 0).all()
+
+
+def test_windows_are_views_of_one_length():
+    q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 12, 2, 4)), jnp.float32)
+    starts = jnp.arange(0, 12, 4, dtype=jnp.int32)
+    expected = packed_attention(q, k, v, starts, jnp.full(3, 4, jnp.int32), longest=4)
+    assert relative_rms(window_attention(q, k, v, window=4), expected) < FLOAT32_ONE_OP
+    with pytest.raises(ValueError, match="q has 12 rows, expected a multiple of the window, 5"):
+        window_attention(q, k, v, window=5)
+
+
+def test_mixed_dtypes_are_refused():
+    q, one = jnp.zeros((3, 2, 4)), jnp.ones(1, jnp.int32)
+    with pytest.raises(ValueError, match="q is float32, k float32 and v bfloat16, expected one dtype"):
+        packed_attention(q, q, q.astype(jnp.bfloat16), one, one, longest=3)

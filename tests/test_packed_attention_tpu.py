@@ -14,12 +14,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends
-from kernels_pallas.packed_attention import packed_attention
+from kernels_pallas.packed_attention import packed_attention, window_attention
 from tests.test_gated_delta_tpu import described_tpu, exported
 from tests.test_packed_attention import alone
 from tests.tolerances import PACKED_ATTENTION, relative_rms
 
-HOW = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
+# How numbers are kept and when copies are made; half of it, a minute's worth, in `make test-full` alone.
+FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
+HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
 HEADS, WIDTH = 2, 72
 
 
@@ -86,7 +88,7 @@ def test_each_view_attends_within_itself(dtype, mode, rng, tpu):
     follows(tpu(functools.partial(attention, longest=longest), *given, mode=mode), *given)
 
 
-@pytest.mark.parametrize("row", [3, 16, 300])
+@pytest.mark.parametrize("row", [3, 300])
 def test_short_rows(row, rng, tpu):
     given = draw(rng, [1, row // 2], row + 50, jnp.float32)
     follows(tpu(attention, *given), *given)
@@ -119,6 +121,21 @@ def test_gradients_agree_with_the_reference(dtype, mode, rng, tpu):
         assert relative_rms(gradient, value) < PACKED_ATTENTION[f"tpu {jnp.dtype(dtype)} gradient"]
 
 
+def test_windows(rng, tpu):
+    """Windows of four, and of three, which begin on no tile; their gradients too."""
+    q, k, v, bar = (jnp.asarray(x, jnp.float32) for x in rng.standard_normal((4, 300, HEADS, WIDTH)))
+
+    def outcome(*arguments, window, backend="tpu"):
+        out, pull = jax.vjp(functools.partial(window_attention, window=window, backend=backend), *arguments[:3])
+        return out, *pull(arguments[3])
+
+    for window in (3, 4):
+        found = tpu(functools.partial(outcome, window=window), q, k, v, bar)
+        expected = jax.jit(functools.partial(outcome, window=window, backend="reference"))(q, k, v, bar)
+        for ours, value in zip(found, expected, strict=True):
+            assert relative_rms(ours, value) < PACKED_ATTENTION["tpu float32 gradient"]
+
+
 def test_the_kernels_are_in_the_program(rng):
     given = draw(rng, [70, 3], 200, jnp.bfloat16)
 
@@ -131,6 +148,8 @@ def test_the_kernels_are_in_the_program(rng):
             assert program.count("@tpu_custom_call") == 1
             assert "packed_attention" in program
         assert "tpu_custom_call" not in exported(functools.partial(attention, backend="reference"), *given)
+        windows = exported(functools.partial(window_attention, window=4), *given[:3])
+        assert "packed_attention" in windows
         backward = exported(jax.grad(loss, argnums=(0, 1, 2)), *given)
         assert "packed_attention_queries" in backward
         assert "packed_attention_keys_values" in backward

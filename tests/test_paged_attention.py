@@ -94,3 +94,12 @@ def test_pages_of_another_size_are_refused():
     q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, 32, 32)), jnp.zeros(1, jnp.int32)
     with pytest.raises(ValueError, match=r"keys are \(2, 32, 32\), expected pages of 64"):
         paged_attention(q, pages, pages, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, longest=1)
+
+
+def test_values_unlike_the_keys_are_refused():
+    q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, PAGE, 32)), jnp.zeros(1, jnp.int32)
+    values = pages.astype(jnp.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"values are bfloat16 \(2, 64, 32\) and keys float32 \(2, 64, 32\), expected them alike"
+    ):
+        paged_attention(q, pages, values, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, longest=1)

@@ -1,4 +1,4 @@
-"""The operation, over views and over windows; `backend` says who runs it.
+"""The operation, for views of any length and for small windows; `backend` says who runs it.
 
 Glossary: P patches in the row, I views, L the longest view, N heads, H head width.
 """
@@ -40,24 +40,20 @@ def packed_attention(
     return runs[choose(backend, gaps)](q, k, v, starts, lengths, longest)
 
 
-def windows(
-    q: Float[Array, "P N H"],
-    k: Float[Array, "P N H"],
-    v: Float[Array, "P N H"],
-    *,
-    size: int,
-    backend: str | None = None,
+def window_attention(
+    q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], *, window: int, backend: str | None = None
 ) -> Float[Array, "P N H"]:
-    """As `packed_attention` where every view has `size` rows, one after the other; P is a multiple of it.
+    """`packed_attention` where each `window` rows are a view. Differentiable.
 
-    On a TPU, where a tile would be mostly other windows, XLA's own batched products serve as its backend.
+    Raises:
+      ValueError, NotImplementedError: as in `packed_attention`; or P is no multiple of `window`.
     """
+    if len(q) % window:
+        raise ValueError(f"q has {len(q)} rows, expected a multiple of the window, {window}")
     _check(q, k, v)
-    if q.shape[0] % size:
-        raise ValueError(f"q has {q.shape[0]} rows, expected a multiple of the window's {size}")
-    gaps = {REFERENCE: None, "gpu": gpu.gap(q), "tpu": None}
-    runs = {REFERENCE: reference.windows, "gpu": gpu.windows, "tpu": reference.windows}
-    return runs[choose(backend, gaps)](q, k, v, size)
+    gaps = {REFERENCE: None, "gpu": gpu.gap(q), "tpu": tpu.gap(q)}
+    runs = {REFERENCE: reference.window_attention, "gpu": gpu.window_attention, "tpu": tpu.window_attention}
+    return runs[choose(backend, gaps)](q, k, v, window)
 
 
 def _check(q: Array, k: Array, v: Array) -> None:

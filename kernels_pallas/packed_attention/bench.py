@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.bench import Work
-from kernels_pallas.packed_attention import packed_attention, shapes, windows
+from kernels_pallas.packed_attention import packed_attention, shapes, window_attention
 from kernels_pallas.packed_attention.shapes import HEADS, WIDTH, PackedShape
 
 ROW = HEADS * WIDTH * 2  # bytes of a patch's queries, or keys, or values
@@ -61,5 +61,5 @@ def _backward(shape: PackedShape, backend: str) -> Callable[[], Any]:
 
 def _windows(rows: int, backend: str) -> Callable[[], Any]:
     qkv = _draw(rows)
-    call = jax.jit(functools.partial(windows, size=WINDOW, backend=backend))
+    call = jax.jit(functools.partial(window_attention, window=WINDOW, backend=backend))
     return lambda: call(*qkv)

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.packed_attention.gpu_backward import backward
 from kernels_pallas.packed_attention.gpu_forward import forward
-from kernels_pallas.packed_attention.gpu_walks import views
-from kernels_pallas.packed_attention.gpu_walks import windows as window_views
+from kernels_pallas.packed_attention.gpu_walks import views, windows
 
 WIDTH = 72  # of a head
 ALIGNED = 8  # rows of a tile in memory
@@ -41,9 +40,11 @@ def packed_attention(
     return _whole_tiles(q, k, v, *views(starts, lengths, q.shape[0]))
 
 
-def windows(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], size: int) -> Float[Array, "P N H"]:
-    """As `reference.windows`."""
-    return _whole_tiles(q, k, v, *window_views(size, q.shape[0]))
+def window_attention(
+    q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], window: int
+) -> Float[Array, "P N H"]:
+    """As `reference.window_attention`."""
+    return _whole_tiles(q, k, v, *windows(window, q.shape[0]))
 
 
 def _whole_tiles(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:

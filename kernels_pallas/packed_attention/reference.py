@@ -34,10 +34,12 @@ def packed_attention(
     return jnp.where(real_P[:, None, None], out_ILNH[view_P, jnp.minimum(offset_P, longest - 1)], jnp.zeros((), q.dtype))
 
 
-def windows(q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], size: int) -> Float[Array, "P N H"]:
-    """The same inside each run of `size` rows."""
+def window_attention(
+    q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], window: int
+) -> Float[Array, "P N H"]:
+    """`api.window_attention`."""
     shape = q.shape
-    q, k, v = (x.reshape(-1, size, *shape[1:]) for x in (q, k, v))
+    q, k, v = (x.reshape(-1, window, *shape[1:]) for x in (q, k, v))
     precision = Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("wqnh,wknh->wnqk", q, k, precision=precision, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * shape[-1] ** -0.5, axis=-1).astype(q.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.packed_attention import tpu_backward, tpu_forward
-from kernels_pallas.packed_attention.tpu_views import ALIGNED, bounds
+from kernels_pallas.packed_attention.tpu_views import ALIGNED, NOWHERE, bounds
 from kernels_pallas.tpu_stream import LANES
 
 DTYPES = ("float32", "bfloat16")
@@ -37,14 +37,28 @@ def packed_attention(
     longest: int,
 ) -> Float[Array, "P N H"]:
     """`api.packed_attention`."""
+    return _over_views(q, k, v, *bounds(starts, lengths, len(q)), longest)
+
+
+def window_attention(
+    q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], window: int
+) -> Float[Array, "P N H"]:
+    """`api.window_attention`."""
+    lower = jnp.arange(len(q), dtype=jnp.int32) // window * window
+    return _over_views(q, k, v, lower, lower + window, window)
+
+
+def _over_views(q, k, v, lower, upper, longest):
+    """Attention by the bounds of each row's view."""
     P, N, _ = q.shape
-    rows = (jnp.pad(x.reshape(P, -1), ((0, -P % ALIGNED), (0, 0))) for x in (q, k, v))
-    return _attention(N, longest, *(_cleared(x, starts, lengths) for x in rows), starts, lengths)[:P].reshape(q.shape)
+    rows, more = (x.reshape(P, -1) for x in (q, k, v)), -P % ALIGNED
+    lower, upper = (jnp.pad(x, (0, more), constant_values=c) for x, c in ((lower, NOWHERE), (upper, 0)))
+    rows = (_cleared(jnp.pad(x, ((0, more), (0, 0))), lower, upper) for x in rows)
+    return _attention(N, longest, *rows, lower, upper)[:P].reshape(q.shape)
 
 
-def _cleared(x: Float[Array, "P D"], starts: Int32[Array, " I"], lengths: Int32[Array, " I"]) -> Float[Array, "P D"]:
+def _cleared(x: Float[Array, "P D"], lower: Int32[Array, " P"], upper: Int32[Array, " P"]) -> Float[Array, "P D"]:
     """Zeros in rows of no view: they may hold anything, and a product of zero and NaN is NaN. XLA does it where x is computed."""
-    lower, upper = bounds(starts, lengths, len(x))
     return jnp.where((lower < upper)[:, None], x, jnp.zeros((), x.dtype))
 
 
@@ -55,23 +69,26 @@ def _attention(
     q: Float[Array, "P D"],
     k: Float[Array, "P D"],
     v: Float[Array, "P D"],
-    starts: Int32[Array, " I"],
-    lengths: Int32[Array, " I"],
+    lower: Int32[Array, " P"],
+    upper: Int32[Array, " P"],
 ) -> Float[Array, "P D"]:
-    return _forward(N, longest, q, k, v, starts, lengths)[0]
+    plan = tpu_forward.plan(N, len(q), longest, q.dtype)
+    (out,) = tpu_forward.forward(q, k, v, lower, upper, plan)
+    return out
 
 
-def _forward(N, longest, q, k, v, starts, lengths):
-    out, sums = tpu_forward.forward(q, k, v, starts, lengths, tpu_forward.plan(N, len(q), longest))
-    return out, (q, k, v, starts, lengths, out, sums)
+def _forward(N, longest, q, k, v, lower, upper):
+    plan = tpu_forward.plan(N, len(q), longest, q.dtype)
+    out, sums = tpu_forward.forward(q, k, v, lower, upper, plan, sums=True)
+    return out, (q, k, v, lower, upper, out, sums)
 
 
 def _backward(N, longest, kept, out_bar):
-    q, k, v, starts, lengths, out, sums = kept
-    P, out_bar = len(q), _cleared(out_bar, starts, lengths)
+    q, k, v, lower, upper, out, sums = kept
+    P, out_bar = len(q), _cleared(out_bar, lower, upper)
     products = (out_bar.astype(jnp.float32) * out.astype(jnp.float32)).reshape(P, N, -1).sum(-1)
     sums = sums + jnp.pad(products, ((0, 0), (N, LANES - 2 * N)))
-    arguments = (q, k, v, out_bar, sums, starts, lengths, tpu_backward.plan(N, P, longest))
+    arguments = (q, k, v, out_bar, sums, lower, upper, tpu_backward.plan(N, P, longest, q.dtype))
     return tpu_backward.queries(*arguments), *tpu_backward.keys_values(*arguments), None, None
 
 

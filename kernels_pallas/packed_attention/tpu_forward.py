@@ -6,6 +6,7 @@ Glossary: P rows, L rows of a block, W rows of a window, N heads, H head width, 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_views import ALIGNED, bounds, column, cut, numbers, strangers, window_row
+from kernels_pallas.packed_attention.tpu_views import ALIGNED, column, cut, strangers, window
 from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
 
+TILE = 128  # rows computed at once
 TOGETHER = 4  # heads, whose steps hide each other's latency
-MOST = 1152  # rows of a window
+MOST_BYTES = 2304  # of a column of a window: 1,152 rows of bfloat16, so that all views of most pictures fit one window
 
 
 class Plan(NamedTuple):
@@ -34,39 +36,53 @@ class Plan(NamedTuple):
         return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=56 * 2**20)
 
 
-def window(P: int, longest: int) -> int:
+def window_rows(P: int, longest: int, dtype: jnp.dtype) -> int:
     """Rows of a window: the longest view in one, or in as many as it takes; it begins up to a tile before the view."""
-    rows = longest + ALIGNED - 1
-    return min(-(-rows // pl.cdiv(rows, MOST) // ALIGNED) * ALIGNED, P)
+    rows, most = max(longest, TILE) + ALIGNED - 1, MOST_BYTES // dtype.itemsize
+    return min(-(-rows // pl.cdiv(rows, most) // ALIGNED) * ALIGNED, P)
 
 
-def grouped(N: int, H: int) -> list[list[tuple[int, slice]]]:
-    """Heads and their lanes, in groups that are computed together."""
-    heads = [(n, slice(n * H, (n + 1) * H)) for n in range(N)]
-    return [heads[n : n + TOGETHER] for n in range(0, N, TOGETHER)]
+def split(rows_ref, heads_ref) -> None:
+    """[rows, N x H] to [N, rows, H]."""
+    N, _, H = heads_ref.shape
+    for n in range(N):
+        heads_ref[n] = rows_ref[:, n * H : (n + 1) * H]
 
 
-def plan(N: int, P: int, longest: int) -> Plan:
+def for_heads(N: int, compute) -> None:
+    """Calls `compute` with the numbers of a few heads, until all have been."""
+    together = math.gcd(N, TOGETHER)
+
+    def group(i, _):
+        compute([i * together + j for j in range(together)])
+
+    jax.lax.fori_loop(0, N // together, group, None)
+
+
+def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:
     """The cut for a row of P rows."""
-    return Plan(N, 256, 128, window(P, longest))
+    return Plan(N, 1024 // dtype.itemsize, TILE, window_rows(P, longest, dtype))
 
 
 def forward(
     q: Float[Array, "P D"],
     k: Float[Array, "P D"],
     v: Float[Array, "P D"],
-    starts: Int32[Array, " I"],
-    lengths: Int32[Array, " I"],
+    lower: Int32[Array, " P"],
+    upper: Int32[Array, " P"],
     plan: Plan,
-) -> tuple[Float[Array, "P D"], Float32[Array, "P lanes"]]:
-    """The kernel over all rows: the result, and lane n the logarithm, of base 2, of the sum of head n's exponentials.
+    *,
+    sums: bool = False,
+) -> tuple[Float[Array, "P D"], *tuple[Float32[Array, "P lanes"], ...]]:
+    """The kernel over all rows: the result, and with `sums` in lane n the logarithm (base 2) of head n's sum of exponentials.
 
-    P is a multiple of 16 and at least a window. Rows of no view must be finite; their results are zeros.
+    P is a multiple of 16 and at least a window; `lower` and `upper` are the bounds of each row's view. Rows of no view must be
+    finite; their results are zeros.
     """
     (P, D), (N, L, tile, W) = q.shape, plan
     blocks = pl.cdiv(P, L)
     cores, steps = grid(blocks)
-    *scalars, lower, upper = cut(*bounds(starts, lengths, P), L, tile, W, 2 * cores)
+    *scalars, lower, upper = cut(lower, upper, L, tile, W, 2 * cores)
 
     def block(*shape):
         return pl.BlockSpec(shape, lambda core, step, *_: (block_index(core, step, blocks), *[0] * (len(shape) - 1)))
@@ -78,10 +94,13 @@ def forward(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
             in_specs=[views, views, rows, hbm, hbm],
-            out_specs=[rows, block(L, LANES)],
+            out_specs=[rows, *[block(L, LANES)] * sums],
             scratch_shapes=[
                 pltpu.VMEM((2, W, D), q.dtype),
                 pltpu.VMEM((2, W, D), q.dtype),
+                pltpu.VMEM((N, L, D // N), q.dtype),
+                pltpu.VMEM((N, W, D // N), q.dtype),
+                pltpu.VMEM((N, W, D // N), q.dtype),
                 pltpu.VMEM((N, L, D // N), jnp.float32),
                 pltpu.VMEM((N, L, LANES), jnp.float32),
                 pltpu.VMEM((N, L, LANES), jnp.float32),
@@ -89,7 +108,7 @@ def forward(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((P, LANES), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *[jax.ShapeDtypeStruct((P, LANES), jnp.float32)] * sums],
         compiler_params=plan.limits(),
         name="packed_attention",
     )(*scalars, lower, upper, q, k, v)
@@ -97,32 +116,28 @@ def forward(
 
 def _kernel(
     begin,
+    size,
     visits,
-    spans,
+    least,
+    most,
     lower_ref,
     upper_ref,
     q_ref,
     k_hbm,
     v_hbm,
-    out_ref,
-    sums_ref,
-    k_buffers,
-    v_buffers,
-    total_ref,
-    largest_ref,
-    weight_ref,
-    slot_ref,
-    semaphores,
-    *,
+    *outputs_and_scratch,
     plan,
 ):
+    out_ref, *sums_refs = outputs_and_scratch[:-10]
+    k_buffers, v_buffers, q_heads, k_heads, v_heads, *running, slot_ref, semaphores = outputs_and_scratch[-10:]
+    total_ref, largest_ref, weight_ref = running
     cores, step = pl.num_programs(0), pl.program_id(1)
     block = step * cores + pl.program_id(0)
     N, L, tile, W = plan
     P, H = k_hbm.shape[0], q_ref.shape[1] // N
 
     def fetch(ahead, visit, slot, action):
-        row = window_row(begin[block + ahead * cores], visit, W, P)
+        row = window(begin, size, visits, block + ahead * cores, visit, W, P).row
         for source, buffers in ((k_hbm, k_buffers), (v_hbm, v_buffers)):
             transfer = pltpu.make_async_copy(source.at[pl.ds(row, W)], buffers.at[slot], semaphores.at[slot])
             getattr(transfer, action)()
@@ -131,25 +146,27 @@ def _kernel(
     weight_ref[...] = jnp.zeros_like(weight_ref)
     largest_ref[...] = jnp.full_like(largest_ref, LOWEST)
 
+    @pl.when(visits[block] > 0)
+    def _():
+        split(q_ref, q_heads)
+
     def compute(visit, slot):
-        first = begin[block] + visit * W
-        row = window_row(begin[block], visit, W, P)
+        split(k_buffers.at[slot], k_heads)
+        split(v_buffers.at[slot], v_heads)
+        seen = window(begin, size, visits, block, visit, W, P)
 
         def attend(i, _):
-            @pl.when(overlaps(spans, block * (L // tile) + i, row, W))
+            @pl.when(overlaps(least, most, block * (L // tile) + i, seen))
             def _():
                 rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
                 own = (column(ref[0, pl.ds(i, 1)]) for ref in (lower_ref, upper_ref))
-                unseen = strangers(*own, numbers((tile, W), 1, row), first.astype(jnp.float32))
+                unseen = strangers(*own, seen, (tile, W), 1)
 
-                def softmax(n, lanes):
-                    scores = dot("qh,kh->qk", q_ref[rows, lanes], k_buffers[slot, :, lanes]) * (H**-0.5 * LOG2_E) + unseen
-                    return Softmax(
-                        scores, v_buffers[slot, :, lanes], *(x.at[n, rows] for x in (total_ref, largest_ref, weight_ref))
-                    )
+                def softmax(n):
+                    scores = dot("qh,kh->qk", q_heads[n, rows], k_heads[n]) * (H**-0.5 * LOG2_E) + unseen
+                    return Softmax(scores, v_heads[n], *(x.at[n, rows] for x in running))
 
-                for heads in grouped(N, H):
-                    add([softmax(*head) for head in heads])
+                for_heads(N, lambda heads: add([softmax(n) for n in heads]))
 
         jax.lax.fori_loop(0, L // tile, attend, None)
 
@@ -157,14 +174,15 @@ def _kernel(
 
     @pl.when(block * L < P)
     def _():
-        lane = jax.lax.broadcasted_iota(jnp.int32, sums_ref.shape, 1)
-        sums_ref[...] = jnp.zeros_like(sums_ref)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (L, LANES), 1)
         for n in range(N):
             weight = jnp.where(weight_ref[n] > 0, weight_ref[n], 1.0)
             out_ref[:, n * H : (n + 1) * H] = (total_ref[n] / weight[:, :1]).astype(out_ref.dtype)
-            sums_ref[...] = jnp.where(lane == n, largest_ref[n] + jnp.log2(weight), sums_ref[...])
+            for sums_ref in sums_refs:
+                sum_ = largest_ref[n] + jnp.log2(weight)
+                sums_ref[...] = jnp.where(lane == n, sum_, sums_ref[...] if n else jnp.zeros_like(sum_))
 
 
-def overlaps(spans, tile, row, window):
-    """Whether a window holds rows that belong to views of a tile's rows."""
-    return (spans[0, tile] < row + window) & (spans[3, tile] > row)
+def overlaps(least, most, tile, seen):
+    """Whether a visit is for rows that belong to views of a tile's rows."""
+    return (least[tile] < seen.end) & (most[tile] > seen.first)

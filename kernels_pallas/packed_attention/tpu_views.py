@@ -18,18 +18,21 @@ NOWHERE = 2**24  # the beginning of the view of a row that has none; the largest
 
 
 class Blocks(NamedTuple):
-    """The cut. The scalars of all blocks, and of one more a core, are known before the kernel starts.
+    """The cut. The scalars of all blocks, and of some of nothing behind them, are known before the kernel starts.
 
     Attributes:
-      begin: the first row that a block needs, rounded down to a tile.
-      visits: windows from there on.
-      spans: of each tile of rows the least and the greatest beginning, then the least and the greatest end of its rows' views.
+      begin: the first row that a block needs.
+      size: rows of each of its windows but the last.
+      visits: its windows.
+      least, most: of each tile of rows where the first of its rows' views begins, and where the last ends.
       lower, upper: beginning and end of each row's view; NOWHERE and 0 for a row of no view.
     """
 
     begin: Int32[Array, " B2"]
+    size: Int32[Array, " B2"]
     visits: Int32[Array, " B2"]
-    spans: Int32[Array, "4 tiles"]
+    least: Int32[Array, " tiles"]
+    most: Int32[Array, " tiles"]
     lower: Float32[Array, "B t tile"]
     upper: Float32[Array, "B t tile"]
 
@@ -43,21 +46,37 @@ def bounds(starts: Int32[Array, " I"], lengths: Int32[Array, " I"], P: int) -> t
 
 
 def cut(lower: Int32[Array, " P"], upper: Int32[Array, " P"], rows: int, tile: int, window: int, spare: int) -> Blocks:
-    """Blocks of `rows` rows, in tiles of `tile`, that visit windows of `window`; scalars of `spare` blocks of nothing behind."""
+    """Blocks of `rows` rows, in tiles of `tile`, that visit windows of `window`; scalars of `spare` blocks of nothing behind.
+
+    A block over two views that each fit a window visits one and then the other, so that no row of the second is in both windows.
+    """
     padding = (0, -len(lower) % rows)
+    reach = window - ALIGNED + 1 if window < len(lower) else window  # a window begins on a tile, up to 15 rows early
     lower, upper = (
         jnp.pad(x, padding, constant_values=c).reshape(-1, rows // tile, tile) for x, c in ((lower, NOWHERE), (upper, 0))
     )
-    spans = jnp.stack([lower.min(2), lower.max(2), upper.min(2), upper.max(2)]).reshape(4, -1)
-    begin = lower.min((1, 2)) // ALIGNED * ALIGNED
-    visits = jnp.maximum(-(-(upper.max((1, 2)) - begin) // window), 0)
-    begin, visits = (jnp.pad(x, (0, spare)) for x in (begin, visits))
-    return Blocks(begin, visits, spans, lower.astype(jnp.float32), upper.astype(jnp.float32))
+    begin, end = lower.min((1, 2)), upper.max((1, 2))
+    last = jnp.where(lower < NOWHERE, lower, 0).max((1, 2))
+    two = (end - begin > reach) & (last - begin <= reach) & (end - last <= reach)
+    visits = jnp.where(two, 2, jnp.maximum(-(-(end - begin) // reach), 0))
+    scalars = (jnp.pad(x, (0, spare)) for x in (begin, jnp.where(two, last - begin, reach), visits))
+    tiles = lower.min(2).reshape(-1), upper.max(2).reshape(-1)
+    return Blocks(*scalars, *tiles, lower.astype(jnp.float32), upper.astype(jnp.float32))
 
 
-def window_row(begin, visit, window: int, P: int):
-    """The first row of a visit's window, which must not reach past the last row: then it holds rows of the one before too."""
-    return pl.multiple_of(jnp.minimum(begin + visit * window, P - window), ALIGNED)
+class Window(NamedTuple):
+    """Of a visit: the rows that it is for, and the first row that its window holds, on a tile and so that it ends within P."""
+
+    first: jax.Array
+    end: jax.Array
+    row: jax.Array
+
+
+def window(begin, size, visits, block, visit, W: int, P: int) -> Window:
+    """That of a block's visit."""
+    first = begin[block] + visit * size[block]
+    end = jnp.where(visit + 1 < visits[block], first + size[block], NOWHERE)
+    return Window(first, end, pl.multiple_of(jnp.minimum(first // ALIGNED * ALIGNED, P - W), ALIGNED))
 
 
 def column(row):
@@ -65,12 +84,8 @@ def column(row):
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def strangers(lower, upper, other, first):
-    """-inf where row `other` is not in the view from `lower` to `upper`, or lies before `first`; else 0. Float32, broadcast."""
-    known = (other >= jnp.maximum(lower, first)) & (other < upper)
+def strangers(lower, upper, seen: Window, shape, axis):
+    """-inf where a row of the window, counted along `axis`, is not in the view from `lower` to `upper`; else 0. Float32."""
+    row = (seen.row + jax.lax.broadcasted_iota(jnp.int32, shape, axis)).astype(jnp.float32)
+    known = (row >= jnp.maximum(lower, seen.first.astype(jnp.float32))) & (row < jnp.minimum(upper, seen.end.astype(jnp.float32)))
     return jnp.where(known, 0.0, -jnp.inf)
-
-
-def numbers(shape, axis, first) -> jax.Array:
-    """Row numbers along an axis, from `first` on, float32."""
-    return (first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)).astype(jnp.float32)

@@ -48,6 +48,8 @@ def paged_attention(
     _, N, H = q.shape
     if keys.shape[1] != PAGE or keys.shape[2] % H or N % (keys.shape[2] // H):
         raise ValueError(f"keys are {keys.shape}, expected pages of {PAGE} and heads of q's width {H} that divide its {N}")
+    if (values.shape, values.dtype) != (keys.shape, keys.dtype):
+        raise ValueError(f"values are {values.dtype} {values.shape} and keys {keys.dtype} {keys.shape}, expected them alike")
     gaps = {REFERENCE: None, "gpu": gpu.gap(q, keys), "tpu": tpu.gap(q, keys)}
     runs = {REFERENCE: reference.paged_attention, "gpu": gpu.paged_attention, "tpu": tpu.paged_attention}
     return runs[choose(backend, gaps)](q, keys, values, tables, starts, lengths, contexts, longest)
