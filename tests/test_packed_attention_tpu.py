@@ -160,6 +160,7 @@ def test_the_kernels_are_in_the_program(rng):
     ("shape", "dtype", "message"),
     [
         ((4, 2, 129), jnp.float32, "q's heads are 129 wide, and it takes up to 128"),
+        ((4, 17, 72), jnp.float32, "q's 17 heads of 72 are 1224 wide together, and it takes up to 1152"),
         ((4, 65, 8), jnp.float32, "q has 65 heads, and it takes up to 64"),
         ((4, 2, 72), jnp.float16, "q is float16, and it takes float32 or bfloat16"),
     ],

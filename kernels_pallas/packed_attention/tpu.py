@@ -14,6 +14,7 @@ from kernels_pallas.packed_attention.tpu_views import ALIGNED, NOWHERE, bounds
 from kernels_pallas.tpu_stream import LANES
 
 DTYPES = ("float32", "bfloat16")
+WIDEST = 1152  # of all heads together: what is kept on chip was laid out for it
 
 
 def gap(q: Float[Array, "P N H"]) -> str | None:
@@ -21,6 +22,8 @@ def gap(q: Float[Array, "P N H"]) -> str | None:
     _, N, H = q.shape
     if H > LANES:
         return f"q's heads are {H} wide, and it takes up to {LANES}"
+    if N * H > WIDEST:
+        return f"q's {N} heads of {H} are {N * H} wide together, and it takes up to {WIDEST}"
     if 2 * N > LANES:
         return f"q has {N} heads, and it takes up to {LANES // 2}"
     if str(q.dtype) not in DTYPES:

@@ -1,7 +1,7 @@
 """Packed attention on TPU, forward: one block of rows in each step of the grid, all heads.
 
-Heads of 72 stand side by side in rows of 1,152, as the projections leave them; a head's lanes are moved to the front of a
-register where they are used. To lay heads out by 128 beforehand would be one more pass over all that the kernel reads and writes.
+Heads of 72 stand side by side in rows of 1,152, as the projections leave them; on chip each is moved to lanes of its own, once a
+window. To lay heads out by 128 beforehand would be one more pass over all that the kernel reads and writes.
 Glossary: P rows, L rows of a block, W rows of a window, N heads, H head width, D = N x H.
 """
 
