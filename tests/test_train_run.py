@@ -1,6 +1,5 @@
 """Whole runs on the small model: they overfit, go on where they were broken off, and what they export is what was trained."""
 
-import functools
 import json
 import random
 import re
@@ -15,16 +14,13 @@ import pytest
 from convert import export_run
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.train import log
-from minicpmv46_jax.train import run as runs
 from minicpmv46_jax.train.__main__ import main
 from minicpmv46_jax.train.run import trained_params
 from minicpmv46_jax.train.settings import Settings
 from tests.oracle import Oracle
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
-from tests.train_compile import QUICK
 
 STEPS = 30
-train = functools.partial(runs.train, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def losses(folder):
     return [line["loss"] for line in log.read(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("kind", ["full", "adapted"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("adapted", marks=pytest.mark.full)])
 def test_a_run_overfits_and_exports_what_it_trained(kind, request, source, tmp_path):
     folder = request.getfixturevalue(kind)
     found = losses(folder)
