@@ -105,12 +105,12 @@ def _values(random: np.random.Generator, path: names.TreePath, shape: names.Shap
     if path[-1] == "A_log":
         return np.log(random.uniform(0.01, 16.0, shape))  # the delta net's own initialisation
     if len(shape) == 1:
-        return _centre(path) + VECTOR_SPREAD * random.standard_normal(shape)
+        return centre(path) + VECTOR_SPREAD * random.standard_normal(shape)
     spread = EMBEDDING_SPREAD if "embed" in path[-2] and path[-2] != "patch_embed" else shape[-1] ** -0.5
     return spread * random.standard_normal(shape)
 
 
-def _centre(path: names.TreePath) -> float:
+def centre(path: names.TreePath) -> float:
     """Where a vector starts: biases and the text's zero-centred norms at 0, other norms and the delta net's step at 1."""
     if path[-1] == "dt_bias":
         return 1.0
@@ -187,12 +187,12 @@ def _vision_config() -> dict[str, Any]:
     }
 
 
-def side_files(config: dict[str, Any], merges: Sequence[Merge] = (), scale_resolution: int = 448) -> dict[str, Any]:
+def side_files(config: dict[str, Any], merges: Sequence[Merge] = (), **preprocessing: Any) -> dict[str, Any]:
     """The small files of a folder: the release's, but for the sizes and for the vocabulary, which is bytes and these merges."""
     return {
         "config.json": config,
         "generation_config.json": _generation_config(added_ids(BYTES + len(merges))),
-        "preprocessor_config.json": preprocessor_config(scale_resolution),
+        "preprocessor_config.json": preprocessor_config() | preprocessing,
         "tokenizer.json": _tokenizer(merges),
         "tokenizer_config.json": _tokenizer_config(config),
         "chat_template.jinja": TEMPLATE.read_text(encoding="utf-8"),
@@ -212,7 +212,7 @@ def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(scale_resolution: int = 448) -> dict[str, Any]:
+def preprocessor_config() -> dict[str, Any]:
     """preprocessor_config.json: the released one's settings."""
     return {
         "image_mean": [0.5, 0.5, 0.5],
@@ -221,7 +221,7 @@ def preprocessor_config(scale_resolution: int = 448) -> dict[str, Any]:
         "max_slice_nums": 9,
         "patch_size": 14,
         "processor_class": "MiniCPMV4_6Processor",
-        "scale_resolution": scale_resolution,
+        "scale_resolution": 448,
         "slice_mode": True,
         "use_image_id": True,
     }

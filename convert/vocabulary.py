@@ -1,6 +1,6 @@
 """A small vocabulary: every byte, and the words of a closed set of texts as one token each.
 
-The words are merged from their first letter on, one letter at a time, so the tokens are the beginnings of the words (a trie) and a
+The words are merged from their first letter on, a letter at a time, so the tokens are the beginnings of the words (a trie) and a
 text with other words falls into bytes where it leaves the trie. Printed capitals and digits are always single bytes, so that
 reading is spelling.
 """
@@ -19,9 +19,7 @@ from minicpmv46_jax import scenes
 TEMPLATE = Path(__file__).with_name("demo.jinja")
 BYTES = 256
 # Qwen2's: a word takes the character before it along, digits stand alone (transformers: models/qwen2, PRETOKENIZE_REGEX).
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD = re.compile(r"([^A-Za-z0-9][A-Z]?|[A-Z])[a-z]+| ?[^\sA-Za-z0-9]+")
 # Words with no sign or capital before them, which template and functions are made of. Their merges may cut into one another's,
 # so this order matters: a test holds each to one token.

@@ -75,6 +75,14 @@ class Picture:
     ground: Colour
     marks: tuple[Mark, ...]
 
+    def zoomed(self, factor: float) -> "Picture":
+        """The same, drawn larger or smaller."""
+        marks = (
+            mark._replace(**{k: round(v * factor) for k, v in mark._asdict().items() if isinstance(v, int)})
+            for mark in self.marks
+        )
+        return Picture(round(self.width * factor), round(self.height * factor), self.ground, tuple(marks))
+
     def render(self) -> np.ndarray:
         """uint8 [height, width, 3]."""
         image = Image.new("RGB", (self.width, self.height), self.ground)

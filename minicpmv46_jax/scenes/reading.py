@@ -4,11 +4,11 @@ import random
 
 from minicpmv46_jax.scenes.picture import COLOURS, INK, Colour, Picture, Rule, Shape, Text, text_width
 from minicpmv46_jax.scenes.scene import Scene, Turn, sentence
-from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground
+from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground, sometimes_larger
 from minicpmv46_jax.scenes.words import number, word
 
 READABLE = (24, 44)  # sizes of print that a view of its own shows well
-LARGE = ((448, 224), (224, 448), (448, 448), (672, 448), (448, 672))  # (width, height): two to six slices
+LARGE = ((448, 336), (336, 448), (448, 448), (672, 448), (448, 672))  # (width, height): four to six slices
 SMALL_PRINT = (24, 36)  # in a large picture: halved or less in the view of the whole, whole in the slices
 PLACES = ("top", "middle", "bottom")
 DARK = ("red", "green", "blue", "purple", "black")  # colours of print that show on a light ground
@@ -27,7 +27,8 @@ def lines_scene(dice: random.Random, held_out: bool) -> Scene:
     ground, ink = _contrast(dice)
     step = height // len(lines)
     marks = tuple(_loose(dice, line, ink, (8, i * step, width - 8, (i + 1) * step), size) for i, line in enumerate(lines))
-    return Scene("lines", (Picture(width, height, ground, marks),), tuple(_line_questions(dice, lines)))
+    picture = Picture(width, height, ground, marks)
+    return Scene("lines", (sometimes_larger(dice, picture),), tuple(_line_questions(dice, lines)))
 
 
 def _line(dice: random.Random, held_out: bool, width: int, size: int) -> str:

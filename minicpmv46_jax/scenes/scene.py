@@ -31,17 +31,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is shown, every question that was thought of, and the functions on offer.
-
-    Attributes:
-      options: for the processor, such as ("max_slice_nums", 6).
-    """
+    """What is shown, every question that was thought of, and the functions on offer."""
 
     kind: str
     media: tuple[Picture | Clip, ...]
     turns: tuple[Turn, ...]
     tools: tuple[str, ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def held_out(self) -> bool:

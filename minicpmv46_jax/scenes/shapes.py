@@ -8,6 +8,7 @@ from minicpmv46_jax.scenes.scene import Scene, Turn, article, listed, sentence
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 SIZES = ((224, 224), (224, 224), (280, 168), (168, 280))  # (width, height): each is one view, and none is resized
 MOST = 7
+LARGER = 0.15  # of the pictures are not of their view's size
 PLURALS = {"cross": "crosses"}
 
 
@@ -16,7 +17,12 @@ def shape_scene(dice: random.Random) -> Scene:
     width, height = dice.choice(SIZES)
     shapes = scatter(dice, dice.choice((1, 1, 2, 2, 3, 3, 4, 5, 6, MOST)), width, height)
     picture = Picture(width, height, light_ground(dice), tuple(shapes))
-    return Scene("shapes", (picture,), tuple(questions(dice, shapes, width, height)))
+    return Scene("shapes", (sometimes_larger(dice, picture),), tuple(questions(dice, shapes, width, height)))
+
+
+def sometimes_larger(dice: random.Random, picture: Picture) -> Picture:
+    """As it is, or of another size: then it is resized and often cut into slices, across whatever lies there."""
+    return picture.zoomed(dice.uniform(0.6, 3.5)) if dice.random() < LARGER else picture
 
 
 def light_ground(dice: random.Random) -> Colour:
