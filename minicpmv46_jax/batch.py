@@ -1,14 +1,16 @@
 """Which tokens a call of the backbone has, and where their sequences are kept.
 
-Tokens of all sequences stand in one row, T of them. There are three kinds of calls:
+Tokens of all sequences stand in one row, T of them. There are four kinds of calls:
 
-- `Whole`: complete sequences, forgotten afterwards; the readable forward and training.
+- `Whole`: complete sequences, forgotten afterwards; the readable forward.
+- `Packed`: complete sequences, several in each of R rows; training.
 - `Chunks`: a piece of each of several prompts, of any length; where a piece ends the next call goes on.
 - `Rows`: one token of each of many sequences; decoding.
 
-Glossary: T tokens, S sequences of the call, M pages a sequence may have, N snapshots.
+Glossary: T tokens, S sequences of the call, M pages a sequence may have, N snapshots, R rows of L tokens.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
@@ -29,6 +31,28 @@ class Whole:
     def real(self, tokens: int) -> Bool[Array, " T"]:
         """Which tokens are a sequence's."""
         return self.positions(tokens) < jnp.repeat(self.lengths, tokens // self.lengths.shape[0])
+
+
+@tree_dataclass
+class Packed:
+    """Complete sequences, several in each of R rows of L tokens; T = R x L, row after row.
+
+    `segments` says which sequence of its row each token belongs to: 1, 2, ... in order, and 0 for the padding at a row's end.
+    """
+
+    segments: Int32[Array, "R L"]
+
+    def positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Each token's place in its sequence."""
+        del tokens  # as many as segments
+        index = jnp.broadcast_to(jnp.arange(self.segments.shape[1], dtype=jnp.int32)[None], self.segments.shape)
+        begins = jnp.diff(self.segments, axis=1, prepend=-1) != 0
+        return (index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)).reshape(-1)
+
+    def real(self, tokens: int) -> Bool[Array, " T"]:
+        """Which tokens are a sequence's."""
+        del tokens
+        return self.segments.reshape(-1) > 0
 
 
 @tree_dataclass
@@ -134,7 +158,7 @@ class Rows:
         return 1
 
 
-Batch = Whole | Chunks | Rows
+Batch = Whole | Packed | Chunks | Rows
 
 
 def page_at(tables: Int32[Array, "S M"], sequences: Int32[Array, " T"], positions: Int32[Array, " T"]) -> Int32[Array, " T"]:

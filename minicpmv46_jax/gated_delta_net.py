@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas import gated_delta
-from minicpmv46_jax.batch import Batch, Chunks, Rows, Whole, dropped
+from minicpmv46_jax.batch import Batch, Chunks, Packed, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.layers import Linear, normal_init
 from minicpmv46_jax.state import DeltaState
@@ -45,6 +45,8 @@ class GatedDeltaNet(nnx.Module):
         projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
         if isinstance(batch, Rows):
             out, state = self.step(*projected, z, state, batch)
+        elif isinstance(batch, Packed):
+            out = self.norm(self.packed(*projected, batch), z)
         else:
             out, state = self.whole(*projected, batch) if isinstance(batch, Whole) else self.read(*projected, state, batch)
             real = batch.real(T)[:, None, None]  # other tokens' outputs may be anything, NaN too
@@ -60,6 +62,16 @@ class GatedDeltaNet(nnx.Module):
         tail = jnp.zeros((S, c.linear_conv_kernel_dim - 1, c.linear_conv_dim), qkv.dtype)
         starts = qkv.shape[0] // S * jnp.arange(S, dtype=jnp.int32)
         return gated_delta.chunked(qkv, a, b, self.layer, memory, tail, starts, batch.lengths, backend=self.backend).out, None
+
+    def packed(
+        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: Packed
+    ) -> Float[Array, "T N V"]:
+        """Sequences from nothing, several in a row, and nothing kept."""
+        c, rows = self.config, batch.segments.shape
+        qkv, a, b = (x.reshape(*rows, -1) for x in (qkv, a, b))
+        widths = c.linear_key_head_dim, c.linear_value_head_dim
+        out = gated_delta.packed(qkv, a, b, self.layer, batch.segments, *widths)
+        return out.reshape(-1, *out.shape[2:])
 
     def read(
         self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], state: DeltaState, batch: Chunks

@@ -8,6 +8,7 @@ Glossary: P rows (patches, later tokens), D width, N heads, H head width, I view
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -112,19 +113,22 @@ class VisionTower(nnx.Module):
         self.post_norm = LayerNorm(D, config.layer_norm_eps)
         self.merger = FinalMerger(D, text_width, rngs=rngs)
 
-    def __call__(self, views: PackedViews, taps: Taps | None = None) -> Float[Array, "tokens E"]:
+    def __call__(
+        self, views: PackedViews, taps: Taps | None = None, run: Callable[..., Array] = lambda i, block, *inputs: block(*inputs)
+    ) -> Float[Array, "tokens E"]:
         """Every view's tokens, one view after another; P/16 rows in "16x", P/4 in "4x", padding at the end.
 
         Args:
           views: one pass, as `packing.pack` lays it.
           taps: if given, receives the embeddings, each layer's output, both mergers'.
+          run: calls the i-th block; training forgets what is inside and computes it again.
         """
         x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
         x = x + self.position_embed(views.position_ids)
         tap(taps, "vision.embeddings", x)
         attend = within_views(views.starts, views.lengths, views.longest)
         for i, block in enumerate(self.layers):
-            x = block(x, attend)
+            x = run(i, block, x, attend)
             tap(taps, f"vision.layers.{i}", x)
             if i == self.insert_layer_id and views.downsample_mode == "16x":
                 x = self.window_merger(x)

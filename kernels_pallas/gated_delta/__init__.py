@@ -1,7 +1,8 @@
 """The gated delta rule (Yang et al. 2024, arXiv:2412.06464): a linear attention whose state forgets and overwrites."""
 
 from kernels_pallas.gated_delta.api import Chunked, Layer, chunked, recurrent
+from kernels_pallas.gated_delta.packed import packed
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gated_norm
 
-__all__ = ["CHUNK", "Chunked", "Layer", "chunked", "gated_norm", "recurrent"]
+__all__ = ["CHUNK", "Chunked", "Layer", "chunked", "gated_norm", "packed", "recurrent"]

@@ -1,0 +1,170 @@
+"""The rule for training: rows of equal length, several sequences packed in each, from nothing and with nothing kept.
+
+Where `api.chunked` cuts every sequence from its own start, here one grid of chunks lies over all rows, and masks keep the
+sequences apart inside a chunk: nothing is gathered, rows are a batch like any other (jit may spread them over devices), and only
+the hand-over of the memory, two products a chunk, is sequential. All of it is matrix products and differentiable.
+Source: arXiv:2412.06464, section 3.3. Memory, gates and sums are float32; the factors of products have the inputs' dtype.
+Glossary: R rows, T tokens of a row, C channels, c chunks, L tokens of a chunk, N value heads, K key width, V value width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from kernels_pallas.gated_delta.api import Layer
+from kernels_pallas.gated_delta.packing import CHUNK
+from kernels_pallas.gated_delta.reference import gates, heads
+
+
+def packed(
+    qkv: Float[Array, "R T C"],
+    a: Float[Array, "R T N"],
+    b: Float[Array, "R T N"],
+    layer: Layer,
+    segments: Int32[Array, "R T"],
+    key_width: int,
+    value_width: int,
+) -> Float[Array, "R T N V"]:
+    """What each token reads of its own sequence's memory, before the output norm.
+
+    Args:
+      qkv, a, b, layer: as in `chunked`.
+      segments: which sequence of its row a token belongs to; a sequence's tokens stand together. T is a multiple of 64.
+      key_width, value_width: K and V.
+
+    Returns:
+      In qkv's dtype.
+
+    Raises:
+      ValueError: T is no multiple of 64.
+    """
+    R, T, N = a.shape
+    if T % CHUNK:
+        raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
+    q, k, v = heads(convolve_segments(qkv, layer.conv, segments), N, key_width, value_width)
+    g, beta = gates(a, b, layer.a_log, layer.dt_bias)
+    q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
+    read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), qkv.dtype)
+    return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(qkv.dtype)
+
+
+def convolve_segments(
+    qkv: Float[Array, "R T C"], conv: Float[Array, "C W"], segments: Int32[Array, "R T"]
+) -> Float[Array, "R T C"]:
+    """Depthwise causal convolution inside each sequence, oldest tap first, then SiLU: float32 inside, qkv's dtype out."""
+    W, T = conv.shape[1], qkv.shape[1]
+    taps = conv.astype(jnp.float32)
+    out = qkv.astype(jnp.float32) * taps[:, -1][None, None]
+    for back in range(1, W):
+        earlier = jnp.pad(qkv, ((0, 0), (back, 0), (0, 0)))[:, :T]
+        own = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :T] == segments
+        out += jnp.where(own[..., None], earlier.astype(jnp.float32) * taps[:, W - 1 - back][None, None], 0.0)
+    return jax.nn.silu(out).astype(qkv.dtype)
+
+
+def _read(
+    q: Float32[Array, "R c N L K"],
+    k: Float32[Array, "R c N L K"],
+    v: Float32[Array, "R c N L V"],
+    g: Float32[Array, "R c N L"],
+    beta: Float32[Array, "R c N L"],
+    segments: Int32[Array, "R c L"],
+    dtype: jnp.dtype,
+) -> Float32[Array, "R c N L V"]:
+    decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
+    before = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]  # whose memory a chunk is handed
+    inherits = (segments == before)[:, :, None]  # [R, c, 1, L]
+    leaves = (segments == segments[..., -1:])[:, :, None]
+    same = (segments[..., :, None] == segments[..., None, :])[:, :, None]
+    between = jnp.exp(jnp.where(same & _earlier(), decay[..., :, None] - decay[..., None, :], -jnp.inf))
+    # The diagonal is 1 and no function of the decay. As exp(0) it would give the decay two equal large gradients whose
+    # difference is rounding error: the gradients of a quickly forgetting head were off by 1e-3 in float32.
+    overlap_decay, between = between, jnp.where(jnp.eye(CHUNK, dtype=bool)[None, None, None], 1.0, between)
+
+    k_beta = k * beta[..., None]
+    overlap = _dot("rcnik,rcnjk->rcnij", k_beta, k, dtype) * overlap_decay
+    right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]], axis=-1)
+    solved = _dot("rcnij,rcnjx->rcnix", unit_lower_inverse(overlap), right, dtype)
+    writes, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
+    attention = _dot("rcnik,rcnjk->rcnij", q, k, dtype) * between
+    q_decayed = q * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]
+    k_decayed = k * jnp.where(leaves, jnp.exp(decay[..., -1:] - decay), 0.0)[..., None]
+    fade = jnp.where(inherits[..., -1], jnp.exp(decay[..., -1]), 0.0)
+
+    memories, new = _hand_over(writes, reads, k_decayed, fade, dtype)
+    return _dot("rcnlk,rcnvk->rcnlv", q_decayed, memories, dtype) + _dot("rcnij,rcnjv->rcniv", attention, new, dtype)
+
+
+def _hand_over(
+    writes: Float32[Array, "R c N L V"],
+    reads: Float32[Array, "R c N L K"],
+    k_decayed: Float32[Array, "R c N L K"],
+    fade: Float32[Array, "R c N"],
+    dtype: jnp.dtype,
+) -> tuple[Float32[Array, "R c N V K"], Float32[Array, "R c N L V"]]:
+    """The memory before each chunk, and what each token adds to it: the one sequential part."""
+    R, _, N, _, V = writes.shape
+
+    def chunk(memory, terms):
+        write, read, key, fade = terms
+        new = write - _dot("rnlk,rnvk->rnlv", read, memory, dtype)
+        return memory * fade[..., None, None] + _dot("rnlv,rnlk->rnvk", new, key, dtype), (memory, new)
+
+    terms = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0), (writes.astype(dtype), reads.astype(dtype), k_decayed.astype(dtype), fade)
+    )
+    _, (memories, new) = jax.lax.scan(chunk, jnp.zeros((R, N, V, reads.shape[-1])), terms)
+    return jnp.moveaxis(memories, 0, 1), jnp.moveaxis(new, 0, 1)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(a: Float32[Array, "*batch L L"]) -> Float32[Array, "*batch L L"]:
+    """(I + a)^-1 for strictly lower triangular `a`, L a power of two.
+
+    Blocks on the diagonal are inverted two by two, from single entries up: matrix products only, and as stable as substitution
+    (the product over powers of `a` is not: with equal keys its terms reach 1e17 and cancel). `a`'s upper half is not read.
+    """
+    L = a.shape[-1]
+    inverse = jnp.ones_like(a[..., :1]).reshape(*a.shape[:-1], 1, 1)  # [..., blocks, size, size]
+    size = 1
+    while size < L:
+        pairs = a.reshape(*a.shape[:-2], L // (2 * size), 2 * size, L // (2 * size), 2 * size)
+        pairs = jnp.moveaxis(jnp.diagonal(pairs, axis1=-4, axis2=-2), -1, -3)
+        upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        corner = -_exact(_exact(lower, pairs[..., size:, :size]), upper)
+        top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
+        size *= 2
+    return inverse[..., 0, :, :]
+
+
+def _invert(a: Float32[Array, "*batch L L"]) -> tuple[Array, Array]:
+    inverse = unit_lower_inverse(a)
+    return inverse, inverse
+
+
+def _pull_back(inverse: Float32[Array, "*batch L L"], bar: Float32[Array, "*batch L L"]) -> tuple[Array]:
+    across = jnp.swapaxes(inverse, -1, -2)
+    return (jnp.tril(-_exact(_exact(across, bar), across), -1),)
+
+
+unit_lower_inverse.defvjp(_invert, _pull_back)
+
+
+def _exact(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=Precision.HIGHEST)
+
+
+def _dot(equation: str, x: Array, y: Array, dtype: jnp.dtype) -> Float32[Array, "..."]:
+    """A product of factors in `dtype`, summed in float32."""
+    precision = Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _earlier() -> Bool[Array, "1 1 1 L L"]:
+    return jnp.tril(jnp.ones((1, 1, 1, CHUNK, CHUNK), bool), -1)
+
+
+def _to_chunks(x: Float32[Array, "R T N ..."]) -> Float32[Array, "R c N L ..."]:
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 3, 2)

@@ -1,0 +1,99 @@
+"""The model over packed rows, made to be differentiated: every layer forgets what is inside it and computes it again.
+
+The text's layers repeat (three gated delta nets and an attention, six times): their parameters are stacked while tracing, and one
+scan runs the groups, so that 24 layers compile as four. Stacking costs no pass of its own: the float32 masters are cast to the
+computing dtype in every step, and the copies are written side by side. The parameters' tree stays by layer, as everywhere.
+
+On a mesh a device has its shard of every large parameter; `Gather` makes it whole where it is used, inside the forgotten part,
+so that a device holds one group's whole weights at a time, and the gradient comes back in shards.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from minicpmv46_jax import model
+from minicpmv46_jax.batch import Packed
+from minicpmv46_jax.model import Params, Schema
+from minicpmv46_jax.packing import PackedViews
+from minicpmv46_jax.train.batch import TrainBatch
+from minicpmv46_jax.train.loss import token_losses
+
+Path = tuple[str | int, ...]
+Gather = Callable[[Any, Path], Any]  # the whole parameters of a part of the tree, from a device's shards of them
+# What a layer keeps for the backward pass: nothing but its input, or the results of its products with weights too.
+REMAT = {"layer": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def losses(
+    graph: Schema,
+    params: Params,
+    batch: TrainBatch,
+    *,
+    remat: str = "layer",
+    gather: Gather = lambda part, path: part,
+    chunk: int | None = None,
+) -> tuple[Float32[Array, "R L"], Float32[Array, "R L"]]:
+    """Every token's negative log likelihood of its label, and log-sum-exp.
+
+    Args:
+      graph: the model's; see `model.schema`.
+      params: the whole model's, in the dtype to compute in (see `step.computing`).
+      batch: one device's rows and pictures.
+      remat: one of `REMAT`.
+      gather: on a mesh, makes a part's parameters whole.
+      chunk: see `loss.token_losses`.
+    """
+    table = gather(params["text"]["embed"], ("text", "embed"))
+    features = jnp.zeros((1, table["weight"].shape[1]), table["weight"].dtype)
+    if batch.views is not None:
+        features = encode(graph.vision, params["vision"], batch.views, remat=remat, gather=gather)
+    x = model.embed(table, batch.ids.reshape(-1), batch.feature_rows.reshape(-1), features)
+    text = {"embed": table, "norm": gather(params["text"]["norm"], ("text", "norm")), "layers": params["text"]["layers"]}
+    x = read(graph.text, text, x, Packed(batch.segments), remat=remat, gather=gather)
+    found = token_losses(x, table["weight"], batch.labels.reshape(-1), chunk)
+    return tuple(value.reshape(batch.ids.shape) for value in found)
+
+
+def read(
+    graph: nnx.GraphDef, params: Params, x: Float[Array, "T D"], batch: Packed, *, remat: str, gather: Gather
+) -> Float[Array, "T D"]:
+    """The text backbone's last hidden states, normalised."""
+    text = model.merge(graph, params)
+    kinds = [type(block.mixer) for block in text.layers]
+    period = next(p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and kinds == kinds[:p] * (len(kinds) // p))
+    graphs = [nnx.split(block)[0] for block in text.layers[:period]]
+    groups = tuple(_stacked([params["layers"][i] for i in range(first, len(kinds), period)]) for first in range(period))
+
+    def group(x: Array, shards: tuple[Params, ...]) -> tuple[Array, None]:
+        for i, (own, part) in enumerate(zip(graphs, shards, strict=True)):  # a layer's shards lie as its group's first ones do
+            inside = functools.partial(_call, own, ("text", "layers", i), gather)
+            x = jax.checkpoint(lambda part, x, inside=inside: inside(part, x, None, batch)[0], policy=REMAT[remat])(part, x)
+        return x, None
+
+    return text.norm(jax.lax.scan(group, x, groups)[0])
+
+
+def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, *, remat: str, gather: Gather) -> Float[Array, "tokens E"]:
+    """`model.encode`, each layer forgotten."""
+    rest = {name: gather(part, ("vision", name)) for name, part in params.items() if name != "layers"}
+
+    def run(i: int, block: nnx.Module, x: Array, attend: Callable[..., Array]) -> Array:
+        own, shards = nnx.split(block)
+        inside = functools.partial(_call, own, ("vision", "layers", i), gather)
+        return jax.checkpoint(lambda part, x: inside(part, x, attend), policy=REMAT[remat])(nnx.to_pure_dict(shards), x)
+
+    return model.merge(graph, {**rest, "layers": params["layers"]})(views, run=run)
+
+
+def _call(graph: nnx.GraphDef, path: Path, gather: Gather, shards: Params, *inputs: Any) -> Any:
+    return model.merge(graph, gather(shards, path))(*inputs)
+
+
+def _stacked(layers: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
