@@ -4,6 +4,7 @@ Each worker has a pipe of its own and sends a batch as the bytes of its arrays, 
 them on the device. When training is faster than the drawing, it goes over batches it has seen (`Batches.take`).
 """
 
+import contextlib
 import json
 import multiprocessing
 import queue
@@ -22,9 +23,9 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import BatchShape, Conversation, TrainBatch, fill, pack, stack
 
-MOST_TURNS = 4  # of a conversation: several questions cost one look at the pictures
+MOST_TURNS = 6  # of a conversation: several questions cost one look at the pictures
 THINKING = 0.12  # of the conversations think before the last answer
-ALONE = 0.3  # of the conversations have one question, as most of a server's have
+ALONE = 0.2  # of the conversations have one question, as most of a server's have
 LOOK = "I look at the picture."  # a thought where a scene has none of its own
 
 
@@ -171,8 +172,8 @@ class Batches:
             buffer = np.empty(sum(leaf.nbytes for leaf in leaves), np.uint8)
             try:
                 pipe.recv_bytes_into(memoryview(buffer))
-            except EOFError:
-                return
+            except (EOFError, OSError):
+                return  # the worker has ended
             ends = np.cumsum([leaf.nbytes for leaf in leaves])
             parts = np.split(buffer, ends[:-1])
             arrays = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
@@ -199,3 +200,6 @@ class Batches:
         self.closed = True
         for process in self.processes:
             process.terminate()
+        while any(thread.is_alive() for thread in self.threads):
+            with contextlib.suppress(queue.Empty):
+                self.ready.get(timeout=0.1)  # one may be waiting for room

@@ -41,11 +41,11 @@ from minicpmv46_jax.train import BatchShape, TrainBatch, TrainState, computing, 
 
 LONGEST = 320  # patches of a view; 224 x 224 has 256, other aspects a few more
 SHAPES = {  # a batch of each mode holds 60 to 90 conversations
-    "16x": BatchShape(rows=32, tokens=512, patches=32768, views=136, longest=LONGEST),
-    "4x": BatchShape(rows=24, tokens=640, patches=16384, views=68, longest=LONGEST, downsample_mode="4x"),
+    "16x": BatchShape(rows=20, tokens=512, patches=32768, views=136, longest=LONGEST),
+    "4x": BatchShape(rows=16, tokens=640, patches=16384, views=68, longest=LONGEST, downsample_mode="4x"),
 }
 SHARE_4X = 7  # one worker in so many draws for "4x"
-PEAK_RATE, WARMUP = 2e-3, 200  # of the steps
+PEAK_RATE, WARMUP = 1.5e-3, 300  # of the steps
 KEPT_BYTES = 20 * 2**30  # of batches on the device, to be gone over again
 EXAM = 1000  # held-out scenes, one question each
 EXAM_EVERY, SAVE_EVERY, SAY_EVERY = 90.0, 120.0, 10.0  # seconds
@@ -275,6 +275,7 @@ class Run:
             batch = batches.take()
             program = programs[batch.views.downsample_mode]
             if not program.done():
+                time.sleep(0.05)  # only at the start, while the second mode's step compiles
                 continue
             of_time = (self.elapsed - start) / (limit - start)
             progress = of_time if self.settings.steps is None else max(of_time, step / self.settings.steps)
