@@ -21,10 +21,11 @@ import numpy as np
 from minicpmv46_jax import scenes
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train import BatchShape, Conversation, TrainBatch, fill, pack, stack
+from minicpmv46_jax.train import BatchShape, Conversation, Marks, TrainBatch, conversation, fill, pack, stack
 
 MOST_TURNS = 6  # of a conversation: several questions cost one look at the pictures
 THINKING = 0.12  # of the conversations think before the last answer
+DENSE = 0.5  # of the conversations are sure to have the scene's first question, which asks for all there is to see or read
 ALONE = 0.2  # of the conversations have one question, as most of a server's have
 LOOK = "I look at the picture."  # a thought where a scene has none of its own
 
@@ -54,81 +55,54 @@ class Task:
 class Teacher:
     """Makes conversations to learn from out of scenes."""
 
-    def __init__(self, processor: Processor, downsample_mode: str):
-        self.processor, self.mode = processor, downsample_mode
-        encode = processor.tokenizer.encode
-        self.opening, self.end = encode("<|im_start|>assistant\n"), encode("<|im_end|>")[0]
-        self.thinks, self.thoughtless = encode("<think>\n"), encode("<think>\n\n</think>\n\n")
+    def __init__(self, task: Task):
+        self.processor, self.mode = Processor.from_folder(task.folder), task.shape.downsample_mode
+        self.marks = Marks.of(self.processor)
 
     def conversation(self, scene: scenes.Scene, turns: list[scenes.Turn], think: bool) -> Conversation:
         """A scene's pictures and some of its questions; the last answer may come after a thought."""
         spoken = scenes.messages(scene, turns)
         spoken[-1]["reasoning_content"] = (turns[-1].thought or LOOK) if think else ""
-        inputs = self.processor(
-            spoken,
-            tools=[json.loads(tool) for tool in scene.tools] or None,
-            add_generation_prompt=False,
-            downsample_mode=self.mode,
-        )
-        return Conversation(inputs, self.learned(inputs.token_ids, think), f"scene {scene.kind}")
-
-    def learned(self, ids: np.ndarray, think: bool) -> np.ndarray:
-        """Which tokens the model says itself: those behind what the template writes before an answer, to its end."""
-        learned, at = np.zeros(len(ids), bool), 0
-        ids = ids.tolist()
-        while (at := _find(ids, self.opening, at)) is not None:
-            at += len(self.opening)
-            given = self.thinks if think else self.thoughtless
-            at += len(given) if ids[at : at + len(given)] == given else 0
-            end = ids.index(self.end, at)
-            learned[at : end + 1] = True
-            at = end
-        return learned
+        tools = [json.loads(tool) for tool in scene.tools] or None
+        return conversation(self.processor, self.marks, spoken, where=scene.kind, tools=tools, downsample_mode=self.mode)
 
 
-def _find(ids: list[int], wanted: list[int], start: int) -> int | None:
-    for at in range(start, len(ids) - len(wanted) + 1):
-        if ids[at : at + len(wanted)] == wanted:
-            return at
-    return None
-
-
-def lessons(task: Task, teacher: Teacher) -> Iterator[Conversation]:
+def lessons(task: Task) -> Iterator[Conversation]:
     """The task's conversations, without end or as many as it counts: of each scene the turns that a dice picks."""
-    seed = task.first
+    teacher, seed = Teacher(task), task.first
     while task.count is None or seed < task.first + task.step * task.count:
         scene = scenes.draw(seed, task.held_out, task.mix)
         dice = random.Random(f"turns {seed}")
         most = 1 if dice.random() < ALONE else MOST_TURNS
         turns = dice.sample(scene.turns, min(dice.randint(1, most), len(scene.turns)))
+        if dice.random() < DENSE and scene.turns[0] not in turns:
+            turns = [scene.turns[0], *turns]
         turns.sort(key=lambda turn: turn.call is not None)  # a call ends the conversation: its result is not known
         think = bool(scene.media) and turns[-1].call is None and dice.random() < THINKING
-        conversation = teacher.conversation(scene, turns, think)
-        if task.shape.refusal(conversation) is None:
-            yield conversation
+        lesson = teacher.conversation(scene, turns, think)
+        if task.shape.refusal(lesson) is None:
+            yield lesson
         seed += task.step
 
 
-def examination(task: Task, teacher: Teacher) -> Iterator[tuple[str, Conversation]]:
+def examination(task: Task) -> Iterator[tuple[str, Conversation]]:
     """Every question alone of each of the task's scenes, with its group; thinking is a group of its own."""
+    teacher = Teacher(task)
     for seed in range(task.first, task.first + (task.count or 0)):
         scene = scenes.draw(seed, held_out=True, mix=task.mix)
         dice = random.Random(f"exam {seed}")
         turn = dice.choice(scene.turns)
         think = bool(turn.thought) and dice.random() < 0.3
-        conversation = teacher.conversation(scene, [turn], think)
-        if task.shape.refusal(conversation) is None:
-            yield ("thinking" if think else turn.group), conversation
+        question = teacher.conversation(scene, [turn], think)
+        if task.shape.refusal(question) is None:
+            yield ("thinking" if think else turn.group), question
 
 
 def batches(task: Task) -> Iterator[TrainBatch]:
     """The task's batches, on the host."""
-    config, teacher = (
-        ModelConfig.from_folder(task.folder),
-        Teacher(Processor.from_folder(task.folder), task.shape.downsample_mode),
-    )
-    for rows in fill(lessons(task, teacher), task.shape):
-        yield stack([pack(rows, task.shape, config.vision)])
+    vision = ModelConfig.from_folder(task.folder).vision
+    for rows in fill(lessons(task), task.shape):
+        yield stack([pack(rows, task.shape, vision)])
 
 
 def _work(task: Task, pipe: Connection) -> None:

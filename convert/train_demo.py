@@ -151,10 +151,9 @@ Exam = list[tuple[TrainBatch, list[list[str]]]]  # batches, and the group of eac
 def draw_exam(task: Task) -> Exam:
     """Held-out questions in batches; runs in a process of its own."""
     config = ModelConfig.from_folder(task.folder)
-    teacher = drawing.Teacher(drawing.Processor.from_folder(task.folder), task.shape.downsample_mode)
     groups = {}
     conversations = []
-    for group, conversation in drawing.examination(task, teacher):
+    for group, conversation in drawing.examination(task):
         groups[id(conversation)] = group
         conversations.append(conversation)
     filled = list(drawing.fill(conversations, task.shape))

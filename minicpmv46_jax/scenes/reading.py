@@ -82,7 +82,7 @@ def signs_scene(dice: random.Random, held_out: bool) -> Scene:
             Turn("colour", f"What colour is the {'sign' if on_shapes else 'word'} at the {PLACES[place]}?", sentence(colour))
         )
         turns.append(Turn("read", f"What is written at the {PLACES[place]}?", text))
-    turns.append(Turn("read", "What does it say?", "\n".join(seen)))
+    turns.insert(0, Turn("read", "What does it say?", "\n".join(seen)))
     return Scene("signs", (Picture(width, height, light_ground(dice), tuple(marks)),), tuple(turns))
 
 
