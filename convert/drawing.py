@@ -90,9 +90,7 @@ def examination(task: Task) -> Iterator[tuple[str, Conversation]]:
     teacher = Teacher(task)
     for seed in range(task.first, task.first + (task.count or 0)):
         scene = scenes.draw(seed, held_out=True, mix=task.mix)
-        dice = random.Random(f"exam {seed}")
-        turn = dice.choice(scene.turns)
-        think = bool(turn.thought) and dice.random() < 0.3
+        turn, think = scenes.exam_turn(seed, scene)
         question = teacher.conversation(scene, [turn], think)
         if task.shape.refusal(question) is None:
             yield ("thinking" if think else turn.group), question

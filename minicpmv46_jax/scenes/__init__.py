@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from minicpmv46_jax.scenes.calls import call_scene, talk_scene
 from minicpmv46_jax.scenes.picture import Clip, Picture
 from minicpmv46_jax.scenes.reading import lines_scene, signs_scene, small_print_scene, table_scene
-from minicpmv46_jax.scenes.scene import Scene, Turn, messages
+from minicpmv46_jax.scenes.scene import Scene, Turn, exam_turn, messages
 from minicpmv46_jax.scenes.several import clip_scene, pair_scene
 from minicpmv46_jax.scenes.shapes import shape_scene
 
-__all__ = ["KINDS", "MIX", "Clip", "Picture", "Scene", "Turn", "draw", "messages"]
+__all__ = ["KINDS", "MIX", "Clip", "Picture", "Scene", "Turn", "draw", "exam_turn", "messages"]
 
 KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
     "shapes": lambda dice, held_out: shape_scene(dice),

@@ -11,6 +11,8 @@ from minicpmv46_jax.scenes.picture import Clip, Picture
 
 HELD_OUT = 16  # one scene, and one printed word, in so many is kept from training
 
+THINKING = 0.3  # of an exam's questions that can be thought about
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -27,6 +29,15 @@ class Turn:
     answer: str
     thought: str = ""
     call: tuple[str, tuple[tuple[str, str | int], ...]] | None = None
+
+    @property
+    def said(self) -> str:
+        """The answer as the model writes it, a call too."""
+        if self.call is None:
+            return self.answer
+        name, arguments = self.call
+        body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments)
+        return f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,8 @@ def sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def some(dice: random.Random, items: Sequence, most: int) -> list:
-    """One to `most` of the items, in random order."""
-    return dice.sample(items, min(dice.randint(1, most), len(items)))
+def exam_turn(seed: int, scene: Scene) -> tuple[Turn, bool]:
+    """The one question that an exam asks of a scene, and whether the answer is to be thought about first."""
+    dice = random.Random(f"exam {seed}")
+    turn = dice.choice(scene.turns)
+    return turn, bool(turn.thought) and dice.random() < THINKING
