@@ -1,7 +1,7 @@
 """Writes scenes as files: `python -m minicpmv46_jax.scenes OUT --count 500 --held-out`.
 
-OUT gets a PNG for each picture, a lossless Matroska file (FFV1) for each video, and `questions.jsonl` for `python -m minicpmv46_jax.evaluate`,
-one question a scene.
+OUT gets a PNG for each picture, a lossless Matroska file (FFV1) for each video, and `questions.jsonl` for
+`python -m minicpmv46_jax.evaluate`, one question a scene.
 """
 
 import argparse
