@@ -1,7 +1,8 @@
 """Processes that draw scenes and make training batches of them, through the processing that serving uses.
 
-Each worker has a pipe of its own and sends a batch as the bytes of its arrays, whose shapes are static, compressed thirtyfold
-(plain grounds, mostly); a thread a pipe puts them on the device. When training is faster than the drawing, it goes over batches it has seen (`Batches.take`).
+Each worker has a pipe of its own and sends a batch as the bytes of its arrays, whose shapes are static, compressed twenty-fold
+(most of it is plain ground); a thread a pipe puts them on the device. When training is faster than the drawing, it goes over
+batches it has seen (`Batches.take`).
 """
 
 import contextlib
