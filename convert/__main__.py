@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from convert import convert, export_converted, write_demo_checkpoint
+from convert import convert, export_converted, export_run, write_demo_checkpoint
 from convert.convert import default_out
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -32,8 +32,9 @@ def _run(args: argparse.Namespace) -> str:
         return f"wrote {convert(args.hf, out, args.dtype, args.revision, progress=True)}"
     if args.export_hf:
         if args.model is None:
-            raise ValueError("--export-hf needs --model, a converted folder")
-        return f"wrote {export_converted(args.model, args.export_hf)}"
+            raise ValueError("--export-hf needs --model, a converted folder or a training run's")
+        export = export_run if (args.model / "settings.json").is_file() else export_converted
+        return f"wrote {export(args.model, args.export_hf)}"
     return f"wrote {write_demo_checkpoint(args.demo)}"
 
 
@@ -50,12 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m convert", description="Convert MiniCPM-V 4.6 checkpoints.")
     command = parser.add_mutually_exclusive_group(required=True)
     command.add_argument("--hf", metavar="ID_OR_DIR", help="released checkpoint to convert: a hub id or a folder")
-    command.add_argument("--export-hf", metavar="DIR", type=Path, help="write a converted folder back in the released format")
+    command.add_argument("--export-hf", metavar="DIR", type=Path, help="write --model in the released format")
     command.add_argument("--demo", metavar="DIR", type=Path, help="write a small checkpoint with random weights, released format")
     parser.add_argument("--out", metavar="DIR", type=Path, help="converted folder to make (default: derived from the name)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="cast every tensor (default: keep each tensor's own)")
     parser.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
-    parser.add_argument("--model", metavar="CONVERTED", type=Path, help="converted folder to export")
+    parser.add_argument("--model", metavar="CONVERTED", type=Path, help="converted folder, or a training run's, to export")
     return parser
 
 

@@ -61,6 +61,18 @@ def export_converted(folder: str | Path, out: str | Path) -> Path:
     return _write(tensors, folder, Path(out))
 
 
+def export_run(folder: str | Path, out: str | Path) -> Path:
+    """Writes what a training run has made of its model as a released folder, adapters merged, each tensor in its first dtype.
+
+    Raises:
+      ValueError: the run has no checkpoint yet, or one of other settings; see `building`.
+    """
+    from minicpmv46_jax.train.run import trained_params  # training's dependencies are an extra
+
+    params, source = trained_params(folder)
+    return export_hf(params, source, out)
+
+
 def _write(tensors: dict[Slot, np.ndarray], config_folder: Path, out: Path) -> Path:
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     with building(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:

@@ -1,14 +1,15 @@
 """The model over packed rows, made to be differentiated: every layer forgets what is inside it and computes it again.
 
-The text's layers repeat (three gated delta nets and an attention, six times): their parameters are stacked while tracing, and one
-scan runs the groups, so that 24 layers compile as four. Stacking costs no pass of its own: the float32 masters are cast to the
-computing dtype in every step, and the copies are written side by side. The parameters' tree stays by layer, as everywhere.
+The text's layers repeat (three gated delta nets and an attention, six times): their parameters are stacked while tracing, and
+scans run the groups and the equal layers inside, so that 24 layers compile as two. Stacking costs no pass of its own: the masters
+are cast to the computing dtype in every step, and the copies written side by side. The tree stays by layer, as everywhere.
 
 On a mesh a device has its shard of every large parameter; `Gather` makes it whole where it is used, inside the forgotten part,
 so that a device holds one group's whole weights at a time, and the gradient comes back in shards.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,12 @@ from minicpmv46_jax.train.loss import token_losses
 
 Path = tuple[str | int, ...]
 Gather = Callable[[Any, Path], Any]  # the whole parameters of a part of the tree, from a device's shards of them
-# What a layer keeps for the backward pass: nothing but its input, or the results of its products with weights too.
-REMAT = {"layer": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# What a layer keeps for the backward pass: all, the results of its products with weights, or nothing but its input.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def losses(
@@ -67,13 +72,17 @@ def read(
     text = model.merge(graph, params)
     kinds = [type(block.mixer) for block in text.layers]
     period = next(p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and kinds == kinds[:p] * (len(kinds) // p))
-    graphs = [nnx.split(block)[0] for block in text.layers[:period]]
-    groups = tuple(_stacked([params["layers"][i] for i in range(first, len(kinds), period)]) for first in range(period))
+    runs = [list(run) for _, run in itertools.groupby(range(period), key=kinds.__getitem__)]
+    graphs = [nnx.split(text.layers[run[0]])[0] for run in runs]
+    groups = [
+        _stacked([_stacked([params["layers"][at + i] for i in run]) for at in range(0, len(kinds), period)]) for run in runs
+    ]
 
-    def group(x: Array, shards: tuple[Params, ...]) -> tuple[Array, None]:
-        for i, (own, part) in enumerate(zip(graphs, shards, strict=True)):  # a layer's shards lie as its group's first ones do
-            inside = functools.partial(_call, own, ("text", "layers", i), gather)
-            x = jax.checkpoint(lambda part, x, inside=inside: inside(part, x, None, batch)[0], policy=REMAT[remat])(part, x)
+    def group(x: Array, shards: list[Params]) -> tuple[Array, None]:
+        for run, own, part in zip(runs, graphs, shards, strict=True):
+            inside = functools.partial(_call, own, ("text", "layers", run[0]), gather)  # all layers of a run are sharded alike
+            layer = jax.checkpoint(lambda x, part, inside=inside: (inside(part, x, None, batch)[0], None), policy=REMAT[remat])
+            x, _ = jax.lax.scan(layer, x, part)
         return x, None
 
     return text.norm(jax.lax.scan(group, x, groups)[0])

@@ -1,8 +1,8 @@
 """One step of training: a pure function over plain trees.
 
-What is trained and what is frozen are two trees of the model's shape with None in the other's places; None is no leaf to jax, so
-gradients, optimiser state and their memory are of the trained parameters alone. Trained parameters are float32 masters; the step
-casts them to the computing dtype, frozen ones may be kept in it.
+What is trained and what is frozen are two trees of the model's shape with None in the other's places (or an adapter beside a
+frozen matrix); None is no leaf to jax, so gradients, optimiser state and their memory are of the trained parameters alone. Those
+are float32 masters; the step casts them to the computing dtype, frozen ones may be kept in it.
 """
 
 import functools
@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 
-from minicpmv46_jax import model
+from minicpmv46_jax import model, sharding
 from minicpmv46_jax.checkpoint.names import TreePath, tree_path
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params
+from minicpmv46_jax.train import lora
 from minicpmv46_jax.train.batch import TrainBatch
-from minicpmv46_jax.train.forward import losses
+from minicpmv46_jax.train.forward import Gather, losses
 from minicpmv46_jax.trees import tree_dataclass
 
 
@@ -44,7 +46,6 @@ class Metrics(NamedTuple):
 
 
 Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
-Assemble = Callable[[Any, Any], Params]  # the model's parameters, from what is trained and what is frozen
 
 
 def split(params: Params, trained: Callable[[TreePath], bool]) -> tuple[Params, Params]:
@@ -55,9 +56,15 @@ def split(params: Params, trained: Callable[[TreePath], bool]) -> tuple[Params, 
     return ours, theirs
 
 
-def join(trained: Params, frozen: Params) -> Params:
-    """The inverse of `split`."""
-    return jax.tree.map(lambda x, y: y if x is None else x, trained, frozen, is_leaf=lambda x: x is None)
+def join(trained: Any, frozen: Any, scale: float = 1.0) -> Params:
+    """The model's parameters: the inverse of `split`; where a trained leaf is an adapter (`lora.Adapter`), frozen + scale b a."""
+
+    def leaf(theirs: Array | None, ours: Any) -> Array:
+        if ours is None:
+            return theirs
+        return ours if theirs is None else lora.merged(theirs, ours, scale)
+
+    return jax.tree.map(leaf, frozen, trained, is_leaf=lambda x: x is None)
 
 
 def computing(params: Params, dtype: DTypeLike) -> Params:
@@ -83,7 +90,8 @@ def make_step(
     dtype: DTypeLike = jnp.bfloat16,
     z_loss: float = 0.0,
     remat: str = "layer",
-    assemble: Assemble = join,
+    scale: float = 1.0,
+    mesh: Mesh | None = None,
     backend: str | None = None,
     chunk: int | None = None,
 ) -> Step:
@@ -95,7 +103,8 @@ def make_step(
       dtype: to compute in: bfloat16 or float32.
       z_loss: weight of the squared log-sum-exp of the logits (arXiv:2204.02311, section 5); 0 for none.
       remat: "layer" or "dots"; see `forward.REMAT`.
-      assemble: how trained and frozen parameters make the model's.
+      scale: of adapters; see `join`.
+      mesh: as `sharding.make_mesh` makes it, for a state that `place`d itself on it; None for one device.
       backend: as in `model.schema`.
       chunk: see `loss.token_losses`.
 
@@ -104,12 +113,16 @@ def make_step(
     """
     graph = model.schema(config, backend)
 
-    def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, tuple[Array, Array]]:
-        """One batch's share of the mean over all `total` learned tokens."""
-        params = computing(assemble(trained, frozen), dtype)
+    def sums(params: Params, batch: TrainBatch, gather: Gather) -> Float32[Array, "1 2"]:
+        """One device's: of negative log likelihoods and of squared log-sum-exps, over learned tokens."""
         own = jax.tree.map(lambda x: x[0], batch)
-        nll, lse = losses(graph, params, own, remat=remat, chunk=chunk)
-        parts = (nll * own.weights).sum() / total, (lse**2 * own.weights).sum() / total
+        found = losses(graph, params, own, remat=remat, gather=gather, chunk=chunk)
+        return jnp.stack([(value * own.weights).sum() for value in (found[0], found[1] ** 2)])[None]
+
+    def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, Array]:
+        """One batch's share of the mean over all `total` learned tokens."""
+        params = computing(join(trained, frozen, scale), dtype)
+        parts = _on_mesh(sums, params, mesh)(params, batch).sum(axis=0) / total
         return parts[0] + z_loss * parts[1], parts
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
@@ -118,11 +131,30 @@ def make_step(
         grads, (nll, z) = accumulate(jax.grad(share, has_aux=True), state.trained, state.frozen, batch)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax counts steps in int32
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        metrics = Metrics(nll, z_loss * z, optax.global_norm(grads), learned)
-        return TrainState(state.step + 1, trained, state.frozen, optimizer_state), metrics
+            trained = optax.apply_updates(state.trained, updates)
+        metrics = Metrics(nll, z_loss * z, optax.tree.norm(grads), learned)
+        return _placed(TrainState(state.step + 1, trained, state.frozen, optimizer_state), mesh), metrics
 
     return step
+
+
+def place(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state on the mesh, in shards."""
+    return jax.device_put(state, sharding.shardings(state, mesh))
+
+
+def _placed(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """The same while tracing."""
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh))
+
+
+def _on_mesh(sums: Callable[..., Array], params: Params, mesh: Mesh | None) -> Callable[[Params, TrainBatch], Array]:
+    """`sums` on every device, [devices, 2]."""
+    if mesh is None:
+        return functools.partial(sums, gather=lambda part, path: part)
+    specs = sharding.specs(params, mesh)
+    own = functools.partial(sums, gather=sharding.gather(specs))
+    return jax.shard_map(own, mesh=mesh, in_specs=(specs, sharding.BATCH), out_specs=sharding.BATCH, check_vma=False)
 
 
 def accumulate(grad: Callable[..., Any], trained: Any, frozen: Any, batch: TrainBatch) -> Any:

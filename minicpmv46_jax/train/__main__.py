@@ -1,0 +1,28 @@
+"""Command line of training; see `python -m minicpmv46_jax.train --help`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from minicpmv46_jax.train.run import train
+from minicpmv46_jax.train.settings import Settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs; returns 0, or 1 for a user's mistake (one line on stderr) or a loss that is no number."""
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.train", description="Fine-tune MiniCPM-V 4.6.")
+    parser.add_argument("--config", metavar="TOML", type=Path, required=True, help="the run's settings; see README")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and grain tell of every file
+    try:
+        train(Settings.from_toml(args.config))
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

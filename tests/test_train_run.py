@@ -1,0 +1,124 @@
+"""Whole runs on the small model: they overfit, go on where they were broken off, and what they export is what was trained."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from convert import export_run
+from minicpmv46_jax import MiniCPMV
+from minicpmv46_jax.train import log
+from minicpmv46_jax.train.__main__ import main
+from minicpmv46_jax.train.run import train, trained_params
+from minicpmv46_jax.train.settings import Settings
+from tests.oracle import Oracle
+from tests.tolerances import FLOAT32_FORWARD, relative_rms
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, demo_folder, photos):
+    """The small model with small pictures (some 64 patches each), and a file of conversations: (model, data)."""
+    folder = tmp_path_factory.mktemp("source")
+    model = shutil.copytree(demo_folder, folder / "model")
+    config = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(config | {"scale_resolution": 112, "max_slice_nums": 1}))
+    photos[0].resize((90, 60)).save(folder / "china.png")
+    rows = [
+        {"conversations": [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "Red."}]},
+        {
+            "messages": [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "China."}],
+            "images": ["china.png"],
+        },
+        {"conversation": [{"human": "How many?", "assistant": "Two."}, {"human": "And now?", "assistant": "Three."}]},
+        {"query": "Who?", "response": "Nobody."},
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return model, folder / "data.jsonl"
+
+
+def settings(source, folder, **tables):
+    model, data = source
+    fixed = {
+        "model": {"source": str(model)},
+        "data": {"files": [str(data)]},
+        "batch": {"rows": 1, "tokens": 192, "patches": 128, "views": 2, "longest": 96},
+        "run": {"folder": str(folder), "steps": STEPS, "dtype": "float32", "log_every": 1, "save_every": 5},
+        "optimizer": {"rate": 1e-2, "schedule": "constant"},
+    }
+    return Settings.from_dict({name: fixed.get(name, {}) | tables.get(name, {}) for name in fixed | tables})
+
+
+@pytest.fixture(scope="module")
+def full(source, tmp_path_factory):
+    """The folder of a full run."""
+    folder = tmp_path_factory.mktemp("run") / "full"
+    train(settings(source, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(source, tmp_path_factory):
+    """The folder of a run with adapters."""
+    folder = tmp_path_factory.mktemp("run") / "lora"
+    train(settings(source, folder, lora={"rank": 8, "alpha": 32.0}))
+    return folder
+
+
+def losses(folder):
+    return [line["loss"] for line in log.read(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["full", "adapted"])
+def test_a_run_overfits_and_exports_what_it_trained(kind, request, source, tmp_path):
+    folder = request.getfixturevalue(kind)
+    found = losses(folder)
+    assert found[-1] < 0.2 * found[0]
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+    exported = export_run(folder, tmp_path / "exported")
+    ours = MiniCPMV.from_pretrained(exported)
+    parts = [{"type": "image", "image": str(source[1].parent / "china.png")}, {"type": "text", "text": "Where?"}]
+    inputs = ours.process([{"role": "user", "content": parts}])
+    logits = Oracle(exported).logits(inputs)
+    assert relative_rms(ours.logits(inputs), logits) < FLOAT32_FORWARD
+    assert chr(int(logits[-1].argmax())) == "C"  # the first letter of what it learned
+    before = MiniCPMV.from_pretrained(source[0]).params
+    np.testing.assert_equal(
+        np.array_equal(before["vision"]["patch_embed"]["weight"], ours.params["vision"]["patch_embed"]["weight"]),
+        kind == "adapted",
+    )
+
+
+def test_a_run_that_was_broken_off_goes_on_to_the_same_curve(source, full, tmp_path):
+    at = random.Random(0).randrange(1, STEPS - 1)
+    own = settings(source, tmp_path / "run")
+    train(own, stop=lambda step: step == at)
+    assert len(losses(tmp_path / "run")) == at
+    train(own)
+    assert losses(tmp_path / "run") == losses(full)
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["10", "12"]
+    for a, b in zip(*(sorted_leaves(trained_params(folder)[0]) for folder in (tmp_path / "run", full)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def sorted_leaves(params):
+    import jax
+
+    return jax.tree.leaves(params)
+
+
+def test_mistakes_are_named(source, full, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[model]\nsource = "x"\n[data]\nfiles = ["a.jsonl"]\n[batch]\nrows = 1\ntokens = 64\n[run]\nfolder = "r"\nstep = 3\n'
+    )
+    assert main(["--config", str(path)]) == 1
+    assert "run.step is unknown" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="checkpoint of step 12 is of another run"):
+        train(settings(source, full, optimizer={"vision": 0.0}))
+    with pytest.raises(ValueError, match=r"no\.jsonl does not exist"):
+        train(settings(source, tmp_path / "run", data={"files": [str(tmp_path / "no.jsonl")]}))
