@@ -25,10 +25,10 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import BatchShape, Conversation, Marks, TrainBatch, conversation, fill, pack, stack
 
-MOST_TURNS = 6  # of a conversation: several questions cost one look at the pictures
+MOST_TURNS = 9  # of a conversation: several questions cost one look at the pictures
 THINKING = 0.12  # of the conversations think before the last answer
 DENSE = 0.5  # of the conversations are sure to have the scene's first question, which asks for all there is to see or read
-ALONE = 0.2  # of the conversations have one question, as most of a server's have
+ALONE = 0.15  # of the conversations have one question, as most of a server's have
 LOOK = "I look at the picture."  # a thought where a scene has none of its own
 
 
@@ -75,8 +75,8 @@ def lessons(task: Task) -> Iterator[Conversation]:
     while task.count is None or seed < task.first + task.step * task.count:
         scene = scenes.draw(seed, task.held_out, task.mix)
         dice = random.Random(f"turns {seed}")
-        most = 1 if dice.random() < ALONE else MOST_TURNS
-        turns = dice.sample(scene.turns, min(dice.randint(1, most), len(scene.turns)))
+        wanted = 1 if dice.random() < ALONE else dice.randint(2, MOST_TURNS)
+        turns = dice.sample(scene.turns, min(wanted, len(scene.turns)))
         if dice.random() < DENSE and scene.turns[0] not in turns:
             turns = [scene.turns[0], *turns]
         turns.sort(key=lambda turn: turn.call is not None)  # a call ends the conversation: its result is not known
