@@ -54,4 +54,6 @@ def model_config(merges: Sequence[Merge]) -> dict[str, Any]:
 
 def model_files(merges: Sequence[Merge]) -> dict[str, Any]:
     """Every file of the folder but the weights."""
-    return side_files(model_config(merges), merges, scale_resolution=RESOLUTION, max_slice_nums=MAX_SLICES, image_mean=MEAN)
+    files = side_files(model_config(merges), merges, scale_resolution=RESOLUTION, max_slice_nums=MAX_SLICES, image_mean=MEAN)
+    files["generation_config.json"] |= {"do_sample": False, "temperature": 1.0}  # its answers are right or wrong, not many
+    return files
