@@ -16,7 +16,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from minicpmv46_jax import demo
 from serve import flags, startup
 from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name
 from serve.server import Server, Tls, address
@@ -236,10 +235,10 @@ def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
         out, err = server.communicate(timeout=60)
     assert server.returncode == 0, err
     assert out == ""
-    assert f"loading {demo.FOLDER}" in err and "compiling" in err
+    assert "making the demo checkpoint" in err and "loading" in err and "compiling" in err
     assert err.endswith("stopped\n") and "Traceback" not in err
     (cache,) = tmp_path.iterdir()
-    assert [path.name for path in cache.iterdir()] == ["jax"]
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"demo", "jax"}  # and nothing half-made
     assert any((cache / "jax").iterdir())
 
 
@@ -252,6 +251,52 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
     assert startup.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert startup.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
+
+
+def fake_writer(monkeypatch, during=lambda: None):
+    """In place of the demo's writer: it counts its calls."""
+    calls = []
+
+    def write(folder):
+        calls.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        during()
+        return folder
+
+    monkeypatch.setattr(startup.convert.demo, "write_demo_checkpoint", write)
+    return calls
+
+
+def test_the_demo_is_written_once(monkeypatch, tmp_path):
+    calls = fake_writer(monkeypatch)
+    first, second = startup.demo_checkpoint(tmp_path), startup.demo_checkpoint(tmp_path)
+    assert first == second and len(calls) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+def test_an_interrupted_demo_leaves_nothing(monkeypatch, tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    fake_writer(monkeypatch, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        startup.demo_checkpoint(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_servers_that_make_the_demo_at_once(monkeypatch, tmp_path):
+    faster = []
+
+    def other_server():
+        if not faster:
+            faster.append(True)
+            startup.demo_checkpoint(tmp_path)
+
+    fake_writer(monkeypatch, other_server)
+    folder = startup.demo_checkpoint(tmp_path)
+    assert (folder / "config.json").is_file()
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_what_clients_call_the_model(tmp_path):
