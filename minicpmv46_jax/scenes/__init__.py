@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from minicpmv46_jax.scenes.calls import call_scene, talk_scene
 from minicpmv46_jax.scenes.picture import Clip, Picture
-from minicpmv46_jax.scenes.reading import lines_scene, signs_scene, small_print_scene, table_scene
+from minicpmv46_jax.scenes.reading import letters_scene, lines_scene, signs_scene, small_print_scene, table_scene
 from minicpmv46_jax.scenes.scene import Scene, Turn, exam_turn, messages
 from minicpmv46_jax.scenes.several import clip_scene, pair_scene
 from minicpmv46_jax.scenes.shapes import shape_scene
@@ -24,6 +24,7 @@ __all__ = ["KINDS", "MIX", "Clip", "Picture", "Scene", "Turn", "draw", "exam_tur
 
 KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
     "shapes": lambda dice, held_out: shape_scene(dice),
+    "letters": letters_scene,
     "lines": lines_scene,
     "signs": signs_scene,
     "table": table_scene,
@@ -35,12 +36,13 @@ KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
 }
 # How often each kind is drawn. Reading is the hard part; a large picture or a video costs as much as four to seven small ones.
 MIX: dict[str, float] = {
-    "shapes": 0.22,
-    "lines": 0.32,
+    "shapes": 0.2,
+    "letters": 0.1,
+    "lines": 0.26,
     "signs": 0.08,
     "table": 0.1,
-    "small print": 0.08,
-    "pair": 0.09,
+    "small print": 0.07,
+    "pair": 0.08,
     "clip": 0.06,
     "calls": 0.04,
     "talk": 0.01,

@@ -1,18 +1,40 @@
 """Print: lines, words in places and colours, words in shapes, tables, and large pictures whose small print needs the slices."""
 
 import random
+import string
 
 from minicpmv46_jax.scenes.picture import COLOURS, INK, Colour, Picture, Rule, Shape, Text, text_width
 from minicpmv46_jax.scenes.scene import Scene, Turn, sentence
 from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground, sometimes_larger
 from minicpmv46_jax.scenes.words import number, word
 
-READABLE = (24, 44)  # sizes of print that a view of its own shows well
+READABLE = (24, 52)  # sizes of print that a view of its own shows well
 LARGE = ((448, 336), (336, 448), (448, 448), (672, 448), (448, 672))  # (width, height): four to six slices
 SMALL_PRINT = (24, 36)  # in a large picture: halved or less in the view of the whole, whole in the slices
 PLACES = ("top", "middle", "bottom")
 DARK = ("red", "green", "blue", "purple", "black")  # colours of print that show on a light ground
 FILLED = ("red", "green", "blue", "purple", "black")  # colours of shapes on which white print shows
+
+
+def letters_scene(dice: random.Random, held_out: bool) -> Scene:
+    """Three to nine letters and digits, each in a cell of its own: where reading begins."""
+    del held_out  # all letters are in both splits
+    width, height = dice.choice(SIZES)
+    cells = sorted(dice.sample(range(9), dice.randint(3, 9)))
+    signs = dice.choices(string.ascii_uppercase + string.digits, k=len(cells))
+    size = dice.randint(26, 52)
+    marks = tuple(
+        _loose(dice, sign, COLOURS[dice.choice(DARK)], _cell_box(cell, width, height), size)
+        for cell, sign in zip(cells, signs, strict=True)
+    )
+    turns = [Turn("letters", "Read the letters.", " ".join(signs))]
+    for cell, sign in dice.sample(list(zip(cells, signs, strict=True)), min(4, len(cells))):
+        turns.append(Turn("letters", f"Which letter is at the {CELLS[cell]}?", sign))
+    cell, sign = dice.choice(list(zip(cells, signs, strict=True)))
+    if signs.count(sign) == 1:
+        turns.append(Turn("letters", f"Where is the letter {sign}?", sentence(CELLS[cell])))
+    turns.append(Turn("count", "How many letters are there?", str(len(signs))))
+    return Scene("letters", (Picture(width, height, light_ground(dice), marks),), tuple(turns))
 
 
 def lines_scene(dice: random.Random, held_out: bool) -> Scene:
