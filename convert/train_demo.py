@@ -46,7 +46,7 @@ SHAPES = {  # a batch of each mode holds 60 to 90 conversations
     "4x": BatchShape(rows=20, tokens=640, patches=16384, views=68, longest=LONGEST, downsample_mode="4x"),
 }
 SHARE_4X = 7  # one worker in so many draws for "4x"
-PEAK_RATE, WARMUP = 1e-3, 500  # of the steps
+PEAK_RATE, WARMUP = 5e-4, 500  # of the steps
 PATCH_RATE, FULL_RATE_INPUTS = 0.05, 192  # of the peak; inputs of a product that learns at the full rate
 WHITENED, SIDE, MARKED, NOISE = 300, 224, 100, 0.03  # scenes, pixels a side, least range of bytes, variance that counts as none
 KEPT_BYTES = 12 * 2**30  # of batches on the device, to be gone over again
