@@ -9,6 +9,7 @@ Glossary: T tokens, D width, N query heads, K key-value heads, G query heads eac
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.paged_attention import PAGE, paged_attention
@@ -17,6 +18,7 @@ from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.layers import Linear, RMSNorm, precise
 from minicpmv46_jax.state import KeyValues
 
+ATTENTION = "attention"  # the name by which rematerialisation may keep what packed rows read
 TRAINING_BLOCK = 512  # queries of a packed row scored at once
 SPANS = 8  # of a packed row: queries of a span meet the keys up to its end; 1/16 of the products are wasted on the future
 QUERY_BLOCK = 128  # queries scored at once in whole sequences: 2,048 of them at 262,144 tokens would make 17 GB of scores
@@ -126,7 +128,7 @@ def causal_segments(
     q, k, v = q.reshape(R, L, K, N // K, H), k.reshape(R, L, K, H), v.reshape(R, L, K, H)
     span = -(-L // SPANS // TRAINING_BLOCK) * TRAINING_BLOCK
     out = [_attend_span(q, k, v, segments, start, min(start + span, L)) for start in range(0, L, span)]
-    return jnp.concatenate(out, axis=1).reshape(-1, N, H)
+    return checkpoint_name(jnp.concatenate(out, axis=1).reshape(-1, N, H), ATTENTION)
 
 
 def _attend_span(

@@ -114,29 +114,38 @@ class VisionTower(nnx.Module):
         self.merger = FinalMerger(D, text_width, rngs=rngs)
 
     def __call__(
-        self, views: PackedViews, taps: Taps | None = None, run: Callable[..., Array] = lambda i, block, *inputs: block(*inputs)
+        self, views: PackedViews, taps: Taps | None = None, run: Callable[..., Array] | None = None
     ) -> Float[Array, "tokens E"]:
         """Every view's tokens, one view after another; P/16 rows in "16x", P/4 in "4x", padding at the end.
 
         Args:
           views: one pass, as `packing.pack` lays it.
           taps: if given, receives the embeddings, each layer's output, both mergers'.
-          run: calls the i-th block; training forgets what is inside and computes it again.
+          run: (first, blocks, x, attend) -> x, in place of calling the blocks from the first on one after another; training
+            computes what is inside them again.
         """
         x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
         x = x + self.position_embed(views.position_ids)
         tap(taps, "vision.embeddings", x)
-        attend = within_views(views.starts, views.lengths, views.longest)
-        for i, block in enumerate(self.layers):
-            x = run(i, block, x, attend)
-            tap(taps, f"vision.layers.{i}", x)
-            if i == self.insert_layer_id and views.downsample_mode == "16x":
-                x = self.window_merger(x)
-                tap(taps, "vision.window_merger", x)
-                attend = within_views(views.starts // WINDOW, views.lengths // WINDOW, views.longest // WINDOW)
+        run = run or functools.partial(_one_by_one, taps=taps)
+        blocks, attend = list(self.layers), within_views(views.starts, views.lengths, views.longest)
+        merged = self.insert_layer_id + 1 if views.downsample_mode == "16x" else len(blocks)
+        x = run(0, blocks[:merged], x, attend)
+        if views.downsample_mode == "16x":
+            x = self.window_merger(x)
+            tap(taps, "vision.window_merger", x)
+            attend = within_views(views.starts // WINDOW, views.lengths // WINDOW, views.longest // WINDOW)
+            x = run(merged, blocks[merged:], x, attend)
         features = self.merger(self.post_norm(x))
         tap(taps, "vision.merger", features)
         return features
+
+
+def _one_by_one(first: int, blocks: list[VisionBlock], x: Float[Array, "P D"], attend, taps: Taps | None) -> Float[Array, "P D"]:
+    for i, block in enumerate(blocks, start=first):
+        x = block(x, attend)
+        tap(taps, f"vision.layers.{i}", x)
+    return x
 
 
 def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:

@@ -1,6 +1,7 @@
 """The training forward against transformers: the gradient of every parameter; packed rows against conversations apart."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from minicpmv46_jax.train import BatchShape, Conversation, pack
 from minicpmv46_jax.train.forward import losses
 from tests.oracle import Oracle, write_checkpoint
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
+from tests.train_compile import QUICK
 
 SHAPE = BatchShape(rows=2, tokens=320, patches=256, views=4, longest=96)
 
@@ -66,7 +68,7 @@ def gradient(ours):
     """Of a batch's summed loss: ((loss, by token), gradients)."""
     graph = model.schema(ours.config)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, batch):
         def total(params):
             nll, _ = losses(graph, params, batch, chunk=100)

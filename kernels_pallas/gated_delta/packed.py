@@ -16,6 +16,8 @@ from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gates, heads
 
+SMALL = 8  # blocks up to this size are multiplied entry by entry: a GPU's products of them by the 100,000 take longer
+
 
 def packed(
     qkv: Float[Array, "R T C"],
@@ -44,6 +46,7 @@ def packed(
         raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
     q, k, v = heads(convolve_segments(qkv, layer.conv, segments), N, key_width, value_width)
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
+    q, k, v = (x.astype(qkv.dtype) for x in (q, k, v))
     q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
     read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), qkv.dtype)
     return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(qkv.dtype)
@@ -64,9 +67,9 @@ def convolve_segments(
 
 
 def _read(
-    q: Float32[Array, "R c N L K"],
-    k: Float32[Array, "R c N L K"],
-    v: Float32[Array, "R c N L V"],
+    q: Float[Array, "R c N L K"],
+    k: Float[Array, "R c N L K"],
+    v: Float[Array, "R c N L V"],
     g: Float32[Array, "R c N L"],
     beta: Float32[Array, "R c N L"],
     segments: Int32[Array, "R c L"],
@@ -82,6 +85,7 @@ def _read(
     # difference is rounding error: the gradients of a quickly forgetting head were off by 1e-3 in float32.
     overlap_decay, between = between, jnp.where(jnp.eye(CHUNK, dtype=bool)[None, None, None], 1.0, between)
 
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # as they are read: they lie in the inputs' dtype
     k_beta = k * beta[..., None]
     overlap = _dot("rcnik,rcnjk->rcnij", k_beta, k, dtype) * overlap_decay
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]], axis=-1)
@@ -108,7 +112,7 @@ def _hand_over(
 
     def chunk(memory, terms):
         write, read, key, fade = terms
-        new = write - _dot("rnlk,rnvk->rnlv", read, memory, dtype)
+        new = write.astype(jnp.float32) - _dot("rnlk,rnvk->rnlv", read, memory, dtype)
         return memory * fade[..., None, None] + _dot("rnlv,rnlk->rnvk", new, key, dtype), (memory, new)
 
     terms = jax.tree.map(
@@ -129,10 +133,11 @@ def unit_lower_inverse(a: Float32[Array, "*batch L L"]) -> Float32[Array, "*batc
     inverse = jnp.ones_like(a[..., :1]).reshape(*a.shape[:-1], 1, 1)  # [..., blocks, size, size]
     size = 1
     while size < L:
-        pairs = a.reshape(*a.shape[:-2], L // (2 * size), 2 * size, L // (2 * size), 2 * size)
-        pairs = jnp.moveaxis(jnp.diagonal(pairs, axis1=-4, axis2=-2), -1, -3)
+        pairs = L // (2 * size)
+        corners = a.reshape(*a.shape[:-2], pairs, 2 * size, pairs, 2 * size)[..., size:, :, :size]
+        own = jnp.eye(pairs, dtype=bool).reshape(*[1] * (a.ndim - 2), pairs, 1, pairs, 1)
         upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        corner = -_exact(_exact(lower, pairs[..., size:, :size]), upper)
+        corner = -_exact(_exact(lower, jnp.where(own, corners, 0.0).sum(axis=-2)), upper)
         top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
         size *= 2
@@ -152,7 +157,9 @@ def _pull_back(inverse: Float32[Array, "*batch L L"], bar: Float32[Array, "*batc
 unit_lower_inverse.defvjp(_invert, _pull_back)
 
 
-def _exact(a: Array, b: Array) -> Array:
+def _exact(a: Float32[Array, "*batch i j"], b: Float32[Array, "*batch j k"]) -> Float32[Array, "*batch i k"]:
+    if b.shape[-1] <= SMALL:
+        return (a[..., None] * b[..., None, :, :]).sum(axis=-2)
     return jnp.matmul(a, b, precision=Precision.HIGHEST)
 
 
@@ -166,5 +173,5 @@ def _earlier() -> Bool[Array, "1 1 1 L L"]:
     return jnp.tril(jnp.ones((1, 1, 1, CHUNK, CHUNK), bool), -1)
 
 
-def _to_chunks(x: Float32[Array, "R T N ..."]) -> Float32[Array, "R c N L ..."]:
+def _to_chunks(x: Float[Array, "R T N ..."]) -> Float[Array, "R c N L ..."]:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 3, 2)

@@ -20,7 +20,7 @@ params = join(state.trained, state.frozen)                # the model's tree aga
 from minicpmv46_jax.train.answers import Marks, conversation
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, fill, pack, stack
 from minicpmv46_jax.train.loss import token_losses
-from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, split
+from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, place, split
 
 __all__ = [
     "BatchShape",
@@ -36,6 +36,7 @@ __all__ = [
     "make_step",
     "new_state",
     "pack",
+    "place",
     "split",
     "stack",
     "token_losses",

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from minicpmv46_jax import model
+from minicpmv46_jax.attention import ATTENTION
 from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.packing import PackedViews
@@ -27,11 +28,13 @@ from minicpmv46_jax.train.loss import token_losses
 
 Path = tuple[str | int, ...]
 Gather = Callable[[Any, Path], Any]  # the whole parameters of a part of the tree, from a device's shards of them
-# What a layer keeps for the backward pass: all, the results of its products with weights, or nothing but its input.
+_keep = jax.checkpoint_policies
+# What a layer keeps for the backward pass: all; the results of its products with weights; or nothing but its input. The last two
+# keep what attention read: its blocks are computed again on their own, and would be so twice.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "layer": jax.checkpoint_policies.nothing_saveable,
+    "none": _keep.everything_saveable,
+    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(ATTENTION)),
+    "layer": _keep.save_only_these_names(ATTENTION),
 }
 
 
@@ -92,10 +95,12 @@ def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, *, remat: st
     """`model.encode`, each layer forgotten."""
     rest = {name: gather(part, ("vision", name)) for name, part in params.items() if name != "layers"}
 
-    def run(i: int, block: nnx.Module, x: Array, attend: Callable[..., Array]) -> Array:
-        own, shards = nnx.split(block)
-        inside = functools.partial(_call, own, ("vision", "layers", i), gather)
-        return jax.checkpoint(lambda part, x: inside(part, x, attend), policy=REMAT[remat])(nnx.to_pure_dict(shards), x)
+    def run(first: int, blocks: list[nnx.Module], x: Array, attend: Callable[..., Array]) -> Array:
+        if not blocks:
+            return x
+        inside = functools.partial(_call, nnx.split(blocks[0])[0], ("vision", "layers", first), gather)
+        layer = jax.checkpoint(lambda x, part: (inside(part, x, attend), None), policy=REMAT[remat])
+        return jax.lax.scan(layer, x, _stacked([params["layers"][first + i] for i in range(len(blocks))]))[0]
 
     return model.merge(graph, {**rest, "layers": params["layers"]})(views, run=run)
 

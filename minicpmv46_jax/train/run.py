@@ -43,8 +43,11 @@ class Run:
     schedule: Callable[[Any], Any]
 
 
-def prepare(settings: Settings) -> Run:
-    """Loads the model, and makes the first state, the step and the data. Raises ValueError naming what is wrong."""
+def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) -> Run:
+    """Loads the model, and makes the first state, the step (with XLA's own options) and the data.
+
+    Raises ValueError naming what is wrong.
+    """
     folder = checkpoint.resolve(settings.model.source, settings.model.revision)
     config = ModelConfig.from_folder(folder)
     optimizer = make_optimizer(settings.optimizer, settings.run.steps)
@@ -63,7 +66,7 @@ def prepare(settings: Settings) -> Run:
     return Run(
         settings,
         state if mesh is None else place(state, mesh),
-        jax.jit(step, donate_argnums=0),
+        jax.jit(step, donate_argnums=0, compiler_options=compiler_options),
         _data(settings, Processor.from_folder(folder), config, devices),
         make_schedule(settings.optimizer, settings.run.steps),
     )
@@ -99,7 +102,9 @@ def _data(settings: Settings, processor: Processor, config: ModelConfig, devices
     )
 
 
-def train(settings: Settings, stop: Callable[[int], bool] = lambda step: False) -> TrainState:
+def train(
+    settings: Settings, stop: Callable[[int], bool] = lambda step: False, compiler_options: dict[str, Any] | None = None
+) -> TrainState:
     """Runs to the last step, the end of the data, or `stop(step)`; goes on from the newest checkpoint in the run's folder.
 
     Writes settings.json, metrics.jsonl, TensorBoard's events, checkpoints, and at the end curves.png into the run's folder.
@@ -108,7 +113,7 @@ def train(settings: Settings, stop: Callable[[int], bool] = lambda step: False) 
       ValueError: naming what is wrong with the settings, the data (file and line) or an earlier checkpoint.
       FloatingPointError: the loss is no finite number any more.
     """
-    run, folder = prepare(settings), Path(settings.run.folder)
+    run, folder = prepare(settings, compiler_options), Path(settings.run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
     saved, data, state = Checkpoints(folder / CHECKPOINTS, settings.run.keep), iter(run.data), run.state

@@ -4,6 +4,7 @@ import dataclasses
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def _known(table: dict[str, Any], hints: dict[str, Any], prefix: str) -> None:
             raise ValueError(f"{prefix}{name} is unknown, expected {', '.join(hints)}")
 
 
-def _one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
+def _one_of(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
