@@ -13,8 +13,8 @@ from convert.vocabulary import BYTES, Merge
 
 RESOLUTION = 224  # a view covers about its square
 MAX_SLICES = 6
-# Light grounds come out near 0. With the release's 0.5 all of a white patch is 1, 588 inputs of a kind: each step of Adam then
-# moved every embedding the same way, to 40 times the size of the positions, and shapes and letters were never told apart.
+# Light grounds come out near 0. With the release's 0.5 all of a white patch is 1, so every step of Adam moves its 588 weights the
+# same way: in 12,600 steps at 1.5e-3 embeddings grew from 1 to 19, beside positions of 0.3.
 MEAN = [0.93, 0.93, 0.93]
 POSITIONS = 24  # of the learned table, a side: the patches of a 224 x 224 view, and of a 336 x 168 one, have rows of their own
 TEXT = {

@@ -134,7 +134,7 @@ def test_scores_count_whole_answers(folder):
 @pytest.mark.full
 def test_a_run_learns_exports_and_goes_on(tmp_path):
     """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
-    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"16x": SMALL}, steps=40, exam=4, dtype=jnp.float32, kept=1)
+    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"16x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
     run = train_demo.Run(settings, tmp_path / "a")
     scores = run.go()
     assert scores and (tmp_path / "a" / "model" / "model.safetensors").stat().st_size < 12e6
