@@ -7,6 +7,7 @@ what they multiply, so that a wrong formula shows.
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from convert.export import export_hf
+from convert.vocabulary import BYTES, SPLIT, TEMPLATE, Merge, byte_letters
 from minicpmv46_jax import model
 from minicpmv46_jax.checkpoint import names
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params
 
-TEMPLATE = Path(__file__).with_name("demo.jinja")
-BYTES = 256
 SPECIAL = (  # hidden when text is decoded without special tokens
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
     "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <|audio_start|> <|audio_end|> "
@@ -35,7 +35,14 @@ VISIBLE = (  # one token each, but part of the text: parsers read them
 ).split()
 VISIBLE_FROM = SPECIAL.index("<|audio_start|>")  # where the release's order has them
 ADDED = (*SPECIAL[:VISIBLE_FROM], *VISIBLE, *SPECIAL[VISIBLE_FROM:])
-IDS = {token: BYTES + i for i, token in enumerate(ADDED)}
+
+
+def added_ids(first: int) -> dict[str, int]:
+    """The ids of the added tokens, which stand behind the others."""
+    return {token: first + i for i, token in enumerate(ADDED)}
+
+
+IDS = added_ids(BYTES)
 ROLES = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -70,10 +77,15 @@ def write_demo_checkpoint(
     config = demo_config() if config is None else config
     params = demo_params(ModelConfig.from_dict(config), seed, dtype)
     with tempfile.TemporaryDirectory() as beside:
-        for name, contents in _side_files(config).items():
-            text = contents if isinstance(contents, str) else json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
-            (Path(beside) / name).write_text(text, encoding="utf-8")
+        write_files(Path(beside), side_files(config))
         return export_hf(params, beside, folder)
+
+
+def write_files(folder: Path, files: dict[str, Any]) -> None:
+    """Texts as they are, all else as JSON."""
+    for name, contents in files.items():
+        text = contents if isinstance(contents, str) else json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def demo_params(config: ModelConfig, seed: int, dtype: DTypeLike) -> Params:
@@ -93,12 +105,12 @@ def _values(random: np.random.Generator, path: names.TreePath, shape: names.Shap
     if path[-1] == "A_log":
         return np.log(random.uniform(0.01, 16.0, shape))  # the delta net's own initialisation
     if len(shape) == 1:
-        return _centre(path) + VECTOR_SPREAD * random.standard_normal(shape)
+        return centre(path) + VECTOR_SPREAD * random.standard_normal(shape)
     spread = EMBEDDING_SPREAD if "embed" in path[-2] and path[-2] != "patch_embed" else shape[-1] ** -0.5
     return spread * random.standard_normal(shape)
 
 
-def _centre(path: names.TreePath) -> float:
+def centre(path: names.TreePath) -> float:
     """Where a vector starts: biases and the text's zero-centred norms at 0, other norms and the delta net's step at 1."""
     if path[-1] == "dt_bias":
         return 1.0
@@ -175,22 +187,23 @@ def _vision_config() -> dict[str, Any]:
     }
 
 
-def _side_files(config: dict[str, Any]) -> dict[str, Any]:
+def side_files(config: dict[str, Any], merges: Sequence[Merge] = (), **preprocessing: Any) -> dict[str, Any]:
+    """The small files of a folder: the release's, but for the sizes and for the vocabulary, which is bytes and these merges."""
     return {
         "config.json": config,
-        "generation_config.json": _generation_config(),
-        "preprocessor_config.json": preprocessor_config(),
-        "tokenizer.json": _tokenizer(),
+        "generation_config.json": _generation_config(added_ids(BYTES + len(merges))),
+        "preprocessor_config.json": preprocessor_config() | preprocessing,
+        "tokenizer.json": _tokenizer(merges),
         "tokenizer_config.json": _tokenizer_config(config),
         "chat_template.jinja": TEMPLATE.read_text(encoding="utf-8"),
     }
 
 
-def _generation_config() -> dict[str, Any]:
+def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
     return {
-        "bos_token_id": IDS["<|im_start|>"],
+        "bos_token_id": ids["<|im_start|>"],
         "do_sample": True,
-        "eos_token_id": [IDS["<|endoftext|>"], IDS["<|im_end|>"]],
+        "eos_token_id": [ids["<|endoftext|>"], ids["<|im_end|>"]],
         "repetition_penalty": 1.0,
         "temperature": 0.7,
         "top_k": 0,
@@ -214,16 +227,18 @@ def preprocessor_config() -> dict[str, Any]:
     }
 
 
-def _tokenizer() -> dict[str, Any]:
+def _tokenizer(merges: Sequence[Merge]) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    ids = added_ids(BYTES + len(merges))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": token, **flags, "special": token in SPECIAL} for token, i in IDS.items()],
+        "added_tokens": [{"id": i, "content": token, **flags, "special": token in SPECIAL} for token, i in ids.items()],
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": level,
         "decoder": level,
         "model": {
@@ -235,8 +250,8 @@ def _tokenizer() -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {letter: byte for byte, letter in enumerate(_byte_letters())},
-            "merges": [],
+            "vocab": {piece: i for i, piece in enumerate([*byte_letters(), *("".join(merge) for merge in merges)])},
+            "merges": [list(merge) for merge in merges],
         },
     }
 
@@ -253,10 +268,3 @@ def _tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": "<unk>",
     }
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte: itself where it prints, else one of those from 256 on."""
-    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    stand_ins = iter(range(BYTES, 2 * BYTES))
-    return [chr(byte if byte in prints else next(stand_ins)) for byte in range(BYTES)]

@@ -1,0 +1,304 @@
+"""Scores a model on questions with known answers: `python -m minicpmv46_jax.evaluate questions.jsonl --model FOLDER`.
+
+A line of the file is one question, as an object:
+
+    {"images": ["cat.png"], "question": "What is this?", "answers": ["A cat."], "group": "animals"}
+
+`image` and `video` or `images` and `videos` are paths, from the file's own folder on, or URLs; or `messages` is a whole
+conversation in OpenAI's form instead of question and media. `answers` are all right ones. Optional: `id`, `group`, `tools`, and
+`options` such as {"max_slice_nums": 4, "enable_thinking": true}. Answers are greedy. `--url http://127.0.0.1:8000/v1` asks a
+running server, this project's engine or another's, in place of the plain generator.
+
+Scores: exact, the answer equals one of the right ones but for white space; ANLS, the edit similarity to the nearest one, 0 below
+a half (arXiv:1907.00490). Thoughts are cut off first.
+"""
+
+import argparse
+import base64
+import json
+import mimetypes
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+from minicpmv46_jax.library import MiniCPMV
+
+FIELDS = frozenset("id group image images video videos question messages answers tools options".split())
+LEAST_SIMILAR = 0.5  # ANLS counts what is further off as nothing
+MAX_NEW_TOKENS = 512
+AT_ONCE = 16  # requests to a server
+PATIENCE = 600.0  # seconds for one answer of a server
+THOUGHT_END = "</think>"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+      id: its own, or "line N".
+      messages: as the processor takes them.
+      answers: the right ones.
+      group: whose score it counts in.
+      tools: functions on offer.
+      options: for the processor and the template.
+    """
+
+    id: str
+    messages: Sequence[Mapping[str, Any]]
+    answers: Sequence[str]
+    group: str = "all"
+    tools: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """An answer and what it is worth: `exact` is 0 or 1, `anls` 0 to 1."""
+
+    question: Question
+    answer: str
+    exact: float
+    anls: float
+
+
+Answerer = Callable[[Question], str]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """A file's questions. Raises ValueError naming file and line for the first that is none."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [_question(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ValueError(f"{path}: it has no questions")
+    return found
+
+
+def _question(line: str, path: Path, number: int) -> Question:
+    where = f"{path}, line {number}"
+    try:
+        raw = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: expected an object, got {type(raw).__name__}")
+    if unknown := sorted(raw.keys() - FIELDS):
+        raise ValueError(f"{where}: field {unknown[0]!r} is unknown; known are {', '.join(sorted(FIELDS))}")
+    answers = raw.get("answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{where}: answers must be a list of texts, at least one, got {answers!r}")
+    messages = raw.get("messages") or _asked(raw, path.parent, where)
+    name, group = str(raw.get("id", f"line {number}")), str(raw.get("group", "all"))
+    return Question(name, messages, answers, group, raw.get("tools") or (), raw.get("options") or {})
+
+
+def _asked(raw: Mapping[str, Any], folder: Path, where: str) -> list[dict[str, Any]]:
+    """One user's turn: the media, then the question."""
+    if not isinstance(raw.get("question"), str):
+        raise ValueError(f"{where}: question must be a text, got {raw.get('question')!r}; or give messages")
+    parts: list[dict[str, Any]] = []
+    for kind in ("image", "video"):
+        sources = [*([raw[kind]] if kind in raw else []), *raw.get(f"{kind}s", [])]
+        parts += [{"type": kind, kind: _source(source, folder, where)} for source in sources]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": raw["question"]}]}]
+
+
+def _source(source: Any, folder: Path, where: str) -> str:
+    if not isinstance(source, str):
+        raise ValueError(f"{where}: a picture or video is named by a text, got {source!r}")
+    if source.startswith(("http://", "https://", "data:")):
+        return source
+    if not (folder / source).is_file():
+        raise ValueError(f"{where}: {folder / source} does not exist")
+    return str(folder / source)
+
+
+def of_model(model: MiniCPMV, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
+    """Greedy answers of the plain generator."""
+
+    def answer(question: Question) -> str:
+        tools = list(question.tools) or None
+        return model.chat(question.messages, tools=tools, temperature=0.0, max_new_tokens=max_new_tokens, **question.options)
+
+    return answer
+
+
+def of_server(url: str, name: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
+    """Greedy answers of a server that speaks OpenAI's chat completions.
+
+    Args:
+      url: up to and with /v1.
+      name: the model's; None for the first that the server lists.
+      max_new_tokens: of an answer.
+
+    Raises:
+      ValueError: the server cannot be reached or refuses; its own words are in the text.
+    """
+    client = httpx.Client(base_url=url.rstrip("/") + "/", timeout=PATIENCE)
+    name = name or _asked_server(client, "GET", "models")["data"][0]["id"]
+
+    def answer(question: Question) -> str:
+        options = dict(question.options)
+        template = {"enable_thinking": options.pop("enable_thinking")} if "enable_thinking" in options else {}
+        body = {
+            "model": name,
+            "messages": [_for_api(message) for message in question.messages],
+            "temperature": 0.0,
+            "max_tokens": max_new_tokens,
+            "mm_processor_kwargs": options,
+            "chat_template_kwargs": template,
+        }
+        body |= {"tools": list(question.tools)} if question.tools else {}
+        said = _asked_server(client, "POST", "chat/completions", json=body)["choices"][0]["message"]
+        calls = "\n".join(_call_text(call["function"]) for call in said.get("tool_calls") or [])
+        return "\n\n".join(filter(None, [said.get("content"), calls]))
+
+    return answer
+
+
+def _asked_server(client: httpx.Client, method: str, path: str, **fields: Any) -> dict[str, Any]:
+    try:
+        reply = client.request(method, path, **fields)
+    except httpx.HTTPError as error:
+        raise ValueError(f"{client.base_url}: the server cannot be reached: {error}") from None
+    if reply.status_code != httpx.codes.OK:
+        raise ValueError(f"{client.base_url}{path}: status {reply.status_code}: {reply.text}")
+    return reply.json()
+
+
+def _for_api(message: Mapping[str, Any]) -> dict[str, Any]:
+    """With pictures and videos as the API has them: by URL, files as data URLs."""
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        return dict(message)
+    return {**message, "content": [_part_for_api(part) for part in content]}
+
+
+def _part_for_api(part: Mapping[str, Any]) -> dict[str, Any]:
+    kind = part["type"]
+    if kind not in ("image", "video"):
+        return dict(part)
+    source = part[kind]
+    if not source.startswith(("http://", "https://", "data:")):
+        media_type = mimetypes.guess_type(source)[0] or f"{kind}/*"
+        source = f"data:{media_type};base64,{base64.b64encode(Path(source).read_bytes()).decode()}"
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": source}}
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    """A call as the model writes it."""
+    arguments = json.loads(function["arguments"])
+    body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function={function['name']}>\n{body}</function>\n</tool_call>"
+
+
+def evaluate(questions: Sequence[Question], answer: Answerer, at_once: int = 1, progress: bool = False) -> Iterator[Marked]:
+    """Each question's answer with its marks, in order; so many are asked at once."""
+    with ThreadPoolExecutor(at_once) as pool:
+        answers: Iterable[str] = pool.map(answer, questions) if at_once > 1 else map(answer, questions)
+        bar = tqdm(answers, total=len(questions), unit="answer", disable=None if progress else True)
+        for question, said in zip(questions, bar, strict=True):
+            yield mark(question, said)
+
+
+def mark(question: Question, answer: str) -> Marked:
+    """What an answer is worth."""
+    said = _spaced(answer.rpartition(THOUGHT_END)[2])
+    right = [_spaced(one) for one in question.answers]
+    return Marked(question, answer, float(said in right), max(anls(said, one) for one in right))
+
+
+def anls(said: str, right: str) -> float:
+    """Average normalised Levenshtein similarity of one pair, letters' case aside: 1 for equal, 0 below a half."""
+    a, b = said.lower(), right.lower()
+    similarity = 1 - levenshtein(a, b) / max(len(a), len(b), 1)
+    return similarity if similarity >= LEAST_SIMILAR else 0.0
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Fewest insertions, deletions and replacements of a letter that make `b` of `a`."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+    return row[-1]
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def report(marked: Sequence[Marked]) -> str:
+    """A table: each group's questions, exact answers and ANLS, and those of all."""
+    groups: dict[str, list[Marked]] = {}
+    for one in marked:
+        groups.setdefault(one.question.group, []).append(one)
+    rows = [(name, *_means(groups[name])) for name in sorted(groups)]
+    rows += [("all questions", *_means(marked))] if len(groups) > 1 else []
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"| {name:<{width}} | {number:9d} | {exact:7.1%} | {anls:6.3f} |" for name, number, exact, anls in rows]
+    return "\n".join([f"| {'group':<{width}} | questions | exact   | ANLS   |", f"|{'-' * (width + 2)}|---|---|---|", *lines])
+
+
+def _means(marked: Sequence[Marked]) -> tuple[int, float, float]:
+    number = len(marked)
+    return number, sum(one.exact for one in marked) / number, sum(one.anls for one in marked) / number
+
+
+def record(one: Marked) -> dict[str, Any]:
+    """A line of the results."""
+    question = one.question
+    return {
+        "id": question.id,
+        "group": question.group,
+        "answers": list(question.answers),
+        "answer": one.answer,
+        "exact": one.exact,
+        "anls": one.anls,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 1 for a mistake (one line on stderr)."""
+    args = _parser().parse_args(arguments)
+    try:
+        if (args.model is None) == (args.url is None):
+            raise ValueError("give either --model or --url")
+        questions = read_questions(args.questions)[: args.limit]
+        answer = of_server(args.url, args.name, args.max_new_tokens) if args.url else _local(args)
+        marked = list(evaluate(questions, answer, AT_ONCE if args.url else 1, progress=True))
+        if args.out is not None:
+            args.out.write_text("".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in marked), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report(marked))
+    return 0
+
+
+def _local(args: argparse.Namespace) -> Answerer:
+    return of_model(MiniCPMV.from_pretrained(args.model, dtype=args.dtype, progress=True), args.max_new_tokens)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("questions", type=Path, metavar="FILE", help="JSONL, a question a line")
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", help="answered by the plain generator")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model's numbers (default: the checkpoint's)")
+    parser.add_argument("--url", help="answered by the server there, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--name", help="which of the server's models (default: the first)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="ask only the first so many")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="every answer with its marks, as JSONL")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Functions to call with what is seen, and talk without pictures."""
+
+import json
+import random
+from typing import Any
+
+from minicpmv46_jax.scenes.picture import SHAPES, Picture, Text
+from minicpmv46_jax.scenes.scene import Scene, Turn
+from minicpmv46_jax.scenes.several import SIDE, _printed
+from minicpmv46_jax.scenes.shapes import CELLS, PLURALS, cell_of, light_ground, scatter
+from minicpmv46_jax.scenes.words import word
+
+
+def _function(name: str, description: str, **parameters: str) -> dict[str, Any]:
+    properties = {key: {"type": kind} for key, kind in parameters.items()}
+    schema = {"type": "object", "properties": properties, "required": list(parameters)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+FUNCTIONS = {
+    "report_count": _function("report_count", "Report how many there are.", shape="string", count="integer"),
+    "pick_up": _function("pick_up", "Pick up a shape.", colour="string", shape="string"),
+    "move_to": _function("move_to", "Move to a place.", place="string"),
+    "save_text": _function("save_text", "Save a text.", text="string"),
+}
+
+
+def call_scene(dice: random.Random, held_out: bool) -> Scene:
+    """A picture, one to three functions on offer, and something to do with them; or something they are no use for."""
+    name = dice.choice(list(FUNCTIONS))
+    picture, turns = (_to_save if name == "save_text" else _to_handle)(dice, held_out, name)
+    others = dice.sample([other for other in FUNCTIONS if other != name], dice.choice((0, 0, 1)))
+    offered = dice.sample([name, *others], len(others) + 1)
+    return Scene("calls", (picture,), tuple(turns), tools=tuple(json.dumps(FUNCTIONS[offer]) for offer in offered))
+
+
+def _to_save(dice: random.Random, held_out: bool, name: str) -> tuple[Picture, list[Turn]]:
+    mark: Text = _printed(dice, word(dice, held_out, 2, 6))
+    turns = [
+        Turn("calls", dice.choice(("Save the word.", "Save what it says.")), "", call=(name, (("text", mark.text),))),
+        Turn("calls", "What does it say?", mark.text),
+    ]
+    return Picture(SIDE, SIDE, light_ground(dice), (mark,)), turns
+
+
+def _to_handle(dice: random.Random, held_out: bool, name: str) -> tuple[Picture, list[Turn]]:
+    del held_out
+    shapes = scatter(dice, dice.randint(1, 4), SIDE, SIDE)
+    kind = dice.choice([*(shape.kind for shape in shapes), dice.choice(SHAPES)])
+    target = dice.choice([s for s in shapes if [o.kind for o in shapes].count(s.kind) == 1] or shapes[:1])
+    at = CELLS[cell_of(target, SIDE, SIDE)]
+    sole = [s for s in shapes if s.name == target.name] == [target]
+    if name == "report_count":
+        number = sum(shape.kind == kind for shape in shapes)
+        question, arguments = f"Report the number of {PLURALS.get(kind, kind + 's')}.", (("shape", kind), ("count", number))
+    elif name == "move_to":
+        question, arguments = f"Move to the {target.name}.", (("place", at),)
+    else:
+        question, arguments = f"Pick up the shape at the {at}.", (("colour", target.colour), ("shape", target.kind))
+    turns = [Turn("calls", "How many shapes are there?", str(len(shapes)))]
+    if sole or name != "move_to":
+        turns.append(Turn("calls", question, "", call=(name, arguments)))
+    return Picture(SIDE, SIDE, light_ground(dice), tuple(shapes)), turns
+
+
+SAID = (
+    ("Hi", "Hello! Show me a picture and ask about it."),
+    ("Hello", "Hello! Show me a picture and ask about it."),
+    ("Hi!", "Hello! Show me a picture and ask about it."),
+    ("Hello!", "Hello! Show me a picture and ask about it."),
+    ("Who are you?", "I am a small demo model. I see shapes and read printed capitals."),
+    ("What can you do?", "I see shapes and read printed capitals in pictures and short videos."),
+    ("Thank you.", "You are welcome."),
+    ("Thanks!", "You are welcome."),
+    ("Bye", "Goodbye!"),
+)
+
+
+def talk_scene(dice: random.Random, held_out: bool) -> Scene:
+    """A word of welcome; it shows nothing, so no split applies."""
+    del held_out
+    return Scene("talk", (), tuple(Turn("talk", *pair) for pair in dice.sample(SAID, 2)))

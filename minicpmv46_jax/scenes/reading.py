@@ -1,0 +1,221 @@
+"""Print: lines, words in places and colours, words in shapes, tables, and large pictures whose small print needs the slices."""
+
+import random
+import string
+
+from minicpmv46_jax.scenes.picture import COLOURS, INK, Colour, Picture, Rule, Shape, Text, text_width
+from minicpmv46_jax.scenes.scene import Scene, Turn, sentence
+from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground, sometimes_larger
+from minicpmv46_jax.scenes.words import number, word
+
+READABLE = (24, 52)  # sizes of print that a view of its own shows well
+LARGE = ((448, 336), (336, 448), (448, 448), (672, 448), (448, 672))  # (width, height): four to six slices
+SMALL_PRINT = (24, 36)  # in a large picture: halved or less in the view of the whole, whole in the slices
+PLACES = ("top", "middle", "bottom")
+DARK = ("red", "green", "blue", "purple", "black")  # colours of print that show on a light ground
+FILLED = ("red", "green", "blue", "purple", "black")  # colours of shapes on which white print shows
+
+
+def letters_scene(dice: random.Random, held_out: bool) -> Scene:
+    """Three to nine letters and digits, each in a cell of its own: where reading begins."""
+    del held_out  # all letters are in both splits
+    width, height = dice.choice(SIZES)
+    cells = sorted(dice.sample(range(9), dice.randint(3, 9)))
+    signs = dice.choices(string.ascii_uppercase + string.digits, k=len(cells))
+    size = dice.randint(26, 52)
+    marks = tuple(
+        _loose(dice, sign, COLOURS[dice.choice(DARK)], _cell_box(cell, width, height), size)
+        for cell, sign in zip(cells, signs, strict=True)
+    )
+    turns = [Turn("letters", "Read the letters.", " ".join(signs))]
+    for cell, sign in dice.sample(list(zip(cells, signs, strict=True)), min(4, len(cells))):
+        turns.append(Turn("letters", f"Which letter is at the {CELLS[cell]}?", sign))
+    cell, sign = dice.choice(list(zip(cells, signs, strict=True)))
+    if signs.count(sign) == 1:
+        turns.append(Turn("letters", f"Where is the letter {sign}?", sentence(CELLS[cell])))
+    turns.append(Turn("count", "How many letters are there?", str(len(signs))))
+    return Scene("letters", (Picture(width, height, light_ground(dice), marks),), tuple(turns))
+
+
+def lines_scene(dice: random.Random, held_out: bool) -> Scene:
+    """One to five lines of one to three words or numbers."""
+    width, height = dice.choice(SIZES)
+    size = dice.randint(*READABLE)
+    lines: list[str] = []
+    for _ in range(dice.randint(1, min(5, height * 2 // (size * 3)))):
+        line = _line(dice, held_out, width - 16, size)
+        lines += [line] if line else []
+    lines = lines or [word(dice, held_out, 2, 4)]
+    ground, ink = _contrast(dice)
+    step = height // len(lines)
+    marks = tuple(_loose(dice, line, ink, (8, i * step, width - 8, (i + 1) * step), size) for i, line in enumerate(lines))
+    picture = Picture(width, height, ground, marks)
+    return Scene("lines", (sometimes_larger(dice, picture),), tuple(_line_questions(dice, lines)))
+
+
+def _line(dice: random.Random, held_out: bool, width: int, size: int) -> str:
+    """As many of one to three words as fit."""
+    line = ""
+    for _ in range(dice.choice((1, 1, 1, 2, 3))):
+        longer = f"{line} {_printed(dice, held_out)}".strip()
+        line = longer if text_width(longer, size) <= width else line
+    return line
+
+
+def _printed(dice: random.Random, held_out: bool) -> str:
+    return number(dice, held_out) if dice.random() < 0.2 else word(dice, held_out)
+
+
+def _line_questions(dice: random.Random, lines: list[str]) -> list[Turn]:
+    asked = ("What does it say?", "Read the text.", "What is written here?", "Which words are in the picture?")
+    turns = [Turn("read", dice.choice(asked), "\n".join(lines))]
+    words = " ".join(lines).split()
+    if len(words) > 1:
+        which, found = dice.choice((("first", words[0]), ("last", words[-1])))
+        turns.append(Turn("read", f"What is the {which} word?", found))
+    if len(lines) > 1:
+        which, found = dice.choice((("first", lines[0]), ("last", lines[-1]), ("second", lines[1])))
+        turns.append(Turn("read", f"Read the {which} line.", found))
+        turns.append(Turn("count", "How many lines are there?", str(len(lines))))
+    return turns
+
+
+def signs_scene(dice: random.Random, held_out: bool) -> Scene:
+    """Two or three words, each of its own colour or on a shape of its own colour."""
+    width, height = 224, 224
+    number_of = dice.choice((2, 2, 3))
+    colours, on_shapes = dice.sample(DARK, number_of), dice.random() < 0.5
+    marks: list[Shape | Text] = []
+    turns, seen = [], []
+    for place, colour in zip(sorted(dice.sample(range(3), number_of)), colours, strict=True):
+        text, size = word(dice, held_out, 2, 4 if on_shapes else 6), dice.randint(24, 34)
+        box = (8, place * 74, width - 8, place * 74 + 74)
+        if on_shapes:
+            mark = _loose(dice, text, (255, 255, 255), (30, *box[1:2], width - 30, box[3]), min(size, 26))
+            marks += _plate(mark, colour)
+            question = f"What is written on the {colour} sign?"
+        else:
+            mark = _loose(dice, text, COLOURS[colour], box, size)
+            question = f"What does the {colour} word say?"
+        marks.append(mark)
+        seen.append(text)
+        turns.append(Turn("read", question, text))
+        turns.append(
+            Turn("colour", f"What colour is the {'sign' if on_shapes else 'word'} at the {PLACES[place]}?", sentence(colour))
+        )
+        turns.append(Turn("read", f"What is written at the {PLACES[place]}?", text))
+    turns.insert(0, Turn("read", "What does it say?", "\n".join(seen)))
+    return Scene("signs", (Picture(width, height, light_ground(dice), tuple(marks)),), tuple(turns))
+
+
+def _plate(text: Text, colour: str) -> list[Rule]:
+    """A filled bar behind a line of print, of horizontal rules."""
+    half = text_width(text.text, text.size) // 2 + 8
+    rows = range(text.y - text.size * 2 // 3, text.y + text.size * 2 // 3, 2)
+    return [Rule(text.x - half, y, text.x + half, y, COLOURS[colour]) for y in rows]
+
+
+def table_scene(dice: random.Random, held_out: bool) -> Scene:
+    """Two to four rows of a name and a number, ruled."""
+    width, height, size = 224, 224, dice.randint(24, 30)
+    rows = dice.randint(2, 4)
+    names = _different(lambda: word(dice, held_out, 2, 5), rows)
+    values = _different(lambda: str(dice.randint(1, 999)), rows)
+    step, top = height // rows, dice.randint(0, 8)
+    ground = light_ground(dice)
+    marks: list[Text | Rule] = [Rule(140, 4, 140, height - 4, INK)] + [
+        Rule(4, i * step, width - 4, i * step, INK) for i in range(1, rows)
+    ]
+    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+        y = i * step + step // 2 + top - 4
+        marks += [Text(name, "", 72, y, size)._replace(colour=INK), Text(value, "", 182, y, size)._replace(colour=INK)]
+    pick = dice.randrange(rows)
+    most = max(range(rows), key=lambda i: int(values[i]))
+    turns = [
+        Turn("table", "Read the table.", "\n".join(f"{n}: {v}" for n, v in zip(names, values, strict=True))),
+        Turn("table", dice.choice((f"How much is {names[pick]}?", f"What is the number of {names[pick]}?")), values[pick]),
+        Turn("table", f"Which name has the number {values[pick]}?", names[pick]),
+        Turn("table", "How many rows does the table have?", str(rows)),
+        Turn(
+            "table",
+            "Which name has the largest number?",
+            names[most],
+            ", ".join(f"{n} has {v}" for n, v in zip(names, values, strict=True)) + ".",
+        ),
+    ]
+    return Scene("table", (Picture(width, height, ground, tuple(marks)),), tuple(turns))
+
+
+def small_print_scene(dice: random.Random, held_out: bool) -> Scene:
+    """A large picture with some shapes and, in other cells, words too small for the view of the whole."""
+    width, height = dice.choice(LARGE)
+    cells = dice.sample(range(9), dice.randint(2, 5))
+    number_of = dice.randint(1, min(3, len(cells) - 1))
+    marks: list[Shape | Text] = []
+    words: dict[int, str] = {}
+    for cell in sorted(cells[:number_of]):
+        words[cell] = word(dice, held_out, 2, 5) if width // 3 < 100 else word(dice, held_out, 2, 6)
+        marks.append(
+            _loose(
+                dice,
+                words[cell],
+                COLOURS[dice.choice(DARK)],
+                _cell_box(cell, width, height),
+                dice.randint(*SMALL_PRINT),
+                width // 3 - 4,
+            )
+        )
+    shapes = {cell: _shape_in(dice, cell, width, height) for cell in sorted(cells[number_of:])}
+    marks += shapes.values()
+    asked = ("What does it say?", "Read the small print.", "What is written here?")
+    turns = [Turn("slices", dice.choice(asked), "\n".join(words.values()))]
+    cell = dice.choice(list(words))
+    turns.append(Turn("slices", f"What is written at the {CELLS[cell]}?", words[cell]))
+    cell = dice.choice(list(shapes))
+    turns.append(
+        Turn(
+            "where",
+            f"What is at the {CELLS[cell]}?",
+            sentence(f"{'an' if shapes[cell].name[0] in 'aeio' else 'a'} {shapes[cell].name}"),
+        )
+    )
+    turns.append(Turn("count", "How many shapes are there?", str(len(shapes))))
+    return Scene("small print", (Picture(width, height, light_ground(dice), tuple(marks)),), tuple(turns))
+
+
+def _shape_in(dice: random.Random, cell: int, width: int, height: int) -> Shape:
+    left, top, right, bottom = _cell_box(cell, width, height)
+    radius = min(right - left, bottom - top) * dice.randint(24, 42) // 100
+    colour, kind = dice.choice(list(COLOURS)), dice.choice(("circle", "square", "triangle", "star", "cross", "diamond"))
+    return Shape(kind, colour, (left + right) // 2, (top + bottom) // 2, radius)
+
+
+def _cell_box(cell: int, width: int, height: int) -> tuple[int, int, int, int]:
+    row, column = divmod(cell, 3)
+    return column * width // 3, row * height // 3, (column + 1) * width // 3, (row + 1) * height // 3
+
+
+def _loose(dice: random.Random, text: str, ink: Colour, box: tuple[int, int, int, int], size: int, most: int = 0) -> Text:
+    """A line somewhere in (left, top, right, bottom), smaller where it would not fit."""
+    left, top, right, bottom = box
+    while text_width(text, size) > (most or right - left - 4) and size > 12:
+        size -= 1
+    half_width, half_height = text_width(text, size) // 2 + 2, size // 2 + 2
+    x = dice.randint(left + half_width, max(right - half_width, left + half_width))
+    y = dice.randint(top + half_height, max(bottom - half_height, top + half_height))
+    return Text(text, ink, x, y, size)
+
+
+def _contrast(dice: random.Random) -> tuple[Colour, Colour]:
+    """(ground, ink): dark on light, or light on dark."""
+    if dice.random() < 0.2:
+        return COLOURS[dice.choice(DARK)], (255, 255, 255)
+    return light_ground(dice), COLOURS[dice.choice(DARK)]
+
+
+def _different(draw, number_of: int) -> list[str]:
+    found: list[str] = []
+    while len(found) < number_of:
+        text = draw()
+        found += [text] if text not in found else []
+    return found

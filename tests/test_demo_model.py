@@ -1,0 +1,145 @@
+"""The demo model's vocabulary, first weights, lessons and recipe."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from convert import drawing, train_demo
+from convert.demo import write_files
+from convert.demo_model import MEAN, model_config, model_files
+from convert.drawing import Task
+from convert.vocabulary import BARE, merges, scene_words
+from minicpmv46_jax import scenes
+from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.processing.images import patchify
+from minicpmv46_jax.train import BatchShape
+
+SMALL = BatchShape(rows=2, tokens=512, patches=2048, views=8, longest=train_demo.LONGEST)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return scene_words()
+
+
+@pytest.fixture(scope="module")
+def folder(words, tmp_path_factory):
+    """Everything but the weights."""
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder, model_files(merges(words)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_word_is_a_token_and_print_is_spelt(words, tokenizer):
+    assert {"Which", " picture", " diamonds", "<parameter"} <= set(words)
+    assert [word for word in words if word[-1].isalpha() and len(tokenizer.encode(word)) != 1] == []
+    assert set(BARE) <= set(words)
+    for text in ("QKGDD", "56253", "ROJUFUT 956.33", "IVEBO\nEF"):
+        assert [tokenizer.decode(i) for i in tokenizer.encode(text)] == list(text)
+    for text in ("Ein Bär, naïve", "unseen words", "red  \n\n\tx", "日本"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_stand_where_the_configs_say(words, tokenizer):
+    config = model_config(merges(words))
+    assert len(tokenizer) == config["text_config"]["vocab_size"]
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config["image_token_id"]
+    assert tokenizer.convert_tokens_to_ids("<|video_pad|>") == config["video_token_id"]
+    assert len(words) == len(set(words))
+
+
+def test_a_lesson_teaches_the_answers_alone(folder):
+    """Whatever the turns, the learned tokens spell the answers, and a thought where there is one, and nothing else."""
+    task = Task(folder, SMALL, {"shapes": 0.5, "calls": 0.5}, count=12)
+    teacher = drawing.Teacher(task)
+    for seed in range(12):
+        scene = scenes.draw(seed, mix=task.mix)
+        for think in (False, True):
+            turns = [turn for turn in scene.turns if turn.call is None][:2] + [turn for turn in scene.turns if turn.call][:1]
+            lesson = teacher.conversation(scene, turns, think)
+            said = teacher.processor.tokenizer.decode(lesson.inputs.token_ids[lesson.learned])
+            *_, last = turns
+            thought = f"{last.thought or drawing.LOOK}\n</think>\n\n" if think else ""
+            assert said == "".join(f"{t.said}<|im_end|>" for t in turns[:-1]) + f"{thought}{last.said}<|im_end|>"
+
+
+def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
+    tasks = [Task(folder, SMALL, {"shapes": 1.0}, first=i, step=2, count=4) for i in range(2)]
+    drawn = [[lesson.inputs.token_ids.tolist() for lesson in drawing.lessons(task)] for task in tasks]
+    assert [len(part) for part in drawn] == [4, 4] and not any(lesson in drawn[1] for lesson in drawn[0])
+    exam = list(drawing.examination(Task(folder, SMALL, {"shapes": 1.0}, held_out=True, count=6)))
+    assert {group for group, _ in exam} <= {"what", "colour", "where", "count", "relation", "thinking"}
+    assert len(exam) == 6
+
+
+def test_patches_begin_white(folder):
+    """Of patches with something in them, other ones than it was made from: unit variance, or less in directions of noise."""
+    vision = ModelConfig.from_folder(folder).vision
+    embedding = train_demo.whitening(vision, MEAN)
+    drawn = [scenes.draw(seed, True, {"lines": 1.0}).media[0].render() for seed in range(40)]
+    pixels = np.concatenate([patchify(picture, 14).pixels for picture in drawn if picture.shape == (224, 224, 3)])
+    values = (pixels.reshape(len(pixels), 3, -1) / 255 - np.array(MEAN)[None, :, None]) / 0.5
+    x = values.reshape(len(pixels), -1) @ embedding["weight"].T + embedding["bias"]
+    x = x[np.ptp(pixels, axis=1) > train_demo.MARKED]
+    assert 0.3 < np.median(x.std(axis=0)) < 1.5 and abs(x.mean()) < 0.1
+
+
+def test_positions_begin_as_waves(folder):
+    vision = ModelConfig.from_folder(folder).vision
+    table = train_demo.waves(vision).reshape(24, 24, -1)
+    apart = [np.linalg.norm(table[0, 0] - table[0, i]) for i in range(1, 6)]
+    assert table.shape[-1] == vision.hidden_size and apart == sorted(apart) and apart[0] > 0.2
+    assert np.unique(table.reshape(576, -1).round(4), axis=0).shape[0] == 576
+
+
+def test_rates():
+    assert train_demo.rate(0, 0.0, 1.0) == pytest.approx(1 / train_demo.WARMUP)
+    assert train_demo.rate(10**6, 0.0, 1.0) == pytest.approx(1.0)
+    assert train_demo.rate(10**6, 0.5, 1.0) == pytest.approx(0.51) and train_demo.rate(10**6, 2.0, 1.0) == pytest.approx(0.02)
+    updates = {
+        "vision": {"patch_embed": {"weight": jnp.ones((2, 588))}, "merger": {"linear_1": {"weight": jnp.ones((4, 768))}}},
+        "text": {"embed": {"weight": jnp.ones((9, 384))}, "norm": {"weight": jnp.ones(4)}},
+    }
+    slowed = jax.tree.map(lambda x: float(x.ravel()[0]), train_demo.by_inputs(updates, None))
+    assert slowed["vision"]["patch_embed"]["weight"] == pytest.approx(train_demo.PATCH_RATE)
+    assert slowed["vision"]["merger"]["linear_1"]["weight"] == pytest.approx(0.25)
+    assert slowed["text"] == {"embed": {"weight": 1.0}, "norm": {"weight": 1.0}}
+
+
+def test_scores_count_whole_answers(folder):
+    """Marks made by hand: one conversation all right, one with a wrong token, the rest untouched."""
+    exam = train_demo.draw_exam(Task(folder, SMALL, {"shapes": 1.0}, held_out=True, count=3))
+    batch, groups = exam[0]
+    weights, segments = batch.weights[0, 0], batch.segments[0, 0]
+    right = np.ones(weights.shape, bool)
+    wrong = np.argwhere((weights > 0) & (segments == 1))[0]
+    right[tuple(wrong)] = False
+    spoilt = groups[wrong[0]][0]
+    scores = train_demo.score(lambda params, batch: right, {}, exam[:1])
+    asked = sum(row.count(spoilt) for row in groups)
+    assert scores[spoilt] == pytest.approx((asked - 1) / asked)
+    assert all(score == 1.0 for group, score in scores.items() if group != spoilt)
+
+
+@pytest.mark.full
+def test_a_run_learns_exports_and_goes_on(tmp_path):
+    """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
+    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"16x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
+    run = train_demo.Run(settings, tmp_path / "a")
+    scores = run.go()
+    assert scores and (tmp_path / "a" / "model" / "model.safetensors").stat().st_size < 12e6
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert log[-2]["event"] == "trained"
+    again = train_demo.Run(dataclasses.replace(settings, start=tmp_path / "a" / "model", steps=1), tmp_path / "b")
+    again.go()
+    assert (tmp_path / "b" / "model" / "config.json").read_text() == (tmp_path / "a" / "model" / "config.json").read_text()
