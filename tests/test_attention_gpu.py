@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.packed_attention import gpu_walks, packed_attention, window_attention
-from kernels_pallas.paged_attention import PAGE, gpu_decode, paged_attention
+from kernels_pallas.packed_attention import gpu_backward, gpu_forward, gpu_walks, packed_attention, window_attention
+from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_attention
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
+from tests.tolerances import PACKED_ATTENTION, PAGED_ATTENTION, relative_rms
 
 
 def like(*shape, dtype=jnp.bfloat16):
@@ -126,3 +128,70 @@ def test_pages_are_shared_out_evenly_and_once(seed):
                 assert block + s not in slots
                 slots.add(block + s)
     assert not pages.any()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels in Mosaic's interpreter, which knows no wgmma with a left operand in registers: products are jnp's."""
+
+    def product(a, b):
+        a = a if isinstance(getattr(a, "aval", a), jax.core.ShapedArray | jax.Array) else a[...]
+        return jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
+
+    for module in (gpu_forward, gpu_backward, gpu_decode, gpu_prefill):
+        monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
+        if hasattr(module, "product"):
+            monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(gpu_forward, "PROCESSORS", 2)
+    monkeypatch.setattr(gpu_decode, "PROCESSORS", 3)
+    with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
+        yield
+
+
+@needs_mosaic
+def test_packed_attention_and_its_gradients_interpreted(interpreted):
+    rng = np.random.default_rng()
+    lengths, rows = [40, 30, 50], 144
+    starts, sizes = jnp.asarray([3, 43, 80], jnp.int32), jnp.asarray(lengths, jnp.int32)
+    q, k, v, cotangent = jnp.asarray(rng.standard_normal((4, rows, 2, 72)), jnp.bfloat16)
+    first, end = gpu_walks.views(starts, sizes, rows)
+    out, sums = gpu_forward.forward(q, k, v, first, end, groups=2, tile=64, stages=2)
+    gradients = gpu_backward.backward(q, k, v, out, sums, cotangent, first, end)
+    dense = functools.partial(packed_attention, starts=starts, lengths=sizes, longest=50, backend="reference")
+    expected, pull = jax.vjp(dense, *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert relative_rms(out, expected) < PACKED_ATTENTION["gpu bfloat16"]
+    assert not np.asarray(out, np.float32)[:3].any()
+    for found, target in zip(gradients, pull(cotangent.astype(jnp.float32)), strict=True):
+        assert relative_rms(found, target) < PACKED_ATTENTION["gpu bfloat16 gradient"]
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("run", "lengths", "contexts", "longest"),
+    [
+        (gpu_decode.decode, [1, 0, 1], [70, 64, 200], 1),
+        (gpu_decode.decode, [2, 1], [70, 130], 2),
+        (gpu_prefill.prefill, [40, 0, 3], [100, 30, 130], 40),
+        (functools.partial(gpu_prefill.prefill, splits=3), [40], [200], 40),
+    ],
+    ids=["decoding", "drafts", "prompts", "split along the pages"],
+)
+def test_paged_attention_interpreted(interpreted, run, lengths, contexts, longest):
+    """Pages in random order; what no sequence may see is NaN."""
+    rng = np.random.default_rng()
+    counts = [-(-context // PAGE) for context in contexts]
+    order, at = rng.permutation(sum(counts) + 2), 0
+    tables, pools = np.full((len(lengths), max(counts) + 1), -1, np.int32), rng.standard_normal((2, len(order), PAGE, 512))
+    clean = np.array(pools)
+    for s, (count, context) in enumerate(zip(counts, contexts, strict=True)):
+        tables[s, :count], at = order[at : at + count], at + count
+        if context % PAGE:
+            pools[:, tables[s, count - 1], context % PAGE :] = np.nan
+    pools[:, order[at:]] = np.nan
+    starts = np.cumsum([0, *lengths[:-1]]) if longest > 1 else np.arange(len(lengths))
+    q = jnp.asarray(rng.standard_normal((max(sum(lengths), len(lengths)), 8, 256)), jnp.bfloat16)
+    numbers = [jnp.asarray(x, jnp.int32) for x in (tables, starts, lengths, contexts)]
+    out = run(q, *jnp.asarray(pools, jnp.bfloat16), *numbers, longest=longest)
+    rounded = jnp.asarray(clean, jnp.bfloat16).astype(jnp.float32)
+    expected = paged_attention(q.astype(jnp.float32), *rounded, *numbers, longest=longest, backend="reference")
+    assert relative_rms(out, expected) < PAGED_ATTENTION["gpu bfloat16"]

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, load, params, tiles
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, load, params, product, tiles
 from kernels_pallas.packed_attention.gpu_walks import FLOOR, PROCESSORS, ROWS, SLACK, columns, keep_own, leave, plan, seen
 
 
@@ -115,7 +115,7 @@ def _kernel(*refs, N, H, groups, tile, stages):
                 total, weight, largest = carry
                 slot = lax.rem(ring + i, stages)
                 plgpu.barrier_wait(k_ready.at[slot])
-                scores = _scores(mine_s, k_s.at[slot])
+                scores = product(mine_s, k_s.at[slot].transpose(ACROSS))
                 plgpu.barrier_arrive(k_free.at[slot])
                 masked = (i < clear) | (i >= cloudy)
                 scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * tile), lambda x: x, scores)
@@ -149,11 +149,3 @@ def nothing(width: int) -> tuple[Array, Array, Array]:
     total = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), MATRIX)
     weight = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
     return total, weight, plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
-
-
-def _scores(rows: object, columns: object) -> Array:
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, rows, columns.transpose(ACROSS))
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((rows.shape[0], columns.shape[0]), jnp.float32))

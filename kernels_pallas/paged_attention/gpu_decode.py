@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, store, tiles
+from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, product, store, tiles
 
 PAGE = 64
 ROWS = 64  # of a matrix product
@@ -165,7 +165,7 @@ def _read(*refs, N, K, H, R):
                 total, weight, largest, t = carry
                 slot = group * STAGES + lax.rem(t, STAGES)
                 plgpu.barrier_wait(ready.at[slot])
-                scores = product_of(q_s, tile_s.at[slot].transpose(ACROSS))
+                scores = product(q_s, tile_s.at[slot].transpose(ACROSS))
                 plgpu.barrier_arrive(free.at[slot])
                 pl.when(i == high - 1)(lambda: plgpu.barrier_arrive(q_free))
                 left = context - i * PAGE  # tokens from here on
@@ -208,16 +208,6 @@ def _read(*refs, N, K, H, R):
 
         lax.fori_loop(0, count[block], sequence, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-def product_of(a, b):
-    """`a @ b` of two references."""
-
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def clear(ref, valid):
