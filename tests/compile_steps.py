@@ -1,8 +1,9 @@
-"""Compiles the steps at the released size for a TPU topology and prints their memory as JSON; test_compile_tpu.py runs it."""
+"""Compiles the steps at the released size for a TPU and prints their memory and kernels as JSON; test_compile_tpu.py runs it."""
 
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -28,14 +29,16 @@ def bytes_of(tree: object) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compiled(mesh: Mesh, state: TextState | None, f: Callable, *args: object, **jit: object) -> dict[str, int]:
+def compiled(mesh: Mesh, state: TextState | None, f: Callable, *args: object, **jit: object) -> dict[str, int | list[str]]:
     with jax.set_mesh(mesh):
-        memory = jax.jit(f, **jit).trace(*args).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+        lowered = jax.jit(f, **jit).trace(*args).lower(lowering_platforms=("tpu",))
+        memory = lowered.compile().memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "state": bytes_of(state),
+        "kernels": sorted(set(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))),
     }
 
 
