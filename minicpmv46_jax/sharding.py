@@ -30,7 +30,7 @@ def spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
     if shards == 1 or len(shape) < 2 or not fitting:
         return PartitionSpec()
     axis = max(fitting, key=lambda axis: shape[axis])
-    return PartitionSpec(*(FSDP if axis == own else None for own in range(len(shape))))
+    return PartitionSpec(*[None] * axis, FSDP)
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:

@@ -15,7 +15,7 @@ from convert import export_run
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.train import log
 from minicpmv46_jax.train.__main__ import main
-from minicpmv46_jax.train.run import trained_params
+from minicpmv46_jax.train.run import train, trained_params
 from minicpmv46_jax.train.settings import Settings
 from tests.oracle import Oracle
 from tests.tolerances import FLOAT32_FORWARD, relative_rms

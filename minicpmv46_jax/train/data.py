@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+from absl import flags
 
 from minicpmv46_jax.config import VisionConfig
 from minicpmv46_jax.processing import Processor
@@ -202,5 +203,7 @@ def batches(
     rows = rows.repeat(epochs).map(reader)
     read = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4 * threads, 1)))
     if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's processes ask for its absl flags, which this program does not parse
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return Batches(read, reader.shape, vision, (accumulation, devices), errors)

@@ -130,7 +130,7 @@ def train(
         saved.close()
         log.close()
     if data.faults:
-        print(f"skipped {sum(data.faults.values())} rows that could not be learned from")
+        print(f"skipped {len(data.faults)} rows that could not be learned from")
     return state
 
 
