@@ -2,7 +2,7 @@
 
 Weights are drawn at random unless `--load` is given: speed does not depend on them, and only config.json is read. Times are
 medians, on the host's clock around work that is waited for. What the device could do is measured first: a large copy for
-bandwidth, a large product for arithmetic.
+bandwidth, a large product for arithmetic; on an accelerator by its profiler and in bfloat16, as `kernels_pallas.bench` does.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.bench import kernels
+from kernels_pallas.bench import kernels, limits
 from minicpmv46_jax import checkpoint, model, packing
 from minicpmv46_jax.config import GenerationConfig, ModelConfig, VisionConfig
 from minicpmv46_jax.generate import Generator
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     config, dtype = ModelConfig.from_folder(args.model), jnp.dtype(args.dtype)
     on_cpu = jax.default_backend() == "cpu"
-    bandwidth, rate = copy_bandwidth(2**26 if on_cpu else 2**32), matrix_rate(1024 if on_cpu else 8192, dtype)
+    bandwidth, rate = (copy_bandwidth(2**26), matrix_rate(1024, dtype)) if on_cpu else limits()
     device = jax.devices()[0].device_kind
     print(
         f"{device}, jax {jax.__version__}, {args.dtype}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s"
