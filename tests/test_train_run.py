@@ -40,16 +40,18 @@ def source(tmp_path_factory, demo_folder, photos):
         {"conversation": [{"human": "How many?", "assistant": "Two."}, {"human": "And now?", "assistant": "Three."}]},
         {"query": "Who?", "response": "Nobody."},
     ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return model, folder / "data.jsonl"
+    for name, own in {"text": [row for row in rows if "images" not in row], "pictures": rows}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    return model, folder
 
 
-def settings(source, folder, **tables):
-    model, data = source
+def settings(source, folder, rows="text", **tables):
+    model, files = source
+    pictures = {"patches": 128, "views": 2, "longest": 96} if rows == "pictures" else {}
     fixed = {
         "model": {"source": str(model)},
-        "data": {"files": [str(data)]},
-        "batch": {"rows": 1, "tokens": 192, "patches": 128, "views": 2, "longest": 96},
+        "data": {"files": [str(files / f"{rows}.jsonl")]},
+        "batch": {"rows": 1, "tokens": 192, **pictures},
         "run": {"folder": str(folder), "steps": STEPS, "dtype": "float32", "log_every": 1, "save_every": 10},
         "optimizer": {"rate": 1e-2, "warmup": 3},
     }
@@ -68,7 +70,7 @@ def full(source, tmp_path_factory):
 def adapted(source, tmp_path_factory):
     """The folder of a run with adapters."""
     folder = tmp_path_factory.mktemp("run") / "lora"
-    train(settings(source, folder, lora={"rank": 8}, optimizer={"rate": 5e-3}))
+    train(settings(source, folder, "pictures", lora={"rank": 8}, optimizer={"rate": 5e-3}))
     return folder
 
 
@@ -85,16 +87,12 @@ def test_a_run_overfits_and_exports_what_it_trained(kind, request, source, tmp_p
     assert list((folder / "tensorboard").iterdir())
     exported = export_run(folder, tmp_path / "exported")
     ours = MiniCPMV.from_pretrained(exported)
-    parts = [{"type": "image", "image": str(source[1].parent / "china.png")}, {"type": "text", "text": "Where?"}]
-    inputs = ours.process([{"role": "user", "content": parts}])
+    picture = {"type": "image", "image": str(source[1] / "china.png")}
+    question = [{"type": "text", "text": "Who?"}] if kind == "full" else [picture, {"type": "text", "text": "Where?"}]
+    inputs = ours.process([{"role": "user", "content": question}])
     logits = Oracle(exported).logits(inputs)
     assert relative_rms(ours.logits(inputs), logits) < FLOAT32_FORWARD
-    assert chr(int(logits[-1].argmax())) == "C"  # the first letter of what it learned
-    before = MiniCPMV.from_pretrained(source[0]).params
-    np.testing.assert_equal(
-        np.array_equal(before["vision"]["patch_embed"]["weight"], ours.params["vision"]["patch_embed"]["weight"]),
-        kind == "adapted",
-    )
+    assert chr(int(logits[-1].argmax())) == ("N" if kind == "full" else "C")  # the first letter of what it learned
 
 
 def test_a_run_that_was_broken_off_goes_on_to_the_same_curve(source, full, tmp_path):
