@@ -1,4 +1,4 @@
-"""The whole steps at the released size, compiled for TPUs that are not here: memory, donation, and that they compile at all.
+"""The whole steps at the released size, compiled for TPUs that are not here: memory, donation, and which kernels are in them.
 
 libtpu's compiler needs no TPU, but a process of its own: its settings and the mesh are not the other tests'. Nothing runs.
 """
