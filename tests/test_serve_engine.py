@@ -16,7 +16,7 @@ from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
 from serve.work import prepare
 from tests.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
-from tests.small_engine import SIZES
+from tests.small_engine import FEW_PAGES, SIZES
 
 GREEDY_OPTIONS = generation_options(GenerationConfig())
 
