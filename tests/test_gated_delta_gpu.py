@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gated_delta
-from kernels_pallas.gated_delta import gpu_recurrent
+from kernels_pallas.gated_delta import gpu_handover, gpu_recurrent
+from kernels_pallas.gated_delta.packed import hand_over as in_xla
 from tests import gated_delta_truth as truth
 from tests.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
@@ -85,6 +86,52 @@ def test_another_device_is_refused(rng):
         ValueError, match=r"backend 'gpu' is for NVIDIA H100.*, and the device is 'cpu'; backend 'reference' runs on it"
     ):
         gated_delta.chunked(*case.arguments(), backend="gpu")
+
+
+@needs_mosaic
+def test_the_memory_handed_over_and_its_gradients_interpreted(rng, monkeypatch):
+    """Against the scan in XLA. The interpreter knows no wgmma with a left operand in registers: products are jnp's."""
+
+    def product(a, b):
+        a = a if isinstance(getattr(a, "aval", a), jax.core.ShapedArray | jax.Array) else a[...]
+        return jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((2, 4, 1, *shape)) / 4, jnp.bfloat16)
+
+    fade = jnp.asarray(rng.uniform(0, 1, (2, 4, 1)), jnp.float32).at[1, 2].set(0)  # where another sequence begins
+    arguments = draw(128, 64), draw(64, 128), draw(64, 128), fade
+    cotangents = draw(128, 128), draw(128, 64)
+    monkeypatch.setattr(gpu_handover, "product", product)
+    with plgpu.force_gpu_interpret_mode():
+        found, pull = jax.vjp(gpu_handover.hand_over, *arguments)
+        found += pull(cotangents)
+    exact = (x.astype(jnp.float32) for x in (*arguments, *cotangents))
+    *arguments, of_memories, of_new = exact
+    expected, pull = jax.vjp(in_xla, *arguments)
+    expected += pull((of_memories, of_new))
+    for x, y in zip(found, expected, strict=True):
+        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
+
+
+@needs_mosaic
+def test_packed_rows_take_the_kernel_where_it_is_asked_for():
+    like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    layer = gated_delta.Layer(like((768, 4)), like((2,)), like((2,)))
+    arguments = like((1, 128, 768)), like((1, 128, 2)), like((1, 128, 2)), layer, jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def loss(*arguments, backend):
+        return gated_delta.packed(*arguments, 128, 128, backend=backend).astype(jnp.float32).sum()
+
+    with described_gpu():
+        program = exported(jax.grad(functools.partial(loss, backend="gpu")), *arguments)
+        assert "gated_delta_hand_over" in program
+        assert "gated_delta_hand_back" in program
+        assert "mosaic_gpu" not in exported(functools.partial(loss, backend=None), *arguments)
+    narrow = gated_delta.Layer(like((512, 4)), like((2,)), like((2,)))
+    arguments = like((1, 64, 512)), like((1, 64, 2)), like((1, 64, 2)), narrow, jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    with pytest.raises(NotImplementedError, match="heads have 64 keys and 128 values, and it takes 128 and 128"):
+        jax.eval_shape(lambda *x: gated_delta.packed(*x, 64, 128, backend="gpu"), *arguments)
 
 
 @needs_mosaic

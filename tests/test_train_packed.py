@@ -26,9 +26,11 @@ def segments(lengths, tokens):
     return jnp.asarray(np.where(np.arange(tokens) < ends[-1], index, 0)[None], jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames="widths", compiler_options=QUICK)
-def packed(qkv, a, b, layer, segments, widths):
+def rule(qkv, a, b, layer, segments, widths):
     return gated_delta.packed(qkv[None], a[None], b[None], layer, segments, *widths)[0]
+
+
+packed = jax.jit(rule, static_argnames="widths", compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("decay", truth.DECAYS)
@@ -51,7 +53,7 @@ def test_gradients_of_the_rule_are_those_of_sequences_apart():
     weights = jnp.asarray(np.random.default_rng(5).standard_normal((128, 2, 16)), jnp.float32)
 
     def ours(qkv, a, b, layer):
-        return (packed(qkv, a, b, layer, row, (16, 16)) * weights).sum()
+        return (rule(qkv, a, b, layer, row, (16, 16)) * weights).sum()
 
     def apart(qkv, a, b, layer):
         nothing = jnp.zeros_like(case.memory), jnp.zeros_like(case.tail)

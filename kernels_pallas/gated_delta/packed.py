@@ -7,11 +7,15 @@ Source: arXiv:2412.06464, section 3.3. Memory, gates and sums are float32; the f
 Glossary: R rows, T tokens of a row, C channels, c chunks, L tokens of a chunk, N value heads, K key width, V value width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.gated_delta import gpu_handover
 from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gates, heads
@@ -27,6 +31,8 @@ def packed(
     segments: Int32[Array, "R T"],
     key_width: int,
     value_width: int,
+    *,
+    backend: str | None = None,
 ) -> Float[Array, "R T N V"]:
     """What each token reads of its own sequence's memory, before the output norm.
 
@@ -34,12 +40,14 @@ def packed(
       qkv, a, b, layer: as in `chunked`.
       segments: which sequence of its row a token belongs to; a sequence's tokens stand together. T is a multiple of 64.
       key_width, value_width: K and V.
+      backend: who hands the memory over: "gpu", or None for plain XLA, until the kernel has been measured.
 
     Returns:
       In qkv's dtype.
 
     Raises:
-      ValueError: T is no multiple of 64.
+      ValueError: T is no multiple of 64, or the backend is for other devices.
+      NotImplementedError: the backend does not serve these arguments.
     """
     R, T, N = a.shape
     if T % CHUNK:
@@ -48,7 +56,9 @@ def packed(
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
     q, k, v = (x.astype(qkv.dtype) for x in (q, k, v))
     q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
-    read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), qkv.dtype)
+    gaps = {REFERENCE: None, "gpu": gpu_handover.gap(qkv.dtype, key_width, value_width)}
+    runs = {REFERENCE: hand_over, "gpu": gpu_handover.hand_over}
+    read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), qkv.dtype, runs[choose(backend or REFERENCE, gaps)])
     return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(qkv.dtype)
 
 
@@ -74,6 +84,7 @@ def _read(
     beta: Float32[Array, "R c N L"],
     segments: Int32[Array, "R c L"],
     dtype: jnp.dtype,
+    handed: Callable[..., tuple[Array, Array]],
 ) -> Float32[Array, "R c N L V"]:
     decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
     before = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]  # whose memory a chunk is handed
@@ -89,35 +100,33 @@ def _read(
     k_beta = k * beta[..., None]
     overlap = _dot("rcnik,rcnjk->rcnij", k_beta, k, dtype) * overlap_decay
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]], axis=-1)
-    solved = _dot("rcnij,rcnjx->rcnix", unit_lower_inverse(overlap), right, dtype)
-    writes, reads = jnp.split(solved, [v.shape[-1]], axis=-1)
+    inverse, width = unit_lower_inverse(overlap), v.shape[-1]
+    writes = _dot("rcnij,rcnjv->rcnvi", inverse, right[..., :width], dtype)
+    reads = _dot("rcnij,rcnjk->rcnik", inverse, right[..., width:], dtype)
     attention = _dot("rcnik,rcnjk->rcnij", q, k, dtype) * between
     q_decayed = q * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]
     k_decayed = k * jnp.where(leaves, jnp.exp(decay[..., -1:] - decay), 0.0)[..., None]
     fade = jnp.where(inherits[..., -1], jnp.exp(decay[..., -1]), 0.0)
 
-    memories, new = _hand_over(writes, reads, k_decayed, fade, dtype)
-    return _dot("rcnlk,rcnvk->rcnlv", q_decayed, memories, dtype) + _dot("rcnij,rcnjv->rcniv", attention, new, dtype)
+    memories, new = handed(*(x.astype(dtype) for x in (writes, reads, k_decayed)), fade)
+    return _dot("rcnlk,rcnvk->rcnlv", q_decayed, memories, dtype) + _dot("rcnij,rcnvj->rcniv", attention, new, dtype)
 
 
-def _hand_over(
-    writes: Float32[Array, "R c N L V"],
-    reads: Float32[Array, "R c N L K"],
-    k_decayed: Float32[Array, "R c N L K"],
+def hand_over(
+    writes: Float[Array, "R c N V L"],
+    reads: Float[Array, "R c N L K"],
+    keys: Float[Array, "R c N L K"],
     fade: Float32[Array, "R c N"],
-    dtype: jnp.dtype,
-) -> tuple[Float32[Array, "R c N V K"], Float32[Array, "R c N L V"]]:
+) -> tuple[Float[Array, "R c N V K"], Float[Array, "R c N V L"]]:
     """The memory before each chunk, and what each token adds to it: the one sequential part."""
-    R, _, N, _, V = writes.shape
+    (R, _, N, V, _), dtype = writes.shape, writes.dtype
 
     def chunk(memory, terms):
         write, read, key, fade = terms
-        new = write.astype(jnp.float32) - _dot("rnlk,rnvk->rnlv", read, memory, dtype)
-        return memory * fade[..., None, None] + _dot("rnlv,rnlk->rnvk", new, key, dtype), (memory, new)
+        new = write.astype(jnp.float32) - _dot("rnvk,rnlk->rnvl", memory, read, dtype)
+        return memory * fade[..., None, None] + _dot("rnvl,rnlk->rnvk", new, key, dtype), (memory, new)
 
-    terms = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 1, 0), (writes.astype(dtype), reads.astype(dtype), k_decayed.astype(dtype), fade)
-    )
+    terms = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (writes, reads, keys, fade))
     _, (memories, new) = jax.lax.scan(chunk, jnp.zeros((R, N, V, reads.shape[-1])), terms)
     return jnp.moveaxis(memories, 0, 1), jnp.moveaxis(new, 0, 1)
 
