@@ -181,7 +181,7 @@ async def bench(args: argparse.Namespace) -> tuple[dict[str, float], list[Result
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the numbers, and writes them as JSON; status 1 if a request failed."""
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         numbers, results = asyncio.run(bench(args))
     except httpx.HTTPError as error:
@@ -227,7 +227,8 @@ def _response_format(path: str) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": found}}
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of its command line."""
     parser = argparse.ArgumentParser(prog="python -m serve.bench", description="Load an OpenAI-compatible server and time it.")
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="default: %(default)s")

@@ -19,6 +19,7 @@ from tests import gated_delta_truth as truth
 from tests.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
 
+ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "memory", "tail")
 HOW = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
 LENGTHS = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 190)
 draw = functools.partial(truth.draw, heads=2, K=128, V=128)
@@ -149,9 +150,14 @@ def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
     found = jax.tree.leaves(tpu(gradients, arguments, mode=mode))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
     expected = jax.tree.leaves(jax.jit(functools.partial(gradients, backend="reference"))(exact))
-    for gradient, value, argument in zip(found, expected, jax.tree.leaves(arguments), strict=True):
+    for name, gradient, value, argument in zip(ARGUMENTS, found, expected, jax.tree.leaves(arguments), strict=True):
         assert gradient.dtype == argument.dtype
-        assert relative_rms(gradient, value) < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"]
+        # Where a head forgets quickly the decay's gradient comes from few pairs of tokens, whose products may all be small by
+        # chance, and its error is that of usual ones: of cotangents of standard deviation 1 that is about 1.
+        usual = 1.0 if name in ("a", "a_log", "dt_bias") else 0.0
+        error = float(jnp.linalg.norm((gradient.astype(jnp.float32) - value).ravel()))
+        size = float(jnp.linalg.norm(value.ravel()))
+        assert error < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"] * max(size, usual), f"{name}: {error} of {size}"
 
 
 def recurrent(qkv, a, b, z, layer, norm, memory, tail, slots, keep, backend):
