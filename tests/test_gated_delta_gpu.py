@@ -110,8 +110,9 @@ def test_the_memory_handed_over_and_its_gradients_interpreted(rng, monkeypatch):
     *arguments, of_memories, of_new = exact
     expected, pull = jax.vjp(in_xla, *arguments)
     expected += pull((of_memories, of_new))
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(found[:-1], expected[:-1], strict=True):
         assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
+    assert relative_rms(found[-1], expected[-1]) < GATED_DELTA["gpu bfloat16 sum"]
 
 
 @needs_mosaic
