@@ -26,6 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from serve.events import Lines
+
 WORDS = "time people water light house world story night river music".split()
 
 
@@ -51,9 +53,11 @@ async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Res
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 result.error = f"{response.status_code}: {(await response.aread()).decode()[:200]}"
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    _read(json.loads(line[6:]), result, time.perf_counter() - start)
+            lines = Lines()
+            async for piece in response.aiter_bytes():
+                for line in lines.take(piece):
+                    if line.startswith("data: {"):
+                        _read(json.loads(line[6:]), result, time.perf_counter() - start)
     except httpx.HTTPError as error:
         result.error = repr(error)
     result.seconds = time.perf_counter() - start

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from serve.events import Lines
+
 HELP = """\
 /image FILE_OR_URL ...   send pictures with the next message
 /video FILE_OR_URL ...   send videos with it
@@ -134,7 +136,8 @@ class Chat:
                 if answer.status_code != 200:
                     answer.read()
                     raise Mistake(told(answer))
-                yield from _events(answer.iter_lines())
+                lines = Lines()
+                yield from _events(line for piece in answer.iter_bytes() for line in lines.take(piece))
         except httpx.HTTPError as error:
             raise Mistake(f"the connection broke: {error or type(error).__name__}") from None
 

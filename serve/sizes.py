@@ -61,8 +61,8 @@ ACCELERATOR = Buckets(
     prompts=((128, 2), (512, 4), (2048, 16)),
     passes=(Pass(2048, 4, LONGEST_VIEW), Pass(8192, 16, LONGEST_VIEW), Pass(4928, 1, 4928)),
 )
-# On a CPU XLA makes of a scatter of one row an update that copies all that it updates: with one row a step of the small model took
-# 28 ms, with two 0.8.
+# On a CPU XLA makes of a scatter of one row an update that copies all that it updates: with one row a step of the small model
+# took 28 ms, with two 0.8.
 CPU = Buckets(
     rows=(2,),
     steps=1,
