@@ -13,6 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)
 ACROSS = (1, 0)  # the transposed view of a reference
+ROWS = 64  # of a warpgroup's matrix product
+PROCESSORS = 132  # of an H100 or H200
+FLOOR = -1e30  # below every score
 
 
 def params(*, approximate: bool) -> plgpu.CompilerParams:
@@ -69,6 +72,33 @@ def product(a: object, b: object) -> object:
 def accumulate(total: object, a: object, b: object) -> object:
     """`total + a @ b`."""
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+
+
+def meet(barrier: object) -> None:
+    """Waits until all of the barrier's warpgroups have come here as often."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def no_scores(width: int) -> tuple[object, object, object]:
+    """A softmax kept up to date (arXiv:2205.14135) that has seen nothing: sum of values, sum of weights, largest score."""
+    total = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), MATRIX)
+    weight = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
+    return total, weight, plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+
+
+def weigh(scores: object, weight: object, largest: object, scale: float) -> tuple[object, object, object, object]:
+    """With more scores: their weights `2^(scale score - largest)`, what the sums so far are worth now, and the new two."""
+    peak = jnp.maximum(largest, scores.max(axis=1) * scale)
+    faded = jnp.exp2(largest - peak)
+    weights = jnp.exp2(scores * scale - along_rows(peak, scores.shape[1]))
+    return weights, faded, weight * faded + weights.sum(axis=1), peak
+
+
+def settle(total: object, weight: object, largest: object) -> tuple[object, object]:
+    """The weighted mean, and the logarithm, base 2, of the sum of weights; a row without any keeps its zeros."""
+    weight = jnp.where(weight > 0, weight, 1.0)
+    return total * along_rows(1 / weight, total.shape[1]), largest + jnp.log2(weight)
 
 
 def sigmoid(x: object) -> object:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
-from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, params, sigmoid, silu, softplus, store
+from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, meet, params, sigmoid, silu, softplus, store
 
 HALVES = 2  # warpgroups of a head, each with its share of the value channels
 PAIR = 2  # heads of a block, if there are more heads in all than
@@ -85,7 +85,7 @@ def _kernel(*refs, pair, T, N, V, K, W, eps):
         (qk, v) = (side.convolve(window, conv, T, W) for side, window in zip(sides, windows, strict=True))
         for t in range(T):
             qk_s[t, half] = qk[t]
-        _meet(barrier)  # both have read the tail, too
+        meet(barrier)  # both have read the tail, too
         for side, window in zip(sides, windows, strict=True):
             side.keep(window, tail, slot, kept, T, W)
 
@@ -105,7 +105,7 @@ def _kernel(*refs, pair, T, N, V, K, W, eps):
             out_s[t, mine] = read
             reads.append(read)
 
-        _meet(barrier)
+        meet(barrier)
         weight = load(norm.at[mine]).astype(jnp.float32)
         for t in range(T):
             whole = along_columns(load(out_s.at[t], COL), share)
@@ -124,11 +124,6 @@ def _write(state, k, v, beta):
 def _read(state, q):
     """`S q`, for a query that comes with its length; scaled by K^-1/2."""
     return jnp.sum(state * q, axis=1) * lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * q.shape[1] ** -0.5
-
-
-def _meet(barrier):
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
 
 
 class _Channels:

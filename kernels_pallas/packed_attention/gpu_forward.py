@@ -15,8 +15,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, load, params, product, tiles
-from kernels_pallas.packed_attention.gpu_walks import FLOOR, PROCESSORS, ROWS, SLACK, columns, keep_own, leave, plan, seen
+from kernels_pallas.mosaic import (
+    ACROSS,
+    PROCESSORS,
+    ROWS,
+    accumulate,
+    along_rows,
+    load,
+    no_scores,
+    params,
+    product,
+    settle,
+    tiles,
+    weigh,
+)
+from kernels_pallas.packed_attention.gpu_walks import SLACK, columns, keep_own, leave, plan, seen
 
 
 def forward(
@@ -119,33 +132,21 @@ def _kernel(*refs, N, H, groups, tile, stages):
                 plgpu.barrier_arrive(k_free.at[slot])
                 masked = (i < clear) | (i >= cloudy)
                 scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * tile), lambda x: x, scores)
-                peak = jnp.maximum(largest, scores.max(axis=1) * scale)
-                faded = jnp.exp2(largest - peak)
-                weights = jnp.exp2(scores * scale - along_rows(peak, tile))
-                weight = weight * faded + weights.sum(axis=1)
+                weights, faded, weight, largest = weigh(scores, weight, largest, scale)
                 total = total * along_rows(faded, wide)
                 plgpu.barrier_wait(v_ready.at[slot])
                 total = accumulate(total, weights.astype(q.dtype), v_s.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
-                return total, weight, peak
+                return total, weight, largest
 
             lax.fori_loop(0, since, skip, None)
-            total, weight, largest = lax.fori_loop(since, until, visit, nothing(wide))
+            sums_of_rows = lax.fori_loop(since, until, visit, no_scores(wide))
             lax.fori_loop(until, tiles_here, skip, None)
             plgpu.barrier_arrive(q_free.at[at])
-            there = weight > 0
-            weight = jnp.where(there, weight, 1.0)
-            result = (total * along_rows(jnp.where(there, 1 / weight, 0.0), wide)).astype(out.dtype)
-            leave(result, head, H, out_s.at[group], out.at[rows, head])
-            sums[head, rows] = largest + jnp.log2(weight)
+            result, log = settle(*sums_of_rows)
+            leave(result.astype(out.dtype), head, H, out_s.at[group], out.at[rows, head])
+            sums[head, rows] = log
             return ring + tiles_here
 
         lax.fori_loop(0, items, item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-def nothing(width: int) -> tuple[Array, Array, Array]:
-    """A softmax that has seen nothing: sum of values, sum of weights, largest score."""
-    total = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), MATRIX)
-    weight = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
-    return total, weight, plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)

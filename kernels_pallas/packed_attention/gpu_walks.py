@@ -18,12 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from kernels_pallas.mosaic import along_rows, iota
+from kernels_pallas.mosaic import ROWS, along_rows, iota
 
-ROWS = 64  # of a warpgroup
-PROCESSORS = 132  # of a chip; as many blocks stay on it
 SLACK = 8  # columns of a neighbouring head
-FLOOR = -1e30  # below every score
 
 
 class Walks(NamedTuple):

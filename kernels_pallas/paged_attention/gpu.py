@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.paged_attention.gpu_decode import ROWS, decode
+from kernels_pallas.mosaic import ROWS
+from kernels_pallas.paged_attention.gpu_decode import decode
 from kernels_pallas.paged_attention.gpu_prefill import prefill
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # what shared memory and registers were shared out for

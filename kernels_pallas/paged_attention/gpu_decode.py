@@ -23,13 +23,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, load, params, product, store, tiles
+from kernels_pallas.mosaic import (
+    ACROSS,
+    FLOOR,
+    PROCESSORS,
+    ROWS,
+    accumulate,
+    along_rows,
+    iota,
+    load,
+    no_scores,
+    params,
+    product,
+    settle,
+    store,
+    tiles,
+    weigh,
+)
 
 PAGE = 64
-ROWS = 64  # of a matrix product
-PROCESSORS = 132
 STAGES = 3  # tiles of a ring: 6 x 32 KB and the queries fill the shared memory
-FLOOR = -1e30
 AT_ONCE = 8  # partial answers that are loaded together
 
 
@@ -174,25 +187,18 @@ def _read(*refs, N, K, H, R):
                     return jnp.where(iota((ROWS, PAGE), 1) < left - length + token + 1, x, -jnp.inf)
 
                 scores = lax.cond(left - length < PAGE, mask, lambda x: x, scores)
-                peak = jnp.maximum(jnp.maximum(largest, scores.max(axis=1) * scale), FLOOR)
-                faded = jnp.exp2(largest - peak)
-                p = jnp.exp2(scores * scale - along_rows(peak, PAGE))
-                weight = weight * faded + p.sum(axis=1)
+                weights_here, faded, weight, largest = weigh(scores, weight, largest, scale)
                 total = total * along_rows(faded, H)
                 t = t + 1
                 slot = group * STAGES + lax.rem(t, STAGES)
                 plgpu.barrier_wait(ready.at[slot])
                 pl.when(left < PAGE)(lambda: clear(tile_s.at[slot], left))
-                total = accumulate(total, p.astype(q.dtype), tile_s.at[slot])
+                total = accumulate(total, weights_here.astype(q.dtype), tile_s.at[slot])
                 pl.when(i < high - 1)(lambda: plgpu.barrier_arrive(free.at[slot]))
-                return total, weight, peak, t + 1
+                return total, weight, largest, t + 1
 
-            zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
-            none = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
-            floor = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
-            total, weight, largest, ring = lax.fori_loop(low, high, page, (zeros, none, floor, ring))
-            weight = jnp.where(weight > 0, weight, 1.0)
-            total = total * along_rows(1 / weight, H)
+            *sums, ring = lax.fori_loop(low, high, page, (*no_scores(H), ring))
+            total, log = settle(*sums)
             # The last tile of values is still ours: the answer leaves through it, half after half.
             slot, to = group * STAGES + lax.rem(ring - 1, STAGES), block + s
             for half in range(2):
@@ -202,7 +208,7 @@ def _read(*refs, N, K, H, R):
                     mine = pl.ds(t * N + group * G, G)
                     plgpu.copy_smem_to_gmem(out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            weights[to, group] = largest + jnp.log2(weight)
+            weights[to, group] = log
             plgpu.barrier_arrive(free.at[slot])
             return ring
 

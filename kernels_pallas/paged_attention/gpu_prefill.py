@@ -17,9 +17,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.mosaic import ACROSS, MATRIX, ROW, accumulate, along_rows, iota, params, store, tiles
-from kernels_pallas.paged_attention.gpu_decode import FLOOR, PAGE, PROCESSORS, ROWS, clear
-from kernels_pallas.paged_attention.reference import query_blocks
+from kernels_pallas.mosaic import (
+    ACROSS,
+    FLOOR,
+    MATRIX,
+    PROCESSORS,
+    ROW,
+    ROWS,
+    accumulate,
+    along_rows,
+    iota,
+    meet,
+    no_scores,
+    params,
+    settle,
+    store,
+    tiles,
+    weigh,
+)
+from kernels_pallas.paged_attention.gpu_decode import PAGE, clear
+from kernels_pallas.paged_attention.reference import places, query_blocks
 
 GROUPS = 2  # warpgroups that compute
 STAGES = 2  # of keys, and of values
@@ -72,13 +89,8 @@ def prefill(
         shares = jnp.exp2(logs - logs.max(axis=0, keepdims=True))
         out = jnp.sum(out * (shares / shares.sum(axis=0, keepdims=True))[..., None], axis=0).astype(q.dtype)
     out = out.reshape(C, K, L, G, H).swapaxes(1, 2).reshape(C * L, N, H)
-    # Back to the row of queries: where each stands among the blocks.
-    token = jnp.arange(T, dtype=jnp.int32)
-    counts = (lengths + L - 1) // L
-    since = token[:, None] - starts[None]
-    owned = (since >= 0) & (since < lengths[None])
-    place = jnp.sum(jnp.where(owned, ((jnp.cumsum(counts) - counts) * L)[None] + since, 0), axis=1)
-    return jnp.where(owned.any(axis=1)[:, None, None], out[place], jnp.zeros((), q.dtype))
+    place, owned = places(starts, lengths, T, L)
+    return jnp.where(owned[:, None, None], out[place], jnp.zeros((), q.dtype))
 
 
 def _kernel(*refs, K, G, H, splits):
@@ -130,27 +142,20 @@ def _kernel(*refs, K, G, H, splits):
                 return jnp.where(iota((ROWS, PAGE), 1) + i * PAGE <= position, x, -jnp.inf)
 
             scores = lax.cond((i + 1) * PAGE > first, mask, lambda x: x, scores)
-            peak = jnp.maximum(jnp.maximum(largest, scores.max(axis=1) * scale), FLOOR)
-            faded = jnp.exp2(largest - peak)
-            p = jnp.exp2(scores * scale - along_rows(peak, PAGE))
-            weight = weight * faded + p.sum(axis=1)
-            p = p.astype(q.dtype)
+            weights, faded, weight, largest = weigh(scores, weight, largest, scale)
+            weights = weights.astype(q.dtype)
             plgpu.barrier_arrive(turn)
             total = total * along_rows(faded, H)
             plgpu.barrier_wait(v_ready.at[slot])
             pl.when((i + 1) * PAGE > context)(lambda: clear(v_s.at[slot], context - i * PAGE))
             plgpu.barrier_wait(turn)
-            total = accumulate(total, p, v_s.at[slot])
+            total = accumulate(total, weights, v_s.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
-            return total, weight, peak
+            return total, weight, largest
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
-        none = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
-        floor = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
-        total, weight, largest = lax.fori_loop(low, high, page, (zeros, none, floor))
+        sums = lax.fori_loop(low, high, page, no_scores(H))
         pl.when(group == 0)(lambda: meet(turn))
-        weight = jnp.where(weight > 0, weight, 1.0)
-        total = total * along_rows(1 / weight, H)
+        total, log = settle(*sums)
         rows = pl.ds(base + group * ROWS, ROWS)
         if splits == 1:
             q_s.at[mine][...] = total.astype(out.dtype)
@@ -159,7 +164,7 @@ def _kernel(*refs, K, G, H, splits):
             plgpu.wait_smem_to_gmem(0)
         else:
             store(out.at[split, rows], total)
-        logs[split, rows] = largest + jnp.log2(weight)
+        logs[split, rows] = log
 
     # A part without pages weighs nothing; what stands there must still be a number.
     @pl.when((group < GROUPS) & (high <= low) & (splits > 1))
@@ -167,9 +172,3 @@ def _kernel(*refs, K, G, H, splits):
         rows = pl.ds(base + group * ROWS, ROWS)
         store(out.at[split, rows], plgpu.layout_cast(jnp.zeros((ROWS, H), out.dtype), MATRIX))
         logs[split, rows] = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
-
-
-def meet(barrier):
-    """Waits for the other warpgroup to come here as often."""
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)

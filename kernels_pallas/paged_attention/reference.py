@@ -84,6 +84,19 @@ def query_blocks(
     return Blocks(own, starts[own][:, None] + within, (contexts - lengths)[own][:, None] + within, real)
 
 
+def places(
+    starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens: int, size: int
+) -> tuple[Int32[Array, " T"], Bool[Array, " T"]]:
+    """The way back from `query_blocks`: each token's row among the blocks' rows, and whether it is any sequence's."""
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    inside_TS = (token >= starts[None]) & (token < (starts + lengths)[None])
+    sequence = jnp.argmax(inside_TS, axis=1)
+    own = -(-lengths // size)
+    first_block = jnp.cumsum(own) - own
+    row = first_block[sequence] * size + token[:, 0] - starts[sequence]
+    return row, inside_TS.any(axis=1)
+
+
 def _add(
     running: Running,
     q: Float[Array, "C L K G H"],

@@ -3,12 +3,11 @@
 Glossary: C blocks of queries, L queries of a block, G query heads of a key-value head; the others as in the api.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention import tpu_kernel
-from kernels_pallas.paged_attention.reference import Blocks, query_blocks
+from kernels_pallas.paged_attention.reference import places, query_blocks
 from kernels_pallas.tpu_stream import LANES
 
 DTYPES = ("float32", "bfloat16")
@@ -43,17 +42,5 @@ def paged_attention(
     q_CKRH = q_CLKGH.swapaxes(1, 2).reshape(C, groups, -1, H)
     out_CKRH = tpu_kernel.forward(q_CKRH, keys, values, tables, blocks, plan)
     out_RNH = out_CKRH.reshape(-1, groups, L, N // groups, H).swapaxes(1, 2).reshape(-1, N, H)
-    row_T, real_T = _places(blocks, starts, lengths, T)
+    row_T, real_T = places(starts, lengths, T, L)
     return jnp.where(real_T[:, None, None], out_RNH[row_T], jnp.zeros((), q.dtype))
-
-
-def _places(blocks: Blocks, starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens: int) -> tuple[jax.Array, jax.Array]:
-    """For each token its row among the blocks' rows, [T] int32, and whether it is any sequence's, [T] bool."""
-    L = blocks.rows.shape[1]
-    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
-    inside_TS = (token >= starts[None]) & (token < (starts + lengths)[None])
-    sequence = jnp.argmax(inside_TS, axis=1)
-    own = -(-lengths // L)
-    first_block = jnp.cumsum(own) - own
-    row = first_block[sequence] * L + token[:, 0] - starts[sequence]
-    return row, inside_TS.any(axis=1)
