@@ -1,7 +1,9 @@
 """Tests run stricter than users do: strict dtype promotion, no rank promotion, checked annotations, eight virtual devices."""
 
+import functools
 import importlib.util
 import os
+import random
 import re
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["kernels_pallas", "minicpmv46_jax"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import jax  # noqa: E402 (the hook comes first)
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -116,6 +119,33 @@ def full_size_folder(tmp_path_factory, demo_folder):
 
     folder = tmp_path_factory.mktemp("full") / "model"
     return write_checkpoint(folder, released_config(), demo_folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def rng():
+    """Random numbers that are new in each run; a failure prints the seed."""
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """Runs the kernels of a function as if there were a TPU; `mode` is when transfers are made."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    from kernels_pallas import backends
+
+    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
+
+    def run(f, *args, mode="on_wait"):
+        params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
+        with pltpu.force_tpu_interpret_mode(params):
+            lowered = jax.jit(functools.partial(f, backend="tpu")).lower(*args)
+            return jax.block_until_ready(lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args))
+
+    yield run
+    pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.packed_attention import gpu_backward, gpu_forward, gpu_walks, packed_attention, window_attention
 from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_attention
+from tests.mosaic_interpreted import product
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
 from tests.tolerances import PACKED_ATTENTION, PAGED_ATTENTION, relative_rms
 
@@ -132,12 +133,7 @@ def test_pages_are_shared_out_evenly_and_once(seed):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernels in Mosaic's interpreter, which knows no wgmma with a left operand in registers: products are jnp's."""
-
-    def product(a, b):
-        a = a if isinstance(getattr(a, "aval", a), jax.core.ShapedArray | jax.Array) else a[...]
-        return jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
-
+    """The kernels in Mosaic's interpreter, on fewer processors."""
     for module in (gpu_forward, gpu_backward, gpu_decode, gpu_prefill):
         monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
         if hasattr(module, "product"):

@@ -12,6 +12,7 @@ from kernels_pallas import gated_delta
 from kernels_pallas.gated_delta import gpu_handover, gpu_recurrent
 from kernels_pallas.gated_delta.packed import hand_over as in_xla
 from tests import gated_delta_truth as truth
+from tests.mosaic_interpreted import product
 from tests.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
 
@@ -21,11 +22,6 @@ recurrent = functools.partial(gated_delta.recurrent, eps=1e-6)
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 has another Mosaic GPU, and no interpreter of it"
 )
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
 
 
 def described_gpu():
@@ -90,11 +86,7 @@ def test_another_device_is_refused(rng):
 
 @needs_mosaic
 def test_the_memory_handed_over_and_its_gradients_interpreted(rng, monkeypatch):
-    """Against the scan in XLA. The interpreter knows no wgmma with a left operand in registers: products are jnp's."""
-
-    def product(a, b):
-        a = a if isinstance(getattr(a, "aval", a), jax.core.ShapedArray | jax.Array) else a[...]
-        return jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
+    """Against the scan in XLA."""
 
     def draw(*shape):
         return jnp.asarray(rng.standard_normal((2, 4, 1, *shape)) / 4, jnp.bfloat16)

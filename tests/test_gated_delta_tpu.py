@@ -6,13 +6,11 @@ starts or as it is waited for: each case says which. Inputs are new in each run;
 
 import dataclasses
 import functools
-import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends, gated_delta
 from tests import gated_delta_truth as truth
@@ -23,28 +21,6 @@ ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "memory", "tail")
 HOW = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
 LENGTHS = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 190)
 draw = functools.partial(truth.draw, heads=2, K=128, V=128)
-
-
-@pytest.fixture
-def rng():
-    seed = random.SystemRandom().randrange(2**32)
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
-def tpu(monkeypatch):
-    """Runs the kernels of a function as if there were a TPU; `mode` is when transfers are made."""
-    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
-
-    def run(f, *args, mode="on_wait"):
-        params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
-        with pltpu.force_tpu_interpret_mode(params):
-            lowered = jax.jit(functools.partial(f, backend="tpu")).lower(*args)
-            return jax.block_until_ready(lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args))
-
-    yield run
-    pltpu.reset_tpu_interpret_mode_state()
 
 
 def tolerance(dtype):

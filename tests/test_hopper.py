@@ -22,11 +22,6 @@ from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, rel
 pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["gpu"]), reason="there is no Hopper GPU here")
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def normal(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
 

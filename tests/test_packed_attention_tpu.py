@@ -5,13 +5,11 @@ as it is waited for: each case says which. Rows of no view are NaN. Inputs are n
 """
 
 import functools
-import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends
 from kernels_pallas.packed_attention import packed_attention, window_attention
@@ -23,28 +21,6 @@ from tests.tolerances import PACKED_ATTENTION, relative_rms
 FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
 HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
 HEADS, WIDTH = 2, 72
-
-
-@pytest.fixture
-def rng():
-    seed = random.SystemRandom().randrange(2**32)
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
-def tpu(monkeypatch):
-    """Runs the kernels of a function as if there were a TPU; `mode` is when copies are made."""
-    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
-
-    def run(f, *args, mode="on_wait"):
-        params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
-        with pltpu.force_tpu_interpret_mode(params):
-            lowered = jax.jit(f).lower(*args)
-            return jax.block_until_ready(lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args))
-
-    yield run
-    pltpu.reset_tpu_interpret_mode_state()
 
 
 def attention(q, k, v, starts, lengths, backend="tpu", longest=2048):

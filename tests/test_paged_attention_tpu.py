@@ -6,13 +6,10 @@ failure prints the seed.
 """
 
 import functools
-import random
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backends
 from kernels_pallas.paged_attention import paged_attention
@@ -28,25 +25,9 @@ poisoned = functools.partial(draw, heads=4, key_heads=KEY_HEADS, width=WIDTH, un
 
 
 @pytest.fixture
-def rng():
-    seed = random.SystemRandom().randrange(2**32)
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
-def tpu(monkeypatch):
-    """Runs the kernel as if there were a TPU; `mode` is when copies are made."""
-    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
-
-    def run(*args, longest, mode="on_wait"):
-        params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True, uninitialized_memory="nan")
-        with pltpu.force_tpu_interpret_mode(params):
-            lowered = jax.jit(functools.partial(paged_attention, longest=longest, backend="tpu")).lower(*args)
-            return jax.block_until_ready(lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args))
-
-    yield run
-    pltpu.reset_tpu_interpret_mode_state()
+def tpu(tpu):
+    """Of paged attention."""
+    return lambda *args, longest, mode="on_wait": tpu(functools.partial(paged_attention, longest=longest), *args, mode=mode)
 
 
 def arguments(drawn, lengths, contexts, dtype=jnp.float32):

@@ -165,8 +165,8 @@ def peak() -> tuple[float, str]:
     return (known, "data sheet") if known else (matrix_rate(1024, jnp.dtype(jnp.bfloat16)), "a product of 1,024 measured here")
 
 
-def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int, profile: str | None = None) -> bool:
-    """Measures one plan and prints its line; False where the memory cannot hold it."""
+def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int, rate: float, profile: str | None = None) -> bool:
+    """Measures one plan and prints its line, `rate` being the chip's; False where the memory cannot hold it."""
     remat, rows = plan.split(":")
     batch = make_batch(config, int(rows), tokens, name == "pictures")
     try:
@@ -177,7 +177,7 @@ def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int, p
         print(f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: does not fit the memory", flush=True)
         return False
     read = int(np.count_nonzero(batch.segments))
-    seconds, utilised = found["seconds"], batch_flops(config, batch) / found["seconds"] / peak()[0]
+    seconds, utilised = found["seconds"], batch_flops(config, batch) / found["seconds"] / rate
     photos = 0 if batch.views is None else np.count_nonzero(batch.views.lengths) // len(PHOTO)
     print(
         f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: {seconds * 1e3:8.1f} ms a step, {read / seconds:9,.0f} tokens/s, "
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{device}, jax {jax.__version__}, {parameters:,} parameters; peak {rate / 1e12:.4g} TFLOP/s ({source})")
     for name, plans in (("text", args.text), ("pictures", args.pictures)):
         for plan in plans:
-            if report(config, name, plan, args.tokens, args.steps, args.profile) and name == "pictures" and not args.all:
+            if report(config, name, plan, args.tokens, args.steps, rate, args.profile) and name == "pictures" and not args.all:
                 break
 
 
