@@ -23,6 +23,7 @@ from kernels_pallas.backends import CHIPS
 
 RIVALS = {  # modules that measure another library, in a process of their own: two profilers cannot watch the chip from one
     "fla": ("kernels_pallas.gated_delta.rivals",),
+    "fla-layer": ("kernels_pallas.gated_delta.rivals",),
     "torch": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.paged_attention.rivals"),
     "cudnn": ("kernels_pallas.packed_attention.rivals",),
 }

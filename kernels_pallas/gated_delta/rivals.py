@@ -1,5 +1,7 @@
 """flash-linear-attention's Triton kernels on the same work, for `kernels_pallas.bench --beside fla`: needs torch and fla-core.
 
+`fla` is its fused step alone, which is less than ours does; `fla-layer` adds its kernels for convolution and gated norm.
+
 A process of its own, which prints its figures as JSON: two profilers cannot watch the chip from one process.
 """
 
@@ -15,11 +17,16 @@ from kernels_pallas.gated_delta.shapes import CONV, HEADS, WIDTH, RecurrentShape
 CALLS = 10
 
 
-def main(only: str) -> None:
+def main(library: str, only: str) -> None:
     """Microseconds of what in the table contains `only`, by the names that `bench` gives its lines."""
-    measures = {f"gated delta, {shape.name}": functools.partial(chunked, shape.lengths) for shape in shapes.CHUNKED}
-    measures |= {f"gated delta backward, {s.name}": functools.partial(chunked, s.lengths, backward=True) for s in shapes.CHUNKED}
-    measures |= {f"gated delta step, {shape.name}": functools.partial(recurrent, shape) for shape in shapes.RECURRENT}
+    if library == "fla-layer":
+        steps = [shape for shape in shapes.RECURRENT if shape.tokens == 1]  # its convolution takes no more
+        measures = {f"gated delta step, {shape.name}": functools.partial(recurrent, shape, layer=True) for shape in steps}
+    else:
+        measures = {f"gated delta, {shape.name}": functools.partial(chunked, shape.lengths) for shape in shapes.CHUNKED}
+        backward = functools.partial(chunked, backward=True)
+        measures |= {f"gated delta backward, {s.name}": functools.partial(backward, s.lengths) for s in shapes.CHUNKED}
+        measures |= {f"gated delta step, {shape.name}": functools.partial(recurrent, shape) for shape in shapes.RECURRENT}
     print(json.dumps({name: measure() for name, measure in measures.items() if only in name}))
 
 
@@ -61,25 +68,35 @@ def chunked(lengths: tuple[int, ...], backward: bool = False) -> float:
     return microseconds(lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True))
 
 
-def recurrent(shape: RecurrentShape) -> float:
-    """`fused_recurrent`: the rule with norms and gates; without the convolution and the output norm, which ours includes."""
+def recurrent(shape: RecurrentShape, layer: bool = False) -> float:
+    """`fused_recurrent`: the rule with norms and gates; if `layer`, with the convolution and the gated norm that ours has."""
     import torch
+    from fla.modules.causal_conv1d import causal_conv1d_update
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
-    q, k, v = (_leaf(shape.rows, shape.tokens, HEADS, WIDTH) for _ in range(3))
-    a, b = _leaf(shape.rows, shape.tokens, HEADS), _leaf(shape.rows, shape.tokens, HEADS)
-    rates, bias = _leaf(HEADS, dtype=torch.float32), _leaf(HEADS, dtype=torch.float32)
-    layers = [torch.zeros(shape.rows, HEADS, WIDTH, WIDTH, device="cuda") for _ in range(18)]
+    rows, tokens = shape.rows, shape.tokens
+    qkv, taps = ([_leaf(*shape) for _ in range(3)] for shape in ((rows, tokens, HEADS * WIDTH), (HEADS * WIDTH, CONV)))
+    z, norm = _leaf(rows, tokens, HEADS, WIDTH), _leaf(WIDTH)
+    gates = {"g": _leaf(rows, tokens, HEADS), "beta": _leaf(rows, tokens, HEADS)}
+    gates |= {"A_log": _leaf(HEADS, dtype=torch.float32), "dt_bias": _leaf(HEADS, dtype=torch.float32)}
+    options = dict.fromkeys(("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True)
+    layers = [torch.zeros(rows, HEADS, WIDTH, WIDTH, device="cuda") for _ in range(18)]
+    caches = [[_leaf(rows, HEADS * WIDTH, CONV) for _ in range(3)] for _ in range(18)]
     turn = [0]
 
+    @torch.no_grad()
     def step() -> Any:
-        turn[0] = (turn[0] + 1) % len(layers)
-        options = dict.fromkeys(("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel"), True)
-        with torch.no_grad():
-            out, layers[turn[0]] = fused_recurrent_gated_delta_rule(
-                q, k, v, g=a, beta=b, A_log=rates, dt_bias=bias, initial_state=layers[turn[0]], output_final_state=True, **options
-            )
-        return out
+        turn[0] = n = (turn[0] + 1) % len(layers)
+        inputs = qkv
+        if layer:  # its layer has three convolutions, too
+            parts = zip(qkv, caches[n], taps, strict=True)
+            inputs = [causal_conv1d_update(x, cache, weight=w, activation="silu")[0] for x, cache, w in parts]
+        q, k, v = (x.view(rows, tokens, HEADS, WIDTH) for x in inputs)
+        out, layers[n] = fused_recurrent_gated_delta_rule(
+            q, k, v, **gates, initial_state=layers[n], output_final_state=True, **options
+        )
+        return rms_norm_gated(out, z, norm, None) if layer else out
 
     return microseconds(step)
 
@@ -106,4 +123,4 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[2])
+    main(*sys.argv[1:])
