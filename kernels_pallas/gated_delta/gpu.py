@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.gated_delta import reference
-from kernels_pallas.gated_delta.gpu_chunked import TAIL
-from kernels_pallas.gated_delta.gpu_chunked import chunked as forward
+from kernels_pallas.gated_delta.gpu_backward import backward
+from kernels_pallas.gated_delta.gpu_chunked import TAIL, forward
 from kernels_pallas.gated_delta.gpu_recurrent import PAIR, recurrent
 
 __all__ = ["chunked", "gap", "recurrent"]
@@ -34,18 +33,18 @@ def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
 
 @jax.custom_vjp
 def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `reference.chunked`: forward in kernels; backward, which has none yet, through the reference from the same inputs."""
-    return forward(*arguments)
+    """As `reference.chunked`."""
+    return forward(*arguments, keep=False)[0]
 
 
 def _remember(*arguments: Any) -> tuple[Any, Any]:
-    return forward(*arguments), arguments
+    results, kept = forward(*arguments, keep=True)
+    return results, (arguments, kept)
 
 
-def _pull_back(arguments: Any, cotangents: Any) -> tuple[Any, ...]:
-    *differentiable, starts, lengths, snapshots = arguments
-    _, pull = jax.vjp(lambda *inputs: reference.chunked(*inputs, starts, lengths, snapshots), *differentiable)
-    return *pull(cotangents), None, None, None
+def _pull_back(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    (*projected, _, tail, starts, lengths, snapshots), kept = residuals
+    return *backward(*projected, tail, starts, lengths, snapshots, kept, *cotangents), None, None, None
 
 
 chunked.defvjp(_remember, _pull_back)

@@ -45,7 +45,7 @@ SLICE = 64  # value channels of a warpgroup: the rows of one wgmma
 TAIL = 3  # inputs of the convolution before a token
 
 
-def chunked(
+def forward(
     qkv: Float[Array, "T C"],
     a: Float[Array, "T N"],
     b: Float[Array, "T N"],
@@ -57,17 +57,19 @@ def chunked(
     starts: Int32[Array, " S"],
     lengths: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"],
-) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
-    """As `reference.chunked`."""
+    *,
+    keep: bool,
+) -> tuple[tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]], tuple]:
+    """`reference.chunked`; and what its kernels know, (System, Solution, Memories), the last two if `keep` asks for them."""
     T, (_, N, V, _) = qkv.shape[0], memory.shape
     table = chunk_table(starts, lengths, T)
     g, beta = (x.transpose(2, 0, 1) for x in chunk_gates(a, b, a_log, dt_bias, table))
-    system = systems(qkv, conv, tail, g, beta, table)
+    system, solution = systems(qkv, conv, tail, g, beta, table, keep=keep)
     taken = snapshot_of_chunk(table, snapshots)
-    out, end, kept = scan(system, memory, starts, lengths, taken, T, snapshots.shape[0])
+    out, end, kept, memories = scan(system, memory, starts, lengths, taken, T, snapshots.shape[0], keep=keep)
     there = jnp.any(taken[None] == jnp.arange(snapshots.shape[0], dtype=jnp.int32)[:, None], axis=1)
     kept = jnp.where(there[:, None, None, None], kept, 0.0)
-    return out.reshape(T, N, V), end, kept
+    return (out.reshape(T, N, V), end, kept), (system, solution, memories)
 
 
 class System(NamedTuple):
@@ -91,6 +93,20 @@ class System(NamedTuple):
     decay: Float32[Array, "N chunks L"]
 
 
+class Solution(NamedTuple):
+    """What the backward pass wants to know besides: values after the convolution, and each system's inverse."""
+
+    v: Float[Array, "chunks N L V"]
+    inverse: Float[Array, "chunks N L L"]
+
+
+class Memories(NamedTuple):
+    """What it wants to know of the scan: the memory before each chunk, and each token's write, transposed."""
+
+    before: Float[Array, "chunks N V K"]
+    writes: Float[Array, "chunks N V L"]
+
+
 def systems(
     qkv: Float[Array, "T C"],
     conv: Float[Array, "C W"],
@@ -98,15 +114,18 @@ def systems(
     g: Float32[Array, "N chunks L"],
     beta: Float32[Array, "N chunks L"],
     table: Chunks,
-) -> System:
-    """Convolves every chunk and solves its system."""
+    *,
+    keep: bool = False,
+) -> tuple[System, Solution | None]:
+    """Convolves every chunk and solves its system; `keep` for a backward pass."""
     N, chunks, _ = g.shape
     K = V = qkv.shape[1] // (3 * N)
     vector = jax.ShapeDtypeStruct((N, chunks, L), jnp.float32)
-    matrices = (jax.ShapeDtypeStruct((chunks, N, *shape), qkv.dtype) for shape in ((L, K), (L, K), (L, K), (V, L), (L, L)))
+    shapes = ((L, K), (L, K), (L, K), (V, L), (L, L), (L, V), (L, L))
+    *matrices, values, inverse = (jax.ShapeDtypeStruct((chunks, N, *shape), qkv.dtype) for shape in shapes)
     kernel = plgpu.kernel(
         functools.partial(_systems, N=N, K=K),
-        out_type=System(*matrices, vector, vector, vector),
+        out_type=(System(*matrices, vector, vector, vector), Solution(values, inverse) if keep else None),
         grid=(chunks, N),
         grid_names=("chunk", "head"),
         scratch_types=[
@@ -127,8 +146,8 @@ def systems(
 
 def _systems(*refs, N, K):
     qkv, conv, tail, g, beta, sequence, row, rows, index, *rest = refs
-    *outputs, q_s, k_s, v_s, shared, vectors_s, ready = rest
-    out_q, out_k, out_w, out_u, out_att, out_q_scale, out_k_scale, out_decay = outputs
+    system, solution, q_s, k_s, v_s, shared, vectors_s, ready = rest
+    out_q, out_k, out_w, out_u, out_att, out_q_scale, out_k_scale, out_decay = system
     (raw_s,), (d_s, m_s, w_s, u_s) = shared
     chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
 
@@ -148,6 +167,8 @@ def _systems(*refs, N, K):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, out_q.at[chunk, head])
         plgpu.copy_smem_to_gmem(k_s, out_k.at[chunk, head])
+        if solution:
+            plgpu.copy_smem_to_gmem(v_s, solution.v.at[chunk, head])
         k_norm, q_norm = inverse_length(k_s), inverse_length(q_s) * K**-0.5
         out_q_scale[head, chunk] = q_norm * jnp.exp(decay_row)
         out_k_scale[head, chunk] = k_norm * jnp.exp(rest_row)
@@ -161,6 +182,9 @@ def _systems(*refs, N, K):
         overlap = product(k_s, k_s.transpose(ACROSS)) * between * along_rows(k_norm * beta_row, L)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         inverse = invert(jnp.where(i > j, overlap, 0.0), i, j, d_s, m_s)
+
+        if solution:
+            send(inverse, m_s, solution.inverse.at[chunk, head])
 
         solved = inverse * along_columns(beta_col, L)
         put(solved, d_s)
@@ -244,19 +268,21 @@ def scan(
     snapshots: int,
     *,
     groups: int | None = None,
-) -> tuple[Float[Array, "T NV"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
+    keep: bool = False,
+) -> tuple[Float[Array, "T NV"], Float32[Array, "S N V K"], Float32[Array, "P N V K"], Memories | None]:
     """Hands the memory from chunk to chunk, and reads.
 
     Whole chunks of outputs go to their tokens at once; a sequence's last tokens, short of a chunk, are put there by XLA.
 
-    `groups` warpgroups of a block share what they load; with few heads in all, each gets a block of its own.
+    `groups` warpgroups of a block share what they load; with few heads in all, each gets a block of its own. `keep` for a
+    backward pass.
     """
     S, N, V, K = memory.shape
     slices, dtype = V // SLICE, system.q.dtype
     if groups is None:
         groups = slices if S * N >= 128 else 1
     stages = 4 - groups  # as many as fit into 227 KB: a chunk takes 64 or 72
-    shape = jax.ShapeDtypeStruct
+    shape, chunks = jax.ShapeDtypeStruct, taken.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_scan, V=V, stages=stages, groups=groups),
         out_type=[
@@ -264,6 +290,7 @@ def scan(
             shape((S, L, N * V), dtype),
             shape(memory.shape, jnp.float32),
             shape((max(snapshots, 1), N, V, K), jnp.float32),
+            Memories(shape((chunks, N, V, K), dtype), shape((chunks, N, V, L), dtype)) if keep else None,
         ],
         grid=(S, N, slices // groups),
         grid_names=("sequence", "head", "block"),
@@ -274,6 +301,7 @@ def scan(
             *(tiles(stages, groups * SLICE, L), tiles(stages, L, L)),  # u, attention
             *(plgpu.SMEM((stages, L), jnp.float32), plgpu.SMEM((stages, L), jnp.float32)),  # q_scale, k_scale
             tiles(groups, L, SLICE),  # outputs, to be turned
+            Memories(tiles(groups, SLICE, K), tiles(groups, SLICE, L)) if keep else None,  # on their way
             plgpu.Barrier(num_arrivals=FETCHED, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
@@ -282,22 +310,25 @@ def scan(
     )
     counts = (lengths + L - 1) // L
     first = jnp.cumsum(counts) - counts
-    out, last, end, kept = kernel(*system, memory, first, counts, starts, lengths, taken)
+    out, last, end, kept, memories = kernel(*system, memory, first, counts, starts, lengths, taken)
+    return with_last(out, last, starts, lengths), end, kept[:snapshots], memories
+
+
+def with_last(
+    rows: Float[Array, "T D"], last: Float[Array, "S L D"], starts: Int32[Array, " S"], lengths: Int32[Array, " S"]
+) -> Float[Array, "T D"]:
+    """Puts the tokens of each sequence's last chunk in place, where that is not a whole one."""
     within = jnp.arange(L, dtype=jnp.int32)[None]
-    rows = jnp.where(within < (lengths % L)[:, None], (starts + lengths // L * L)[:, None] + within, tokens)
-    return out.at[rows].set(last, mode="drop"), end, kept[:snapshots]
+    places = jnp.where(within < (lengths % L)[:, None], (starts + lengths // L * L)[:, None] + within, rows.shape[0])
+    return rows.at[places].set(last, mode="drop")
 
 
 FETCHED = 7  # of a System: all but the decay, of which a chunk needs one number
 
 
 def _scan(*refs, V, stages, groups):
-    inputs, (decay, memory, first, counts, starts, lengths, taken, out, last, end, kept), scratch = (
-        refs[:7],
-        refs[7:18],
-        refs[18:],
-    )
-    *buffers, out_s, ready, consumed = scratch
+    inputs, (decay, memory, first, counts, starts, lengths, taken), rest = refs[:7], refs[7:14], refs[14:]
+    out, last, end, kept, memories, *buffers, out_s, kept_s, ready, consumed = rest
     q_s, k_s, w_s, u_s, att_s, q_scale_s, k_scale_s = buffers
     sequence, head, block, group = (lax.axis_index(name) for name in ("sequence", "head", "block", "group"))
     count, start = counts[sequence], first[sequence]
@@ -331,7 +362,12 @@ def _scan(*refs, V, stages, groups):
             writes = u_s.at[slot, pl.ds(group * SLICE, SLICE)][...].astype(jnp.float32)
             writes = writes - product(before, w_s.at[slot].transpose(ACROSS))
             read = product(before, q_s.at[slot].transpose(ACROSS)) * along_columns(load(q_scale_s.at[slot], COL), SLICE)
-            read = accumulate(read, writes.astype(out.dtype), att_s.at[slot].transpose(ACROSS))
+            added = writes.astype(out.dtype)
+            if memories:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for x, place, destination in zip((before, added), kept_s, memories, strict=True):
+                    send(x, place.at[group], destination.at[chunk, head, mine])
+            read = accumulate(read, added, att_s.at[slot].transpose(ACROSS))
             scaled = (writes * along_columns(load(k_scale_s.at[slot], COL), SLICE)).astype(out.dtype)
             state = accumulate(state * fade, scaled, k_s.at[slot])
             plgpu.barrier_arrive(consumed.at[slot])
@@ -356,3 +392,5 @@ def _scan(*refs, V, stages, groups):
 
         state = load(memory.at[sequence, head, mine], MATRIX)
         end[sequence, head, mine] = lax.fori_loop(0, count, hand_over, state)
+        if memories:
+            plgpu.wait_smem_to_gmem(0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.gated_delta import tpu_backward, tpu_chunked, tpu_recurrent
+from kernels_pallas.gated_delta import backward, tpu_backward, tpu_chunked, tpu_recurrent
 from kernels_pallas.gated_delta.packing import chunk_table
 from kernels_pallas.gated_delta.tpu_math import LANES
 
@@ -87,16 +87,16 @@ def _backward(arguments, cotangents):
     *_, states = _forward(*arguments, states=True)
     table = chunk_table(starts, lengths, _padded(T))
     at = tpu_chunked.places(starts, lengths, snapshots, _padded(T))
-    rows = tpu_backward.chunk_rows(table, T)
-    position = tpu_backward.positions(table, rows, T)
+    rows = backward.chunk_rows(table, T)
+    position = backward.positions(table, rows, T)
     project = functools.partial(tpu_backward.project, starts=starts, lengths=lengths, position=position)
     (projected, g, beta), pull = jax.vjp(project, qkv, a, b, conv, a_log, dt_bias, tail)
     projected, gates, out_bar = (
-        tpu_backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), out_bar.reshape(T, -1))
+        backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), out_bar.reshape(T, -1))
     )
     kept_bar = jnp.pad(kept_bar, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
     *bars, memory_bar = tpu_backward.backward(projected, gates, states, out_bar, ends_bar, kept_bar, at, _heads(N))
-    *bars, tail_bar = pull(tuple(tpu_backward.to_tokens(x, rows, T).astype(jnp.float32) for x in bars))
+    *bars, tail_bar = pull(tuple(backward.to_tokens(x, rows, T).astype(jnp.float32) for x in bars))
     return *bars, memory_bar, tail_bar, None, None, None
 
 

@@ -1,0 +1,356 @@
+"""The gradient of `chunked` for Hopper, in two kernels with little around them:
+
+1. `hand_back`: chunk after chunk of a sequence, last to first. The memory's cotangent stays in registers, float32, and is its own
+   left operand, as the memory is on the way there (gpu_chunked.scan).
+2. `chunk_gradients`: every chunk of every head on its own. The algebra is that of tpu_backward.chunk_backward, less the products
+   that the forward kernels keep or that cancel: sums over value channels with what the memory reads become sums over keys.
+
+Of a chunk with memory S before it, S' behind it, cotangents O of outputs and G of S', and with what `gpu_chunked` names (writes n,
+attention A, inverse T, right-hand side w, keys X scaled to the chunk's end, queries Q scaled to its start, fade f),
+
+    d = A^T O + X G^T,    G_before = f G + O^T Q - d^T w,    r = T^T d,    v's cotangent: beta r.
+
+Glossary: S sequences, T tokens, N heads, K key width, V value width, L tokens of a chunk, C channels, P snapshots.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.gated_delta.backward import chunk_rows, convolve_row, positions, to_chunks, to_tokens
+from kernels_pallas.gated_delta.gpu_chunked import (
+    SLICE,
+    L,
+    Memories,
+    Solution,
+    System,
+    by_rows,
+    inverse_length,
+    put,
+    send,
+    with_last,
+)
+from kernels_pallas.gated_delta.packing import Chunks, chunk_table, snapshot_of_chunk
+from kernels_pallas.gated_delta.reference import chunk_gates, gates
+from kernels_pallas.mosaic import (
+    ACROSS,
+    COL,
+    MATRIX,
+    ROW,
+    accumulate,
+    along_columns,
+    along_rows,
+    iota,
+    load,
+    params,
+    product,
+    store,
+    tiles,
+)
+
+STAGES = 2  # a chunk takes 80 KB with two warpgroups
+
+
+def backward(
+    qkv: Float[Array, "T C"],
+    a: Float[Array, "T N"],
+    b: Float[Array, "T N"],
+    conv: Float[Array, "C W"],
+    a_log: Float[Array, " N"],
+    dt_bias: Float[Array, " N"],
+    tail: Float[Array, "S tail C"],
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    snapshots: Int32[Array, "P 2"],
+    kept: tuple[System, Solution, Memories],
+    out_bar: Float[Array, "T N V"],
+    ends_bar: Float32[Array, "S N V K"],
+    kept_bar: Float32[Array, "P N V K"],
+) -> tuple[Array, ...]:
+    """Cotangents of `chunked`'s first eight arguments, from those of its results and what `gpu_chunked.forward` kept."""
+    T, (system, solution, memories) = qkv.shape[0], kept
+    table = chunk_table(starts, lengths, T)
+    rows = chunk_rows(table, T)
+    taken = snapshot_of_chunk(table, snapshots)
+    _, beta = chunk_gates(a, b, a_log, dt_bias, table)
+    out_bar = to_chunks(out_bar, rows).swapaxes(1, 2)
+    read_bar = (out_bar.astype(jnp.float32) * system.q_scale.swapaxes(0, 1)[..., None]).astype(qkv.dtype)
+    kept_bar = jnp.pad(kept_bar, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
+    cotangents, memory_bar = hand_back(system, out_bar, read_bar, ends_bar, kept_bar, lengths, taken)
+    beta = beta.transpose(2, 0, 1)
+    bars = chunk_gradients(system, solution, memories, cotangents, out_bar, beta, table, starts, lengths, T)
+
+    # A decay counts in all cumulated ones from its token to the chunk's end.
+    g_bar = jnp.cumsum(bars.decay[..., ::-1], axis=-1)[..., ::-1] + bars.whole.sum(axis=-1, keepdims=True)
+    gates_bar = (to_tokens(x.transpose(1, 2, 0), rows, T)[None] for x in (g_bar, bars.beta))
+    _, pull_gates = jax.vjp(lambda a, b, *layer: gates(a[None], b[None], *layer), a, b, a_log, dt_bias)
+    a_bar, b_bar, a_log_bar, dt_bias_bar = pull_gates(tuple(gates_bar))
+    position = positions(table, rows, T)
+    convolve = functools.partial(convolve_row, starts=starts, lengths=lengths, position=position)
+    _, pull = jax.vjp(convolve, qkv, conv, tail)
+    qkv_bar, conv_bar, tail_bar = pull(jnp.where((position >= 0)[:, None], bars.qkv.astype(jnp.float32), 0.0))
+    return qkv_bar, a_bar, b_bar, conv_bar, a_log_bar, dt_bias_bar, memory_bar, tail_bar
+
+
+class Cotangents(NamedTuple):
+    """What `hand_back` finds out about each chunk.
+
+    Attributes:
+      after: of the memory after it.
+      writes: of each token's write, transposed.
+    """
+
+    after: Float[Array, "chunks N V K"]
+    writes: Float[Array, "chunks N V L"]
+
+
+def hand_back(
+    system: System,
+    out_bar: Float[Array, "chunks N L V"],
+    read_bar: Float[Array, "chunks N L V"],
+    ends_bar: Float32[Array, "S N V K"],
+    kept_bar: Float32[Array, "P N V K"],
+    lengths: Int32[Array, " S"],
+    taken: Int32[Array, " chunks"],
+    *,
+    groups: int | None = None,
+) -> tuple[Cotangents, Float32[Array, "S N V K"]]:
+    """Cotangents of what is handed from chunk to chunk, and of the memory before each sequence.
+
+    Args:
+      out_bar: cotangents of the outputs; zeros where a chunk has no token.
+      read_bar: the same times `system.q_scale`, of what is read from the memory before the chunk.
+      ends_bar, kept_bar: cotangents of the memory after each sequence, and of snapshots (P at least 1).
+      taken: which snapshot each chunk's end is, or -1.
+      groups: as in `gpu_chunked.scan`.
+    """
+    (S, N, V, K), chunks, dtype = ends_bar.shape, taken.shape[0], out_bar.dtype
+    slices = V // SLICE
+    if groups is None:
+        groups = slices if S * N >= 128 else 1
+    kernel = plgpu.kernel(
+        functools.partial(_hand_back, groups=groups),
+        out_type=(
+            Cotangents(jax.ShapeDtypeStruct((chunks, N, V, K), dtype), jax.ShapeDtypeStruct((chunks, N, V, L), dtype)),
+            jax.ShapeDtypeStruct(ends_bar.shape, jnp.float32),
+        ),
+        grid=(S, N, slices // groups),
+        grid_names=("sequence", "head", "block"),
+        num_threads=groups + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            [
+                *(tiles(STAGES, L, K), tiles(STAGES, L, K), tiles(STAGES, L, K)),  # q, k, w
+                *(tiles(STAGES, L, L), plgpu.SMEM((STAGES, L), jnp.float32)),  # attention, k_scale
+            ],
+            [tiles(STAGES * groups, L, SLICE), tiles(STAGES * groups, L, SLICE)],  # out_bar, read_bar
+            Cotangents(tiles(groups, SLICE, K), tiles(groups, SLICE, L)),  # on their way to device memory
+            plgpu.Barrier(num_arrivals=5 + 2 * groups, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="gated_delta_hand_back_chunks",
+    )
+    counts = (lengths + L - 1) // L
+    shared = (system.q, system.k, system.w, system.attention)
+    return kernel(
+        shared, system.k_scale, out_bar, read_bar, system.decay, ends_bar, kept_bar, jnp.cumsum(counts) - counts, counts, taken
+    )
+
+
+def _hand_back(*refs, groups):
+    shared, k_scale, out_bar, read_bar, decay, ends_bar, kept_bar, first, counts, taken, sent, memory_bar, *scratch = refs
+    (*shared_s, k_scale_s), own_s, sent_s, ready, consumed = scratch
+    q_s, k_s, w_s, att_s = shared_s
+    sequence, head, block, group = (lax.axis_index(name) for name in ("sequence", "head", "block", "group"))
+    count, last = counts[sequence], first[sequence] + counts[sequence] - 1
+
+    @pl.when(group == groups)
+    def _fetch():
+        plgpu.set_max_registers(88, action="decrease")
+
+        @pl.loop(0, count)
+        def _(i):
+            slot, chunk = lax.rem(i, STAGES), last - i
+            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+            for source, place in zip(shared, shared_s, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[chunk, head], place.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(k_scale.at[head, chunk], k_scale_s.at[slot], ready.at[slot])
+            for source, place in zip((out_bar, read_bar), own_s, strict=True):
+                for g in range(groups):
+                    columns = source.at[chunk, head, :, pl.ds((block * groups + g) * SLICE, SLICE)]
+                    plgpu.copy_gmem_to_smem(columns, place.at[slot * groups + g], ready.at[slot])
+
+    @pl.when(group < groups)
+    def _compute():
+        plgpu.set_max_registers(208, action="increase")
+        mine = pl.ds((block * groups + group) * SLICE, SLICE)
+
+        def hand_back(i, state):
+            slot, chunk = lax.rem(i, STAGES), last - i
+            fade, snapshot = jnp.exp(decay[head, chunk, L - 1]), taken[chunk]
+            state = lax.cond(
+                snapshot >= 0, lambda x: x + load(kept_bar.at[jnp.maximum(snapshot, 0), head, mine], MATRIX), lambda x: x, state
+            )
+            plgpu.barrier_wait(ready.at[slot])
+            out_s, read_s = (place.at[slot * groups + group].transpose(ACROSS) for place in own_s)
+            after = state.astype(sent_s.after.dtype)
+            writes = product(after, k_s.at[slot].transpose(ACROSS)) * along_columns(load(k_scale_s.at[slot], COL), SLICE)
+            writes = accumulate(writes, out_s, att_s.at[slot])
+            added = writes.astype(after.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for x, place, destination in zip((after, added), sent_s, sent, strict=True):
+                send(x, place.at[group], destination.at[chunk, head, mine])
+            state = accumulate(state * fade, read_s, q_s.at[slot])
+            state = accumulate(state, (-writes).astype(after.dtype), w_s.at[slot])
+            plgpu.barrier_arrive(consumed.at[slot])
+            return state
+
+        state = load(ends_bar.at[sequence, head, mine], MATRIX)
+        memory_bar[sequence, head, mine] = lax.fori_loop(0, count, hand_back, state)
+        plgpu.wait_smem_to_gmem(0)
+
+
+class Gradients(NamedTuple):
+    """Cotangents that `chunk_gradients` gives.
+
+    Attributes:
+      qkv: of queries, keys and values after the convolution; anything at all for tokens of no sequence.
+      decay: of the cumulated log decay, less `whole`.
+      beta: of the writing strengths.
+      whole: what is to be added to the cotangent of the chunk's last decay, in 64 parts.
+    """
+
+    qkv: Float[Array, "T C"]
+    decay: Float32[Array, "N chunks L"]
+    beta: Float32[Array, "N chunks L"]
+    whole: Float32[Array, "N chunks L"]
+
+
+def chunk_gradients(
+    system: System,
+    solution: Solution,
+    memories: Memories,
+    cotangents: Cotangents,
+    out_bar: Float[Array, "chunks N L V"],
+    beta: Float32[Array, "N chunks L"],
+    table: Chunks,
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+    tokens: int,
+) -> Gradients:
+    """Through the chunks' systems and the normalisation of queries and keys."""
+    (chunks, N, _, K), V, S, dtype = system.q.shape, out_bar.shape[-1], starts.shape[0], out_bar.dtype
+    vector = jax.ShapeDtypeStruct((N, chunks, L), jnp.float32)
+    kernel = plgpu.kernel(
+        functools.partial(_chunk_gradients, N=N, K=K),
+        out_type=(
+            jax.ShapeDtypeStruct((tokens, 3 * N * K), dtype),
+            jax.ShapeDtypeStruct((S, L, 3 * N * K), dtype),
+            *(vector, vector, vector),
+        ),
+        grid=(chunks, N),
+        grid_names=("chunk", "head"),
+        scratch_types=[
+            [tiles(L, K), tiles(V, L), tiles(V, L), tiles(L, L)],  # k, writes and their cotangent, inverse
+            [tiles(L, K), tiles(L, V), tiles(L, V), tiles(L, L)],  # q, v, out_bar, attention
+            [tiles(V, K), tiles(V, K)],  # memory before and cotangent of that after
+            plgpu.SMEM((2, L), jnp.float32),  # vectors on their way from rows to columns and back
+            [plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=2)],
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="gated_delta_chunk_gradients",
+    )
+    inputs = [
+        [system.k, memories.writes, cotangents.writes, solution.inverse],
+        [system.q, solution.v, out_bar, system.attention],
+        [memories.before, cotangents.after],
+    ]
+    vectors = (system.q_scale, system.k_scale, system.decay, beta)
+    qkv, last, *gates = kernel(inputs, vectors, jnp.minimum(table.sequence, S - 1), table.row, table.rows)
+    return Gradients(with_last(qkv, last, starts, lengths), *gates)
+
+
+def _chunk_gradients(*refs, N, K):
+    inputs, vectors, sequence, row, rows, out, last, decay_bar, beta_bar, whole_bar, *places, vectors_s, barriers = refs
+    (k_s, n_s, d_s, inverse_s), (q_s, v_s, o_s, att_s), (before_s, after_s) = places
+    chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
+
+    @pl.when(rows[chunk] > 0)
+    def _():
+        for sources, group, ready in zip(inputs, places, barriers, strict=True):
+            for source, place in zip(sources, group, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[chunk, head], place, ready)
+        q_scale, k_scale, decay, beta = (load(x.at[head, chunk]) for x in vectors)
+        decay_col = along_columns(load(vectors[2].at[head, chunk], COL), L)
+        i, j = iota((L, L), 0), iota((L, L), 1)
+        fade = jnp.exp(decay)
+        between = jnp.exp(jnp.minimum(along_rows(decay, L) - decay_col, 0.0))
+
+        def leave(x, part):
+            """A part's cotangent to its tokens, by way of shared memory."""
+            put(x, v_s)
+            lanes = pl.ds((part * N + head) * K, K)
+
+            @pl.when(rows[chunk] == L)
+            def _():
+                out[pl.ds(row[chunk], L), lanes] = load(v_s, by_rows(v_s))
+
+            @pl.when(rows[chunk] < L)
+            def _():
+                last[sequence[chunk], :, lanes] = load(v_s, by_rows(v_s))
+
+        plgpu.barrier_wait(barriers[0])
+        k_norm = inverse_length(k_s)
+        store(vectors_s.at[0], k_norm)
+        between = between * along_columns(load(vectors_s.at[0], COL), L)
+        right = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS))
+        solved = right.astype(k_s.dtype)
+        overlap_bar = jnp.where(i > j, -product(solved, n_s), 0.0)
+        overlap = product(k_s, k_s.transpose(ACROSS)) * between * along_rows(k_norm, L)
+        strength_bar = jnp.sum(overlap_bar * overlap, axis=1)
+        pairs = overlap_bar * overlap * along_rows(beta, L)
+        put(overlap_bar * between * along_rows(beta * k_norm, L), inverse_s)
+
+        plgpu.barrier_wait(barriers[1])
+        strength_bar += jnp.sum(right * v_s[...].astype(jnp.float32), axis=1)
+        leave(right * along_rows(beta, K), 2)
+        q_norm = inverse_length(q_s)
+        seen = product(o_s, n_s)
+        pairs += jnp.where(i > j, seen * att_s[...].astype(jnp.float32), 0.0)
+        put(jnp.where(i >= j, seen * between * along_rows(q_norm * K**-0.5, L), 0.0), att_s)
+        store(vectors_s.at[1], jnp.sum(pairs, axis=0))
+        slope = jnp.sum(pairs, axis=1) - load(vectors_s.at[1])
+
+        plgpu.barrier_wait(barriers[2])
+        k = k_s[...].astype(jnp.float32)
+        k_bar = product(solved, before_s)
+        read = jnp.sum(k_bar * k, axis=1) * k_norm * fade
+        strength_bar -= read
+        slope -= beta * read
+        k_bar = k_bar * along_rows(-beta * fade * k_norm, K)
+        written = product(n_s.transpose(ACROSS), after_s)
+        into = jnp.sum(written * k, axis=1) * k_scale
+        k_bar += written * along_rows(k_scale, K)
+        k_bar = accumulate(k_bar, inverse_s, k_s)
+        k_bar = accumulate(k_bar, inverse_s.transpose(ACROSS), k_s)
+        k_bar = accumulate(k_bar, att_s.transpose(ACROSS), q_s)
+        leave(k_bar - k * along_rows(jnp.sum(k_bar * k, axis=1) * k_norm * k_norm, K), 1)
+
+        q = q_s[...].astype(jnp.float32)
+        q_bar = product(o_s, before_s) * along_rows(q_scale, K)
+        slope += jnp.sum(q_bar * q, axis=1)
+        q_bar = accumulate(q_bar, att_s, k_s)
+        leave(q_bar - q * along_rows(jnp.sum(q_bar * q, axis=1) * q_norm * q_norm, K), 0)
+
+        halves = (pl.ds(0, L), pl.ds(L, L))
+        kept = sum(jnp.sum(before_s.at[h][...].astype(jnp.float32) * after_s.at[h][...].astype(jnp.float32), axis=1) for h in halves)
+        decay_bar[head, chunk] = slope - into
+        beta_bar[head, chunk] = strength_bar
+        whole_bar[head, chunk] = into + kept * jnp.exp(vectors[2][head, chunk, L - 1])
