@@ -39,6 +39,34 @@ def test_chunked_follows_the_recurrence(rng, lengths, decay):
             np.testing.assert_array_equal(found.memory[s], case.memory[s])
 
 
+@pytest.mark.parametrize(
+    ("lengths", "decay"), [*(([1, 0, 63, 64, 65, 300], decay) for decay in truth.DECAYS), ([1500], "slow"), ([128] * 64, "usual")]
+)
+def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
+    case = truth.draw(rng, lengths, heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16)
+    *inputs, layer, memory, tail, starts, sizes = case.arguments()
+    snapshots = jnp.array([[len(lengths) - 1, 1], [0, 9]], jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def bars(inputs, cotangents, backend):
+        def run(*inputs):
+            found = gated_delta.chunked(*inputs, starts, sizes, snapshots, backend=backend)
+            return found.out, found.memory, found.snapshots
+
+        return jax.vjp(run, *inputs)[1](cotangents)
+
+    inputs = (*inputs, layer, memory, tail)
+    out = normal(rng, *case.qkv.shape[:1], 2, 128)
+    place = np.arange(len(out))[:, None]
+    own = ((place >= np.asarray(starts)) & (place < np.asarray(starts + sizes))).any(axis=1)
+    out = jnp.where(own[:, None, None], out, jnp.zeros((), out.dtype))  # what nobody's tokens read may be anything
+    ends, kept = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (memory.shape, (2, *memory.shape[1:])))
+    found = bars(inputs, (out, ends, kept), "gpu")
+    expected = bars(*(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (inputs, (out, ends, kept))), "reference")
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16 gradient"]
+
+
 def test_a_very_long_sequence_beside_short_ones(rng):
     lengths = [70_000, 1, 5_000]
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, dtype=jnp.bfloat16)

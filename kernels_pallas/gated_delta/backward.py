@@ -1,4 +1,4 @@
-"""What the backward passes of both chips do outside of their kernels: tokens to chunks and back, and the convolution of a packed row.
+"""What the backward passes of both chips do outside of kernels: tokens to chunks and back, the convolution of a packed row.
 
 A token is in one chunk at most, so both ways are gathers.
 Glossary: S sequences, T tokens, L tokens of a chunk, C channels, W conv width.

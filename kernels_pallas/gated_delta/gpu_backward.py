@@ -5,7 +5,7 @@
 2. `chunk_gradients`: every chunk of every head on its own. The algebra is that of tpu_backward.chunk_backward, less the products
    that the forward kernels keep or that cancel: sums over value channels with what the memory reads become sums over keys.
 
-Of a chunk with memory S before it, S' behind it, cotangents O of outputs and G of S', and with what `gpu_chunked` names (writes n,
+Of a chunk with memory S before it and S' behind it, cotangents O of outputs and G of S', and what `gpu_chunked` names (writes n,
 attention A, inverse T, right-hand side w, keys X scaled to the chunk's end, queries Q scaled to its start, fade f),
 
     d = A^T O + X G^T,    G_before = f G + O^T Q - d^T w,    r = T^T d,    v's cotangent: beta r.
@@ -42,7 +42,6 @@ from kernels_pallas.mosaic import (
     ACROSS,
     COL,
     MATRIX,
-    ROW,
     accumulate,
     along_columns,
     along_rows,
@@ -258,18 +257,18 @@ def chunk_gradients(
         grid=(chunks, N),
         grid_names=("chunk", "head"),
         scratch_types=[
-            [tiles(L, K), tiles(V, L), tiles(V, L), tiles(L, L)],  # k, writes and their cotangent, inverse
-            [tiles(L, K), tiles(L, V), tiles(L, V), tiles(L, L)],  # q, v, out_bar, attention
+            [tiles(L, L), tiles(V, L), tiles(L, V)],  # inverse, cotangent of writes, v
+            [tiles(V, L), tiles(L, K), tiles(L, K), tiles(L, V), tiles(L, L)],  # writes, q, k, out_bar, attention
             [tiles(V, K), tiles(V, K)],  # memory before and cotangent of that after
             plgpu.SMEM((2, L), jnp.float32),  # vectors on their way from rows to columns and back
-            [plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=2)],
+            [plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 5, 2)],
         ],
         compiler_params=params(approximate=True),
         kernel_name="gated_delta_chunk_gradients",
     )
     inputs = [
-        [system.k, memories.writes, cotangents.writes, solution.inverse],
-        [system.q, solution.v, out_bar, system.attention],
+        [solution.inverse, cotangents.writes, solution.v],
+        [memories.writes, system.q, system.k, out_bar, system.attention],
         [memories.before, cotangents.after],
     ]
     vectors = (system.q_scale, system.k_scale, system.decay, beta)
@@ -279,7 +278,7 @@ def chunk_gradients(
 
 def _chunk_gradients(*refs, N, K):
     inputs, vectors, sequence, row, rows, out, last, decay_bar, beta_bar, whole_bar, *places, vectors_s, barriers = refs
-    (k_s, n_s, d_s, inverse_s), (q_s, v_s, o_s, att_s), (before_s, after_s) = places
+    (inverse_s, d_s, v_s), (n_s, q_s, k_s, o_s, att_s), (before_s, after_s) = places
     chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
 
     @pl.when(rows[chunk] > 0)
@@ -291,7 +290,6 @@ def _chunk_gradients(*refs, N, K):
         decay_col = along_columns(load(vectors[2].at[head, chunk], COL), L)
         i, j = iota((L, L), 0), iota((L, L), 1)
         fade = jnp.exp(decay)
-        between = jnp.exp(jnp.minimum(along_rows(decay, L) - decay_col, 0.0))
 
         def leave(x, part):
             """A part's cotangent to its tokens, by way of shared memory."""
@@ -307,50 +305,54 @@ def _chunk_gradients(*refs, N, K):
                 last[sequence[chunk], :, lanes] = load(v_s, by_rows(v_s))
 
         plgpu.barrier_wait(barriers[0])
-        k_norm = inverse_length(k_s)
-        store(vectors_s.at[0], k_norm)
-        between = between * along_columns(load(vectors_s.at[0], COL), L)
         right = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS))
-        solved = right.astype(k_s.dtype)
-        overlap_bar = jnp.where(i > j, -product(solved, n_s), 0.0)
-        overlap = product(k_s, k_s.transpose(ACROSS)) * between * along_rows(k_norm, L)
-        strength_bar = jnp.sum(overlap_bar * overlap, axis=1)
-        pairs = overlap_bar * overlap * along_rows(beta, L)
-        put(overlap_bar * between * along_rows(beta * k_norm, L), inverse_s)
+        solved, strength_bar = right.astype(v_s.dtype), _dots(right, v_s)
+        leave(right * along_rows(beta, K), 2)
 
         plgpu.barrier_wait(barriers[1])
-        strength_bar += jnp.sum(right * v_s[...].astype(jnp.float32), axis=1)
-        leave(right * along_rows(beta, K), 2)
-        q_norm = inverse_length(q_s)
+        k_norm, q_norm = inverse_length(k_s), inverse_length(q_s)
+        store(vectors_s.at[0], k_norm)
+        between = jnp.exp(jnp.minimum(along_rows(decay, L) - decay_col, 0.0)) * along_columns(load(vectors_s.at[0], COL), L)
         seen = product(o_s, n_s)
-        pairs += jnp.where(i > j, seen * att_s[...].astype(jnp.float32), 0.0)
+        pairs = jnp.where(i > j, seen * att_s[...].astype(jnp.float32), 0.0)
         put(jnp.where(i >= j, seen * between * along_rows(q_norm * K**-0.5, L), 0.0), att_s)
+        overlap_bar = jnp.where(i > j, -product(solved, n_s), 0.0) * between * along_rows(k_norm, L)
+        put(overlap_bar * along_rows(beta, L), inverse_s)
+        overlap_bar = overlap_bar * product(k_s, k_s.transpose(ACROSS))
+        strength_bar += jnp.sum(overlap_bar, axis=1)
+        pairs += overlap_bar * along_rows(beta, L)
         store(vectors_s.at[1], jnp.sum(pairs, axis=0))
         slope = jnp.sum(pairs, axis=1) - load(vectors_s.at[1])
 
         plgpu.barrier_wait(barriers[2])
-        k = k_s[...].astype(jnp.float32)
         k_bar = product(solved, before_s)
-        read = jnp.sum(k_bar * k, axis=1) * k_norm * fade
+        read = _dots(k_bar, k_s) * k_norm * fade
         strength_bar -= read
         slope -= beta * read
         k_bar = k_bar * along_rows(-beta * fade * k_norm, K)
         written = product(n_s.transpose(ACROSS), after_s)
-        into = jnp.sum(written * k, axis=1) * k_scale
+        into = _dots(written, k_s) * k_scale
         k_bar += written * along_rows(k_scale, K)
-        k_bar = accumulate(k_bar, inverse_s, k_s)
-        k_bar = accumulate(k_bar, inverse_s.transpose(ACROSS), k_s)
-        k_bar = accumulate(k_bar, att_s.transpose(ACROSS), q_s)
-        leave(k_bar - k * along_rows(jnp.sum(k_bar * k, axis=1) * k_norm * k_norm, K), 1)
-
-        q = q_s[...].astype(jnp.float32)
+        for x, y in ((inverse_s, k_s), (inverse_s.transpose(ACROSS), k_s), (att_s.transpose(ACROSS), q_s)):
+            k_bar = accumulate(k_bar, x, y)
+        leave(_through_norm(k_bar, k_s, k_norm), 1)
         q_bar = product(o_s, before_s) * along_rows(q_scale, K)
-        slope += jnp.sum(q_bar * q, axis=1)
-        q_bar = accumulate(q_bar, att_s, k_s)
-        leave(q_bar - q * along_rows(jnp.sum(q_bar * q, axis=1) * q_norm * q_norm, K), 0)
+        slope += _dots(q_bar, q_s)
+        leave(_through_norm(accumulate(q_bar, att_s, k_s), q_s, q_norm), 0)
 
         halves = (pl.ds(0, L), pl.ds(L, L))
-        kept = sum(jnp.sum(before_s.at[h][...].astype(jnp.float32) * after_s.at[h][...].astype(jnp.float32), axis=1) for h in halves)
+        kept = sum(_dots(before_s.at[h][...].astype(jnp.float32), after_s.at[h]) for h in halves)
         decay_bar[head, chunk] = slope - into
         beta_bar[head, chunk] = strength_bar
         whole_bar[head, chunk] = into + kept * jnp.exp(vectors[2][head, chunk, L - 1])
+
+
+def _dots(x, ref):
+    """Row by row; what is in shared memory is better read again than kept in registers."""
+    return jnp.sum(x * ref[...].astype(jnp.float32), axis=1)
+
+
+def _through_norm(bar, ref, inverse_length):
+    """The cotangent of `x` from that of `x / |x|`, divided by `|x|` already."""
+    length = _dots(bar, ref) * inverse_length * inverse_length
+    return bar - ref[...].astype(jnp.float32) * along_rows(length, bar.shape[1])
