@@ -18,9 +18,9 @@ PROCESSORS = 132  # of an H100 or H200
 FLOOR = -1e30  # below every score
 
 
-def params(*, approximate: bool) -> plgpu.CompilerParams:
+def params(*, approximate: bool, **more: int) -> plgpu.CompilerParams:
     """Compiler options; `approximate` allows the chip's fast exponentials (2 ulp)."""
-    return plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane, **more)
 
 
 def tiles(*shape: int, dtype: jnp.dtype = jnp.bfloat16, swizzle: int | None = None) -> object:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gated_delta
-from kernels_pallas.gated_delta import gpu_handover, gpu_recurrent
+from kernels_pallas.gated_delta import gpu, gpu_backward, gpu_chunked, gpu_handover, gpu_recurrent, reference
 from kernels_pallas.gated_delta.packed import hand_over as in_xla
 from tests import gated_delta_truth as truth
 from tests.mosaic_interpreted import product
@@ -17,6 +17,14 @@ from tests.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
 
 recurrent = functools.partial(gated_delta.recurrent, eps=1e-6)
+GRADIENT_KERNELS = tuple(f"gated_delta_{name}" for name in ("hand_back_chunks", "chunk_gradients", "convolution_gradients"))
+
+
+def gradient(*inputs, backend, **sequences):
+    """Of everything that `chunked` may be differentiated by."""
+    return jax.grad(lambda inputs: gated_delta.chunked(*inputs, **sequences, backend=backend).out.astype(jnp.float32).sum())(
+        inputs
+    )
 
 
 needs_mosaic = pytest.mark.skipif(
@@ -50,6 +58,7 @@ def test_the_kernels_are_in_the_program(rng):
     operations = [
         (gated_delta.chunked, case.arguments(), {}, ("gated_delta_systems", "gated_delta_scan")),
         (recurrent, inputs, named, ("gated_delta_recurrent",)),
+        (gradient, case.arguments()[:-2], {"starts": case.starts, "lengths": case.lengths}, GRADIENT_KERNELS),
     ]
     for f, args, kwargs, kernels in operations:
         with described_gpu():
@@ -105,6 +114,36 @@ def test_the_memory_handed_over_and_its_gradients_interpreted(rng, monkeypatch):
     for x, y in zip(found[:-1], expected[:-1], strict=True):
         assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
     assert relative_rms(found[-1], expected[-1]) < GATED_DELTA["gpu bfloat16 sum"]
+
+
+@needs_mosaic
+def test_chunked_and_its_gradients_interpreted(rng, monkeypatch):
+    """Against the reference's autodiff; the matrix unit's products stand in jnp."""
+    for module in (gpu_chunked, gpu_backward):
+        monkeypatch.setattr(module, "product", product)
+        monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
+    case = truth.draw(rng, [70, 0, 64, 3], heads=1, K=128, V=128, dtype=jnp.bfloat16)
+    *inputs, layer, memory, tail, starts, lengths = case.arguments()
+    inputs, snapshots = (*inputs, *layer, memory, tail), jnp.array([[2, 1], [0, 1], [0, 9]], jnp.int32)
+    row = np.arange(len(case.qkv))[:, None]
+    own = ((row >= np.asarray(starts)) & (row < np.asarray(starts + lengths))).any(axis=1)
+    out = jnp.asarray(rng.standard_normal((len(row), 1, 128)) * own[:, None, None], jnp.bfloat16)
+    ends, kept = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (memory.shape, (3, 1, 128, 128)))
+
+    def both(run, *exact):
+        results, pull = jax.vjp(lambda *x: run(*x, starts, lengths, snapshots), *exact)
+        return results, pull((out.astype(exact[0].dtype), ends, kept))
+
+    with plgpu.force_gpu_interpret_mode():
+        found, bars = both(gpu.chunked, *inputs)
+    expected, expected_bars = both(reference.chunked, *(x.astype(jnp.float32) for x in inputs))
+    for x, y in zip(found, expected, strict=True):
+        x, y = (z[own] if len(z) == len(own) else z for z in (x, y))
+        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
+    for x, y in zip(bars, expected_bars, strict=True):
+        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16 gradient"]
+    assert not np.asarray(bars[0], np.float32)[~own].any()  # of tokens of no sequence
+    np.testing.assert_array_equal(bars[6][1], ends[1])  # of a sequence without tokens
 
 
 @needs_mosaic

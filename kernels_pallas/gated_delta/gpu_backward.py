@@ -23,14 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.gated_delta.backward import chunk_rows, convolve_row, positions, to_chunks, to_tokens
+from kernels_pallas.gated_delta.backward import chunk_rows, to_chunks, to_tokens
 from kernels_pallas.gated_delta.gpu_chunked import (
     SLICE,
+    TAIL,
     L,
     Memories,
     Solution,
     System,
-    by_rows,
+    fetch_rows,
     inverse_length,
     put,
     send,
@@ -49,10 +50,12 @@ from kernels_pallas.mosaic import (
     load,
     params,
     product,
+    sigmoid,
     store,
     tiles,
 )
 
+LANES = 128  # channels of a block of the convolution
 STAGES = 2  # a chunk takes 80 KB with two warpgroups
 
 
@@ -82,18 +85,14 @@ def backward(
     read_bar = (out_bar.astype(jnp.float32) * system.q_scale.swapaxes(0, 1)[..., None]).astype(qkv.dtype)
     kept_bar = jnp.pad(kept_bar, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
     cotangents, memory_bar = hand_back(system, out_bar, read_bar, ends_bar, kept_bar, lengths, taken)
-    beta = beta.transpose(2, 0, 1)
-    bars = chunk_gradients(system, solution, memories, cotangents, out_bar, beta, table, starts, lengths, T)
+    bars = chunk_gradients(system, solution, memories, cotangents, out_bar, beta.transpose(2, 0, 1), table)
 
     # A decay counts in all cumulated ones from its token to the chunk's end.
     g_bar = jnp.cumsum(bars.decay[..., ::-1], axis=-1)[..., ::-1] + bars.whole.sum(axis=-1, keepdims=True)
     gates_bar = (to_tokens(x.transpose(1, 2, 0), rows, T)[None] for x in (g_bar, bars.beta))
     _, pull_gates = jax.vjp(lambda a, b, *layer: gates(a[None], b[None], *layer), a, b, a_log, dt_bias)
     a_bar, b_bar, a_log_bar, dt_bias_bar = pull_gates(tuple(gates_bar))
-    position = positions(table, rows, T)
-    convolve = functools.partial(convolve_row, starts=starts, lengths=lengths, position=position)
-    _, pull = jax.vjp(convolve, qkv, conv, tail)
-    qkv_bar, conv_bar, tail_bar = pull(jnp.where((position >= 0)[:, None], bars.qkv.astype(jnp.float32), 0.0))
+    qkv_bar, conv_bar, tail_bar = convolution_gradients(qkv, conv, tail, bars.qkv, table, starts, lengths)
     return qkv_bar, a_bar, b_bar, conv_bar, a_log_bar, dt_bias_bar, memory_bar, tail_bar
 
 
@@ -220,13 +219,13 @@ class Gradients(NamedTuple):
     """Cotangents that `chunk_gradients` gives.
 
     Attributes:
-      qkv: of queries, keys and values after the convolution; anything at all for tokens of no sequence.
+      qkv: of queries, keys and values after the convolution, chunk by chunk.
       decay: of the cumulated log decay, less `whole`.
       beta: of the writing strengths.
       whole: what is to be added to the cotangent of the chunk's last decay, in 64 parts.
     """
 
-    qkv: Float[Array, "T C"]
+    qkv: Float[Array, "chunks L C"]
     decay: Float32[Array, "N chunks L"]
     beta: Float32[Array, "N chunks L"]
     whole: Float32[Array, "N chunks L"]
@@ -240,20 +239,13 @@ def chunk_gradients(
     out_bar: Float[Array, "chunks N L V"],
     beta: Float32[Array, "N chunks L"],
     table: Chunks,
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    tokens: int,
 ) -> Gradients:
     """Through the chunks' systems and the normalisation of queries and keys."""
-    (chunks, N, _, K), V, S, dtype = system.q.shape, out_bar.shape[-1], starts.shape[0], out_bar.dtype
+    (chunks, N, _, K), V = system.q.shape, out_bar.shape[-1]
     vector = jax.ShapeDtypeStruct((N, chunks, L), jnp.float32)
     kernel = plgpu.kernel(
         functools.partial(_chunk_gradients, N=N, K=K),
-        out_type=(
-            jax.ShapeDtypeStruct((tokens, 3 * N * K), dtype),
-            jax.ShapeDtypeStruct((S, L, 3 * N * K), dtype),
-            *(vector, vector, vector),
-        ),
+        out_type=[Gradients(jax.ShapeDtypeStruct((chunks, L, 3 * N * K), out_bar.dtype), vector, vector, vector)],
         grid=(chunks, N),
         grid_names=("chunk", "head"),
         scratch_types=[
@@ -271,13 +263,12 @@ def chunk_gradients(
         [memories.writes, system.q, system.k, out_bar, system.attention],
         [memories.before, cotangents.after],
     ]
-    vectors = (system.q_scale, system.k_scale, system.decay, beta)
-    qkv, last, *gates = kernel(inputs, vectors, jnp.minimum(table.sequence, S - 1), table.row, table.rows)
-    return Gradients(with_last(qkv, last, starts, lengths), *gates)
+    (bars,) = kernel(inputs, (system.q_scale, system.k_scale, system.decay, beta), table.rows)
+    return bars
 
 
 def _chunk_gradients(*refs, N, K):
-    inputs, vectors, sequence, row, rows, out, last, decay_bar, beta_bar, whole_bar, *places, vectors_s, barriers = refs
+    inputs, vectors, rows, bars, *places, vectors_s, barriers = refs
     (inverse_s, d_s, v_s), (n_s, q_s, k_s, o_s, att_s), (before_s, after_s) = places
     chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
 
@@ -292,17 +283,9 @@ def _chunk_gradients(*refs, N, K):
         fade = jnp.exp(decay)
 
         def leave(x, part):
-            """A part's cotangent to its tokens, by way of shared memory."""
-            put(x, v_s)
-            lanes = pl.ds((part * N + head) * K, K)
-
-            @pl.when(rows[chunk] == L)
-            def _():
-                out[pl.ds(row[chunk], L), lanes] = load(v_s, by_rows(v_s))
-
-            @pl.when(rows[chunk] < L)
-            def _():
-                last[sequence[chunk], :, lanes] = load(v_s, by_rows(v_s))
+            """A part's cotangent to device memory, where values have been."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            send(x, v_s, bars.qkv.at[chunk, :, pl.ds((part * N + head) * K, K)])
 
         plgpu.barrier_wait(barriers[0])
         right = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS))
@@ -342,9 +325,10 @@ def _chunk_gradients(*refs, N, K):
 
         halves = (pl.ds(0, L), pl.ds(L, L))
         kept = sum(_dots(before_s.at[h][...].astype(jnp.float32), after_s.at[h]) for h in halves)
-        decay_bar[head, chunk] = slope - into
-        beta_bar[head, chunk] = strength_bar
-        whole_bar[head, chunk] = into + kept * jnp.exp(vectors[2][head, chunk, L - 1])
+        bars.decay[head, chunk] = slope - into
+        bars.beta[head, chunk] = strength_bar
+        bars.whole[head, chunk] = into + kept * jnp.exp(vectors[2][head, chunk, L - 1])
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _dots(x, ref):
@@ -356,3 +340,114 @@ def _through_norm(bar, ref, inverse_length):
     """The cotangent of `x` from that of `x / |x|`, divided by `|x|` already."""
     length = _dots(bar, ref) * inverse_length * inverse_length
     return bar - ref[...].astype(jnp.float32) * along_rows(length, bar.shape[1])
+
+
+FRONT = 8  # rows before a chunk's first in shared memory, of which the convolution sees three
+BEHIND = 8  # rows behind its last, of which three see it
+STEP = 16  # rows in registers at a time
+# A thread has 4 neighbouring channels of a row, a warp a whole row.
+BY_ROWS = plgpu.Layout.TILED(plgpu.Tiling(((4, LANES), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def convolution_gradients(
+    qkv: Float[Array, "T C"],
+    conv: Float[Array, "C W"],
+    tail: Float[Array, "S tail C"],
+    bars: Float[Array, "chunks L C"],
+    table: Chunks,
+    starts: Int32[Array, " S"],
+    lengths: Int32[Array, " S"],
+) -> tuple[Float[Array, "T C"], Float[Array, "C W"], Float[Array, "S tail C"]]:
+    """Through SiLU and the convolution, of which nothing was kept: cotangents of `qkv`, `conv` and `tail`.
+
+    Args:
+      bars: cotangents of what the convolution gave, chunk by chunk.
+    """
+    (T, C), (S, _, _), (chunks, W) = qkv.shape, tail.shape, (bars.shape[0], conv.shape[1])
+    own = jnp.minimum(table.sequence, S - 1)
+    there = jnp.where(table.rows > 0, jnp.minimum(lengths[own] - L * table.index, L + TAIL), 0)  # rows that count
+    kernel = plgpu.kernel(
+        functools.partial(_convolution_gradients, W=W),
+        out_type=(
+            jax.ShapeDtypeStruct((T, C), qkv.dtype),
+            jax.ShapeDtypeStruct((S, L, C), qkv.dtype),
+            jax.ShapeDtypeStruct((chunks, W, C), jnp.float32),
+            jax.ShapeDtypeStruct((S, FRONT, C), tail.dtype),
+        ),
+        grid=(chunks, C // LANES),
+        grid_names=("chunk", "part"),
+        scratch_types=[
+            plgpu.SMEM((FRONT + L + BEHIND, LANES), qkv.dtype),  # inputs
+            plgpu.SMEM((L + BEHIND, LANES), qkv.dtype),  # cotangents behind SiLU, and before it
+            plgpu.SMEM((FRONT + L + BEHIND, LANES), jnp.float32),
+            plgpu.Barrier(num_arrivals=4),
+        ],
+        compiler_params=params(approximate=True, reduction_scratch_bytes=4096),
+        kernel_name="gated_delta_convolution_gradients",
+    )
+    qkv_bar, last, taps, fronts = kernel(qkv, conv.T, tail, bars, own, table.row, table.index, there)
+    row = jnp.arange(T, dtype=jnp.int32)
+    owned = jnp.any((row[None] >= starts[:, None]) & (row[None] < (starts + lengths)[:, None]), axis=0)
+    qkv_bar = with_last(qkv_bar, last, starts, lengths).at[jnp.where(owned, T, row)].set(0, mode="drop")
+    tail_bar = jnp.where((lengths > 0)[:, None, None], fronts[:, FRONT - TAIL :], jnp.zeros((), tail.dtype))
+    return qkv_bar, taps.sum(axis=0).T.astype(conv.dtype), tail_bar
+
+
+def _convolution_gradients(*refs, W):
+    qkv, conv, tail, bars, sequence, row, index, there, out, last, taps_bar, fronts, raw_s, bar_s, linear_s, ready = refs
+    chunk, part = lax.axis_index("chunk"), lax.axis_index("part")
+    run, real = pl.ds(part * LANES, LANES), there[chunk]
+
+    @pl.when(real == 0)
+    def _():
+        for i in range(W):
+            taps_bar[chunk, i, run] = jnp.zeros(LANES, jnp.float32)
+
+    @pl.when(real > 0)
+    def _():
+        before, place = raw_s.at[pl.ds(FRONT - TAIL, TAIL)], raw_s.at[pl.ds(FRONT, L + BEHIND)]
+        fetch_rows(qkv, tail, run, before, place, ready, row[chunk], index[chunk], sequence[chunk])
+        plgpu.copy_gmem_to_smem(bars.at[chunk, :, run], bar_s.at[pl.ds(0, L)], ready)
+        following = jnp.minimum(chunk + 1, bars.shape[0] - 1)
+        plgpu.copy_gmem_to_smem(bars.at[following, pl.ds(0, BEHIND), run], bar_s.at[pl.ds(L, BEHIND)], ready)
+        taps = [load(conv.at[i, run], BY_ROWS.reduce(0)).astype(jnp.float32) for i in range(W)]
+
+        def spread(tap, count):
+            return plgpu.layout_cast(along_columns(tap, count), BY_ROWS)
+
+        def zeros(count):
+            return plgpu.layout_cast(jnp.zeros((count, LANES), jnp.float32), BY_ROWS)
+
+        linear_s[pl.ds(0, FRONT)] = zeros(FRONT)
+        plgpu.barrier_wait(ready)
+        products = [zeros(STEP)] * W  # for each tap's cotangent
+        for first, count in (*((i, STEP) for i in range(0, L, STEP)), (L, BEHIND)):
+            x = [load(raw_s.at[pl.ds(FRONT - TAIL + first + i, count)], BY_ROWS).astype(jnp.float32) for i in range(W)]
+            linear = sum(value * spread(tap, count) for value, tap in zip(x, taps, strict=True))
+            share = sigmoid(linear)
+            bar = load(bar_s.at[pl.ds(first, count)], BY_ROWS).astype(jnp.float32) * share * (1 + linear * (1 - share))
+            rows = plgpu.broadcasted_iota(jnp.int32, (count, LANES), 0, layout=BY_ROWS) + first
+            bar = jnp.where(rows < real, bar, 0.0)
+            store(linear_s.at[pl.ds(FRONT + first, count)], bar)
+            if first < L:
+                products = [total + bar * value for total, value in zip(products, x, strict=True)]
+        for i, total in enumerate(products):
+            store(taps_bar.at[chunk, i, run], jnp.sum(total, axis=0))
+
+        def through(first, count):
+            behind = (load(linear_s.at[pl.ds(FRONT + first + back, count)], BY_ROWS) for back in range(W))
+            return sum(bar * spread(taps[W - 1 - back], count) for back, bar in enumerate(behind))
+
+        @pl.when(real >= L)
+        def _():
+            for first in range(0, L, STEP):
+                store(out.at[pl.ds(row[chunk] + first, STEP), run], through(first, STEP).astype(out.dtype))
+
+        @pl.when(real < L)
+        def _():
+            for first in range(0, L, STEP):
+                store(last.at[sequence[chunk], pl.ds(first, STEP), run], through(first, STEP).astype(out.dtype))
+
+        @pl.when(index[chunk] == 0)
+        def _():
+            store(fronts.at[sequence[chunk], :, run], through(-FRONT, FRONT).astype(fronts.dtype))

@@ -155,7 +155,8 @@ def _systems(*refs, N, K):
     def _():
         channels = [pl.ds((i * N + head) * K, K) for i in range(3)]
         for i, run in enumerate(channels):
-            _fetch_rows(qkv, tail, run, raw_s.at[i], ready, row[chunk], index[chunk], sequence[chunk])
+            before, place = raw_s.at[i, pl.ds(0, TAIL)], raw_s.at[i, pl.ds(TAIL, L)]
+            fetch_rows(qkv, tail, run, before, place, ready, row[chunk], index[chunk], sequence[chunk])
         beta_row, beta_col = (load(beta.at[head, chunk], layout) for layout in (ROW, COL))
         i, j = iota((L, L), 0), iota((L, L), 1)
         g_col = along_columns(load(g.at[head, chunk], COL), L)
@@ -194,10 +195,9 @@ def _systems(*refs, N, K):
         plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch_rows(qkv, tail, run, place, ready, row, index, sequence):
-    """A chunk's inputs behind the three before them; in front of a sequence's first chunk stands its tail."""
-    plgpu.copy_gmem_to_smem(qkv.at[pl.ds(row, L), run], place.at[pl.ds(TAIL, L)], ready)
-    before = place.at[pl.ds(0, TAIL)]
+def fetch_rows(qkv, tail, run, before, place, ready, row, index, sequence):
+    """A chunk's inputs and the three before them; in front of a sequence's first chunk stands its tail. Two arrivals."""
+    plgpu.copy_gmem_to_smem(qkv.at[pl.ds(row, place.shape[0]), run], place, ready)
 
     @pl.when(index == 0)
     def _():

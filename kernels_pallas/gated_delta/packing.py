@@ -34,7 +34,7 @@ def chunk_table(starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens:
     sequences = starts.shape[0]
     ends = jnp.cumsum((lengths + CHUNK - 1) // CHUNK)
     chunk = jnp.arange(most_chunks(tokens, sequences), dtype=jnp.int32)
-    sequence = jnp.searchsorted(ends, chunk, side="right").astype(jnp.int32)
+    sequence = jnp.searchsorted(ends, chunk, side="right", method="compare_all").astype(jnp.int32)
     before = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[sequence]
     real = sequence < sequences
     own = jnp.minimum(sequence, sequences - 1)

@@ -88,7 +88,7 @@ def _backward(arguments, cotangents):
     table = chunk_table(starts, lengths, _padded(T))
     at = tpu_chunked.places(starts, lengths, snapshots, _padded(T))
     rows = backward.chunk_rows(table, T)
-    position = backward.positions(table, rows, T)
+    position = tpu_backward.positions(table, rows, T)
     project = functools.partial(tpu_backward.project, starts=starts, lengths=lengths, position=position)
     (projected, g, beta), pull = jax.vjp(project, qkv, a, b, conv, a_log, dt_bias, tail)
     projected, gates, out_bar = (

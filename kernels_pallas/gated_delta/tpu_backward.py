@@ -16,10 +16,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta import reference
-from kernels_pallas.gated_delta.backward import convolve_row
-from kernels_pallas.gated_delta.packing import CHUNK
+from kernels_pallas.gated_delta.backward import to_tokens
+from kernels_pallas.gated_delta.packing import CHUNK, Chunks
 from kernels_pallas.gated_delta.tpu_chunked import Places, columns, fading
 from kernels_pallas.gated_delta.tpu_math import LANES, compiler_params, cumulated, dot, lower_triangle, unit_inverse
+
+
+def positions(table: Chunks, rows: Int32[Array, "chunks L"], tokens: int) -> Int32[Array, " T"]:
+    """Each token's place in its sequence; -1 for tokens of no sequence."""
+    within = table.index[:, None] * CHUNK + jnp.arange(1, CHUNK + 1, dtype=jnp.int32)[None]
+    return to_tokens(within, rows, tokens) - 1
 
 
 def project(
@@ -34,10 +40,20 @@ def project(
     lengths: Int32[Array, " S"],
     position: Int32[Array, " T"],
 ) -> tuple[Float32[Array, "T C"], Float32[Array, "T N"], Float32[Array, "T N"]]:
-    """Normalised queries, keys and values side by side, log decays and writing strengths of a packed row; float32."""
-    T, N = a.shape
-    convolved = convolve_row(qkv, conv, tail, starts, lengths, position)
-    q, k, v = (y.reshape(T, -1) for y in reference.heads(convolved[None], N, LANES, LANES))
+    """Normalised queries, keys and values side by side, log decays and writing strengths of a packed row; float32.
+
+    The convolution is over the row, less what lies before a token's own sequence; the few tokens that see the tail get it added.
+    """
+    (T, C), W, N, inputs = qkv.shape, conv.shape[1], a.shape[1], tail.shape[1]
+    taps, x, before = conv.astype(jnp.float32).T, qkv.astype(jnp.float32), tail.astype(jnp.float32)
+    linear = jnp.zeros((T, C), jnp.float32)
+    for back in range(W):
+        shifted = jnp.pad(x, ((back, 0), (0, 0)))[:T]
+        linear += jnp.where((position >= back)[:, None], shifted, 0.0) * taps[W - 1 - back][None]
+    for i in range(inputs):
+        seen = sum(before[:, inputs + i - back] * taps[W - 1 - back][None] for back in range(i + 1, W))
+        linear = linear.at[jnp.where(i < lengths, starts + i, T)].add(seen, mode="drop")
+    q, k, v = (y.reshape(T, -1) for y in reference.heads(jax.nn.silu(linear)[None], N, LANES, LANES))
     g, beta = reference.gates(a[None], b[None], a_log, dt_bias)
     return jnp.concatenate([q, k, v], axis=1), g[0], beta[0]
 
