@@ -79,12 +79,17 @@ def limits() -> tuple[float, float]:
     return 2 * y.nbytes / copy_us * 1e6, 2 * x.shape[0] ** 3 / product_us * 1e6
 
 
-def main() -> None:
-    """Prints the tables."""
+def works() -> tuple[Work, ...]:
+    """Every operation's table."""
     from kernels_pallas.gated_delta import bench as gated_delta
     from kernels_pallas.packed_attention import bench as packed_attention
     from kernels_pallas.paged_attention import bench as paged_attention
 
+    return *gated_delta.works(), *packed_attention.works(), *paged_attention.works()
+
+
+def main() -> None:
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="operations and shapes whose names contain this")
     parser.add_argument("--beside", nargs="+", choices=RIVALS, default=[], help="other libraries to measure in the same run")
@@ -97,7 +102,7 @@ def main() -> None:
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     rows = []
     rivals = {library: beside(library, given.only) for library in given.beside}
-    for work in (*gated_delta.works(), *packed_attention.works(), *paged_attention.works()):
+    for work in works():
         if given.only in work.name:
             others = {library: figures[work.name] for library, figures in rivals.items() if work.name in figures}
             rows.append(measured(work, copy, product) | {"rivals_us": others})

@@ -25,9 +25,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from kernels_pallas import gated_delta
-from kernels_pallas.gated_delta import shapes, tpu, tpu_backward, tpu_chunked
+from kernels_pallas.gated_delta import shapes, tpu_backward, tpu_chunked
 from kernels_pallas.gated_delta.packing import CHUNK, most_chunks
 from kernels_pallas.gated_delta.tpu_math import LANES
+from kernels_pallas.tuning import chosen
 
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
 EXPECTED = Path(__file__).parent / "expected" / "gated_delta_tpu.json"
@@ -70,7 +71,7 @@ def step_arguments() -> tuple:
 
 def backward_kernel(qkv, gates, states, out_bar, ends_bar, kept_bar, starts, lengths, snapshots):
     at = tpu_chunked.places(starts, lengths, snapshots, T)
-    return tpu_backward.backward(qkv, gates, states, out_bar, ends_bar, kept_bar, at, tpu.HEADS)
+    return tpu_backward.backward(qkv, gates, states, out_bar, ends_bar, kept_bar, at, chosen("tpu", "gated_delta").heads)
 
 
 def backward_arguments() -> tuple:

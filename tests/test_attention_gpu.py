@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import tuning
 from kernels_pallas.packed_attention import gpu_backward, gpu_forward, gpu_walks, packed_attention, window_attention
 from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_attention
 from tests.mosaic_interpreted import product
@@ -151,8 +152,10 @@ def test_packed_attention_and_its_gradients_interpreted(interpreted):
     starts, sizes = jnp.asarray([3, 43, 80], jnp.int32), jnp.asarray(lengths, jnp.int32)
     q, k, v, cotangent = jnp.asarray(rng.standard_normal((4, rows, 2, 72)), jnp.bfloat16)
     first, end = gpu_walks.views(starts, sizes, rows)
-    out, sums = gpu_forward.forward(q, k, v, first, end, groups=2, tile=64, stages=2)
-    gradients = gpu_backward.backward(q, k, v, out, sums, cotangent, first, end)
+    cut = [{"groups": 2, "tile": 64, "stages": 2}]
+    with tuning.using({"gpu": {"any": {"packed_attention": cut, "packed_attention_backward": cut}}}):
+        out, sums = gpu_forward.forward(q, k, v, first, end)
+        gradients = gpu_backward.backward(q, k, v, out, sums, cotangent, first, end)
     dense = functools.partial(packed_attention, starts=starts, lengths=sizes, longest=50, backend="reference")
     expected, pull = jax.vjp(dense, *(x.astype(jnp.float32) for x in (q, k, v)))
     assert relative_rms(out, expected) < PACKED_ATTENTION["gpu bfloat16"]

@@ -54,9 +54,9 @@ from kernels_pallas.mosaic import (
     store,
     tiles,
 )
+from kernels_pallas.tuning import chosen
 
 LANES = 128  # channels of a block of the convolution
-STAGES = 2  # a chunk takes 80 KB with two warpgroups
 
 
 def backward(
@@ -116,8 +116,6 @@ def hand_back(
     kept_bar: Float32[Array, "P N V K"],
     lengths: Int32[Array, " S"],
     taken: Int32[Array, " chunks"],
-    *,
-    groups: int | None = None,
 ) -> tuple[Cotangents, Float32[Array, "S N V K"]]:
     """Cotangents of what is handed from chunk to chunk, and of the memory before each sequence.
 
@@ -126,31 +124,29 @@ def hand_back(
       read_bar: the same times `system.q_scale`, of what is read from the memory before the chunk.
       ends_bar, kept_bar: cotangents of the memory after each sequence, and of snapshots (P at least 1).
       taken: which snapshot each chunk's end is, or -1.
-      groups: as in `gpu_chunked.scan`.
     """
     (S, N, V, K), chunks, dtype = ends_bar.shape, taken.shape[0], out_bar.dtype
-    slices = V // SLICE
-    if groups is None:
-        groups = slices if S * N >= 128 else 1
+    cut = chosen("gpu", "gated_delta_hand_back", S * N)
+    groups, stages = cut.groups, cut.stages
     kernel = plgpu.kernel(
-        functools.partial(_hand_back, groups=groups),
+        functools.partial(_hand_back, groups=groups, stages=stages),
         out_type=(
             Cotangents(jax.ShapeDtypeStruct((chunks, N, V, K), dtype), jax.ShapeDtypeStruct((chunks, N, V, L), dtype)),
             jax.ShapeDtypeStruct(ends_bar.shape, jnp.float32),
         ),
-        grid=(S, N, slices // groups),
+        grid=(S, N, V // SLICE // groups),
         grid_names=("sequence", "head", "block"),
         num_threads=groups + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
             [
-                *(tiles(STAGES, L, K), tiles(STAGES, L, K), tiles(STAGES, L, K)),  # q, k, w
-                *(tiles(STAGES, L, L), plgpu.SMEM((STAGES, L), jnp.float32)),  # attention, k_scale
+                *(tiles(stages, L, K), tiles(stages, L, K), tiles(stages, L, K)),  # q, k, w
+                *(tiles(stages, L, L), plgpu.SMEM((stages, L), jnp.float32)),  # attention, k_scale
             ],
-            [tiles(STAGES * groups, L, SLICE), tiles(STAGES * groups, L, SLICE)],  # out_bar, read_bar
+            [tiles(stages * groups, L, SLICE), tiles(stages * groups, L, SLICE)],  # out_bar, read_bar
             Cotangents(tiles(groups, SLICE, K), tiles(groups, SLICE, L)),  # on their way to device memory
-            plgpu.Barrier(num_arrivals=5 + 2 * groups, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=5 + 2 * groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
         compiler_params=params(approximate=True),
         kernel_name="gated_delta_hand_back_chunks",
@@ -162,7 +158,7 @@ def hand_back(
     )
 
 
-def _hand_back(*refs, groups):
+def _hand_back(*refs, groups, stages):
     shared, k_scale, out_bar, read_bar, decay, ends_bar, kept_bar, first, counts, taken, sent, memory_bar, *scratch = refs
     (*shared_s, k_scale_s), own_s, sent_s, ready, consumed = scratch
     q_s, k_s, w_s, att_s = shared_s
@@ -175,8 +171,8 @@ def _hand_back(*refs, groups):
 
         @pl.loop(0, count)
         def _(i):
-            slot, chunk = lax.rem(i, STAGES), last - i
-            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+            slot, chunk = lax.rem(i, stages), last - i
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
             for source, place in zip(shared, shared_s, strict=True):
                 plgpu.copy_gmem_to_smem(source.at[chunk, head], place.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(k_scale.at[head, chunk], k_scale_s.at[slot], ready.at[slot])
@@ -191,7 +187,7 @@ def _hand_back(*refs, groups):
         mine = pl.ds((block * groups + group) * SLICE, SLICE)
 
         def hand_back(i, state):
-            slot, chunk = lax.rem(i, STAGES), last - i
+            slot, chunk = lax.rem(i, stages), last - i
             fade, snapshot = jnp.exp(decay[head, chunk, L - 1]), taken[chunk]
             state = lax.cond(
                 snapshot >= 0, lambda x: x + load(kept_bar.at[jnp.maximum(snapshot, 0), head, mine], MATRIX), lambda x: x, state

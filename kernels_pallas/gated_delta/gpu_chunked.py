@@ -39,6 +39,7 @@ from kernels_pallas.mosaic import (
     silu,
     tiles,
 )
+from kernels_pallas.tuning import chosen
 
 L = CHUNK
 SLICE = 64  # value channels of a warpgroup: the rows of one wgmma
@@ -267,21 +268,19 @@ def scan(
     tokens: int,
     snapshots: int,
     *,
-    groups: int | None = None,
     keep: bool = False,
 ) -> tuple[Float[Array, "T NV"], Float32[Array, "S N V K"], Float32[Array, "P N V K"], Memories | None]:
     """Hands the memory from chunk to chunk, and reads.
 
     Whole chunks of outputs go to their tokens at once; a sequence's last tokens, short of a chunk, are put there by XLA.
 
-    `groups` warpgroups of a block share what they load; with few heads in all, each gets a block of its own. `keep` for a
-    backward pass.
+    The warpgroups of a block share what they load; with few heads in all, each gets a block of its own. `keep` for a backward
+    pass.
     """
     S, N, V, K = memory.shape
     slices, dtype = V // SLICE, system.q.dtype
-    if groups is None:
-        groups = slices if S * N >= 128 else 1
-    stages = 4 - groups  # as many as fit into 227 KB: a chunk takes 64 or 72
+    cut = chosen("gpu", "gated_delta_scan", S * N)
+    groups, stages = cut.groups, cut.stages
     shape, chunks = jax.ShapeDtypeStruct, taken.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_scan, V=V, stages=stages, groups=groups),

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from kernels_pallas.tuning import Tuned
+
 HEADS, WIDTH, CONV = 16, 128, 4  # key and value heads, key and value width, taps of the convolution
 CHANNELS = 3 * HEADS * WIDTH
 
@@ -39,4 +41,18 @@ RECURRENT = (
     RecurrentShape("8 slots", 8, 1),
     RecurrentShape("100 slots", 100, 1),
     RecurrentShape("8 slots, 4 drafts", 8, 4),
+)
+
+# Sizes: heads of all sequences.
+TUNED = (
+    *(
+        Tuned(
+            "gpu",
+            f"gated_delta_{kernel}",
+            ({"groups": 1, "stages": 2}, {"groups": 1, "stages": 3}, {"groups": 2, "stages": 2}),
+            {127: (f"{line}, 1 x 8,192",), None: (f"{line}, 8 x 1,024", f"{line}, ragged 16,384")},
+        )
+        for kernel, line in (("scan", "gated delta"), ("hand_back", "gated delta backward"))
+    ),
+    Tuned("tpu", "gated_delta", ({"heads": 4}, {"heads": 8}, {"heads": 16}), {None: ("gated delta, 1 x 8,192",)}),
 )

@@ -9,11 +9,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.gated_delta import backward, tpu_backward, tpu_chunked, tpu_recurrent
 from kernels_pallas.gated_delta.packing import chunk_table
 from kernels_pallas.gated_delta.tpu_math import LANES
+from kernels_pallas.tuning import chosen
 
-# Heads of one step of the chunked grid, at most. Independent heads hide the matrix unit's latency: on v5e the forward kernel
-# takes 898, 709 and 641 bundles a head and chunk at 4, 8 and 16 heads, the backward kernel 1,058, 867 and 806; on v5p 936 and
-# 713, 1,106 and 877 at 4 and 8. With 16 there would be nothing left for v5p's second core.
-HEADS = 8
 TOKENS = 8  # of one row of a decoding step, at most: they are unrolled
 DTYPES = ("float32", "bfloat16")
 
@@ -130,8 +127,12 @@ def recurrent(
 
 
 def _heads(N: int) -> int:
-    """Heads of one step of the grid: the most that divide N."""
-    return max(heads for heads in range(1, HEADS + 1) if N % heads == 0)
+    """Heads of one step of the grid: the most that divide N, up to as many as hide the matrix unit's latency.
+
+    On v5e the forward kernel takes 898, 709 and 641 bundles a head and chunk at 4, 8 and 16 heads, the backward kernel 1,058, 867
+    and 806; on v5p 936 and 713, 1,106 and 877 at 4 and 8. With 16 there would be nothing left for v5p's second core.
+    """
+    return max(heads for heads in range(1, chosen("tpu", "gated_delta").heads + 1) if N % heads == 0)
 
 
 def _gate_inputs(a: Float[Array, "*tokens N"], b: Float[Array, "*tokens N"]) -> Float32[Array, "*tokens lanes"]:

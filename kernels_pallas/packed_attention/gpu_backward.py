@@ -22,10 +22,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.mosaic import ACROSS, COL, MATRIX, ROWS, accumulate, along_columns, along_rows, load, params, product, tiles
 from kernels_pallas.packed_attention.gpu_walks import SLACK, columns, keep_own, leave, plan, seen
-
-GROUPS = 2
-TILE = 64
-STAGES = 3
+from kernels_pallas.tuning import chosen
 
 
 def backward(
@@ -40,33 +37,36 @@ def backward(
 ) -> tuple[Float[Array, "P N H"], Float[Array, "P N H"], Float[Array, "P N H"]]:
     """The gradients of `gpu_forward.forward`'s first result with respect to q, k and v."""
     P, N, H = q.shape
+    cut = chosen("gpu", "packed_attention_backward", P)
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1).T
-    reach = (0, -(-P // (GROUPS * ROWS)) * GROUPS * ROWS + TILE - P)  # a tile may end so far behind the last row
+    rows = cut.groups * ROWS
+    reach = (0, -(-P // rows) * rows + cut.tile - P)  # a tile may end so far behind the last row
     sums, delta = (jnp.pad(x[:, :P], ((0, 0), reach)) for x in (sums, delta))
-    walks = plan(first, end, GROUPS, TILE)
+    walks = plan(first, end, cut.groups, cut.tile)
     flat = [x.reshape(P, N * H) for x in (q, k, v, cotangent)]
     q, k, v, cotangent = flat
-    (dq,) = _walk("packed_attention_dq", (q, cotangent, k, v), sums, delta, walks, N, results=1)
-    dk, dv = _walk("packed_attention_dkv", (k, v, q, cotangent), sums, delta, walks, N, results=2)
+    (dq,) = _walk("packed_attention_dq", (q, cotangent, k, v), sums, delta, walks, N, cut, results=1)
+    dk, dv = _walk("packed_attention_dkv", (k, v, q, cotangent), sums, delta, walks, N, cut, results=2)
     return dq, dk, dv
 
 
-def _walk(name, operands, sums, delta, walks, N, results):
+def _walk(name, operands, sums, delta, walks, N, cut, results):
     P, H = operands[0].shape[0], operands[0].shape[1] // N
+    groups, tile, stages = cut.groups, cut.tile, cut.stages
     kernel = plgpu.kernel(
-        functools.partial(_kernel, N=N, H=H, results=results),
+        functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages, results=results),
         out_type=[jax.ShapeDtypeStruct((P, N, H), operands[0].dtype)] * results,
         grid=(walks.begin.shape[0], N),
         grid_names=("block", "head"),
-        num_threads=GROUPS + 1,  # the last only fetches
+        num_threads=groups + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            *(tiles(GROUPS * ROWS, H + SLACK, swizzle=32) for _ in range(2)),
-            *(tiles(STAGES, TILE, H + SLACK, swizzle=32) for _ in range(2)),
-            plgpu.SMEM((GROUPS, ROWS, H), operands[0].dtype),
+            *(tiles(groups * ROWS, H + SLACK, swizzle=32) for _ in range(2)),
+            *(tiles(stages, tile, H + SLACK, swizzle=32) for _ in range(2)),
+            plgpu.SMEM((groups, ROWS, H), operands[0].dtype),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
         compiler_params=params(approximate=True),
         kernel_name=name,
@@ -74,46 +74,46 @@ def _walk(name, operands, sums, delta, walks, N, results):
     return kernel(*operands, sums, delta, *walks)
 
 
-def _kernel(*refs, N, H, results):
+def _kernel(*refs, N, H, groups, tile, stages, results):
     row_refs, tile_refs, (sums, delta, first, end, begin, count, own), rest = refs[:2], refs[2:4], refs[4:11], refs[11:]
     outs, (rows_a, rows_b, tile_a, tile_b, out_s, ready_rows, ready, free) = rest[:results], rest[results:]
     block, head, group = (lax.axis_index(name) for name in ("block", "head", "group"))
     start, tiles_here, mine = begin[block], count[block], columns(head, H)
 
-    @pl.when(group == GROUPS)
+    @pl.when(group == groups)
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        rows = pl.ds(block * GROUPS * ROWS, GROUPS * ROWS)
+        rows = pl.ds(block * groups * ROWS, groups * ROWS)
         for source, place in zip(row_refs, (rows_a, rows_b), strict=True):
             plgpu.copy_gmem_to_smem(source.at[rows, mine], place, ready_rows)
 
         @pl.loop(0, tiles_here)
         def _(i):
-            slot = lax.rem(i, STAGES)
-            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+            slot = lax.rem(i, stages)
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             for source, place in zip(tile_refs, (tile_a, tile_b), strict=True):
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(start + i * TILE, TILE), mine], place.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(start + i * tile, tile), mine], place.at[slot], ready.at[slot])
 
-    @pl.when(group < GROUPS)
+    @pl.when(group < groups)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds((block * GROUPS + group) * ROWS, ROWS)
+        rows = pl.ds((block * groups + group) * ROWS, ROWS)
         since, until, clear, cloudy = (own[block, group, i] for i in range(4))
         low, high = load(first.at[rows]), load(end.at[rows])
-        of_rows = [along_rows(load(x.at[head, rows]), TILE) for x in (sums, delta)] if results == 1 else None
+        of_rows = [along_rows(load(x.at[head, rows]), tile) for x in (sums, delta)] if results == 1 else None
         plgpu.barrier_wait(ready_rows)
         a, b = (x.at[pl.ds(group * ROWS, ROWS)] for x in (rows_a, rows_b))
         for x in (a, b):
             keep_own(x, head, H)
 
         def skip(i, _):
-            slot = lax.rem(i, STAGES)
+            slot = lax.rem(i, stages)
             plgpu.barrier_wait(ready.at[slot])
             plgpu.barrier_arrive(free.at[slot])
 
         def visit(i, totals):
-            slot, at = lax.rem(i, STAGES), start + i * TILE
-            stats = of_rows or [along_columns(load(x.at[head, pl.ds(at, TILE)], COL), ROWS) for x in (sums, delta)]
+            slot, at = lax.rem(i, stages), start + i * tile
+            stats = of_rows or [along_columns(load(x.at[head, pl.ds(at, tile)], COL), ROWS) for x in (sums, delta)]
             plgpu.barrier_wait(ready.at[slot])
             scores = product(a, tile_a.at[slot].transpose(ACROSS))
             masked = (i < clear) | (i >= cloudy)

@@ -30,6 +30,7 @@ from kernels_pallas.mosaic import (
     weigh,
 )
 from kernels_pallas.packed_attention.gpu_walks import SLACK, columns, keep_own, leave, plan, seen
+from kernels_pallas.tuning import chosen
 
 
 def forward(
@@ -38,13 +39,11 @@ def forward(
     v: Float[Array, "P N H"],
     first: Int32[Array, " P"],
     end: Int32[Array, " P"],
-    *,
-    groups: int = 3,
-    tile: int = 128,
-    stages: int = 3,
 ) -> tuple[Float[Array, "P N H"], Float32[Array, "N R"]]:
     """The attention of rows over the rows from `first` to `end`; and the logarithm, base 2, of each row's sum of weights."""
     P, N, H = q.shape
+    cut = chosen("gpu", "packed_attention", P)
+    groups, tile, stages = cut.groups, cut.tile, cut.stages
     walks = plan(first, end, groups, tile)
     kernel = plgpu.kernel(
         functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages),

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from kernels_pallas.tuning import Tuned
+
 HEADS, WIDTH = 16, 72  # of the vision tower
 
 
@@ -22,4 +24,27 @@ PACKED = (
     PackedShape("1 view of 4,900", (4900,), 4928),
     # A fixed draw: small pictures and thin slices beside large ones, 8,192 patches.
     PackedShape("ragged 8,192", (1, 16, 1056, 64, 4, 256, 1024, 144, 2116, 400, 32, 784, 1, 1089, 100, 1105), 2304),
+)
+
+PHOTOS = tuple(f"{{}}, {name}" for name in ("1 photo", "16 photos", "ragged 8,192"))
+# Sizes: patches.
+TUNED = (
+    Tuned(
+        "gpu",
+        "packed_attention",
+        tuple({"groups": groups, "tile": tile, "stages": 3} for groups in (2, 3) for tile in (96, 128)),
+        {None: tuple(line.format("packed attention") for line in PHOTOS)},
+    ),
+    Tuned(
+        "gpu",
+        "packed_attention_backward",
+        tuple({"groups": 2, "tile": tile, "stages": stages} for tile in (64, 96) for stages in (2, 3)),
+        {None: tuple(line.format("packed attention backward") for line in PHOTOS)},
+    ),
+    Tuned(
+        "tpu",
+        "packed_attention",
+        tuple({"block_bytes": 1024, "window_bytes": 2304, "together": together} for together in (2, 4, 8)),
+        {None: tuple(line.format("packed attention") for line in PHOTOS)},
+    ),
 )

@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.packed_attention.tpu_views import ALIGNED, column, cut, strangers, window
 from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
+from kernels_pallas.tuning import chosen
 
 TILE = 128  # rows computed at once
-TOGETHER = 4  # heads, whose steps hide each other's latency
-MOST_BYTES = 2304  # of a column of a window: 1,152 rows of bfloat16, so that all views of most pictures fit one window
 
 
 class Plan(NamedTuple):
@@ -38,7 +37,8 @@ class Plan(NamedTuple):
 
 def window_rows(P: int, longest: int, dtype: jnp.dtype) -> int:
     """Rows of a window: the longest view in one, or in as many as it takes; it begins up to a tile before the view."""
-    rows, most = max(longest, TILE) + ALIGNED - 1, MOST_BYTES // dtype.itemsize
+    # 2,304 bytes of a column are 1,152 rows of bfloat16: all views of most pictures fit one window.
+    rows, most = max(longest, TILE) + ALIGNED - 1, chosen("tpu", "packed_attention").window_bytes // dtype.itemsize
     return min(-(-rows // pl.cdiv(rows, most) // ALIGNED) * ALIGNED, P)
 
 
@@ -50,8 +50,8 @@ def split(rows_ref, heads_ref) -> None:
 
 
 def for_heads(N: int, compute) -> None:
-    """Calls `compute` with the numbers of a few heads, until all have been."""
-    together = math.gcd(N, TOGETHER)
+    """Calls `compute` with the numbers of a few heads, whose steps hide each other's latency, until all have been."""
+    together = math.gcd(N, chosen("tpu", "packed_attention").together)
 
     def group(i, _):
         compute([i * together + j for j in range(together)])
@@ -61,7 +61,7 @@ def for_heads(N: int, compute) -> None:
 
 def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:
     """The cut for a row of P rows."""
-    return Plan(N, 1024 // dtype.itemsize, TILE, window_rows(P, longest, dtype))
+    return Plan(N, chosen("tpu", "packed_attention").block_bytes // dtype.itemsize, TILE, window_rows(P, longest, dtype))
 
 
 def forward(

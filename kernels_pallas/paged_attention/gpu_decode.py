@@ -40,10 +40,9 @@ from kernels_pallas.mosaic import (
     tiles,
     weigh,
 )
+from kernels_pallas.tuning import chosen
 
 PAGE = 64
-STAGES = 3  # tiles of a ring: 6 x 32 KB and the queries fill the shared memory
-AT_ONCE = 8  # partial answers that are loaded together
 
 
 class Shares(NamedTuple):
@@ -89,13 +88,14 @@ def decode(
     """As `reference.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
     S, R = contexts.shape[0], longest * N
+    cut = chosen("gpu", "paged_attention_decode", S)
     contexts = jnp.where(lengths > 0, contexts, 0)
     plan = shares(contexts)
     slots = PROCESSORS + S
     flat = (x.reshape(-1, K * H) for x in (keys, values))
     rows = jnp.pad(q, ((0, longest - 1), (0, 0), (0, 0))).reshape(-1, H)
     read = plgpu.kernel(
-        functools.partial(_read, N=N, K=K, H=H, R=R),
+        functools.partial(_read, N=N, K=K, H=H, R=R, stages=cut.stages),
         out_type=[jax.ShapeDtypeStruct((slots, K, R, H), jnp.float32), jax.ShapeDtypeStruct((slots, K, ROWS), jnp.float32)],
         grid=(PROCESSORS,),
         grid_names=("block",),
@@ -103,16 +103,16 @@ def decode(
         thread_name="group",
         scratch_types=[
             tiles(ROWS, H),
-            plgpu.RefUnion(tiles(K * STAGES, PAGE, H), plgpu.SMEM((K * STAGES, ROWS, H // 2), jnp.float32)),
+            plgpu.RefUnion(tiles(K * cut.stages, PAGE, H), plgpu.SMEM((K * cut.stages, ROWS, H // 2), jnp.float32)),
             *(plgpu.Barrier(), plgpu.Barrier(num_arrivals=K)),
-            *(plgpu.Barrier(num_barriers=K * STAGES), plgpu.Barrier(num_barriers=K * STAGES)),
+            *(plgpu.Barrier(num_barriers=K * cut.stages), plgpu.Barrier(num_barriers=K * cut.stages)),
         ],
         compiler_params=params(approximate=True),
         kernel_name="paged_attention_decode",
     )
     partial, weights = read(rows, *flat, tables, starts, lengths, contexts, *plan)
     join = plgpu.kernel(
-        functools.partial(_join, N=N, K=K, longest=longest),
+        functools.partial(_join, N=N, K=K, at_once=cut.at_once),
         out_type=jax.ShapeDtypeStruct((S, R, H), q.dtype),
         grid=(S, R),
         grid_names=("sequence", "row"),
@@ -127,7 +127,7 @@ def decode(
     return jnp.zeros_like(q).at[places].set(out, mode="drop")
 
 
-def _read(*refs, N, K, H, R):
+def _read(*refs, N, K, H, R, stages):
     q, keys, values, tables, starts, lengths, contexts, before, share, first, count, partial, weights, *scratch = refs
     q_s, (tile_s, out_s), q_ready, q_free, ready, free = scratch
     block, group = lax.axis_index("block"), lax.axis_index("group")
@@ -153,8 +153,8 @@ def _read(*refs, N, K, H, R):
                 rows = pl.ds(tables[s, i] * PAGE, PAGE)
                 for source in (keys, values):
                     for head in range(K):
-                        slot = head * STAGES + lax.rem(t, STAGES)
-                        pl.when(t >= STAGES)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+                        slot = head * stages + lax.rem(t, stages)
+                        pl.when(t >= stages)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
                         plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], tile_s.at[slot], ready.at[slot])
                     t = t + 1
                 return t
@@ -176,7 +176,7 @@ def _read(*refs, N, K, H, R):
 
             def page(i, carry):
                 total, weight, largest, t = carry
-                slot = group * STAGES + lax.rem(t, STAGES)
+                slot = group * stages + lax.rem(t, stages)
                 plgpu.barrier_wait(ready.at[slot])
                 scores = product(q_s, tile_s.at[slot].transpose(ACROSS))
                 plgpu.barrier_arrive(free.at[slot])
@@ -190,7 +190,7 @@ def _read(*refs, N, K, H, R):
                 weights_here, faded, weight, largest = weigh(scores, weight, largest, scale)
                 total = total * along_rows(faded, H)
                 t = t + 1
-                slot = group * STAGES + lax.rem(t, STAGES)
+                slot = group * stages + lax.rem(t, stages)
                 plgpu.barrier_wait(ready.at[slot])
                 pl.when(left < PAGE)(lambda: clear(tile_s.at[slot], left))
                 total = accumulate(total, weights_here.astype(q.dtype), tile_s.at[slot])
@@ -200,7 +200,7 @@ def _read(*refs, N, K, H, R):
             *sums, ring = lax.fori_loop(low, high, page, (*no_scores(H), ring))
             total, log = settle(*sums)
             # The last tile of values is still ours: the answer leaves through it, half after half.
-            slot, to = group * STAGES + lax.rem(ring - 1, STAGES), block + s
+            slot, to = group * stages + lax.rem(ring - 1, stages), block + s
             for half in range(2):
                 store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2)))
                 plgpu.commit_smem()
@@ -225,7 +225,7 @@ def clear(ref, valid):
     plgpu.commit_smem()
 
 
-def _join(partial, weights, before, share, out, *, N, K, longest):
+def _join(partial, weights, before, share, out, *, N, K, at_once):
     """A row of a sequence from its blocks' parts, each with the logarithm of the weight it has."""
     s, row = lax.axis_index("sequence"), lax.axis_index("row")
     head = lax.rem(row, N) // (N // K)
@@ -237,8 +237,8 @@ def _join(partial, weights, before, share, out, *, N, K, longest):
 
     def several(n, carry):
         total, weight, largest = carry
-        slots = [first + s + n * AT_ONCE + i for i in range(AT_ONCE)]
-        there = [n * AT_ONCE + i < count for i in range(AT_ONCE)]
+        slots = [first + s + n * at_once + i for i in range(at_once)]
+        there = [n * at_once + i < count for i in range(at_once)]
         slots = [jnp.where(here, slot, first + s) for here, slot in zip(there, slots, strict=True)]
         logs = [jnp.where(here, weights[slot, head, row], FLOOR) for here, slot in zip(there, slots, strict=True)]
         parts = [load(partial.at[slot, head, row], layout) for slot in slots]
@@ -250,6 +250,6 @@ def _join(partial, weights, before, share, out, *, N, K, longest):
 
     zeros = plgpu.layout_cast(jnp.zeros(width, jnp.float32), layout)
     start = (zeros, jnp.float32(0), jnp.float32(FLOOR))
-    total, weight, _ = lax.fori_loop(0, (count + AT_ONCE - 1) // AT_ONCE, several, start)
+    total, weight, _ = lax.fori_loop(0, (count + at_once - 1) // at_once, several, start)
     scale = jnp.where(count > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
     out[s, row] = (total * scale).astype(out.dtype)

@@ -39,7 +39,7 @@ from kernels_pallas.paged_attention.gpu_decode import PAGE, clear
 from kernels_pallas.paged_attention.reference import places, query_blocks
 
 GROUPS = 2  # warpgroups that compute
-STAGES = 2  # of keys, and of values
+STAGES = 2  # of keys, and of values; three would not fit
 
 
 def prefill(

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from kernels_pallas.tuning import Tuned
+
 HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # query heads, key-value heads, width of either
 
 
@@ -27,5 +29,21 @@ PAGED = (
         (512, 4, 64, 1, 200, 17, 448, 130, 65, 96, 5, 255, 128, 31, 60, 32),
         (512, 4099, 64, 1, 1200, 9000, 448, 2178, 65, 96, 70, 255, 30000, 31, 316, 32),
         2048,
+    ),
+)
+
+DECODE = tuple(f"paged attention, {shape.name}" for shape in PAGED if shape.longest == 1)
+TUNED = (
+    Tuned(
+        "gpu",
+        "paged_attention_decode",
+        tuple({"stages": stages, "at_once": at_once} for stages in (2, 3) for at_once in (4, 8)),
+        {None: DECODE},
+    ),
+    Tuned(  # sizes: the most queries of a sequence
+        "tpu",
+        "paged_attention",
+        tuple({"queries": 128, "pages": pages} for pages in (4, 8, 16)),
+        {8: DECODE, None: ("paged attention, prefill 2,048 on 30,000",)},
     ),
 )

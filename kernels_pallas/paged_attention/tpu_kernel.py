@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.reference import Blocks
 from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
+from kernels_pallas.tuning import chosen
 
 JOINT = 8  # queries of a block, up to which one product serves all heads
 TILE = 64  # queries computed at once
@@ -50,9 +51,10 @@ class Plan(NamedTuple):
 def plan(N: int, K: int, longest: int, dtype: jnp.dtype) -> Plan:
     """The cut for calls of at most `longest` queries a sequence."""
     halves = 2 if dtype == jnp.float32 else 1
+    cut = chosen("tpu", "paged_attention", longest)
     if longest <= JOINT:
-        return Plan(N, K, longest, longest, 16 // halves, True)
-    return Plan(N, K, min(128, -(-longest // TILE) * TILE), TILE, 8 // halves, False)
+        return Plan(N, K, longest, longest, cut.pages // halves, True)
+    return Plan(N, K, min(cut.queries, -(-longest // TILE) * TILE), TILE, cut.pages // halves, False)
 
 
 def forward(

@@ -1,0 +1,75 @@
+"""How the kernels cut their work: every entry of the file is one of its kernel's candidates, and the tuner finds the fastest."""
+
+import functools
+import json
+
+import pytest
+
+from kernels_pallas import tune, tuning
+from kernels_pallas.backends import CHIPS
+from kernels_pallas.bench import Work, works
+from kernels_pallas.tuning import FILE, Tuned, chosen, read, write
+
+KERNELS = {(tuned.family, tuned.kernel): tuned for tuned in tune.TUNED}
+
+
+def test_every_entry_is_one_of_its_kernels_candidates():
+    for family, kinds in read(FILE).items():
+        for kind, kernels in kinds.items():
+            assert kind.startswith(CHIPS[family])
+            assert set(kernels) == {kernel for of, kernel in KERNELS if of == family}
+            for kernel, cuts in kernels.items():
+                tuned = KERNELS[family, kernel]
+                assert [cut.get("most") for cut in cuts] == list(tuned.works)
+                assert all({name: x for name, x in cut.items() if name != "most"} in tuned.candidates for cut in cuts)
+
+
+def test_every_kernel_is_measured_by_lines_of_the_benchmark():
+    lines = {work.name for work in works()}
+    for tuned in tune.TUNED:
+        assert all(set(names) <= lines for names in tuned.works.values())
+
+
+def test_the_file_is_as_the_tuner_writes_it(tmp_path):
+    write(tmp_path / "table.json", read(FILE))
+    assert (tmp_path / "table.json").read_text() == FILE.read_text()
+
+
+def test_a_device_without_an_entry_takes_the_nearest(monkeypatch):
+    table = {"gpu": {kind: {"x": [{"most": 8, "n": n}, {"n": -n}]} for n, kind in enumerate(("NVIDIA H200", "NVIDIA H100"), 1)}}
+    found = {}
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "cpu"):
+        monkeypatch.setattr(tuning, "device_kind", lambda kind=kind: kind)
+        with tuning.using(table):
+            found[kind] = chosen("gpu", "x", 8).n, chosen("gpu", "x", 9).n
+    assert found == {
+        "NVIDIA H100 80GB HBM3": (2, -2),
+        "NVIDIA H200": (1, -1),
+        "NVIDIA GH200 480GB": (1, -1),
+        "cpu": (1, -1),
+    }
+
+
+@pytest.mark.parametrize("bounds", [[], [8], [8, 8, None], [None, None], [9, 8, None]])
+def test_bounds_must_go_up_and_end_in_none(tmp_path, bounds):
+    path = tmp_path / "table.json"
+    cuts = [{"n": 1} if most is None else {"most": most, "n": 1} for most in bounds]
+    path.write_text(json.dumps({"gpu": {"NVIDIA H200": {"x": cuts}}}))
+    with pytest.raises(ValueError, match=r"table.json: gpu, NVIDIA H200, x has bounds \[.*\], which must go up and end in none"):
+        read(path)
+
+
+def test_the_tuner_takes_the_fastest_of_each_class(monkeypatch):
+    tuned = Tuned("gpu", "x", ({"n": 1}, {"n": 2}, {"n": 3}), {127: ("small",), None: ("large", "larger")})
+    best, calls = {"small": 3, "large": 2, "larger": 2}, []
+
+    def run(name, backend):  # what is chosen is asked for where the call is made, as in a kernel
+        calls.append((name, backend))
+        return lambda: abs(chosen("gpu", "x", 500).n - best[name])
+
+    lines = [Work(name, functools.partial(run, name), 1, 1) for name in best]
+    monkeypatch.setattr(tune, "all_works", lambda: lines)
+    table = {"gpu": {"NVIDIA H200": {"x": [{"n": 1}], "y": [{"n": 5}]}}}
+    cuts = tune.tune(tuned, "NVIDIA H100", table, timer=lambda call: call())
+    assert cuts == [{"most": 127, "n": 3}, {"n": 2}]
+    assert set(calls) == {(name, "gpu") for name in best}
