@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.gated_delta import Layer
+from tests.tolerances import relative_rms
 
 DECAYS = {"slow": (-14.0, -7.0), "usual": (-5.0, 0.0), "fast": (0.0, 2.6)}  # log of -g: from 1 - 1e-6 to 1e-6 kept a token
 
@@ -105,3 +106,22 @@ def sequences(case: Case):
     for s, (start, length) in enumerate(zip(np.asarray(case.starts), np.asarray(case.lengths), strict=True)):
         own = slice(int(start), int(start + length))
         yield own, *naive(case.qkv[own], case.a[own], case.b[own], case.layer, case.memory[s], case.tail[s])
+
+
+def gate_terms(case: Case, a_bar):
+    """Per head, the sizes of the terms that the gradients of `a_log` and `dt_bias` are sums of, from that of `a`; float64."""
+    x, a_bar = (np.asarray(y, np.float64) for y in (case.a, a_bar))
+    x = x + np.asarray(case.layer.dt_bias, np.float64)
+    rates = np.logaddexp(x, 0) * (1 + np.exp(-x))  # d(g)/d(a_log) over d(g)/d(a)
+    return np.abs(a_bar * rates).sum(axis=0), np.abs(a_bar).sum(axis=0)
+
+
+def worst_gradient(case: Case, found, expected):
+    """The largest error of gradients of `chunked`'s first eight arguments, and whose it is: relative RMS, but for sums over all
+    tokens, which may come out near zero, relative to the sizes of what they add up."""
+    names = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "memory", "tail")
+    errors = {name: relative_rms(x, y) for name, x, y in zip(names, found, expected, strict=True)}
+    for name, size in zip(("a_log", "dt_bias"), gate_terms(case, expected[1]), strict=True):
+        x, y = (np.asarray(bars[names.index(name)], np.float64) for bars in (found, expected))
+        errors[name] = np.max(np.abs(x - y) / size)
+    return max((error, name) for name, error in errors.items())

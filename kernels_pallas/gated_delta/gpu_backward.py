@@ -423,10 +423,9 @@ def _convolution_gradients(*refs, W):
             share = sigmoid(linear)
             bar = load(bar_s.at[pl.ds(first, count)], BY_ROWS).astype(jnp.float32) * share * (1 + linear * (1 - share))
             rows = plgpu.broadcasted_iota(jnp.int32, (count, LANES), 0, layout=BY_ROWS) + first
-            bar = jnp.where(rows < real, bar, 0.0)
-            store(linear_s.at[pl.ds(FRONT + first, count)], bar)
+            store(linear_s.at[pl.ds(FRONT + first, count)], jnp.where(rows < real, bar, 0.0))
             if first < L:
-                products = [total + bar * value for total, value in zip(products, x, strict=True)]
+                products = [total + jnp.where(rows < real, bar * value, 0.0) for total, value in zip(products, x, strict=True)]
         for i, total in enumerate(products):
             store(taps_bar.at[chunk, i, run], jnp.sum(total, axis=0))
 
