@@ -80,6 +80,17 @@ def meet(barrier: object) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def fence_cluster() -> None:
+    """Orders a thread's accesses to memory before and after it, as all blocks of its cluster see them; barriers alone do not."""
+    from jax.experimental.mosaic.gpu.utils import inline_ptx  # jax 0.10 has none
+
+    @plgpu.inline_mgpu()
+    def order(_) -> None:
+        inline_ptx("fence.acq_rel.cluster;", has_side_effects=True)
+
+    order()
+
+
 def no_scores(width: int) -> tuple[object, object, object]:
     """A softmax kept up to date (arXiv:2205.14135) that has seen nothing: sum of values, sum of weights, largest score."""
     total = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), MATRIX)

@@ -75,7 +75,8 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
         arguments = (*projected, layer(), *state(S), integers(S), integers(S), integers(1, 2))
         yield name, functools.partial(gated_delta.chunked, backend="gpu"), arguments, ()
-    for shape in shapes.RECURRENT[2:]:
+    yield "gradients of 1 x 8,192", *gradients(8192)
+    for shape in (shapes.RECURRENT[0], *shapes.RECURRENT[2:]):  # a cluster a head, a ring of heads a block
         B, T = shape.rows, shape.tokens
         projected = like(B, T, CHANNELS), like(B, T, HEADS), like(B, T, HEADS), like(B, T, HEADS, WIDTH)
         step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
@@ -85,6 +86,18 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
+
+
+def gradients(tokens: int) -> tuple[Callable, tuple, tuple[int, ...]]:
+    """Of all that one sequence's output is a function of."""
+    integers = functools.partial(like, dtype=jnp.int32)
+    projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
+
+    def run(cotangent, starts, lengths, *inputs):
+        forward = functools.partial(gated_delta.chunked, starts=starts, lengths=lengths, backend="gpu")
+        return jax.vjp(lambda *x: forward(*x).out, *inputs)[1](cotangent)
+
+    return run, (like(tokens, HEADS, WIDTH), integers(1), integers(1), *projected, layer(), *state(1)), ()
 
 
 def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import gated_delta
+from kernels_pallas import gated_delta, tuning
 from kernels_pallas.gated_delta import gpu, gpu_backward, gpu_chunked, gpu_handover, gpu_recurrent, reference
 from kernels_pallas.gated_delta.packed import hand_over as in_xla
 from tests import gated_delta_truth as truth
@@ -74,7 +74,6 @@ def test_the_kernels_are_in_the_program(rng):
     [
         ({"K": 16}, "memory has heads of 128 values and 16 keys, and it takes 128 and 128"),
         ({"key_heads": 1}, "qkv has 512 channels, and it takes 768: as many key heads as value heads"),
-        ({"heads": 3}, "memory has 3 heads, and it takes a multiple of 2"),
         ({"dtype": jnp.float32}, "qkv is float32, and it takes bfloat16"),
     ],
 )
@@ -167,12 +166,14 @@ def test_packed_rows_take_the_kernel_where_it_is_asked_for():
 
 
 @needs_mosaic
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_the_step_interpreted(rng, tokens):
-    """Mosaic's interpreter knows no wgmma with a left operand in registers, which the chunked kernels live on."""
+@pytest.mark.parametrize(("tokens", "processors", "stages"), [(1, 2, 3), (1, 6, 1), (2, 3, 2)])
+def test_the_step_interpreted(rng, monkeypatch, tokens, processors, stages):
+    """Several heads a block, with rows at rest between them, and one; not in clusters, which the interpreter does not know."""
+    monkeypatch.setattr(gpu_recurrent, "PROCESSORS", processors)
+    cuts = {"gpu": {"any": {"gated_delta_recurrent": [{"groups": 4, "parts": 1, "stages": stages}]}}}
     *inputs, memory, tail, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
     slot, keep = slot.at[1].set(-1), np.array([tokens, 1, 0])
-    with plgpu.force_gpu_interpret_mode():
+    with tuning.using(cuts), plgpu.force_gpu_interpret_mode():
         found = gpu_recurrent.recurrent(
             *inputs[:4], *inputs[4], inputs[5], 1e-6, memory, tail, slot, jnp.asarray(keep, jnp.int32)
         )

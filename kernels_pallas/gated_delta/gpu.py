@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta.gpu_backward import backward
 from kernels_pallas.gated_delta.gpu_chunked import TAIL, forward
-from kernels_pallas.gated_delta.gpu_recurrent import PAIR, recurrent
+from kernels_pallas.gated_delta.gpu_recurrent import recurrent
 
 __all__ = ["chunked", "gap", "recurrent"]
 
@@ -22,8 +22,6 @@ def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
         return f"memory has heads of {V} values and {K} keys, and it takes {WIDTH} and {WIDTH}"
     if qkv.shape[-1] != 3 * N * WIDTH:
         return f"qkv has {qkv.shape[-1]} channels, and it takes {3 * N * WIDTH}: as many key heads as value heads"
-    if N % PAIR:
-        return f"memory has {N} heads, and it takes a multiple of {PAIR}"
     if conv.shape[1] != TAIL + 1:
         return f"layer.conv has {conv.shape[1]} taps, and it takes {TAIL + 1}"
     if qkv.dtype != jnp.bfloat16:

@@ -1,12 +1,15 @@
 """`recurrent` for Hopper: one kernel from the projections to the gated norm, the memory read and written once.
 
-Two warpgroups work on one head of one row; each keeps half of the memory (64 value channels x K keys, float32) in registers. The
-work is bound by moving the memory: 128 KiB a head for some 100,000 multiplications. Two heads share a block, which so has 512
-CUDA threads: that makes the compiler do with 128 registers a thread, where it would take 140 and leave half of a processor empty.
-Glossary: T tokens, N heads, K key width, V value width, W taps of the convolution.
+The work is bound by moving the memory: 128 KiB a head both ways for some 100,000 multiplications. A block stays on its processor and
+takes one head of one row after the other; of each its warpgroups own a share of the value channels, the copy engine brings the next
+heads' memories while one is computed, and takes each away from where it came to. All else that a head needs is loaded while the
+head before is computed. Where there are fewer heads than would fill the chip, the blocks of a cluster share one: what their value
+channels have read, which the norm is over, they write into each other's shared memory.
+Glossary: B rows, T tokens, N heads, K key width, V value width, W taps of the convolution, C channels; an item is a head of a row.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
-from kernels_pallas.mosaic import COL, MATRIX, ROW, along_columns, along_rows, load, meet, params, sigmoid, silu, softplus, store
+from kernels_pallas.mosaic import PROCESSORS, fence_cluster, load, meet, params, sigmoid, silu, softplus, store, tiles
+from kernels_pallas.tuning import chosen
 
-HALVES = 2  # warpgroups of a head, each with its share of the value channels
-PAIR = 2  # heads of a block, if there are more heads in all than
-ALONE = 132  # processors of a chip, where one each is faster: 7.7 us for 8 rows, 11.4 in pairs
+SIDES = 3  # queries, keys and values
+# A thread has one of 128 channels; or pairs of neighbouring keys of one value channel, 4 or 8 threads a channel.
+CHANNELS = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+MATRICES = {
+    share: plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    for share, tiling in ((32, ((32, 8), (8, 8), (2,))), (16, ((16, 16), (4, 16), (2,))))
+}
 
 
 def recurrent(
@@ -40,112 +48,248 @@ def recurrent(
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
     """As `api.recurrent`."""
     (B, T, N, V), K = z.shape, memory.shape[-1]
-    pair = PAIR if B * N > ALONE else 1
+    cut = chosen("gpu", "gated_delta_recurrent", B * N)
+    blocks = B * N if cut.parts > 1 else min(PROCESSORS, B * N)
+    stages = min(cut.stages, -(-B * N // blocks))
+    share = V // (cut.groups * cut.parts)
     memory, tail = jax.new_ref(memory), jax.new_ref(tail)
+    cluster = {"cluster": (cut.parts,), "cluster_names": ("part",)} if cut.parts > 1 else {}
+    across = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=cut.groups)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, pair=pair, T=T, N=N, V=V, K=K, W=conv.shape[1], eps=eps),
+        functools.partial(_kernel, eps=eps, blocks=blocks, stages=stages, groups=cut.groups, parts=cut.parts),
         out_type=jax.ShapeDtypeStruct(z.shape, z.dtype),
-        grid=(B, N // pair),
-        grid_names=("row", "block"),
-        num_threads=pair * HALVES,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=cut.groups,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((pair, T, 2, K), jnp.float32),  # queries and keys after the convolution
-            plgpu.SMEM((pair, T, V), jnp.float32),  # what was read, for the norm over both halves
-            plgpu.Barrier(num_arrivals=HALVES, num_barriers=pair),
+            tiles(cut.groups * stages, share, K, dtype=jnp.float32),
+            plgpu.SMEM((T, SIDES, K), jnp.float32),  # queries, keys and values after the convolution
+            plgpu.SMEM((T, V), jnp.float32),  # what was read, for the norm over all of it
+            plgpu.Barrier(num_barriers=cut.groups * stages),
+            plgpu.Barrier(num_arrivals=cut.groups),
+            across if cut.parts > 1 else plgpu.Barrier(num_arrivals=cut.groups),
         ],
         compiler_params=params(approximate=False),
         kernel_name="gated_delta_recurrent",
+        **cluster,
     )
     out = kernel(qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail)
     return out, jax.freeze(memory), jax.freeze(tail)
 
 
-def _kernel(*refs, pair, T, N, V, K, W, eps):
-    qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail, out, *scratch = refs
-    row, block, thread = (lax.axis_index(name) for name in ("row", "block", "group"))
-    member, half, share = thread // HALVES, thread % HALVES, V // HALVES
-    head, slot, kept, mine = block * pair + member, slots[row], keep[row], pl.ds(half * share, share)
-    qk_s, out_s, barrier = (ref.at[member] for ref in scratch)
+def _kernel(*refs, eps, blocks, stages, groups, parts):
+    block = _Block(refs, eps, blocks, stages, groups, parts)
+    ahead = max(stages - 1, 1)  # items whose memories are under way
+    slots = [block.slot(n) for n in range(ahead)]
+    fetched, inputs = jnp.int32(0), block.inputs(0)
+    for n, slot in enumerate(slots):
+        fetched = block.fetch(n, slot, fetched)
+    inputs = inputs._replace(before=block.tails(0, slots[0]))
 
-    @pl.when(slot < 0)
-    def _idle():
-        for t in range(T):
-            store(out.at[row, t, head, mine], plgpu.layout_cast(jnp.zeros(share, out.dtype), ROW))
+    def item(n, carry):
+        used, fetched, inputs = carry
+        following, later = block.inputs(n + 1), block.slot(n + ahead)
+        following = following._replace(before=block.tails(n + 1, following.slot))
+        block.step(n, inputs, used)
+        plgpu.commit_smem_to_gmem_group()  # one an item, be it empty: so the last but one is the item before
+        plgpu.wait_smem_to_gmem(min(stages - 1, 1), wait_read_only=True)
+        return used + (inputs.slot >= 0).astype(jnp.int32), block.fetch(n + ahead, later, fetched), following
 
-    @pl.when(slot >= 0)
-    def _active():
-        state = load(memory.at[slot, head, mine], MATRIX)  # under way while the convolution is computed
-        # The first half convolves the queries and the second the keys, each its own values besides.
-        sides = [
-            _Channels((half * N + head) * K, K),
-            _Channels(2 * N * K + head * V + half * share, share),
-        ]
-        windows = [side.window(qkv, tail, row, slot, T, W) for side in sides]
-        (qk, v) = (side.convolve(window, conv, T, W) for side, window in zip(sides, windows, strict=True))
-        for t in range(T):
-            qk_s[t, half] = qk[t]
-        meet(barrier)  # both have read the tail, too
-        for side, window in zip(sides, windows, strict=True):
-            side.keep(window, tail, slot, kept, T, W)
-
-        rate, bias = jnp.exp(a_log[head].astype(jnp.float32)), dt_bias[head].astype(jnp.float32)
-        reads = []
-        for t in range(T):
-            fade = jnp.exp(-rate * softplus(a[row, t, head].astype(jnp.float32) + bias))
-            beta = sigmoid(b[row, t, head].astype(jnp.float32))
-            state = _write(state * fade, along_columns(load(qk_s.at[t, 1], COL), share), v[t], beta)
-
-            @pl.when(kept == t + 1)
-            def _remember(state=state):
-                memory[slot, head, mine] = state
-
-            # Loaded only now: with keys and queries in registers together, one block fits where now two do.
-            read = _read(state, along_columns(load(qk_s.at[t, 0], COL), share))
-            out_s[t, mine] = read
-            reads.append(read)
-
-        meet(barrier)
-        weight = load(norm.at[mine]).astype(jnp.float32)
-        for t in range(T):
-            whole = along_columns(load(out_s.at[t], COL), share)
-            scale = lax.rsqrt(jnp.sum(whole * whole, axis=1) * (1 / V) + eps)
-            gate = silu(load(z.at[row, t, head, mine]).astype(jnp.float32))
-            store(out.at[row, t, head, mine], (reads[t] * scale * weight * gate).astype(out.dtype))
+    if block.rounds > 1:
+        lax.fori_loop(0, block.items, item, (jnp.int32(0), fetched, inputs))
+    else:
+        block.step(0, inputs, jnp.int32(0))
+        plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0)
+    if parts > 1:
+        meet(block.read)  # a block's shared memory must last until the others have written to it
 
 
-def _write(state, k, v, beta):
-    """`S + beta (v - S k) k^T`, for a key that comes with its length."""
-    scale = lax.rsqrt(jnp.sum(k * k, axis=1) + L2_EPS)
-    error = v - jnp.sum(state * k, axis=1) * scale
-    return state + along_rows(error * scale * beta, k.shape[1]) * k
+class _Inputs(NamedTuple):
+    """What an item needs besides its memory, in registers; lists by side (queries, keys, values) or by token.
+
+    Attributes:
+      slot, kept: where its memory is, and how many tokens it keeps.
+      new, before, taps: inputs of the convolution, those before the first token, and its filters; all of 128 channels.
+      gates, rates: `a` and `b` of each token; `a_log` and `dt_bias`.
+      z: the output gates of the value channels.
+    """
+
+    slot: Any
+    kept: Any
+    new: Any
+    before: Any
+    taps: Any
+    gates: Any
+    rates: Any
+    z: Any
 
 
-def _read(state, q):
-    """`S q`, for a query that comes with its length; scaled by K^-1/2."""
-    return jnp.sum(state * q, axis=1) * lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * q.shape[1] ** -0.5
+class _Block:
+    """A warpgroup's view of its block's work."""
 
+    def __init__(self, refs, eps, blocks, stages, groups, parts):
+        *inputs, self.memory, self.tail, self.out, self.state_s, self.qkv_s, self.out_s, self.ready, self.convolved, self.read = (
+            refs
+        )
+        self.qkv, self.a, self.b, self.z, self.conv, self.a_log, self.dt_bias, norm, self.slots, self.keep = inputs
+        self.eps, self.blocks, self.stages, self.parts = eps, blocks, stages, parts
+        (B, self.T, self.N, self.V), self.K, self.W = self.z.shape, self.memory.shape[-1], self.conv.shape[1]
+        self.block, self.group = lax.axis_index("block"), lax.axis_index("group")
+        self.part = lax.axis_index("part") if parts > 1 else 0
+        self.items = (B * self.N - self.block + blocks - 1) // blocks
+        self.rounds = -(-B * self.N // blocks)
+        self.share = self.V // (groups * parts)
+        self.mine = pl.ds((self.part * groups + self.group) * self.share, self.share)
+        self.matrix = MATRICES[self.share]
+        self.row, self.column = self.matrix.reduce(1), self.matrix.reduce(0)
+        # The sides that the warpgroup convolves; the last of two or four does one that is another's, or its own again.
+        self.sides = {1: [0, 1, 2], 2: [self.group, 2], 4: [jnp.minimum(self.group, 2)]}[groups]
+        self.owned = {1: [True, True, True], 2: [True, self.group == 0], 4: [self.group < SIDES]}[groups]
+        self.weight = load(norm.at[self.mine], self.row)
 
-class _Channels:
-    """A run of channels on its way through the convolution, as ROW vectors."""
+    def place(self, n):
+        """An item's row and head; of those past the end the last one's."""
+        item = jnp.minimum(n, self.items - 1) * self.blocks + self.block
+        return item // self.N, lax.rem(item, self.N)
 
-    def __init__(self, first, size):
-        self.run = pl.ds(first, size)
+    def slot(self, n):
+        """Of an item's row."""
+        return self.slots[self.place(n)[0]]
 
-    def window(self, qkv, tail, row, slot, T, W):
-        """The inputs before the first token, then the tokens."""
-        return [load(tail.at[slot, i, self.run]) for i in range(W - 1)] + [load(qkv.at[row, t, self.run]) for t in range(T)]
+    def channels(self, side, head):
+        """A head's queries, keys or values among all channels."""
+        return pl.ds((side * self.N + head) * self.K, self.K)
 
-    def convolve(self, window, conv, T, W):
-        """The activated outputs, float32."""
-        taps = [load(conv.at[self.run, i]).astype(jnp.float32) for i in range(W)]
-        inputs = [x.astype(jnp.float32) for x in window]
-        return [silu(sum(inputs[t + i] * taps[i] for i in range(W))) for t in range(T)]
+    def inputs(self, n):
+        """All that can be loaded before the slot's number is known."""
+        (row, head), tokens = self.place(n), range(self.T)
+        runs = [self.channels(side, head) for side in self.sides]
+        return _Inputs(
+            slot=self.slots[row],
+            kept=self.keep[row],
+            new=[[load(self.qkv.at[row, t, run], CHANNELS) for t in tokens] for run in runs],
+            before=None,
+            taps=[[load(self.conv.at[run, i], CHANNELS) for i in range(self.W)] for run in runs],
+            gates=[(self.a[row, t, head], self.b[row, t, head]) for t in tokens],
+            rates=(self.a_log[head], self.dt_bias[head]),
+            z=[load(self.z.at[row, t, head, self.mine], self.row) for t in tokens],
+        )
 
-    def keep(self, window, tail, slot, kept, T, W):
+    def tails(self, n, slot):
+        """The inputs before an item's first token."""
+        own, head = jnp.maximum(slot, 0), self.place(n)[1]
+        runs = [self.channels(side, head) for side in self.sides]
+        return [[load(self.tail.at[own, i, run], CHANNELS) for i in range(self.W - 1)] for run in runs]
+
+    def fetch(self, n, slot, count):
+        """Sends for an item's memory, the `count`-th of the block, if it has one; how many that makes."""
+        wanted = (n < self.items) & (slot >= 0)
+        at = self.group * self.stages + lax.rem(count, self.stages)
+
+        @pl.when(wanted)
+        def _():
+            source = self.memory.at[slot, self.place(n)[1], self.mine]
+            plgpu.copy_gmem_to_smem(source, self.state_s.at[at], self.ready.at[at])
+
+        return count + wanted.astype(jnp.int32)
+
+    def step(self, n, inputs, used):
+        """One item, whose memory is the `used`-th of the block."""
+        row, head = self.place(n)
+
+        @pl.when(inputs.slot < 0)
+        def _rest():
+            for t in range(self.T):
+                store(self.out.at[row, t, head, self.mine], plgpu.layout_cast(jnp.zeros(self.share, self.out.dtype), self.row))
+
+        @pl.when(inputs.slot >= 0)
+        def _work():
+            windows = [x + y for x, y in zip(inputs.before, inputs.new, strict=True)]
+            self.convolve(windows, inputs.taps)
+            fades, strengths = self.gates(inputs)
+            meet(self.convolved)  # all have read the tail, too
+            at = self.group * self.stages + lax.rem(used, self.stages)
+            reads = self.remember(at, inputs.kept, fades, strengths)
+
+            @pl.when(inputs.kept > 0)
+            def _():
+                destination = self.memory.at[inputs.slot, head, self.mine]
+                plgpu.copy_smem_to_gmem(self.state_s.at[at], destination, commit_group=False)
+
+            plgpu.barrier_wait(self.read)
+            if self.parts > 1:
+                fence_cluster()
+            for t, (read, z) in enumerate(zip(reads, inputs.z, strict=True)):
+                whole = self.along_columns(load(self.out_s.at[t], self.column))
+                scale = lax.rsqrt(jnp.sum(whole * whole, axis=1) * (1 / self.V) + self.eps)
+                normed = read * scale * self.weight.astype(jnp.float32) * silu(z.astype(jnp.float32))
+                store(self.out.at[row, t, head, self.mine], normed.astype(self.out.dtype))
+            for side, owned, window in zip(self.sides, self.owned, windows, strict=True):
+                channels = self.tail.at[inputs.slot, :, self.channels(side, head)]
+                _when(owned & (self.part == 0), functools.partial(self.keep_last, channels, window, inputs.kept))
+
+    def convolve(self, windows, taps):
+        """Convolution and SiLU of the warpgroup's sides, to shared memory."""
+        for side, owned, window, filters in zip(self.sides, self.owned, windows, taps, strict=True):
+            x, w = ([y.astype(jnp.float32) for y in ys] for ys in (window, filters))
+            for t in range(self.T):
+                value = silu(sum(x[t + i] * w[i] for i in range(self.W)))
+                _when(owned, functools.partial(store, self.qkv_s.at[t, side], value))
+
+    def gates(self, inputs):
+        """Decay and writing strength of each token."""
+        a_log, bias = (x.astype(jnp.float32) for x in inputs.rates)
+        rate = jnp.exp(a_log)
+        fades = [jnp.exp(-rate * softplus(a.astype(jnp.float32) + bias)) for a, _ in inputs.gates]
+        return fades, [sigmoid(b.astype(jnp.float32)) for _, b in inputs.gates]
+
+    def remember(self, at, kept, fades, strengths):
+        """The rule, token by token: what is read, also for the others; the memory to keep goes back to its place in the ring."""
+        plgpu.barrier_wait(self.ready.at[at])
+        state, reads = load(self.state_s.at[at], self.matrix), []
+        for t, (fade, strength) in enumerate(zip(fades, strengths, strict=True)):
+            k, q = (self.along_columns(load(self.qkv_s.at[t, side], self.column)) for side in (1, 0))
+            scale = lax.rsqrt(jnp.sum(k * k, axis=1) + L2_EPS)
+            state = state * fade
+            error = load(self.qkv_s.at[t, 2, self.mine], self.row) - jnp.sum(state * k, axis=1) * scale
+            state = state + self.along_rows(error * scale * strength) * k
+            _when(kept == t + 1 if self.T > 1 else True, functools.partial(store, self.state_s.at[at], state))
+            scale = lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * self.K**-0.5
+            reads.append(jnp.sum(state * q, axis=1) * scale)
+            for place in self.everywhere(self.out_s.at[t, self.mine]):
+                store(place, reads[-1])
+        if self.parts > 1:
+            fence_cluster()
+        plgpu.barrier_arrive(self.read)
+        plgpu.commit_smem()
+        return reads
+
+    def everywhere(self, ref):
+        """Shared memory of all blocks that work on the head."""
+        return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(self.parts)] if self.parts > 1 else [ref]
+
+    def keep_last(self, tail, window, kept):
         """Writes the last inputs of the tokens that are remembered."""
-        for i in range(W - 1):
+        for i in range(self.W - 1):
             newest = window[i]
-            for t in range(1, T + 1):
+            for t in range(1, self.T + 1):
                 newest = jnp.where(kept == t, window[t + i], newest)
-            store(tail.at[slot, i, self.run], newest)
+            store(tail.at[i], newest)
+
+    def along_columns(self, x):
+        """Of keys or queries, the same for every value channel."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [1]), self.matrix)
+
+    def along_rows(self, x):
+        """Of value channels, the same for every key."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [0]), self.matrix)
+
+
+def _when(condition, do):
+    """`do()` where the condition holds, which may be known beforehand."""
+    if condition is True:
+        do()
+    else:
+        pl.when(condition)(do)

@@ -54,5 +54,16 @@ TUNED = (
         )
         for kernel, line in (("scan", "gated delta"), ("hand_back", "gated delta backward"))
     ),
+    Tuned(
+        "gpu",
+        "gated_delta_recurrent",
+        (*({"groups": 1, "parts": parts, "stages": 1} for parts in (4, 8)), {"groups": 2, "parts": 2, "stages": 1})
+        + tuple({"groups": 4, "parts": 1, "stages": stages} for stages in (1, 2, 3)),
+        {
+            33: ("gated delta step, 1 slot",),
+            132: ("gated delta step, 8 slots",),
+            None: ("gated delta step, 100 slots",),
+        },
+    ),
     Tuned("tpu", "gated_delta", ({"heads": 4}, {"heads": 8}, {"heads": 16}), {None: ("gated delta, 1 x 8,192",)}),
 )
