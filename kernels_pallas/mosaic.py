@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)
@@ -23,7 +24,7 @@ def params(*, approximate: bool, **more: int) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane, **more)
 
 
-def tiles(*shape: int, dtype: jnp.dtype = jnp.bfloat16, swizzle: int | None = None) -> object:
+def tiles(*shape: int, dtype: DTypeLike = jnp.bfloat16, swizzle: int | None = None) -> object:
     """Shared memory in the swizzled tiles that TMA writes and wgmma reads without bank conflicts; `swizzle` bytes wide."""
     size = jnp.dtype(dtype).itemsize
     swizzle = swizzle or min(shape[-1] * size, 128)
