@@ -308,10 +308,11 @@ def _chunk_gradients(*refs, N, K):
         read = _dots(k_bar, k_s) * k_norm * fade
         strength_bar -= read
         slope -= beta * read
-        k_bar = k_bar * along_rows(-beta * fade * k_norm, K)
-        written = product(n_s.transpose(ACROSS), after_s)
-        into = _dots(written, k_s) * k_scale
-        k_bar += written * along_rows(k_scale, K)
+        # Scaled for the sum of both parts to be one accumulator: two need more registers than there are.
+        scale = jnp.maximum(k_scale, 1e-30)
+        k_bar = k_bar * along_rows(-beta * fade * k_norm / scale, K)
+        k_bar = accumulate(k_bar, n_s.transpose(ACROSS), after_s) * along_rows(scale, K)
+        into = _dots(k_bar, k_s) + beta * read
         for x, y in ((inverse_s, k_s), (inverse_s.transpose(ACROSS), k_s), (att_s.transpose(ACROSS), q_s)):
             k_bar = accumulate(k_bar, x, y)
         leave(_through_norm(k_bar, k_s, k_norm), 1)
