@@ -1,6 +1,6 @@
 """`recurrent` for Hopper: one kernel from the projections to the gated norm, the memory read and written once.
 
-The work is bound by moving the memory: 128 KiB a head, both ways, for some 100,000 multiplications. A block stays on its processor
+The work is bound by moving the memory: 128 KiB a head, both ways, for 100,000 multiplications. A block stays on its processor
 and takes one head of one row after the other, whose value channels its warpgroups share. The copy engine brings the next
 heads' memories while one is computed, and takes each away to where it came from; all else that a head needs is loaded while the
 head before is computed. Where there are too few heads to fill the chip, the blocks of a cluster share one: what their value
