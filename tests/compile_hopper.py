@@ -1,6 +1,7 @@
 """Compiles the Hopper kernels at the model's shapes, on any machine, and prints what ptxas says; test_compile_hopper.py runs it.
 
-`python -m tests.compile_hopper` prints the figures that tests/expected/hopper.json holds.
+`python -m tests.compile_hopper` prints the figures that tests/expected/hopper.json holds; with
+`candidates` it compiles the kernels with every cut that the tuner may choose.
 """
 
 import functools
@@ -22,11 +23,21 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from kernels_pallas import gated_delta, packed_attention, paged_attention
+from kernels_pallas import gated_delta, packed_attention, paged_attention, tuning
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention.shapes import PAGED
+from kernels_pallas.tune import TUNED
+
+TUNED_IN = {  # the program to try a kernel's cuts in
+    "gated_delta_recurrent": "100 slots",
+    "gated_delta_scan": "1 x 8,192",
+    "gated_delta_hand_back": "gradients of 1 x 8,192",
+    "packed_attention": "1 photo",
+    "packed_attention_backward": "1 photo, gradients",
+    "paged_attention_decode": "decode 100 x 1,024",
+}
 
 H200 = """
 gpu_device_info {
@@ -134,17 +145,34 @@ def assembled(dump: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def main() -> None:
+def compiled(function: Callable, arguments: tuple, donated: tuple[int, ...]) -> jax.stages.Compiled:
+    """For one H200."""
     devices = topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H200).devices
+    with jax.set_mesh(Mesh(np.array(devices), ("chip",))):
+        return jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+
+
+def candidates() -> None:
+    """Compiles each kernel with every cut that it may be given; fails at one that does not fit the chip."""
+    by_name = {name: program for name, *program in programs()}
+    ours = [tuned for tuned in TUNED if tuned.family == "gpu"]
+    for tuned in ours:
+        for cut in tuned.candidates:
+            kernels = {other.kernel: [cut if other is tuned else other.candidates[-1]] for other in ours}
+            with tuning.using({"gpu": {"any": kernels}}):
+                jax.clear_caches()
+                compiled(*by_name[TUNED_IN[tuned.kernel]])
+            print(tuned.kernel, cut, flush=True)
+
+
+def main() -> None:
     found = {"jax": jax.__version__, "programs": {}}
-    for name, function, arguments, donated in programs():
-        with jax.set_mesh(Mesh(np.array(devices), ("chip",))):
-            lowered = jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=("cuda",))
-            memory = lowered.compile().memory_analysis()
+    for name, *program in programs():
+        memory = compiled(*program).memory_analysis()
         figures = {"temporary bytes": memory.temp_size_in_bytes, "donated bytes": memory.alias_size_in_bytes}
         found["programs"][name] = figures | assembled(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
     json.dump(found, sys.stdout, indent=2)
 
 
 if __name__ == "__main__":
-    main()
+    candidates() if sys.argv[1:] == ["candidates"] else main()

@@ -13,10 +13,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from kernels_pallas.tune import TUNED
+
 ROOT = Path(__file__).parent.parent
 EXPECTED = json.loads((ROOT / "tests" / "expected" / "hopper.json").read_text())
 STATE = 2**20 + 3 * 6144 * 2  # bytes of a slot: memory, and tail in bfloat16
-SLOTS = {"100 slots": 100, "8 slots, 4 drafts": 8}
+SLOTS = {"1 slot": 1, "100 slots": 100, "8 slots, 4 drafts": 8}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA compiler is not installed: EXTRA=compile"
@@ -50,6 +52,14 @@ def test_what_the_compiler_says_is_what_was_expected(found):
     assert not worse
     if not slack:
         assert counted == expected  # a gain is written down too
+
+
+@pytest.mark.full
+def test_every_cut_that_may_be_chosen_compiles():
+    command = [sys.executable, "-m", "tests.compile_hopper", "candidates"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == sum(len(tuned.candidates) for tuned in TUNED if tuned.family == "gpu")
 
 
 @pytest.mark.parametrize("program", SLOTS)

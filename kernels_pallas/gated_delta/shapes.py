@@ -45,14 +45,17 @@ RECURRENT = (
 
 # Sizes: heads of all sequences.
 TUNED = (
-    *(
-        Tuned(
-            "gpu",
-            f"gated_delta_{kernel}",
-            ({"groups": 1, "stages": 2}, {"groups": 1, "stages": 3}, {"groups": 2, "stages": 2}),
-            {127: (f"{line}, 1 x 8,192",), None: (f"{line}, 8 x 1,024", f"{line}, ragged 16,384")},
-        )
-        for kernel, line in (("scan", "gated delta"), ("hand_back", "gated delta backward"))
+    Tuned(
+        "gpu",
+        "gated_delta_scan",
+        ({"groups": 1, "stages": 2}, {"groups": 1, "stages": 3}, {"groups": 2, "stages": 2}),
+        {127: ("gated delta, 1 x 8,192",), None: ("gated delta, 8 x 1,024", "gated delta, ragged 16,384")},
+    ),
+    Tuned(
+        "gpu",
+        "gated_delta_hand_back",
+        ({"groups": 1, "stages": 2}, {"groups": 2, "stages": 2}),
+        {127: ("gated delta backward, 1 x 8,192",), None: ("gated delta backward, 8 x 1,024",)},
     ),
     Tuned(
         "gpu",
