@@ -37,7 +37,7 @@ from minicpmv46_jax.packing import Laid, PackedViews
 from minicpmv46_jax.sampling import Mode, Sampled, note
 from minicpmv46_jax.state import DeltaState, KeyValues, Layers, empty_state
 from serve.pages import pages_of
-from serve.programs import Programs
+from serve.programs import Programs, Store
 from serve.scheduler import Piece, Plan
 from serve.sizes import Pass, Sizes
 from serve.work import Work
@@ -89,15 +89,16 @@ class Device:
       config, params: the model.
       sizes: how much of everything there is.
       backend: as in `model.schema`.
+      store: where compiled steps are kept, if anywhere.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, sizes: Sizes, backend: str | None = None):
+    def __init__(self, config: ModelConfig, params: Params, sizes: Sizes, backend: str | None = None, store: Store | None = None):
         self.config, self.params, self.sizes = config, params, sizes
         self.dtype = params["text"]["embed"]["weight"].dtype
         self._graph = model.schema(config, backend)
         self._pages = pages_of(sizes.longest)
         self._everything: dict[int, UInt32[Array, "Q W"]] = {}  # a mask for each number of prompts that are read
-        self._programs = Programs()
+        self._programs = Programs(store)
 
     def compile(self, show: bool = False) -> int:
         """Compiles every step for every bucket, and makes the state; returns how many programs there are."""
