@@ -76,7 +76,7 @@ class Store:
 
 
 class Programs:
-    """A table of compiled functions. One that is missing is a fault of ours: KeyError. `store`: where they are kept, if anywhere."""
+    """A table of compiled functions, kept in `store` if there is one. One that is missing is a fault of ours: KeyError."""
 
     def __init__(self, store: Store | None = None):
         self._store = store

@@ -120,7 +120,7 @@ def load(source: str | Path, revision: str | None, dtype: str, fetch: Fetch) -> 
 
 
 def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes, policy: Policy, cache: Path) -> Engine:
-    """The engine, with every step compiled, or found in `cache`. Raises ValueError if the device has no room for a conversation."""
+    """The engine, every step compiled or found in `cache`. Raises ValueError if the device has no room for a conversation."""
     cpu = platform == "cpu"
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
     itemsize = model.params["text"]["embed"]["weight"].dtype.itemsize

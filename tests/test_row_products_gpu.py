@@ -1,4 +1,4 @@
-"""Products of rows against float64, the kernel for one row in Mosaic's interpreter, what it refuses, and that it is in the program."""
+"""Products of rows against float64; the kernel for one row interpreted, what it refuses, and that it is in the program."""
 
 import functools
 
@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 def truth(x, norm, weights):
-    """The normalised row times each matrix, in float64; in bfloat16 the normalised row is rounded, as the checkpoint's own code does."""
+    """The normalised row, rounded to its dtype as the checkpoint's own code does, times each matrix, in float64."""
     x64, norm64 = np.asarray(x, np.float64), np.asarray(norm, np.float64)
     normed = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + EPS) * (1 + norm64)
     normed = np.asarray(jnp.asarray(normed, x.dtype), np.float64)

@@ -1,6 +1,6 @@
 """One row times matrices on Hopper, in Mosaic GPU: a block for some outputs, all of whose weights are asked for at once.
 
-The work is bound by reading the weights: a block asks for its whole tile before it looks at the row, so that everything the kernel
+The work is bound by reading the weights: a block asks for its whole tile before it looks at the row, so that all that the kernel
 will read is under way together, and the norm is computed meanwhile, by each block for itself. The row, repeated 64 times, is the
 left operand of wgmma in registers: 63 of 64 rows of the product are for nothing, and the matrix unit has time for them, where
 multiplying and adding one by one would not keep up with the memory.
@@ -93,7 +93,8 @@ def _tile(outputs: int, inputs: int) -> int:
 def _kernel(x, *refs, G, sizes, counts, eps, normed):
     n = len(sizes)
     (extra, *weights), outs, (w_s, x_s, y_s, ready) = refs[: -n - 4], refs[-n - 4 : -4], refs[-4:]
-    block, K, (C, _, chunk) = lax.axis_index("block"), x.shape[1], w_s.shape
+    block, K, chunk = lax.axis_index("block"), x.shape[1], w_s.shape[2]
+    C = K // chunk
     firsts = [sum(counts[:i]) for i in range(n)]
 
     def mine(i):
@@ -104,11 +105,12 @@ def _kernel(x, *refs, G, sizes, counts, eps, normed):
     for i in range(n):
         here, rows = mine(i)
 
-        @pl.when(here)
-        def _fetch(i=i, rows=rows):
-            for c in range(C):
-                source, columns = weights[i * G + c % G], pl.ds(c // G * chunk, chunk)
-                plgpu.copy_gmem_to_smem(source.at[rows, columns], w_s.at[c, pl.ds(0, sizes[i])], ready.at[c // G])
+        def fetch(c, _, i=i, rows=rows):
+            columns = pl.ds(c * chunk, chunk)
+            for g, source in enumerate(weights[i * G : (i + 1) * G]):
+                plgpu.copy_gmem_to_smem(source.at[rows, columns], w_s.at[c * G + g, pl.ds(0, sizes[i])], ready.at[c])
+
+        pl.when(here)(lambda fetch=fetch: lax.fori_loop(0, C, fetch, None))
 
     layout = plgpu.Layout.WG_STRIDED((K,), vec_size=next(v for v in (8, 4, 2, 1) if K % (128 * v) == 0))
     row = load(x.at[0], layout)
@@ -116,12 +118,13 @@ def _kernel(x, *refs, G, sizes, counts, eps, normed):
     plgpu.commit_smem()
 
     totals = [plgpu.layout_cast(jnp.zeros((ROWS, max(sizes)), jnp.float32), MATRIX) for _ in range(G)]
-    for c in range(C):
-        if c % G == 0:
-            left = along_columns(load(x_s.at[pl.ds(c // G * chunk, chunk)], COL), ROWS)
-            plgpu.barrier_wait(ready.at[c // G])
-        totals[c % G] = accumulate(totals[c % G], left, w_s.at[c].transpose(ACROSS))
-    for g, total in enumerate(totals):
+
+    def multiply(c, totals):
+        left = along_columns(load(x_s.at[pl.ds(c * chunk, chunk)], COL), ROWS)
+        plgpu.barrier_wait(ready.at[c])
+        return [accumulate(total, left, w_s.at[c * G + g].transpose(ACROSS)) for g, total in enumerate(totals)]
+
+    for g, total in enumerate(lax.fori_loop(0, C, multiply, totals)):
         store(y_s.at[g], total)
     plgpu.commit_smem()
 

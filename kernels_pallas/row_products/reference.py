@@ -1,4 +1,4 @@
-"""The products for any number of rows, readable and differentiable: the truth of the kernel, and the model's way where none is."""
+"""The products for any number of rows, readable and differentiable: the kernel's truth, and the model's way where none is."""
 
 from collections.abc import Sequence
 
