@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 log = logging.getLogger("serve")
 
-THREADS = 8  # XLA compiles outside of the GIL
+THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
 SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code decides what is compiled
 

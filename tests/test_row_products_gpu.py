@@ -56,7 +56,7 @@ def test_the_reference_follows_float64(rng, rows, dtype, tolerance):
 @needs_mosaic
 def test_the_kernel_follows_float64(rng, monkeypatch):
     monkeypatch.setattr(gpu, "accumulate", lambda total, a, b: total + product(a, b))
-    monkeypatch.setattr(gpu, "WIDE", 64)  # wide tiles and narrow ones in one call
+    monkeypatch.setattr(gpu, "PROCESSORS", 8)  # wide tiles and narrow ones in one call
     with plgpu.force_gpu_interpret_mode():
         for inputs in (256, 384):
             check(rng, jnp.bfloat16, 1, inputs, (64, 24, 16), ROW_PRODUCTS, gpu)
@@ -88,7 +88,7 @@ def test_the_kernel_is_in_the_program():
     ("x", "weight", "message"),
     [
         (like(2, 256), like(64, 256), "x has 2 rows, and it takes 1"),
-        (like(1, 200), like(64, 200), "x has 200 inputs, and it takes multiples of 128 up to 12800"),
+        (like(1, 200), like(64, 200), "x has 200 inputs, and it takes multiples of 128 up to 6656"),
         (like(1, 256), like(30, 256), "the weights have 30 outputs, and it takes multiples of 8"),
         (like(1, 256, dtype=jnp.float32), like(64, 256), "x is float32 and the weights bfloat16, and it takes bfloat16 for all"),
     ],

@@ -1,10 +1,10 @@
 """One row times matrices on Hopper, in Mosaic GPU: a block for some outputs, all of whose weights are asked for at once.
 
 The work is bound by reading the weights: a block asks for its whole tile before it looks at the row, so that all that the kernel
-will read is under way together, and the norm is computed meanwhile, by each block for itself. The row, repeated 64 times, is the
+will read is under way together. Four warpgroups share the inputs and add up what they found. The row, repeated 64 times, is the
 left operand of wgmma in registers: 63 of 64 rows of the product are for nothing, and the matrix unit has time for them, where
-multiplying and adding one by one would not keep up with the memory.
-Glossary: K inputs, G matrices whose products meet in one output (2 of SwiGLU).
+multiplying and adding one by one would not keep up with the memory. The norm's root is taken of the sums, after the products.
+Glossary: K inputs, G matrices whose products meet in one output (2 of SwiGLU), C chunks of inputs.
 """
 
 import functools
@@ -18,13 +18,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.mosaic import ACROSS, COL, MATRIX, ROWS, accumulate, along_columns, load, params, silu, store, tiles
+from kernels_pallas.mosaic import (
+    ACROSS,
+    COL,
+    MATRIX,
+    PROCESSORS,
+    ROW,
+    ROWS,
+    accumulate,
+    along_columns,
+    load,
+    meet,
+    params,
+    silu,
+    store,
+    tiles,
+)
 
-TILE, NARROW = 32, 8  # outputs of a block; fewer where there are few in all, or half of the chip would read nothing
-WIDE = 2048  # outputs from which a tile is whole
-CHUNK = 256  # inputs multiplied at once
-UNIT = 64  # inputs are a multiple of so many: a row of swizzled shared memory
-SHARED = 200 * 1024  # bytes of shared memory for a block's weights
+NARROW, WIDEST = 8, 64  # outputs of a block
+CHUNKS = 256, 128  # inputs multiplied at once: the first that all warpgroups have as many of
+GROUPS = 4  # warpgroups of a block
+SHARED = 224 * 1024  # bytes of shared memory of a block
+MOST_INPUTS = 6656  # with which two matrices of the narrowest tile fit
 
 
 def gap(x: jax.Array, weights: Sequence[jax.Array]) -> str | None:
@@ -34,8 +49,8 @@ def gap(x: jax.Array, weights: Sequence[jax.Array]) -> str | None:
         return f"x has {T} rows, and it takes 1"
     if x.dtype != jnp.bfloat16 or any(weight.dtype != x.dtype for weight in weights):
         return f"x is {x.dtype} and the weights {', '.join(str(w.dtype) for w in weights)}, and it takes bfloat16 for all"
-    if K % (2 * UNIT) or K * NARROW * 2 > SHARED:
-        return f"x has {K} inputs, and it takes multiples of {2 * UNIT} up to {SHARED // (2 * NARROW)}"
+    if K % CHUNKS[-1] or K > MOST_INPUTS:
+        return f"x has {K} inputs, and it takes multiples of {CHUNKS[-1]} up to {MOST_INPUTS}"
     if any(weight.shape[0] % NARROW for weight in weights):
         return f"the weights have {', '.join(str(w.shape[0]) for w in weights)} outputs, and it takes multiples of {NARROW}"
     return mosaic_gap()
@@ -63,20 +78,23 @@ def added_product(x: Float[Array, "1 K"], weight: Float[Array, "D K"], residual:
 def _run(x, groups, *, norm=None, eps=0.0, residual=None):
     """A product, or two that meet, for each group of matrices; blocks of one group after those of the other."""
     K, G = x.shape[1], len(groups[0])
-    sizes = [_tile(group[0].shape[0], K * G) for group in groups]
+    sizes = _tiles([group[0].shape[0] for group in groups], K, G)
     counts = [group[0].shape[0] // size for group, size in zip(groups, sizes, strict=True)]
-    chunk, widest = next(c for c in (CHUNK, CHUNK // 2) if K % c == 0), max(sizes)
+    chunk, widest = next((c for c in CHUNKS if K % (c * GROUPS) == 0), CHUNKS[-1]), max(sizes)
     optional = [array for array in (norm, residual) if array is not None]
     kernel = plgpu.kernel(
         functools.partial(_kernel, G=G, sizes=sizes, counts=counts, eps=eps, normed=norm is not None),
         out_type=[jax.ShapeDtypeStruct((1, group[0].shape[0]), x.dtype) for group in groups],
         grid=(sum(counts),),
         grid_names=("block",),
+        num_threads=GROUPS,
+        thread_name="group",
         scratch_types=[
             tiles(K // chunk * G, widest, chunk, swizzle=128),
-            plgpu.SMEM((K,), x.dtype),
-            plgpu.SMEM((G, ROWS, widest), jnp.float32),
+            plgpu.SMEM((GROUPS, G, ROWS, widest), jnp.float32),
+            plgpu.SMEM((GROUPS, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=G, num_barriers=K // chunk),
+            plgpu.Barrier(num_arrivals=GROUPS),
         ],
         compiler_params=params(approximate=False),
         kernel_name="row_products",
@@ -84,65 +102,77 @@ def _run(x, groups, *, norm=None, eps=0.0, residual=None):
     return kernel(x, *optional, *(weight for group in groups for weight in group))
 
 
-def _tile(outputs: int, inputs: int) -> int:
-    """Outputs of a block: a divisor of all of them, whose weights fit."""
-    most = min(TILE if outputs >= WIDE else NARROW, SHARED // (2 * inputs))
-    return max(size for size in range(NARROW, most + 1, NARROW) if outputs % size == 0)
+def _tiles(outputs: list[int], inputs: int, matrices: int) -> list[int]:
+    """Outputs of a block for each of these groups: the fewest with which every block has a processor, as far as they fit."""
+    for most in range(NARROW, WIDEST + 1, NARROW):
+        sizes = [max(size for size in range(NARROW, most + 1, NARROW) if n % size == 0) for n in outputs]
+        blocks = sum(n // size for n, size in zip(outputs, sizes, strict=True))
+        if blocks <= PROCESSORS or _bytes(most + NARROW, inputs, matrices) > SHARED:
+            break
+    return sizes
+
+
+def _bytes(size: int, inputs: int, matrices: int) -> int:
+    """Shared memory of a block: weights, and what each warpgroup found."""
+    return size * matrices * (2 * inputs + 4 * GROUPS * ROWS)
 
 
 def _kernel(x, *refs, G, sizes, counts, eps, normed):
     n = len(sizes)
-    (extra, *weights), outs, (w_s, x_s, y_s, ready) = refs[: -n - 4], refs[-n - 4 : -4], refs[-4:]
-    block, K, chunk = lax.axis_index("block"), x.shape[1], w_s.shape[2]
-    C = K // chunk
-    firsts = [sum(counts[:i]) for i in range(n)]
+    (extra, *weights), outs, (w_s, y_s, square_s, ready, done) = refs[: -n - 5], refs[-n - 5 : -5], refs[-5:]
+    block, group = lax.axis_index("block"), lax.axis_index("group")
+    K, chunk, firsts = x.shape[1], w_s.shape[2], [sum(counts[:i]) for i in range(n)]
+    mine = (K // chunk - group + GROUPS - 1) // GROUPS  # chunks of this warpgroup
 
-    def mine(i):
-        """Whether the block is of group i, and which outputs are its."""
+    def outputs(i):
+        """Whether the block is of matrix group i, and which outputs are its."""
         at = block - firsts[i]
         return (at >= 0) & (at < counts[i]), pl.ds(at * sizes[i], sizes[i])
 
     for i in range(n):
-        here, rows = mine(i)
+        here, rows = outputs(i)
 
-        def fetch(c, _, i=i, rows=rows):
-            columns = pl.ds(c * chunk, chunk)
+        def fetch(j, _, i=i, rows=rows):
+            c = group + j * GROUPS
             for g, source in enumerate(weights[i * G : (i + 1) * G]):
-                plgpu.copy_gmem_to_smem(source.at[rows, columns], w_s.at[c * G + g, pl.ds(0, sizes[i])], ready.at[c])
+                to = w_s.at[c * G + g, pl.ds(0, sizes[i])]
+                plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(c * chunk, chunk)], to, ready.at[c])
 
-        pl.when(here)(lambda fetch=fetch: lax.fori_loop(0, C, fetch, None))
+        pl.when(here)(lambda fetch=fetch: lax.fori_loop(0, mine, fetch, None))
 
-    layout = plgpu.Layout.WG_STRIDED((K,), vec_size=next(v for v in (8, 4, 2, 1) if K % (128 * v) == 0))
-    row = load(x.at[0], layout)
-    x_s[...] = _norm(row, load(extra, layout), eps) if normed else row
-    plgpu.commit_smem()
-
-    totals = [plgpu.layout_cast(jnp.zeros((ROWS, max(sizes)), jnp.float32), MATRIX) for _ in range(G)]
-
-    def multiply(c, totals):
-        left = along_columns(load(x_s.at[pl.ds(c * chunk, chunk)], COL), ROWS)
+    def multiply(j, carry):
+        squares, *totals = carry
+        c = group + j * GROUPS
+        columns = pl.ds(c * chunk, chunk)
+        row = load(x.at[0, columns], COL)
+        if normed:
+            row = row.astype(jnp.float32)
+            squares = squares + along_columns(row * row, ROWS).sum(axis=1)
+            row = (row * (1 + load(extra.at[columns], COL).astype(jnp.float32))).astype(x.dtype)
+        left = along_columns(row, ROWS)
         plgpu.barrier_wait(ready.at[c])
-        return [accumulate(total, left, w_s.at[c * G + g].transpose(ACROSS)) for g, total in enumerate(totals)]
+        return squares, *(accumulate(total, left, w_s.at[c * G + g].transpose(ACROSS)) for g, total in enumerate(totals))
 
-    for g, total in enumerate(lax.fori_loop(0, C, multiply, totals)):
-        store(y_s.at[g], total)
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, max(sizes)), jnp.float32), MATRIX)
+    none = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
+    squares, *totals = lax.fori_loop(0, mine, multiply, (none, *[zeros] * G))
+    for g, total in enumerate(totals):
+        store(y_s.at[group, g], total)
+    store(square_s.at[group], squares)
     plgpu.commit_smem()
+    meet(done)
+
+    def finish(i, to):
+        y, *second = (sum(load(y_s.at[k, g, 0, pl.ds(0, sizes[i])], COL) for k in range(GROUPS)) for g in range(G))
+        if normed:
+            scale = lax.rsqrt(sum(square_s[k, 0] for k in range(GROUPS)) * (1 / K) + eps)
+            y, *second = (part * scale for part in (y, *second))
+        else:
+            y = y + load(extra.at[0, to], COL).astype(jnp.float32)
+        if second:
+            y = silu(y.astype(x.dtype).astype(jnp.float32)) * second[0]
+        store(outs[i].at[0, to], y.astype(x.dtype))
 
     for i in range(n):
-        here, to = mine(i)
-
-        @pl.when(here)
-        def _finish(i=i, to=to):
-            y, *second = (load(y_s.at[g, 0, pl.ds(0, sizes[i])], COL) for g in range(G))
-            if second:
-                y = silu(y.astype(x.dtype).astype(jnp.float32)) * second[0]
-            if not normed:
-                y = y + load(extra.at[0, to], COL).astype(jnp.float32)
-            store(outs[i].at[0, to], y.astype(x.dtype))
-
-
-def _norm(row, weight, eps):
-    """`reference.rms_norm` of one row."""
-    y = row.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.sum(y * y) * (1 / y.shape[0]) + eps)
-    return (y * scale * (1 + weight.astype(jnp.float32))).astype(row.dtype)
+        here, to = outputs(i)
+        pl.when(here & (group == 0))(functools.partial(finish, i, to))
