@@ -83,7 +83,6 @@ def main() -> None:
     from kernels_pallas.gated_delta import bench as gated_delta
     from kernels_pallas.packed_attention import bench as packed_attention
     from kernels_pallas.paged_attention import bench as paged_attention
-    from kernels_pallas.row_products import bench as row_products
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="operations and shapes whose names contain this")
@@ -97,8 +96,7 @@ def main() -> None:
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     rows = []
     rivals = {library: beside(library, given.only) for library in given.beside}
-    works = (*gated_delta.works(), *packed_attention.works(), *paged_attention.works(), *row_products.works())
-    for work in works:
+    for work in (*gated_delta.works(), *packed_attention.works(), *paged_attention.works()):
         if given.only in work.name:
             others = {library: figures[work.name] for library, figures in rivals.items() if work.name in figures}
             rows.append(measured(work, copy, product) | {"rivals_us": others})

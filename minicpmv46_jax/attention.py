@@ -13,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.paged_attention import PAGE, paged_attention
-from kernels_pallas.row_products import added_product
 from minicpmv46_jax.batch import Batch, Chunks, Packed, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.layers import Linear, RMSNorm, precise
@@ -39,14 +38,13 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, config.rms_norm_eps)
 
     def __call__(
-        self, x: Float[Array, "T D"], norm: RMSNorm, state: KeyValues | None, batch: Batch, products: str | None
+        self, x: Float[Array, "T D"], state: KeyValues | None, batch: Batch
     ) -> tuple[Float[Array, "T D"], KeyValues | None]:
-        """The residual stream with what the layer adds, and the state after it; `products`: who runs them."""
         c, T = self.config, x.shape[0]
         positions = batch.positions(T)
-        q, k, v = norm.products(x, (self.q_proj, self.k_proj, self.v_proj), products)
-        q, gate = jnp.split(q.reshape(T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
-        k, v = (y.reshape(T, c.num_key_value_heads, c.head_dim) for y in (k, v))
+        q, gate = jnp.split(self.q_proj(x).reshape(T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
+        k = self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
+        v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         q = rotate(self.q_norm(q), positions, c.rotary_dim, c.rope_theta)
         k = rotate(self.k_norm(k), positions, c.rotary_dim, c.rope_theta)
         if isinstance(batch, Whole):
@@ -56,8 +54,7 @@ class Attention(nnx.Module):
         else:
             state = write(state, k, v, positions, batch.pages(T))
             out = self.remembered(q, state, batch)
-        out = (out * jax.nn.sigmoid(gate)).reshape(T, -1)
-        return added_product(out, self.o_proj.weight[...], x, backend=products), state
+        return self.o_proj((out * jax.nn.sigmoid(gate)).reshape(T, -1)), state
 
     def remembered(self, q: Float[Array, "T N H"], state: KeyValues, batch: Chunks | Rows) -> Float[Array, "T N H"]:
         """Each query over all of its sequence so far."""

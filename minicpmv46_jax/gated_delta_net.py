@@ -12,10 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas import gated_delta
-from kernels_pallas.row_products import added_product
 from minicpmv46_jax.batch import Batch, Chunks, Packed, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.layers import Linear, RMSNorm, normal_init
+from minicpmv46_jax.layers import Linear, normal_init
 from minicpmv46_jax.state import DeltaState
 
 
@@ -39,12 +38,11 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Linear(config.linear_value_dim, D, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "T D"], norm: RMSNorm, state: DeltaState | None, batch: Batch, products: str | None
+        self, x: Float[Array, "T D"], state: DeltaState | None, batch: Batch
     ) -> tuple[Float[Array, "T D"], DeltaState | None]:
-        """The residual stream with what the layer adds, and the state after it; `products`: who runs them."""
         T = x.shape[0]
-        *projected, z = norm.products(x, (self.in_proj_qkv, self.in_proj_a, self.in_proj_b, self.in_proj_z), products)
-        z = z.reshape(T, self.config.linear_num_value_heads, -1)
+        z = self.in_proj_z(x).reshape(T, self.config.linear_num_value_heads, -1)
+        projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
         if isinstance(batch, Rows):
             out, state = self.step(*projected, z, state, batch)
         elif isinstance(batch, Packed):
@@ -53,7 +51,7 @@ class GatedDeltaNet(nnx.Module):
             out, state = self.whole(*projected, batch) if isinstance(batch, Whole) else self.read(*projected, state, batch)
             real = batch.real(T)[:, None, None]  # other tokens' outputs may be anything, NaN too
             out = self.norm(jnp.where(real, out, jnp.zeros((), out.dtype)), z)
-        return added_product(out.reshape(T, -1), self.out_proj.weight[...], x, backend=products), state
+        return self.out_proj(out.reshape(T, -1)), state
 
     def whole(
         self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: Whole

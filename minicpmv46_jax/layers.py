@@ -4,20 +4,20 @@ Quirks: weights lie `[out, in]`, as the checkpoint has them (at batch 1 a decode
 `[in, out]`). Norms compute in float32 and return their input's dtype. The text's RMSNorm multiplies by `1 + w`.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from kernels_pallas import row_products
-from kernels_pallas.row_products import precise, product, rms_norm
-
-__all__ = ["Embedding", "LayerNorm", "Linear", "RMSNorm", "SwiGLU", "Taps", "last", "normal_init", "precise", "tap"]
 Taps = dict[str, Array]  # named intermediate results, filled while a forward is traced
 
 normal_init = nnx.initializers.normal(0.02)
+
+
+def precise(dtype: jnp.dtype) -> Precision | None:
+    """float32 products are exact ones, also where a chip would rather round them to TF32 or bfloat16."""
+    return Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def tap(taps: Taps | None, name: str, x: Array) -> None:
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = product(x, self.weight[...])
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=precise(x.dtype))
         return y if self.bias is None else y + last(self.bias[...], y)
 
 
@@ -61,12 +61,8 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(x, self.weight[...], self.eps)
-
-    def products(self, x: Float[Array, "T D"], linears: Sequence[Linear], backend: str | None) -> list[Float[Array, "T _"]]:
-        """What each of these products, which add no bias, makes of the normalised rows; `backend` as in `row_products`."""
-        weights = [linear.weight[...] for linear in linears]
-        return row_products.normed_products(x, self.weight[...], self.eps, weights, backend=backend)
+        y = rms_normalise(x.astype(jnp.float32), self.eps)
+        return (y * last(1.0 + self.weight[...].astype(jnp.float32), y)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -80,20 +76,23 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = rms_normalise(y, self.eps)
         weight, bias = (last(p[...].astype(jnp.float32), y) for p in (self.weight, self.bias))
         return (y * weight + bias).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
-    """`x + down(silu(gate(norm(x))) * up(norm(x)))` (arXiv:2002.05202)."""
+    """`down(silu(gate(x)) * up(x))` (arXiv:2002.05202)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         self.gate_proj = Linear(width, hidden, rngs=rngs)
         self.up_proj = Linear(width, hidden, rngs=rngs)
         self.down_proj = Linear(hidden, width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "T D"], norm: RMSNorm, backend: str | None) -> Float[Array, "T D"]:
-        gate, up, down = (linear.weight[...] for linear in (self.gate_proj, self.up_proj, self.down_proj))
-        inner = row_products.swiglu_product(x, norm.weight[...], norm.eps, gate, up, backend=backend)
-        return row_products.added_product(inner, down, x, backend=backend)
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rms_normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """`x` over the root of its mean square."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

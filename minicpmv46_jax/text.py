@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.backends import REFERENCE
 from minicpmv46_jax.attention import Attention
-from minicpmv46_jax.batch import Batch, Rows
+from minicpmv46_jax.batch import Batch
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.gated_delta_net import GatedDeltaNet
 from minicpmv46_jax.layers import Embedding, RMSNorm, SwiGLU, Taps, precise, tap
@@ -22,10 +21,9 @@ from minicpmv46_jax.state import DeltaState, KeyValues, Layers
 
 
 class Block(nnx.Module):
-    """One layer: mix tokens, then mix channels, each behind a norm and around a residual; `backend` as in `model.schema`."""
+    """One layer: mix tokens, then mix channels, each behind a norm and around a residual."""
 
     def __init__(self, config: TextConfig, kind: str, *, backend: str | None = None, rngs: nnx.Rngs):
-        self.backend = backend
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if kind == "full_attention":
             self.mixer = Attention(config, backend=backend, rngs=rngs)
@@ -37,11 +35,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], state: KeyValues | DeltaState | None, batch: Batch
     ) -> tuple[Float[Array, "T D"], KeyValues | DeltaState | None]:
-        # Only one row's products have a kernel, without a gradient, and none for a TPU.
-        alone = isinstance(batch, Rows) and x.shape[0] == 1 and self.backend != "tpu"
-        products = self.backend if alone else REFERENCE
-        x, state = self.mixer(x, self.input_norm, state, batch, products)
-        return self.mlp(x, self.mlp_norm, products), state
+        mixed, state = self.mixer(self.input_norm(x), state, batch)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
 
 
 class TextModel(nnx.Module):

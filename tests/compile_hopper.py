@@ -23,12 +23,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from kernels_pallas import gated_delta, packed_attention, paged_attention
-from kernels_pallas import row_products as row
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention.shapes import PAGED
-from kernels_pallas.row_products.shapes import ROWS
 
 H200 = """
 gpu_device_info {
@@ -87,7 +85,6 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
-    yield from row_products()
 
 
 def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
@@ -106,19 +103,6 @@ def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         return jax.vjp(lambda *qkv: packed(*qkv, starts, lengths), q, k, v)[1](cotangent)
 
     yield "1 photo, gradients", gradients, (patches,) * 4 + views, ()
-
-
-def row_products() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
-    """As `programs`."""
-    for shape in ROWS:
-        x, norm, residual = like(1, shape.inputs), like(shape.inputs), like(1, 1024)
-        weights = [like(n, shape.inputs) for n in shape.outputs]
-        if shape.kind == "added":
-            yield shape.name, functools.partial(row.added_product, backend="gpu"), (x, *weights, residual), ()
-        elif shape.kind == "swiglu":
-            yield shape.name, lambda x, norm, *w: row.swiglu_product(x, norm, 1e-6, *w, backend="gpu"), (x, norm, *weights), ()
-        else:
-            yield shape.name, lambda x, norm, *w: row.normed_products(x, norm, 1e-6, w, backend="gpu"), (x, norm, *weights), ()
 
 
 def assembled(dump: Path) -> dict[str, dict[str, int]]:

@@ -15,12 +15,9 @@ from kernels_pallas.backends import CHIPS, device_kind
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
-from kernels_pallas.row_products import gpu as row_products
-from kernels_pallas.row_products.shapes import ROWS
 from tests import gated_delta_truth as truth
 from tests.test_gated_delta import expected_step, step_inputs
-from tests.test_row_products_gpu import check
-from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, ROW_PRODUCTS, relative_rms
+from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, relative_rms
 
 pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["gpu"]), reason="there is no Hopper GPU here")
 
@@ -154,8 +151,3 @@ def test_windows(rng):
     found = window_attention(q, k, v, window=4, backend="gpu")
     expected = window_attention(*(x.astype(jnp.float32) for x in (q, k, v)), window=4, backend="reference")
     assert relative_rms(found, expected) < PACKED_ATTENTION["gpu bfloat16"]
-
-
-@pytest.mark.parametrize("shape", ROWS, ids=lambda shape: shape.name)
-def test_row_products(rng, shape):
-    check(rng, jnp.bfloat16, 1, shape.inputs, shape.outputs, ROW_PRODUCTS, row_products)

@@ -13,8 +13,6 @@ from kernels_pallas.packed_attention import bench as packed
 from kernels_pallas.packed_attention.shapes import PACKED
 from kernels_pallas.paged_attention import bench as paged
 from kernels_pallas.paged_attention.shapes import PAGED
-from kernels_pallas.row_products import bench as row_products
-from kernels_pallas.row_products.shapes import ROWS
 
 
 def test_every_shape_is_in_the_table():
@@ -39,17 +37,9 @@ def test_attention_is_in_the_table():
     assert prefill.flops == 4 * 8 * 256 * 2048 * 2049 / 2
 
 
-def test_row_products_are_in_the_table():
-    works = {work.name: work for work in row_products.works()}
-    assert len(works) == len(ROWS)
-    assert works["row products, into the MLP, 8 times"].bytes == 8 * 2 * 2 * 3584 * 1024  # both matrices once
-
-
 def test_a_call_can_be_made_anywhere():
     step = next(work for work in gated_delta.works() if work.name == "gated delta step, 1 slot")
     assert step.run("reference")().shape == (1, 1, 16, 128)
-    out = next(work for work in row_products.works() if "out of either" in work.name)
-    assert [y.shape for y in out.run("reference")()] == [(1, 1024)] * 8
 
 
 def test_a_line_names_the_others_and_the_share_of_the_limit():

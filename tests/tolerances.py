@@ -23,9 +23,6 @@ GATED_DELTA = {
     "tpu bfloat16 gradient": 2e-2,
 }
 
-# Products of bfloat16 rows and matrices, summed in float32 and rounded once; behind SwiGLU what is rounded twice is multiplied.
-ROW_PRODUCTS = 1.2e-2
-
 # Attention over pages against dense attention in float64 of the same rounded inputs. In bfloat16 the softmax's weights and the
 # result are rounded to 8 bits.
 PAGED_ATTENTION = {"tpu float32": 2e-6, "tpu bfloat16": 6e-3, "gpu bfloat16": 6e-3}  # on an H200: up to 2.3e-3
