@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,10 @@ class MiniCPMV:
         folder = checkpoint.resolve(source, revision)
         config = ModelConfig.from_folder(folder)
         generation_config = GenerationConfig.from_folder(folder)
-        processor = Processor.from_folder(folder, fetch=fetch)
-        params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype], progress)
-        return cls(config, generation_config, params, processor, folder, backend)
+        with ThreadPoolExecutor(1) as beside:  # the tokenizer takes about as long as the weights
+            processor = beside.submit(Processor.from_folder, folder, fetch=fetch)
+            params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype], progress)
+        return cls(config, generation_config, params, processor.result(), folder, backend)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
         """Token ids, pictures and their places for a conversation.

@@ -131,7 +131,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
     policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
-    engine = startup.make_engine(model, platform, args.memory_fraction, wishes, policy)
+    engine = startup.make_engine(model, platform, args.memory_fraction, wishes, policy, cache)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
     media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
     fields |= {"media_limits": media_limits, "restore_newlines": args.restore_newlines}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from minicpmv46_jax import model, packing
 from minicpmv46_jax.batch import Chunks, dropped
@@ -37,7 +37,7 @@ from minicpmv46_jax.packing import Laid, PackedViews
 from minicpmv46_jax.sampling import Mode, Sampled, note
 from minicpmv46_jax.state import DeltaState, KeyValues, Layers, empty_state
 from serve.pages import pages_of
-from serve.programs import Programs
+from serve.programs import Programs, Store
 from serve.scheduler import Piece, Plan
 from serve.sizes import Pass, Sizes
 from serve.work import Work
@@ -89,15 +89,16 @@ class Device:
       config, params: the model.
       sizes: how much of everything there is.
       backend: as in `model.schema`.
+      store: where compiled steps are kept, if anywhere.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, sizes: Sizes, backend: str | None = None):
+    def __init__(self, config: ModelConfig, params: Params, sizes: Sizes, backend: str | None = None, store: Store | None = None):
         self.config, self.params, self.sizes = config, params, sizes
         self.dtype = params["text"]["embed"]["weight"].dtype
         self._graph = model.schema(config, backend)
         self._pages = pages_of(sizes.longest)
         self._everything: dict[int, UInt32[Array, "Q W"]] = {}  # a mask for each number of prompts that are read
-        self._programs = Programs()
+        self._programs = Programs(store)
 
     def compile(self, show: bool = False) -> int:
         """Compiles every step for every bucket, and makes the state; returns how many programs there are."""
@@ -152,15 +153,17 @@ class Device:
         bias = self._programs["bias"](self._decoding.bias, np.int32(slot), *bias_row(options))
         self._decoding = dataclasses.replace(self._decoding, bias=bias)
 
-    def read(self, readings: Sequence[Reading], mode: Mode) -> Sampled:
-        """Reads pieces of prompts; row i of what is sampled counts where piece i is its request's last."""
+    def read(self, readings: Sequence[Reading], mode: Mode) -> Sampled | None:
+        """Reads pieces of prompts; row i of what is sampled counts where piece i is its request's last. None if no piece is."""
         tokens = sum(len(reading.ids) for reading in readings)
         T, Q = next((T, Q) for T, Q in self.sizes.buckets.prompts if tokens <= T and len(readings) <= Q)
+        pieces = self._pieces(readings, T, Q)
+        self._decoding, logits = self._programs["read", T, Q](self.params["text"], self._decoding, self._bank, pieces)
+        if not any(reading.piece.last for reading in readings):
+            return None
         mode = "greedy" if mode == "greedy" else "full"
-        pieces, begin = self._pieces(readings, T, Q), self._begin(readings, Q)
         allowed = () if mode == "greedy" else (self._allowed([reading.mask for reading in readings], Q),)
-        read = self._programs["read", T, Q, mode]
-        self._decoding, sampled = read(self.params["text"], self._decoding, self._bank, pieces, begin, *allowed)
+        self._decoding, sampled = self._programs["start", Q, mode](self._decoding, logits, self._begin(readings, Q), *allowed)
         return _sent(sampled)
 
     def decode(self, plan: Plan, mode: Mode) -> Sampled:
@@ -257,15 +260,19 @@ class Device:
         self._programs.add("new", new)
 
     def _add_reads(self) -> None:
+        """What a prompt's end samples is apart from the reading, so that one program of that serves all ways to sample."""
         for T, Q in self.sizes.buckets.prompts:
-            pieces, begin = self._pieces([], T, Q), _nobody(Q)
-            words = -(-self.config.text.vocab_size // 32)
-            self._everything[Q] = jax.device_put(np.full((Q, words), EVERYTHING, np.uint32))
+            run = functools.partial(_read, self._graph.text)
+            arguments = self.params["text"], self._decoding, self._bank, self._pieces([], T, Q)
+            self._programs.add(("read", T, Q), run, *arguments, donate=(1,))
+        vocabulary = self.config.text.vocab_size
+        for Q in {Q for _, Q in self.sizes.buckets.prompts}:
+            logits, begin = np.zeros((Q, vocabulary), np.float32), _nobody(Q)
+            self._everything[Q] = jax.device_put(np.full((Q, -(-vocabulary // 32)), EVERYTHING, np.uint32))
             for mode in ("greedy", "full"):
-                run = functools.partial(_read, self._graph.text, mode=mode)
                 allowed = () if mode == "greedy" else (self._everything[Q],)
-                arguments = (self.params["text"], self._decoding, self._bank, pieces, begin, *allowed)
-                self._programs.add(("read", T, Q, mode), run, *arguments, donate=(1,))
+                run = functools.partial(start, mode=mode)
+                self._programs.add(("start", Q, mode), run, self._decoding, logits, begin, *allowed, donate=(0,))
 
     def _add_decodes(self) -> None:
         for rows in self.sizes.rows:
@@ -316,8 +323,9 @@ class Device:
     def _warm_up(self) -> None:
         """Runs the smallest steps for nobody: a device's libraries start with the first program, in up to a second."""
         (T, Q), rows = self.sizes.buckets.prompts[0], self.sizes.rows[0]
-        arguments = self._bank, self._pieces([], T, Q), _nobody(Q)
-        self._decoding, _ = self._programs["read", T, Q, "greedy"](self.params["text"], self._decoding, *arguments)
+        arguments = self._bank, self._pieces([], T, Q)
+        self._decoding, logits = self._programs["read", T, Q](self.params["text"], self._decoding, *arguments)
+        self._decoding, _ = self._programs["start", Q, "greedy"](self._decoding, logits, _nobody(Q))
         slots, grown, _ = self._nobodys_rows(rows)
         self._decoding, _ = self._programs["decode", rows, 1, "greedy"](self.params["text"], self._decoding, slots, grown)
         self.wait()
@@ -336,19 +344,11 @@ def _holds(steps: int, mode: Mode) -> bool:
 
 
 def _read(
-    graph,
-    params: Params,
-    decoding: Decoding,
-    bank: Float[Array, "R D"],
-    pieces: Pieces,
-    begin: Start,
-    allowed: UInt32[Array, "Q W"] | None = None,
-    *,
-    mode: Mode,
-) -> tuple[Decoding, Sampled]:
-    """Reads pieces of prompts and starts the answers of those that end here; `decoding` is donated."""
+    graph, params: Params, decoding: Decoding, bank: Float[Array, "R D"], pieces: Pieces
+) -> tuple[Decoding, Float32[Array, "Q V"]]:
+    """Reads pieces of prompts; `decoding` is donated. The scores after each piece's last token."""
     logits, state = model.read(graph, params, decoding.state, pieces, bank)
-    return start(dataclasses.replace(decoding, state=state), logits, begin, allowed, mode=mode)
+    return dataclasses.replace(decoding, state=state), logits
 
 
 def _encode(graph, params: Params, bank: Float[Array, "R D"], views: PackedViews, to: Int32[Array, " r"]) -> Float[Array, "R D"]:

@@ -35,7 +35,7 @@ from serve.masks import Masks
 from serve.metrics import Metrics
 from serve.pages import Pages, Slots
 from serve.prefix import Node, PrefixCache
-from serve.programs import Compilations
+from serve.programs import Compilations, Store
 from serve.scheduler import Limits, Piece, Plan, Request, Scheduler
 from serve.sizes import Sizes
 from serve.work import Picture, Work, prepare
@@ -92,16 +92,24 @@ class Engine(Desk):
       policy: whom to take on.
       show: draw a bar while the steps are compiled.
       backend: as in `model.schema`.
+      store: where compiled steps are kept, if anywhere.
     """
 
     def __init__(
-        self, model: MiniCPMV, sizes: Sizes, policy: Policy | None = None, *, show: bool = False, backend: str | None = None
+        self,
+        model: MiniCPMV,
+        sizes: Sizes,
+        policy: Policy | None = None,
+        *,
+        show: bool = False,
+        backend: str | None = None,
+        store: Store | None = None,
     ):
         self.policy = policy or Policy()
         super().__init__(sizes.running + self.policy.max_waiting)
         self.sizes = sizes
         self._model = model
-        self._device = Device(model.config, model.params, sizes, backend)
+        self._device = Device(model.config, model.params, sizes, backend, store)
         self.programs = self._device.compile(show)
         self.compilations = Compilations()
         self.features = FeatureCache(sizes.features)

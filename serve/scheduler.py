@@ -126,7 +126,7 @@ class Restore:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of a step: tokens and prompts read, and tokens decoded at once where nobody is being read or constrained (`steps`)."""
+    """Of a step: tokens and prompts read, and tokens decoded at once where nobody waits for less (`steps`)."""
 
     tokens: int
     prompts: int
@@ -146,6 +146,7 @@ class Scheduler:
         self.restores: list[Restore] = []  # the caller does and clears them between `admit` and `plan`
         self.preemptions = self.cached_tokens = self.restored_tokens = self.prompt_tokens = 0
         self._fresh: list[Node] = []  # whose snapshots the newest plan makes
+        self._started = False  # whether answers begin with the newest plan
         self._count = itertools.count()
         self._at: list[Request | None] = [None] * slots.count
         self._decoding, self._constrained, self._held = np.zeros((3, slots.count), bool)
@@ -192,14 +193,18 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step; what it says is done."""
-        steps = 1 if self.reading or self._constrained.any() else self.limits.steps
+        # One step too behind prompts that ended in the plan before: their first tokens are told once this one has been sent.
+        one = self.reading or self._started or self._constrained.any()
+        steps = 1 if one else self.limits.steps
         grown, preempted = self._grow(steps)
         slots = self._decodable()
         self._length[slots] = np.minimum(self._length[slots] + steps, self._most[slots])
         pages = np.array([grown.get(slot, (0, -1)) for slot in slots.tolist()], np.int32).reshape(-1, 2)
         rows, held = [self._at[slot] for slot in slots], self._constrained[slots]
         self._held[slots] = held
-        return Plan(self._pieces(), rows, slots.astype(np.int32), pages, held, steps, preempted)
+        pieces = self._pieces()
+        self._started = any(piece.last for piece in pieces)
+        return Plan(pieces, rows, slots.astype(np.int32), pages, held, steps, preempted)
 
     def _admit(self) -> None:
         """From waiting to being read, in order of rank, as long as slots and pages last."""

@@ -58,7 +58,7 @@ class Buckets:
 ACCELERATOR = Buckets(
     rows=(1, 8, 32),
     steps=8,
-    prompts=((128, 2), (512, 4), (2048, 16)),
+    prompts=((128, 2), (512, 4), (1024, 8), (2048, 16)),
     passes=(Pass(2048, 4, LONGEST_VIEW), Pass(8192, 16, LONGEST_VIEW), Pass(4928, 1, 4928)),
 )
 # On a CPU XLA makes of a scatter of one row an update that copies all that it updates: with one row a step of the small model

@@ -21,6 +21,7 @@ from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.processing import Fetch
 from serve.engine import Engine, Policy
 from serve.pages import PAGE
+from serve.programs import Store
 from serve.sizes import ACCELERATOR, CPU, MAX_RUNNING, MAX_RUNNING_CPU, Wishes, fit, working_bytes
 
 MEMORY_FRACTION = 0.9  # of a device's memory
@@ -118,8 +119,8 @@ def load(source: str | Path, revision: str | None, dtype: str, fetch: Fetch) -> 
     return model
 
 
-def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes, policy: Policy) -> Engine:
-    """The engine, with every step compiled. Raises ValueError if the device has no room for a conversation."""
+def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes, policy: Policy, cache: Path) -> Engine:
+    """The engine, every step compiled or found in `cache`. Raises ValueError if the device has no room for a conversation."""
     cpu = platform == "cpu"
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
     itemsize = model.params["text"]["embed"]["weight"].dtype.itemsize
@@ -131,8 +132,10 @@ def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes,
         f"{sizes.snapshots} prefixes, features of {sizes.features} picture tokens",
         file=sys.stderr,
     )
+    # Not on a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared.
+    store = None if cpu else Store(cache / "programs", model.config, sizes, itemsize)
     with step("compiling (kept for the next start)"), _fitting():
-        return Engine(model, sizes, policy, show=True)
+        return Engine(model, sizes, policy, show=True, store=store)
 
 
 def free_memory(platform: str, fraction: float) -> int:

@@ -111,11 +111,20 @@ def _last_lines(log: Path) -> str:
     return " | ".join(log.read_text(errors="replace").strip().splitlines()[-5:])
 
 
+def _steps(log: Path) -> str:
+    """What the start was made of, in brackets."""
+    steps = [line for line in log.read_text(errors="replace").splitlines() if " ... " in line]
+    return f" ({'; '.join(steps)})" if steps else ""
+
+
 def load(address: str, requests: int, arguments: tuple[str, ...], form: Path) -> dict[str, float]:
     """`serve.bench`'s numbers, with the engine's own: steps, and the host's milliseconds in each."""
     before = _counters(address)
     given = [str(form) if argument == "FORM" else argument for argument in arguments]
-    numbers, _ = asyncio.run(bench.bench(bench.parser().parse_args(["--url", address, "--requests", str(requests), *given])))
+    arguments = bench.parser().parse_args(["--url", address, "--requests", str(requests), *given])
+    numbers, results = asyncio.run(bench.bench(arguments))
+    for error in sorted({result.error for result in results if result.error is not None})[:3]:
+        print(f"error: {error}", file=sys.stderr)
     steps, host = (after - start for after, start in zip(_counters(address), before, strict=True))
     return {**numbers, "steps": steps, "host_ms_a_step": host / max(steps, 1) * 1e3}
 
@@ -146,10 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with server(of_server, cache, log, given.patience) as (_, seconds):
                 table["start to first answer, cache empty"] = {"seconds": seconds}
-                print(f"start to first answer, cache empty: {seconds:.1f} s", flush=True)
+                print(f"start to first answer, cache empty: {seconds:.1f} s{_steps(log)}", flush=True)
             with server(of_server, cache, log, given.patience) as (address, seconds):
                 table["start to first answer, cache filled"] = {"seconds": seconds}
-                print(f"start to first answer, cache filled: {seconds:.1f} s", flush=True)
+                print(f"start to first answer, cache filled: {seconds:.1f} s{_steps(log)}", flush=True)
                 for name, requests, loaded, shown in LOADS:
                     if given.only in name:
                         table[name] = load(address, max(int(requests * given.share), 1), loaded, form)

@@ -12,6 +12,7 @@ import numpy as np
 from minicpmv46_jax import packing
 from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs, View
+from minicpmv46_jax.processing.threads import pool
 from serve.pages import PAGE
 
 KEY_BYTES = 16  # of a hash; two of 2^40 pictures are alike by chance once in 2^48
@@ -54,7 +55,11 @@ class Work:
 
 def prepare(inputs: Inputs, options: GenerationOptions, positions_per_side: int) -> Work:
     """Lays out and hashes; takes some milliseconds a picture. Raises what a constraint does that cannot be kept."""
-    pictures = tuple(Picture(picture_key(view), packing.lay(view, positions_per_side), view.start) for view in inputs.views)
+
+    def laid(view: View) -> Picture:
+        return Picture(picture_key(view), packing.lay(view, positions_per_side), view.start)
+
+    pictures = tuple(pool().map(laid, inputs.views))
     seed = secrets.randbits(63) if options.seed is None else options.seed
     mask = None if options.constraint is None else options.constraint.mask()
     return Work(inputs.token_ids, pictures, prompt_keys(inputs.token_ids, pictures), options, seed, mask)

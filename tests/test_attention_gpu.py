@@ -169,11 +169,12 @@ def test_packed_attention_and_its_gradients_interpreted(interpreted):
     ("run", "lengths", "contexts", "longest"),
     [
         (gpu_decode.decode, [1, 0, 1], [70, 64, 200], 1),
+        (gpu_decode.decode, [0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1], [9, 130, 64, 64, 200, 1, 10, 70, 9, 64, 9, 3], 1),
         (gpu_decode.decode, [2, 1], [70, 130], 2),
         (gpu_prefill.prefill, [40, 0, 3], [100, 30, 130], 40),
         (functools.partial(gpu_prefill.prefill, splits=3), [40], [200], 40),
     ],
-    ids=["decoding", "drafts", "prompts", "split along the pages"],
+    ids=["decoding", "rows that rest between others", "drafts", "prompts", "split along the pages"],
 )
 def test_paged_attention_interpreted(interpreted, run, lengths, contexts, longest):
     """Pages in random order; what no sequence may see is NaN."""

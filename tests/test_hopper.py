@@ -107,6 +107,7 @@ def test_steps_follow_the_recurrence(rng, rows, tokens):
 DECODING = {
     "ragged": ([1] * 9, [1, 63, 64, 65, 700, 2999, 128, 5000, 31], 1),
     "resting rows": ([1, 0, 1, 0], [100, 90, 64, 0], 1),
+    "every other row rests": ([1, 0] * 60, [100] * 120, 1),
     "one long": ([1], [70_001], 1),
     "a full house": ([1] * 128, list(range(1, 2049, 16)), 1),
     "drafts": ([4, 2, 3, 0, 4], [400, 2, 3000, 77, 65], 4),

@@ -21,7 +21,7 @@ from transformers.image_utils import load_image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from convert.demo import preprocessor_config
-from minicpmv46_jax.processing import MediaConfig, Options, fetch
+from minicpmv46_jax.processing import MediaConfig, Options, fetch, images
 from minicpmv46_jax.processing.images import cut, image_table, load_rgb, resize_pillow
 from minicpmv46_jax.processing.options import read_configs
 from minicpmv46_jax.processing.slicing import slice_grid, sliced_size, view_size
@@ -390,3 +390,12 @@ def test_bad_files(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         read_configs(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_resizing_in_bands_gives_pillows_own_bytes(rng, monkeypatch, seed):
+    monkeypatch.setattr(images, "IN_BANDS", 0)
+    height, width, new_height, new_width = (int(n) for n in rng.integers(1, [300, 40, 700, 9][seed % 4] + 1, 4))
+    picture = rng.integers(0, 256, (height, width, 3), np.uint8)
+    expected = Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(resize_pillow(picture, new_height, new_width), expected)

@@ -402,6 +402,7 @@ def test_several_tokens_a_dispatch_only_where_nobody_is_read():
     scheduler.add(Request(10, 100))
     scheduler.admit(0.0)
     assert scheduler.plan().rows == []
+    assert scheduler.plan().steps == 1  # behind it the first token is told
     assert scheduler.plan().steps == LIMITS.steps
     scheduler.add(Request(1000, 1100))
     scheduler.admit(0.0)

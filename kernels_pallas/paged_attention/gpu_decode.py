@@ -135,7 +135,7 @@ def _read(*refs, N, K, H, R, stages):
     end = begin + share[0]
 
     def part(n):
-        """Of the block's n-th sequence: which it is, its pages here."""
+        """Of the block's n-th sequence: which it is, its pages here; none where a row rests between two others."""
         s = first[block] + n
         since = before[s]
         return s, jnp.maximum(begin - since, 0), jnp.minimum(end, before[s + 1]) - since
@@ -146,8 +146,11 @@ def _read(*refs, N, K, H, R, stages):
 
         def sequence(n, ring):
             s, low, high = part(n)
-            pl.when(n > 0)(lambda: plgpu.barrier_wait(q_free))
-            plgpu.copy_gmem_to_smem(q.at[pl.ds(starts[s] * N, R)], q_s.at[pl.ds(0, R)], q_ready)
+
+            @pl.when(high > low)
+            def _queries():
+                pl.when(n > 0)(lambda: plgpu.barrier_wait(q_free))
+                plgpu.copy_gmem_to_smem(q.at[pl.ds(starts[s] * N, R)], q_s.at[pl.ds(0, R)], q_ready)
 
             def page(i, t):
                 rows = pl.ds(tables[s, i] * PAGE, PAGE)
@@ -172,7 +175,7 @@ def _read(*refs, N, K, H, R, stages):
         def sequence(n, ring):
             s, low, high = part(n)
             context, length = contexts[s], lengths[s]
-            plgpu.barrier_wait(q_ready)
+            pl.when(high > low)(lambda: plgpu.barrier_wait(q_ready))
 
             def page(i, carry):
                 total, weight, largest, t = carry
@@ -198,18 +201,22 @@ def _read(*refs, N, K, H, R, stages):
                 return total, weight, largest, t + 1
 
             *sums, ring = lax.fori_loop(low, high, page, (*no_scores(H), ring))
-            total, log = settle(*sums)
-            # The last tile of values is still ours: the answer leaves through it, half after half.
-            slot, to = group * stages + lax.rem(ring - 1, stages), block + s
-            for half in range(2):
-                store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2)))
-                plgpu.commit_smem()
-                for t in range(R // N):
-                    mine = pl.ds(t * N + group * G, G)
-                    plgpu.copy_smem_to_gmem(out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            weights[to, group] = log
-            plgpu.barrier_arrive(free.at[slot])
+
+            @pl.when(high > low)
+            def _out():
+                total, log = settle(*sums)
+                # The last tile of values is still ours: the answer leaves through it, half after half.
+                slot, to = group * stages + lax.rem(ring - 1, stages), block + s
+                for half in range(2):
+                    store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2)))
+                    plgpu.commit_smem()
+                    for t in range(R // N):
+                        mine = pl.ds(t * N + group * G, G)
+                        plgpu.copy_smem_to_gmem(out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                weights[to, group] = log
+                plgpu.barrier_arrive(free.at[slot])
+
             return ring
 
         lax.fori_loop(0, count[block], sequence, jnp.int32(0))

@@ -104,8 +104,9 @@ class Processor:
         """
         # A tokenizer needs no torch; transformers would say on stderr that there is none.
         logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
-        # Imported here: it takes seconds, and only a folder needs it.
-        from transformers import AutoTokenizer
+        # Imported here: it takes a second, and only a folder needs it. AutoTokenizer would give the same, and import torch where
+        # there is one: eleven seconds on a server's cold disk.
+        from transformers import PreTrainedTokenizerFast
 
         folder = Path(path)
         if not folder.is_dir():
@@ -114,7 +115,7 @@ class Processor:
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder}: no tokenizer.json")  # transformers would go on with an empty vocabulary
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
         return cls(tokenizer, images, videos, fetch=fetch, max_pixels=max_pixels)
