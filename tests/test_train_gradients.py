@@ -13,7 +13,7 @@ from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.checkpoint import slots
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import BatchShape, Conversation, pack
-from minicpmv46_jax.train.forward import losses
+from minicpmv46_jax.train.forward import loss
 from tests.oracle import Oracle, write_checkpoint
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
 from tests.train_compile import QUICK
@@ -71,8 +71,8 @@ def gradient(ours):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, batch):
         def total(params):
-            nll, _ = losses(graph, params, batch, chunk=100)
-            return (nll * batch.weights).sum(), nll
+            total, nll, _ = loss(graph, params, batch, chunk=100)
+            return total, nll
 
         return jax.value_and_grad(total, has_aux=True)(params)
 

@@ -20,7 +20,7 @@ from minicpmv46_jax.train import (
     pack,
     split,
     stack,
-    token_losses,
+    summed_loss,
 )
 from minicpmv46_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tests.tolerances import relative_rms
@@ -161,19 +161,19 @@ def test_z_loss_is_the_squared_log_sum(demo, batches):
     """Its gradient against a plain computation from whole logits."""
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(7, 16), (50, 16)])
-    labels = jnp.asarray(rng.integers(0, 50, 7), jnp.int32)
+    labels, weights = jnp.asarray(rng.integers(0, 50, 7), jnp.int32), jnp.asarray(rng.uniform(0, 1, 7), jnp.float32)
 
     def ours(hidden, table, chunk):
-        nll, lse = token_losses(hidden, table, labels, chunk)
-        return (nll + 0.1 * lse**2).sum()
+        return summed_loss(hidden, table, labels, weights, 0.1, chunk)[0]
 
     def plain(hidden, table):
         logits = hidden @ table.T
         lse = jax.nn.logsumexp(logits, axis=1)
-        return (lse - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] + 0.1 * lse**2).sum()
+        return (weights * (lse - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] + 0.1 * lse**2)).sum()
 
     expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, table)
-    for chunk in (16, None):  # the last chunk overlaps the one before
+    np.testing.assert_allclose(jax.jit(ours, static_argnums=2)(hidden, table, 3), expected[0], rtol=2e-6)  # without gradients
+    for chunk in (3, None):  # the last chunk is filled up
         found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=2)(hidden, table, chunk)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert relative_rms(a, b) < 2e-6, chunk

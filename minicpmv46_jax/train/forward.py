@@ -24,7 +24,7 @@ from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.packing import PackedViews
 from minicpmv46_jax.train.batch import TrainBatch
-from minicpmv46_jax.train.loss import token_losses
+from minicpmv46_jax.train.loss import summed_loss
 
 Path = tuple[str | int, ...]
 Gather = Callable[[Any, Path], Any]  # the whole parameters of a part of the tree, from a device's shards of them
@@ -38,16 +38,17 @@ REMAT = {
 }
 
 
-def losses(
+def loss(
     graph: Schema,
     params: Params,
     batch: TrainBatch,
     *,
     remat: str = "layer",
     gather: Gather = lambda part, path: part,
+    z_loss: float = 0.0,
     chunk: int | None = None,
-) -> tuple[Float32[Array, "R L"], Float32[Array, "R L"]]:
-    """Every token's negative log likelihood of its label, and log-sum-exp.
+) -> tuple[Float32[Array, ""], Float32[Array, "R L"], Float32[Array, "R L"]]:
+    """The weighted sum of a batch's losses, which alone has a gradient; every token's negative log likelihood, and log-sum-exp.
 
     Args:
       graph: the model's; see `model.schema`.
@@ -55,7 +56,7 @@ def losses(
       batch: one device's rows and pictures.
       remat: one of `REMAT`.
       gather: on a mesh, makes a part's parameters whole.
-      chunk: see `loss.token_losses`.
+      z_loss, chunk: see `loss.summed_loss`.
     """
     table = gather(params["text"]["embed"], ("text", "embed"))
     features = jnp.zeros((1, table["weight"].shape[1]), table["weight"].dtype)
@@ -64,8 +65,8 @@ def losses(
     x = model.embed(table, batch.ids.reshape(-1), batch.feature_rows.reshape(-1), features)
     text = {"embed": table, "norm": gather(params["text"]["norm"], ("text", "norm")), "layers": params["text"]["layers"]}
     x = read(graph.text, text, x, Packed(batch.segments), remat=remat, gather=gather)
-    found = token_losses(x, table["weight"], batch.labels.reshape(-1), chunk)
-    return tuple(value.reshape(batch.ids.shape) for value in found)
+    total, *found = summed_loss(x, table["weight"], batch.labels.reshape(-1), batch.weights.reshape(-1), z_loss, chunk)
+    return total, *(value.reshape(batch.ids.shape) for value in found)
 
 
 def read(
