@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from kernels_pallas.causal_attention import KEPT
 from minicpmv46_jax import model
-from minicpmv46_jax.attention import ATTENTION
 from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.packing import PackedViews
@@ -33,8 +33,8 @@ _keep = jax.checkpoint_policies
 # keep what attention read: its blocks are computed again on their own, and would be so twice.
 REMAT = {
     "none": _keep.everything_saveable,
-    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(ATTENTION)),
-    "layer": _keep.save_only_these_names(ATTENTION),
+    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KEPT)),
+    "layer": _keep.save_only_these_names(KEPT),
 }
 
 
