@@ -99,7 +99,7 @@ def _shifted(x: Float[Array, "R T C"], segments: Int32[Array, "R T"], back: int)
     own = jnp.pad(segments, ((0, 0), room))[:, start : start + T] == segments
     own &= ((at >= 0) & (at < T))[None]
     x = jnp.pad(x, ((0, 0), room, (0, 0)))[:, start : start + T]
-    return x.astype(jnp.float32) * own[..., None]  # as a select, the compiler read its zeros from memory
+    return x.astype(jnp.float32) * own[..., None].astype(jnp.float32)  # as a select, the compiler read its zeros from memory
 
 
 def _convolve(qkv: Array, conv: Array, segments: Array) -> tuple[Array, tuple[Array, Array, Array]]:
