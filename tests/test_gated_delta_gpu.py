@@ -113,7 +113,7 @@ def test_packed_rows_and_their_gradients_interpreted(rng, monkeypatch):
 
 
 @needs_mosaic
-def test_packed_rows_take_the_kernel_where_it_is_asked_for():
+def test_packed_rows_take_the_kernels_where_they_can():
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     layer = gated_delta.Layer(like((768, 4)), like((2,)), like((2,)))
     arguments = like((1, 128, 768)), like((1, 128, 2)), like((1, 128, 2)), layer, jax.ShapeDtypeStruct((1, 128), jnp.int32)

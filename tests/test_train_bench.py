@@ -58,9 +58,12 @@ def test_it_measures_each_plan(demo_folder, tmp_path, capsys):
     assert "MFU" in capsys.readouterr().out
 
 
-def test_a_plan_and_a_row_that_cannot_be(released):
+def test_plans_and_rows_that_can_and_cannot_be(released):
+    assert bench.Plan.of("dots:16") == ("dots", 16, True, None)
+    assert bench.Plan.of("none:8:unrolled:gpu") == ("none", 8, False, "gpu")
+    assert bench.Plan.of("none:8:gpu") == ("none", 8, True, "gpu")
     for plan in ("layers:8", "layer", "layer:0", "layer:8:gpu:1"):
-        with pytest.raises(ValueError, match="expected REMAT:ROWS or REMAT:ROWS:BACKEND, REMAT of none, dots, layer"):
+        with pytest.raises(ValueError, match=r"expected REMAT:ROWS\[:unrolled\]\[:BACKEND\], REMAT of none, dots, layer"):
             bench.Plan.of(plan)
     with pytest.raises(ValueError, match="rows have 512 tokens, and a picture and its words take 572"):
         bench.make_batch(released, 1, 512, pictures=True)

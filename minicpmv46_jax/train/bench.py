@@ -10,6 +10,7 @@ says so.
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -39,23 +40,27 @@ PEAK = {
     "TPU v6": 918e12,
 }
 PLANS = {"text": ("layer:16", "dots:8", "layer:32"), "pictures": ("layer:8", "layer:4", "layer:2")}
+UNROLLED = "unrolled"
 WORDS = 128  # that follow a picture
 
 
 class Plan(NamedTuple):
-    """REMAT:ROWS or REMAT:ROWS:BACKEND; what a step keeps (`forward.REMAT`), its rows, and who runs it (`model.schema`)."""
+    """REMAT:ROWS[:unrolled][:BACKEND].
+
+    What a step keeps (`forward.REMAT`), its rows, whether layers are scanned (`forward.loss`), who runs it (`model.schema`).
+    """
 
     remat: str
     rows: int
+    scan_layers: bool
     backend: str | None
 
     @classmethod
     def of(cls, text: str) -> "Plan":
         """Raises ValueError where it is none."""
-        remat, rows, backend = [*text.split(":"), "", ""][:3]
-        if remat not in REMAT or not rows.isdigit() or int(rows) < 1 or text.count(":") > 2:
-            raise ValueError(f"a plan is {text!r}, expected REMAT:ROWS or REMAT:ROWS:BACKEND, REMAT of {', '.join(REMAT)}")
-        return cls(remat, int(rows), backend or None)
+        if not (found := re.fullmatch(rf"({'|'.join(REMAT)}):([1-9]\d*)(:{UNROLLED})?(?::(\w+))?", text)):
+            raise ValueError(f"a plan is {text!r}, expected REMAT:ROWS[:{UNROLLED}][:BACKEND], REMAT of {', '.join(REMAT)}")
+        return cls(found[1], int(found[2]), found[3] is None, found[4])
 
 
 def cut(config: ModelConfig, groups: int) -> ModelConfig:
@@ -134,7 +139,7 @@ def measure(
     """
     optimizer = optax.adamw(1e-5)
     state = random_state(config, optimizer)
-    step = make_step(config, optimizer, remat=plan.remat, backend=plan.backend)
+    step = make_step(config, optimizer, remat=plan.remat, scan_layers=plan.scan_layers, backend=plan.backend)
     step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
     batch = jax.device_put(batch)
     start = time.perf_counter()
@@ -179,7 +184,9 @@ def report(config: ModelConfig, name: str, plan: Plan, batch: TrainBatch, rate: 
     }
     speeds = f"{figures['tokens_per_second']:9,.0f} tokens/s, {figures['pictures_per_second']:6.1f} pictures/s"
     rest = f"{found['bytes'] / 2**30:5.1f} GiB, loss {found['loss']:.2f}, compiled in {found['compile']:.0f} s"
-    what = f"{name:9s} {plan.rows:3d} rows, keeps {plan.remat:6s} {plan.backend or '':9s}"
+    what = (
+        f"{name:9s} {plan.rows:3d} rows, keeps {plan.remat:6s}{'' if plan.scan_layers else UNROLLED:9s} {plan.backend or '':9s}"
+    )
     print(f"{what}: {seconds * 1e3:8.1f} ms a step, {speeds}, MFU {figures['mfu']:6.1%}, {rest}", flush=True)
     return figures
 
@@ -189,7 +196,7 @@ def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json is read")
     parser.add_argument("--tokens", type=int, default=4096, help="of a row")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one to warm up")
-    plan = {"nargs": "*", "type": Plan.of, "metavar": "REMAT:ROWS[:BACKEND]"}
+    plan = {"nargs": "*", "type": Plan.of, "metavar": f"REMAT:ROWS[:{UNROLLED}][:BACKEND]"}
     parser.add_argument("--text", **plan, default=[Plan.of(x) for x in PLANS["text"]], help="plans for rows of text")
     parser.add_argument("--pictures", **plan, default=[Plan.of(x) for x in PLANS["pictures"]], help="plans with pictures")
     parser.add_argument("--groups", type=int, default=0, help="a model cut to so many groups of four layers; 0: the whole one")

@@ -60,6 +60,7 @@ def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) 
         dtype=settings.run.dtype,
         z_loss=settings.run.z_loss,
         remat=settings.run.remat,
+        scan_layers=settings.run.scan_layers,
         scale=settings.lora.scale if settings.lora else 1.0,
         mesh=mesh,
     )

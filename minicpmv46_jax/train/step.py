@@ -90,6 +90,7 @@ def make_step(
     dtype: DTypeLike = jnp.bfloat16,
     z_loss: float = 0.0,
     remat: str = "layer",
+    scan_layers: bool = True,
     scale: float = 1.0,
     mesh: Mesh | None = None,
     backend: str | None = None,
@@ -102,7 +103,7 @@ def make_step(
       optimizer: over the trained parameters.
       dtype: to compute in: bfloat16 or float32.
       z_loss: weight of the squared log-sum-exp of the logits (arXiv:2204.02311, section 5); 0 for none.
-      remat: "layer" or "dots"; see `forward.REMAT`.
+      remat, scan_layers: see `forward.loss`.
       scale: of adapters; see `join`.
       mesh: as `sharding.make_mesh` makes it, for a state that `place`d itself on it; None for one device.
       backend: as in `model.schema`.
@@ -112,11 +113,12 @@ def make_step(
       (state, batch) -> (state, metrics). The batch has leading axes `[accumulation, devices]`; see `batch.stack`.
     """
     graph = model.schema(config, backend)
+    options = {"remat": remat, "scan_layers": scan_layers, "z_loss": z_loss, "chunk": chunk}
 
     def sums(params: Params, batch: TrainBatch, gather: Gather) -> Float32[Array, "1 3"]:
         """One device's, over learned tokens: the objective, negative log likelihoods, squared log-sum-exps."""
         own = jax.tree.map(lambda x: x[0], batch)
-        total, nll, lse = forward.loss(graph, params, own, remat=remat, gather=gather, z_loss=z_loss, chunk=chunk)
+        total, nll, lse = forward.loss(graph, params, own, gather=gather, **options)
         return jnp.stack([total, (nll * own.weights).sum(), (lse**2 * own.weights).sum()])[None]
 
     def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, tuple[Array, Array]]:
