@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gated_delta
-from kernels_pallas.gated_delta import gpu_chunked, gpu_handover, gpu_packed, gpu_recurrent
+from kernels_pallas.gated_delta import gpu_chunked, gpu_convolve, gpu_handover, gpu_packed, gpu_recurrent
+from kernels_pallas.gated_delta.packed import convolve_segments
 from kernels_pallas.gated_delta.packed import rule as rule_in_xla
 from tests import gated_delta_truth as truth
 from tests.mosaic_interpreted import product
@@ -113,6 +114,22 @@ def test_packed_rows_and_their_gradients_interpreted(rng, monkeypatch):
 
 
 @needs_mosaic
+def test_the_convolution_of_packed_rows_and_its_gradients_interpreted(rng):
+    """Against plain XLA in float32: sequences of one token and two, seams beside and on the edge of a block."""
+    qkv, bar = (jnp.asarray(rng.standard_normal((2, 128, 128)), jnp.bfloat16) for _ in range(2))
+    conv = jnp.asarray(rng.standard_normal((128, 4)), jnp.bfloat16)
+    lengths = [10, 1, 53, 64], [63, 2, 63]
+    segments = jnp.asarray([np.repeat(range(len(row)), row) for row in lengths], jnp.int32)
+    with plgpu.force_gpu_interpret_mode():
+        found, pull = jax.vjp(lambda *x: gpu_convolve.convolve(*x, segments), qkv, conv)
+        found = found, *pull(bar)
+    qkv, conv, bar = (x.astype(jnp.float32) for x in (qkv, conv, bar))
+    expected, pull = jax.vjp(lambda *x: convolve_segments(*x, segments), qkv, conv)
+    for x, y in zip(found, (expected, *pull(bar)), strict=True):
+        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
+
+
+@needs_mosaic
 def test_packed_rows_take_the_kernels_where_they_can():
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     layer = gated_delta.Layer(like((768, 4)), like((2,)), like((2,)))
@@ -123,7 +140,7 @@ def test_packed_rows_take_the_kernels_where_they_can():
 
     with described_gpu():
         program = exported(jax.grad(functools.partial(loss, backend=None)), *arguments)
-        for kernel in ("prepare", "hand_over", "hand_back", "gradients"):
+        for kernel in ("convolve", "convolve_back", "prepare", "hand_over", "hand_back", "gradients"):
             assert f"gated_delta_{kernel}" in program
         assert "mosaic_gpu" not in exported(functools.partial(loss, backend="reference"), *arguments)
     narrow = gated_delta.Layer(like((512, 4)), like((2,)), like((2,)))

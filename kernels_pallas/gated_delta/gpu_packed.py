@@ -1,4 +1,4 @@
-"""`packed` for Hopper: every chunk's own part in one kernel forwards and one backwards, the sequential part in `gpu_handover`.
+"""`packed` for Hopper, its convolution done: a chunk's own part, in one kernel forwards and one backwards, around `gpu_handover`.
 
 With a chunk's tokens i, j, D the log of the decay from the chunk's start, beta the writing strengths, q and k normalised, and
 e = exp(D) where a token inherits the memory S handed to the chunk, x = exp(D_L - D) where the memory after the chunk is of its
@@ -30,6 +30,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta.gpu_chunked import inverse_length, invert, put, send
+from kernels_pallas.gated_delta.gpu_convolve import TAPS
 from kernels_pallas.gated_delta.gpu_handover import hand_back, hand_over
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.mosaic import ACROSS, COL, ROW, accumulate, along_columns, along_rows, iota, load, params, product, tiles
@@ -38,14 +39,16 @@ L = CHUNK
 WIDTH = 128  # of keys and of values
 
 
-def gap(channels: int, heads: int, dtype: jnp.dtype, key_width: int, value_width: int) -> str | None:
-    """What the kernels lack for these arguments, or None."""
+def gap(qkv: jax.Array, conv: jax.Array, heads: int, key_width: int, value_width: int) -> str | None:
+    """What the kernels lack for these arguments of `packed`, or None."""
     if (key_width, value_width) != (WIDTH, WIDTH):
         return f"heads have {key_width} keys and {value_width} values, and it takes {WIDTH} and {WIDTH}"
-    if channels != 3 * heads * WIDTH:
-        return f"qkv has {channels} channels, and it takes {3 * heads * WIDTH}: as many key heads as value heads"
-    if dtype != jnp.bfloat16:
-        return f"qkv is {dtype}, and it takes bfloat16"
+    if qkv.shape[-1] != 3 * heads * WIDTH:
+        return f"qkv has {qkv.shape[-1]} channels, and it takes {3 * heads * WIDTH}: as many key heads as value heads"
+    if conv.shape[1] != TAPS:
+        return f"layer.conv has {conv.shape[1]} taps, and it takes {TAPS}"
+    if qkv.dtype != jnp.bfloat16:
+        return f"qkv is {qkv.dtype}, and it takes bfloat16"
     return mosaic_gap()
 
 

@@ -7,15 +7,13 @@ Source: arXiv:2412.06464, section 3.3. Memory, gates and sums are float32; the f
 Glossary: R rows, T tokens of a row, C channels, c chunks, L tokens of a chunk, N value heads, K key width, V value width.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.gated_delta import gpu_packed
+from kernels_pallas.gated_delta import gpu_convolve, gpu_packed
 from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gates, heads
@@ -52,11 +50,12 @@ def packed(
     N = a.shape[-1]
     if (T := a.shape[1]) % CHUNK:
         raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
-    channels = convolve_segments(qkv, layer.conv, segments)
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
-    gaps = {REFERENCE: None, "gpu": gpu_packed.gap(qkv.shape[-1], N, qkv.dtype, key_width, value_width)}
-    in_xla = functools.partial(rule, key_width=key_width, value_width=value_width)
-    return {REFERENCE: in_xla, "gpu": gpu_packed.rule}[choose(backend, gaps)](channels, g, beta, segments)
+    gaps = {REFERENCE: None, "gpu": gpu_packed.gap(qkv, layer.conv, N, key_width, value_width)}
+    if choose(backend, gaps) == "gpu":
+        return gpu_packed.rule(gpu_convolve.convolve(qkv, layer.conv, segments), g, beta, segments)
+    channels = convolve_segments(qkv, layer.conv, segments)
+    return rule(channels, g, beta, segments, key_width=key_width, value_width=value_width)
 
 
 def rule(
@@ -76,47 +75,18 @@ def rule(
     return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(dtype)
 
 
-@jax.custom_vjp
 def convolve_segments(
     qkv: Float[Array, "R T C"], conv: Float[Array, "C W"], segments: Int32[Array, "R T"]
 ) -> Float[Array, "R T C"]:
     """Depthwise causal convolution inside each sequence, oldest tap first, then SiLU: float32 inside, qkv's dtype out."""
-    return jax.nn.silu(_convolved(qkv, conv, segments)).astype(qkv.dtype)
-
-
-def _convolved(qkv: Float[Array, "R T C"], conv: Float[Array, "C W"], segments: Int32[Array, "R T"]) -> Float32[Array, "R T C"]:
-    W = conv.shape[1]
+    W, T = conv.shape[1], qkv.shape[1]
     taps = conv.astype(jnp.float32)
-    return sum(_shifted(qkv, segments, back) * taps[:, W - 1 - back][None, None] for back in range(W))
-
-
-def _shifted(x: Float[Array, "R T C"], segments: Int32[Array, "R T"], back: int) -> Float32[Array, "R T C"]:
-    """What stood `back` tokens before each token (after it, if negative), in float32; zeros from other sequences."""
-    T, room, start = x.shape[1], (max(back, 0), max(-back, 0)), max(-back, 0)
-    at = jnp.arange(T, dtype=jnp.int32) - back
-    own = jnp.pad(segments, ((0, 0), room))[:, start : start + T] == segments
-    own &= ((at >= 0) & (at < T))[None]
-    x = jnp.pad(x, ((0, 0), room, (0, 0)))[:, start : start + T]
-    return x.astype(jnp.float32) * own[..., None].astype(jnp.float32)  # as a select, the compiler read its zeros from memory
-
-
-def _convolve(qkv: Array, conv: Array, segments: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return convolve_segments(qkv, conv, segments), (qkv, conv, segments)
-
-
-def _convolve_back(kept: tuple[Array, Array, Array], bar: Float[Array, "R T C"]) -> tuple[Array, Array, None]:
-    """In passes over qkv's own dtype: left to itself, the compiler wrote several float32 arrays of its size."""
-    qkv, conv, segments = kept
-    W, taps = conv.shape[1], conv.astype(jnp.float32)
-    _, pull = jax.vjp(jax.nn.silu, _convolved(qkv, conv, segments))
-    bar = jax.lax.optimization_barrier(pull(bar.astype(jnp.float32))[0].astype(qkv.dtype))
-    qkv_bar = sum(_shifted(bar, segments, -back) * taps[:, W - 1 - back][None, None] for back in range(W))
-    exact = bar.astype(jnp.float32)
-    conv_bar = [(_shifted(qkv, segments, W - 1 - i) * exact).sum(axis=(0, 1)) for i in range(W)]
-    return qkv_bar.astype(qkv.dtype), jnp.stack(conv_bar, axis=1).astype(conv.dtype), None
-
-
-convolve_segments.defvjp(_convolve, _convolve_back)
+    out = qkv.astype(jnp.float32) * taps[:, -1][None, None]
+    for back in range(1, W):
+        earlier = jnp.pad(qkv, ((0, 0), (back, 0), (0, 0)))[:, :T]
+        own = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :T] == segments
+        out += jnp.where(own[..., None], earlier.astype(jnp.float32) * taps[:, W - 1 - back][None, None], 0.0)
+    return jax.nn.silu(out).astype(qkv.dtype)
 
 
 def _read(
