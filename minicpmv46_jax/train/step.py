@@ -142,7 +142,7 @@ def make_step(
 
 def place(state: TrainState, mesh: Mesh) -> TrainState:
     """The state on the mesh, in shards."""
-    return jax.device_put(state, sharding.shardings(state, mesh))
+    return sharding.place(state, mesh)
 
 
 def _placed(state: TrainState, mesh: Mesh | None) -> TrainState:
