@@ -9,18 +9,15 @@ Glossary: T tokens, D width, N query heads, K key-value heads, G query heads eac
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.paged_attention import PAGE, paged_attention
 from minicpmv46_jax.batch import Batch, Chunks, Packed, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.layers import Linear, RMSNorm, precise
 from minicpmv46_jax.state import KeyValues
 
-ATTENTION = "attention"  # the name by which rematerialisation may keep what packed rows read
-TRAINING_BLOCK = 512  # queries of a packed row scored at once
-SPANS = 8  # of a packed row: queries of a span meet the keys up to its end; 1/16 of the products are wasted on the future
 QUERY_BLOCK = 128  # queries scored at once in whole sequences: 2,048 of them at 262,144 tokens would make 17 GB of scores
 
 
@@ -50,7 +47,8 @@ class Attention(nnx.Module):
         if isinstance(batch, Whole):
             out = causal(q, k, v, batch.lengths.shape[0])
         elif isinstance(batch, Packed):
-            out = causal_segments(q, k, v, batch.segments)
+            rows = (x.reshape(*batch.segments.shape, *x.shape[1:]) for x in (q, k, v))
+            out = causal_attention(*rows, batch.segments, backend=self.backend).reshape(q.shape)
         else:
             state = write(state, k, v, positions, batch.pages(T))
             out = self.remembered(q, state, batch)
@@ -116,40 +114,3 @@ def _softmax_read(
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision)
-
-
-def causal_segments(
-    q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], segments: Int32[Array, "R L"]
-) -> Float[Array, "T N H"]:
-    """Each query over its own sequence's tokens up to its own, several sequences in a row; softmax in float32. For training.
-
-    Blocks of queries one after another, each computed again in the backward pass: no L x L scores in memory.
-    """
-    (R, L), (_, N, H), K = segments.shape, q.shape, k.shape[1]
-    q, k, v = q.reshape(R, L, K, N // K, H), k.reshape(R, L, K, H), v.reshape(R, L, K, H)
-    span = -(-L // SPANS // TRAINING_BLOCK) * TRAINING_BLOCK
-    out = [_attend_span(q, k, v, segments, start, min(start + span, L)) for start in range(0, L, span)]
-    return checkpoint_name(jnp.concatenate(out, axis=1).reshape(-1, N, H), ATTENTION)
-
-
-def _attend_span(
-    q: Float[Array, "R L K G H"],
-    k: Float[Array, "R L K H"],
-    v: Float[Array, "R L K H"],
-    segments: Int32[Array, "R L"],
-    start: int,
-    end: int,
-) -> Float[Array, "R l K G H"]:
-    """The queries from `start` to `end` over the keys up to `end`."""
-    size = next(size for size in range(min(TRAINING_BLOCK, end - start), 0, -1) if (end - start) % size == 0)
-    keys, values, theirs = k[:, :end], v[:, :end], segments[:, :end]
-
-    @jax.checkpoint
-    def attend(block: tuple[Array, Array, Array]) -> Float[Array, "R l K G H"]:
-        queries, own, positions = block
-        seen = jnp.arange(end, dtype=jnp.int32)[None] <= positions[:, None]
-        return _softmax_read(queries, keys, values, (own[:, :, None] == theirs[:, None]) & seen[None])
-
-    blocks = (x[:, start:end].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1) for x in (q, segments))
-    out = jax.lax.map(attend, (*blocks, jnp.arange(start, end, dtype=jnp.int32).reshape(-1, size)))
-    return out.swapaxes(0, 1).reshape(q.shape[0], end - start, *q.shape[2:])

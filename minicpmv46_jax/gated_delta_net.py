@@ -70,7 +70,7 @@ class GatedDeltaNet(nnx.Module):
         c, rows = self.config, batch.segments.shape
         qkv, a, b = (x.reshape(*rows, -1) for x in (qkv, a, b))
         widths = c.linear_key_head_dim, c.linear_value_head_dim
-        out = gated_delta.packed(qkv, a, b, self.layer, batch.segments, *widths)
+        out = gated_delta.packed(qkv, a, b, self.layer, batch.segments, *widths, backend=self.backend)
         return out.reshape(-1, *out.shape[2:])
 
     def read(

@@ -9,6 +9,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
+from kernels_pallas.causal_attention import causal_attention
+from kernels_pallas.causal_attention import gpu as causal_gpu
+from kernels_pallas.causal_attention import gpu_backward as causal_backward
+from kernels_pallas.causal_attention import gpu_forward as causal_forward
 from kernels_pallas.packed_attention import gpu_backward, gpu_forward, gpu_walks, packed_attention, window_attention
 from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_attention
 from tests.mosaic_interpreted import product
@@ -160,6 +164,27 @@ def test_packed_attention_and_its_gradients_interpreted(interpreted):
     expected, pull = jax.vjp(dense, *(x.astype(jnp.float32) for x in (q, k, v)))
     assert relative_rms(out, expected) < PACKED_ATTENTION["gpu bfloat16"]
     assert not np.asarray(out, np.float32)[:3].any()
+    for found, target in zip(gradients, pull(cotangent.astype(jnp.float32)), strict=True):
+        assert relative_rms(found, target) < PACKED_ATTENTION["gpu bfloat16 gradient"]
+
+
+@needs_mosaic
+def test_causal_attention_and_its_gradients_interpreted(monkeypatch):
+    """Two rows; sequences that end inside a tile, on its edge, and after one token; four query heads to a key head."""
+    for module in (causal_forward, causal_backward):
+        for name, stand_in in (("product", product), ("accumulate", lambda total, a, b: total + product(a, b))):
+            monkeypatch.setattr(module, name, stand_in, raising=False)
+    rng, T = np.random.default_rng(), 168
+    ends = jnp.asarray([[70, 71, 128], [64, 160, 161]], jnp.int32)[:, None]
+    segments = (jnp.arange(T, dtype=jnp.int32)[None, :, None] >= ends).sum(axis=-1, dtype=jnp.int32)
+    q, cotangent = jnp.asarray(rng.standard_normal((2, 2, T, 4, 256)), jnp.bfloat16)
+    k, v = jnp.asarray(rng.standard_normal((2, 2, T, 1, 256)), jnp.bfloat16)
+    with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
+        out, pull = jax.vjp(lambda *x: causal_gpu.causal_attention(*x, segments), q, k, v)
+        gradients = pull(cotangent)
+    plain = functools.partial(causal_attention, segments=segments, backend="reference")
+    expected, pull = jax.vjp(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert relative_rms(out, expected) < PACKED_ATTENTION["gpu bfloat16"]
     for found, target in zip(gradients, pull(cotangent.astype(jnp.float32)), strict=True):
         assert relative_rms(found, target) < PACKED_ATTENTION["gpu bfloat16 gradient"]
 

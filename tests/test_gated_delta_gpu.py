@@ -9,8 +9,18 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gated_delta, tuning
-from kernels_pallas.gated_delta import gpu, gpu_backward, gpu_chunked, gpu_handover, gpu_recurrent, reference
-from kernels_pallas.gated_delta.packed import hand_over as in_xla
+from kernels_pallas.gated_delta import (
+    gpu,
+    gpu_backward,
+    gpu_chunked,
+    gpu_convolve,
+    gpu_handover,
+    gpu_packed,
+    gpu_recurrent,
+    reference,
+)
+from kernels_pallas.gated_delta.packed import convolve_segments
+from kernels_pallas.gated_delta.packed import rule as rule_in_xla
 from tests import gated_delta_truth as truth
 from tests.mosaic_interpreted import product
 from tests.test_gated_delta import expected_step, step_inputs
@@ -93,26 +103,31 @@ def test_another_device_is_refused(rng):
 
 
 @needs_mosaic
-def test_the_memory_handed_over_and_its_gradients_interpreted(rng, monkeypatch):
-    """Against the scan in XLA."""
+def test_packed_rows_and_their_gradients_interpreted(rng, monkeypatch):
+    """Against plain XLA in float32: seams inside a chunk, on its edge and through a whole one; a head that forgets quickly."""
+    T, N = 192, 1
 
     def draw(*shape):
-        return jnp.asarray(rng.standard_normal((2, 4, 1, *shape)) / 4, jnp.bfloat16)
+        return jnp.asarray(rng.standard_normal((2, T, *shape)), jnp.bfloat16)
 
-    fade = jnp.asarray(rng.uniform(0, 1, (2, 4, 1)), jnp.float32).at[1, 2].set(0)  # where another sequence begins
-    arguments = draw(128, 64), draw(64, 128), draw(64, 128), fade
-    cotangents = draw(128, 128), draw(128, 64)
-    monkeypatch.setattr(gpu_handover, "product", product)
+    channels, cotangent = draw(3 * N * 128), draw(N, 128)
+    g = jnp.asarray(-rng.uniform(0, 0.2, (2, T, N)), jnp.float32).at[1].multiply(30)
+    beta = jnp.asarray(rng.uniform(0, 1, (2, T, N)), jnp.float32)
+    ends = jnp.asarray([[70, 71, 128, 160], [64, 64, 64, 192]])[:, None]
+    segments = (jnp.arange(T)[None, :, None] >= ends).sum(axis=-1, dtype=jnp.int32)
+    for module in (gpu_packed, gpu_handover, gpu_chunked):
+        monkeypatch.setattr(module, "product", product)
+        if hasattr(module, "accumulate"):
+            monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
     with plgpu.force_gpu_interpret_mode():
-        found, pull = jax.vjp(gpu_handover.hand_over, *arguments)
-        found += pull(cotangents)
-    exact = (x.astype(jnp.float32) for x in (*arguments, *cotangents))
-    *arguments, of_memories, of_new = exact
-    expected, pull = jax.vjp(in_xla, *arguments)
-    expected += pull((of_memories, of_new))
-    for x, y in zip(found[:-1], expected[:-1], strict=True):
-        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
-    assert relative_rms(found[-1], expected[-1]) < GATED_DELTA["gpu bfloat16 sum"]
+        found, pull = jax.vjp(lambda *x: gpu_packed.rule(*x, segments), channels, g, beta)
+        found = found, *pull(cotangent)
+    plain = functools.partial(rule_in_xla, segments=segments, key_width=128, value_width=128)
+    expected, pull = jax.vjp(plain, channels.astype(jnp.float32), g, beta)
+    expected = expected, *pull(cotangent.astype(jnp.float32))
+    for x, y in zip(found, expected, strict=True):
+        for row in range(2):
+            assert relative_rms(x[row], y[row]) < GATED_DELTA["gpu bfloat16"]
 
 
 @needs_mosaic
@@ -146,7 +161,23 @@ def test_chunked_and_its_gradients_interpreted(rng, monkeypatch):
 
 
 @needs_mosaic
-def test_packed_rows_take_the_kernel_where_it_is_asked_for():
+def test_the_convolution_of_packed_rows_and_its_gradients_interpreted(rng):
+    """Against plain XLA in float32: sequences of one token and two, seams beside and on the edge of a block."""
+    qkv, bar = (jnp.asarray(rng.standard_normal((2, 128, 128)), jnp.bfloat16) for _ in range(2))
+    conv = jnp.asarray(rng.standard_normal((128, 4)), jnp.bfloat16)
+    lengths = [10, 1, 53, 64], [63, 2, 63]
+    segments = jnp.asarray([np.repeat(range(len(row)), row) for row in lengths], jnp.int32)
+    with plgpu.force_gpu_interpret_mode():
+        found, pull = jax.vjp(lambda *x: gpu_convolve.convolve(*x, segments), qkv, conv)
+        found = found, *pull(bar)
+    qkv, conv, bar = (x.astype(jnp.float32) for x in (qkv, conv, bar))
+    expected, pull = jax.vjp(lambda *x: convolve_segments(*x, segments), qkv, conv)
+    for x, y in zip(found, (expected, *pull(bar)), strict=True):
+        assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
+
+
+@needs_mosaic
+def test_packed_rows_take_the_kernels_where_they_can():
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     layer = gated_delta.Layer(like((768, 4)), like((2,)), like((2,)))
     arguments = like((1, 128, 768)), like((1, 128, 2)), like((1, 128, 2)), layer, jax.ShapeDtypeStruct((1, 128), jnp.int32)
@@ -155,10 +186,10 @@ def test_packed_rows_take_the_kernel_where_it_is_asked_for():
         return gated_delta.packed(*arguments, 128, 128, backend=backend).astype(jnp.float32).sum()
 
     with described_gpu():
-        program = exported(jax.grad(functools.partial(loss, backend="gpu")), *arguments)
-        assert "gated_delta_hand_over" in program
-        assert "gated_delta_hand_back" in program
-        assert "mosaic_gpu" not in exported(functools.partial(loss, backend=None), *arguments)
+        program = exported(jax.grad(functools.partial(loss, backend=None)), *arguments)
+        for kernel in ("convolve", "convolve_back", "prepare", "hand_over", "hand_back", "gradients"):
+            assert f"gated_delta_{kernel}" in program
+        assert "mosaic_gpu" not in exported(functools.partial(loss, backend="reference"), *arguments)
     narrow = gated_delta.Layer(like((512, 4)), like((2,)), like((2,)))
     arguments = like((1, 64, 512)), like((1, 64, 2)), like((1, 64, 2)), narrow, jax.ShapeDtypeStruct((1, 64), jnp.int32)
     with pytest.raises(NotImplementedError, match="heads have 64 keys and 128 values, and it takes 128 and 128"):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ import torch
 from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.checkpoint import slots
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train import BatchShape, Conversation, pack
-from minicpmv46_jax.train.forward import losses
+from minicpmv46_jax.train import BatchShape, Conversation, Marks, answers, pack
+from minicpmv46_jax.train.forward import loss
+from minicpmv46_jax.train.rows import read_row
 from tests.oracle import Oracle, write_checkpoint
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
 from tests.train_compile import QUICK
@@ -71,8 +74,8 @@ def gradient(ours):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, batch):
         def total(params):
-            nll, _ = losses(graph, params, batch, chunk=100)
-            return (nll * batch.weights).sum(), nll
+            total, nll, _ = loss(graph, params, batch, chunk=100)
+            return total, nll
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
@@ -102,11 +105,39 @@ def test_gradients_are_transformers(folder, ours, conversations, gradient):
     expected_loss, expected = torch_gradients(folder, conversations, wanted)
     (loss, _), found = gradient([conversations[:2], conversations[2:]])
     assert abs(loss - expected_loss) < 1e-5 * expected_loss
+    check_gradients(found, expected, wanted)
+
+
+def check_gradients(found, expected, wanted):
     for slot, grad in zip(wanted, jax.tree.leaves(found), strict=True):
         if slot.dotted.endswith("k_proj.bias"):  # a constant on all keys changes no softmax: 0, up to rounding
             assert max(np.abs(grad).max(), np.abs(expected[slot.dotted]).max()) < 1e-8
         else:
             assert relative_rms(grad, expected[slot.dotted]) <= FLOAT32_FORWARD, slot.dotted
+
+
+def test_a_videos_gradients_are_transformers(folder, ours, gradient, photos, tmp_path):
+    """A row of a file, its video of three frames opened and packed beside words; learned from its answer alone."""
+    with av.open(tmp_path / "clip.mp4", "w") as file:
+        stream = file.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for side in range(3):
+            frame = av.VideoFrame.from_image(photos[side % 2].resize((96, 64)))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    row = {"query": "<video>What moved?", "response": "Nothing.", "videos": ["clip.mp4"]}
+    messages = read_row(json.dumps(row), tmp_path).messages
+    small = dataclasses.replace(ours.processor.videos, scale_resolution=112)
+    processor = Processor(ours.processor.tokenizer, ours.processor.images, small)
+    one = answers.conversation(processor, Marks.of(processor), messages, max_num_frames=3)
+    assert len(one.inputs.views) == 3
+    words = processor.tokenizer.decode(one.inputs.token_ids[one.learned])
+    assert words == "Nothing.<|im_end|>"
+    wanted = slots(ours.config)
+    expected_loss, expected = torch_gradients(folder, [one], wanted)
+    (loss, _), found = gradient([[one]])
+    assert abs(loss - expected_loss) < 1e-5 * expected_loss
+    check_gradients(found, expected, wanted)
 
 
 def test_packed_rows_are_the_conversations_apart(conversations, gradient):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas import gated_delta
+from kernels_pallas.causal_attention import causal_attention, reference
 from kernels_pallas.gated_delta.packed import unit_lower_inverse
-from minicpmv46_jax import attention
 from minicpmv46_jax.batch import Packed
 from tests import gated_delta_truth as truth
 from tests.tolerances import FLOAT32_ONE_OP, GATED_DELTA, relative_rms
@@ -82,22 +82,22 @@ def test_rows_are_whole_chunks():
 
 
 def test_attention_sees_its_own_sequence_alone(monkeypatch):
-    monkeypatch.setattr(attention, "TRAINING_BLOCK", 16)  # four blocks and spans
-    q, k, v = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).standard_normal((3, 128, 2, 8)))
-    q = jnp.concatenate([q, -q], axis=1)  # two queries a key
+    monkeypatch.setattr(reference, "BLOCK", 16)  # four blocks and spans
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).standard_normal((3, 2, 64, 2, 8)))
+    q = jnp.concatenate([q, -q], axis=2)  # four query heads, two key heads
     row = segments([30, 1, 25], 64)
     rows = jnp.concatenate([row, segments([64], 64)])
 
     def dense(q, k, v):
         same = (rows[:, :, None] == rows[:, None]) & jnp.tril(jnp.ones((1, 64, 64), bool))
-        q, k, v = (x.reshape(2, 64, -1, 8) for x in (q, jnp.repeat(k, 2, 1), jnp.repeat(v, 2, 1)))
+        k, v = jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
         scores = jnp.where(same[:, None], jnp.einsum("rqnh,rknh->rnqk", q, k) * 8**-0.5, -jnp.inf)
-        return jnp.einsum("rnqk,rknh->rqnh", jax.nn.softmax(scores), v).reshape(128, 4, 8)
+        return jnp.einsum("rnqk,rknh->rqnh", jax.nn.softmax(scores), v)
 
-    weights = jnp.asarray(np.random.default_rng(1).standard_normal((128, 4, 8)), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 64, 4, 8)), jnp.float32)
     results = [
         jax.jit(jax.value_and_grad(lambda q, k, v, f=f: (f(q, k, v) * weights).sum(), (0, 1, 2)))(q, k, v)
-        for f in (functools.partial(attention.causal_segments, segments=rows), dense)
+        for f in (functools.partial(causal_attention, segments=rows, backend="reference"), dense)
     ]
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
         assert relative_rms(found, expected) < FLOAT32_ONE_OP

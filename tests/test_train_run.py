@@ -4,6 +4,9 @@ import json
 import random
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,12 +16,16 @@ import pytest
 
 from convert import export_run
 from minicpmv46_jax import MiniCPMV
-from minicpmv46_jax.train import log
+from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.processing import Processor
+from minicpmv46_jax.train import Marks, log
 from minicpmv46_jax.train.__main__ import main
-from minicpmv46_jax.train.run import train, trained_params
+from minicpmv46_jax.train.data import Reader, batches
+from minicpmv46_jax.train.run import prepare, train, trained_params
 from minicpmv46_jax.train.settings import Settings
 from tests.oracle import Oracle
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
+from tests.train_compile import QUICK
 
 STEPS = 30
 
@@ -107,6 +114,36 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_curve(source, full, tmp_p
     leaves = [jax.tree.leaves(trained_params(folder)[0]) for folder in (tmp_path / "run", full)]
     for a, b in zip(*leaves, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.full
+def test_two_hosts_learn_what_one_does_and_go_on(source, tmp_path):
+    """Two processes of two devices, broken off once; against one of four devices that is given what they read."""
+    model, files = source
+    (files / "many.jsonl").write_text("".join(json.dumps({"query": "?" * i, "response": f"{i:02d}"}) + "\n" for i in range(20)))
+    own = settings(source, tmp_path / "run", "many", mesh={"data": 2, "fsdp": 2}, run={"steps": 3})
+    for stop in (1, -1):  # after the first step; not at all
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        options = [json.dumps(own.to_dict()), str(stop)]
+        commands = [[sys.executable, "-m", "tests.two_hosts", port, host, *options] for host in "01"]
+        for host in [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
+        ]:
+            said, _ = host.communicate(timeout=300)
+            assert host.returncode == 0, said[-3000:]
+    run, expected = prepare(own, QUICK), []
+    processor = Processor.from_folder(model)
+    reader = Reader(processor, Marks.of(processor), own.batch)
+    vision = ModelConfig.from_folder(model).vision
+    parts = [iter(batches(own.data.files, reader, vision, devices=2, shard=(host, 2))) for host in range(2)]
+    state = run.state
+    for _ in range(3):
+        both = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *map(next, parts))
+        state, metrics = run.step(state, both)
+        expected.append(float(metrics.loss))
+    np.testing.assert_allclose(losses(tmp_path / "run"), expected, rtol=1e-5)
 
 
 def test_mistakes_are_named(source, full, tmp_path, capsys):

@@ -20,7 +20,7 @@ from minicpmv46_jax.train import (
     pack,
     split,
     stack,
-    token_losses,
+    summed_loss,
 )
 from minicpmv46_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from tests.tolerances import relative_rms
@@ -110,13 +110,15 @@ def test_masters_are_float32_and_what_layers_use_in_float32_stays(demo):
 
 
 def test_bfloat16_steps_learn_too(demo, batches):
-    """The same losses as in float32, to bfloat16's three digits."""
+    """The same losses as in float32, to bfloat16's three digits; and the very same with the layers one by one."""
     optimizer = optax.sgd(0.0)
     found = []
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype, scan_layers in ((jnp.float32, True), (jnp.bfloat16, True), (jnp.float32, False)):
         trained, frozen = split(demo.params, lambda path: path == ("text", "norm", "weight"))
-        step = jax.jit(make_step(demo.config, optimizer, dtype=dtype, remat="none"), compiler_options=QUICK)
+        step = make_step(demo.config, optimizer, dtype=dtype, remat="none", scan_layers=scan_layers)
+        step = jax.jit(step, compiler_options=QUICK)
         found.append(step(new_state(trained, frozen, optimizer), stack(batches[:1]))[1])
+    np.testing.assert_allclose(jax.tree.leaves(found[2]), jax.tree.leaves(found[0]), rtol=1e-5)
     assert 0 < abs(found[1].loss - found[0].loss) < 0.02 * found[0].loss
     assert 0 < abs(found[1].grad_norm - found[0].grad_norm) < 0.1 * found[0].grad_norm
 
@@ -161,19 +163,19 @@ def test_z_loss_is_the_squared_log_sum(demo, batches):
     """Its gradient against a plain computation from whole logits."""
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(7, 16), (50, 16)])
-    labels = jnp.asarray(rng.integers(0, 50, 7), jnp.int32)
+    labels, weights = jnp.asarray(rng.integers(0, 50, 7), jnp.int32), jnp.asarray(rng.uniform(0, 1, 7), jnp.float32)
 
     def ours(hidden, table, chunk):
-        nll, lse = token_losses(hidden, table, labels, chunk)
-        return (nll + 0.1 * lse**2).sum()
+        return summed_loss(hidden, table, labels, weights, 0.1, chunk)[0]
 
     def plain(hidden, table):
         logits = hidden @ table.T
         lse = jax.nn.logsumexp(logits, axis=1)
-        return (lse - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] + 0.1 * lse**2).sum()
+        return (weights * (lse - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] + 0.1 * lse**2)).sum()
 
     expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, table)
-    for chunk in (16, None):  # the last chunk overlaps the one before
+    np.testing.assert_allclose(jax.jit(ours, static_argnums=2)(hidden, table, 3), expected[0], rtol=2e-6)  # without gradients
+    for chunk in (3, None):  # the last chunk is filled up
         found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=2)(hidden, table, chunk)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert relative_rms(a, b) < 2e-6, chunk

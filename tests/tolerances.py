@@ -15,7 +15,6 @@ BFLOAT16_RATIO = 1.2  # our bfloat16 error over transformers' own bfloat16 error
 GATED_DELTA = {
     "reference": 3e-5,
     "gpu bfloat16": 8e-3,  # outputs, and the memory after chunks; seen on an H200: up to 5.1e-3
-    "gpu bfloat16 sum": 5e-2,  # the gradient of a fade: one sum of 16,384 products of either sign; seen: up to 1.3e-2
     "gpu bfloat16 gradient": 2.5e-2,  # seen in the interpreter: up to 5e-3, gates' at decays of 1 - 1e-6 up to 1.7e-2
     "gpu memory": 1e-6,  # after single steps, which multiply in float32; seen: 1.5e-7
     "tpu float32": 3e-5,

@@ -7,15 +7,13 @@ Source: arXiv:2412.06464, section 3.3. Memory, gates and sums are float32; the f
 Glossary: R rows, T tokens of a row, C channels, c chunks, L tokens of a chunk, N value heads, K key width, V value width.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.gated_delta import gpu_handover
+from kernels_pallas.gated_delta import gpu_convolve, gpu_packed
 from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gates, heads
@@ -40,7 +38,7 @@ def packed(
       qkv, a, b, layer: as in `chunked`.
       segments: which sequence of its row a token belongs to; a sequence's tokens stand together. T is a multiple of 64.
       key_width, value_width: K and V.
-      backend: who hands the memory over: "gpu", or None for plain XLA, until the kernel has been measured.
+      backend: "reference", "gpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In qkv's dtype.
@@ -49,17 +47,32 @@ def packed(
       ValueError: T is no multiple of 64, or the backend is for other devices.
       NotImplementedError: the backend does not serve these arguments.
     """
-    R, T, N = a.shape
-    if T % CHUNK:
+    N = a.shape[-1]
+    if (T := a.shape[1]) % CHUNK:
         raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
-    q, k, v = heads(convolve_segments(qkv, layer.conv, segments), N, key_width, value_width)
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
-    q, k, v = (x.astype(qkv.dtype) for x in (q, k, v))
+    gaps = {REFERENCE: None, "gpu": gpu_packed.gap(qkv, layer.conv, N, key_width, value_width)}
+    if choose(backend, gaps) == "gpu":
+        return gpu_packed.rule(gpu_convolve.convolve(qkv, layer.conv, segments), g, beta, segments)
+    channels = convolve_segments(qkv, layer.conv, segments)
+    return rule(channels, g, beta, segments, key_width=key_width, value_width=value_width)
+
+
+def rule(
+    channels: Float[Array, "R T C"],
+    g: Float32[Array, "R T N"],
+    beta: Float32[Array, "R T N"],
+    segments: Int32[Array, "R T"],
+    *,
+    key_width: int,
+    value_width: int,
+) -> Float[Array, "R T N V"]:
+    """As `gpu_packed.rule`, in plain XLA, for any widths."""
+    (R, T, N), dtype = g.shape, channels.dtype
+    q, k, v = (x.astype(dtype) for x in heads(channels, N, key_width, value_width))
     q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
-    gaps = {REFERENCE: None, "gpu": gpu_handover.gap(qkv.dtype, key_width, value_width)}
-    runs = {REFERENCE: hand_over, "gpu": gpu_handover.hand_over}
-    read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), qkv.dtype, runs[choose(backend or REFERENCE, gaps)])
-    return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(qkv.dtype)
+    read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), dtype)
+    return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(dtype)
 
 
 def convolve_segments(
@@ -84,7 +97,6 @@ def _read(
     beta: Float32[Array, "R c N L"],
     segments: Int32[Array, "R c L"],
     dtype: jnp.dtype,
-    handed: Callable[..., tuple[Array, Array]],
 ) -> Float32[Array, "R c N L V"]:
     decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
     before = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]  # whose memory a chunk is handed
@@ -108,7 +120,7 @@ def _read(
     k_decayed = k * jnp.where(leaves, jnp.exp(decay[..., -1:] - decay), 0.0)[..., None]
     fade = jnp.where(inherits[..., -1], jnp.exp(decay[..., -1]), 0.0)
 
-    memories, new = handed(*(x.astype(dtype) for x in (writes, reads, k_decayed)), fade)
+    memories, new = hand_over(*(x.astype(dtype) for x in (writes, reads, k_decayed)), fade)
     return _dot("rcnlk,rcnvk->rcnlv", q_decayed, memories, dtype) + _dot("rcnij,rcnvj->rcniv", attention, new, dtype)
 
 

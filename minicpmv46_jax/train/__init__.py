@@ -19,7 +19,7 @@ params = join(state.trained, state.frozen)                # the model's tree aga
 
 from minicpmv46_jax.train.answers import Marks, conversation
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, fill, pack, stack
-from minicpmv46_jax.train.loss import token_losses
+from minicpmv46_jax.train.loss import summed_loss
 from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, place, split
 
 __all__ = [
@@ -39,5 +39,5 @@ __all__ = [
     "place",
     "split",
     "stack",
-    "token_losses",
+    "summed_loss",
 ]

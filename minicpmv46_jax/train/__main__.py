@@ -5,6 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
+import jax
+
 from minicpmv46_jax.train.run import train
 from minicpmv46_jax.train.settings import Settings
 
@@ -13,9 +15,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs; returns 0, or 1 for a user's mistake (one line on stderr) or a loss that is no number."""
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.train", description="Fine-tune MiniCPM-V 4.6.")
     parser.add_argument("--config", metavar="TOML", type=Path, required=True, help="the run's settings; see README")
+    hosts = parser.add_argument_group("several hosts, the same command on each")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first host; a port that is free there")
+    hosts.add_argument("--hosts", metavar="N", type=int, default=1, help="how many")
+    hosts.add_argument("--host", metavar="I", type=int, default=0, help="which this is, from 0")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and grain tell of every file
+    if args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.hosts, args.host)
     try:
         train(Settings.from_toml(args.config))
     except (ValueError, FloatingPointError) as error:

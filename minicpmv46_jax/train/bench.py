@@ -1,16 +1,21 @@
-"""How fast full fine-tuning runs on this device: `python -m minicpmv46_jax.train.bench`.
+"""How fast full fine-tuning runs on this device: `python -m minicpmv46_jax.train.bench --model FOLDER`.
 
-The released sizes with random weights, every parameter trained by AdamW: float32 masters and moments, bfloat16 computing. Two
-workloads: rows of text, and rows in which 1280x720 pictures stand among the text. Model FLOP utilisation counts what the model
-needs (three times the forward products; causal attention half; the gated delta rule as its recurrence), not what is computed
-twice, over the chip's own bfloat16 peak. Sizes that the memory cannot hold are skipped, with a line that says so.
+The sizes of a checkpoint's config.json with random weights, every parameter trained by AdamW: float32 masters and moments,
+bfloat16 computing. Two workloads: rows of text, and rows in which 1280x720 pictures stand among the text. Model FLOP utilisation
+counts what the model needs (three times the forward products; causal attention half; the gated delta rule as its recurrence),
+not what is computed twice, over the chip's own bfloat16 peak. Plans that the memory cannot hold are skipped, with a line that
+says so.
 """
 
 import argparse
 import dataclasses
+import json
+import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,46 +23,13 @@ import numpy as np
 import optax
 
 from minicpmv46_jax import model
-from minicpmv46_jax.bench import PHOTO, matrix_rate, photo_inputs, tower_flops
-from minicpmv46_jax.config import ModelConfig, TextConfig, VisionConfig
+from minicpmv46_jax.bench import PHOTO, matrix_rate, photo_inputs, print_kernels, tower_flops
+from minicpmv46_jax.config import ModelConfig, TextConfig
 from minicpmv46_jax.processing import Inputs
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, pack, stack
+from minicpmv46_jax.train.forward import REMAT
 from minicpmv46_jax.train.step import TrainState, make_step, new_state
 
-RELEASED = ModelConfig(  # config.json of openbmb/MiniCPM-V-4_6
-    text=TextConfig(
-        vocab_size=248094,
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=24,
-        layer_types=("linear_attention", "linear_attention", "linear_attention", "full_attention") * 6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=256,
-        rope_theta=1e7,
-        rotary_dim=64,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=262144,
-        linear_conv_kernel_dim=4,
-        linear_num_key_heads=16,
-        linear_num_value_heads=16,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-    ),
-    vision=VisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_channels=3,
-        patch_size=14,
-        image_size=980,
-        layer_norm_eps=1e-6,
-        insert_layer_id=6,
-    ),
-    image_token_id=248056,
-    video_token_id=248057,
-)
 # Dense bfloat16 FLOP a second, from the makers' data sheets; by the start of jax.Device.device_kind.
 PEAK = {
     "NVIDIA H100": 989.4e12,
@@ -67,14 +39,36 @@ PEAK = {
     "TPU v5": 459e12,
     "TPU v6": 918e12,
 }
-PLANS = {"text": ("layer:16", "dots:8", "layer:32"), "pictures": ("layer:8", "layer:4", "layer:2")}  # remat:rows
+PLANS = {"text": ("layer:16", "dots:8", "layer:32"), "pictures": ("layer:8", "layer:4", "layer:2")}
+UNROLLED = "unrolled"
+WORDS = 128  # that follow a picture
 
 
-def cut(layers: int) -> ModelConfig:
-    """The released sizes with so many groups of four text layers, and a tower of twice as many layers."""
-    text = dataclasses.replace(RELEASED.text, num_hidden_layers=4 * layers, layer_types=RELEASED.text.layer_types[: 4 * layers])
-    vision = dataclasses.replace(RELEASED.vision, num_hidden_layers=2 * layers, insert_layer_id=layers - 1)
-    return dataclasses.replace(RELEASED, text=text, vision=vision)
+class Plan(NamedTuple):
+    """REMAT:ROWS[:unrolled][:BACKEND].
+
+    What a step keeps (`forward.REMAT`), its rows, whether layers are scanned (`forward.loss`), who runs it (`model.schema`).
+    """
+
+    remat: str
+    rows: int
+    scan_layers: bool
+    backend: str | None
+
+    @classmethod
+    def of(cls, text: str) -> "Plan":
+        """Raises ValueError where it is none."""
+        if not (found := re.fullmatch(rf"({'|'.join(REMAT)}):([1-9]\d*)(:{UNROLLED})?(?::(\w+))?", text)):
+            raise ValueError(f"a plan is {text!r}, expected REMAT:ROWS[:{UNROLLED}][:BACKEND], REMAT of {', '.join(REMAT)}")
+        return cls(found[1], int(found[2]), found[3] is None, found[4])
+
+
+def cut(config: ModelConfig, groups: int) -> ModelConfig:
+    """With so many of the text's groups of four layers, and a tower of twice as many layers."""
+    kinds = config.text.layer_types[: 4 * groups]
+    text = dataclasses.replace(config.text, num_hidden_layers=len(kinds), layer_types=kinds)
+    vision = dataclasses.replace(config.vision, num_hidden_layers=2 * groups, insert_layer_id=groups - 1)
+    return dataclasses.replace(config, text=text, vision=vision)
 
 
 def text_flops(config: TextConfig, tokens: int) -> float:
@@ -91,12 +85,14 @@ def text_flops(config: TextConfig, tokens: int) -> float:
 
 
 def conversations(config: ModelConfig, tokens: int, pictures: bool) -> list[Conversation]:
-    """A row's: one of words; or as many as fit, each a 1280x720 picture and 128 words."""
+    """A row's: one of words; or as many as fit, at most two, each a 1280x720 picture and `WORDS` words."""
     if not pictures:
         ids = np.random.default_rng(0).integers(0, config.text.vocab_size, tokens).astype(np.int32)
         return [Conversation(Inputs(ids, ()), np.ones(tokens, bool))]
-    inputs = photo_inputs(config, 128)
-    learned = np.arange(len(inputs.token_ids)) >= len(inputs.token_ids) - 128
+    inputs = photo_inputs(config, WORDS)
+    learned = np.arange(len(inputs.token_ids)) >= len(inputs.token_ids) - WORDS
+    if tokens < len(learned):
+        raise ValueError(f"rows have {tokens} tokens, and a picture and its words take {len(learned)}")
     return [Conversation(inputs, learned)] * min(tokens // len(learned), 2)
 
 
@@ -106,9 +102,10 @@ def make_batch(config: ModelConfig, rows: int, tokens: int, pictures: bool) -> T
     if pictures:
         rest = tokens - sum(one.tokens for one in row)
         row = [*row, *conversations(config, rest, False)] if rest else row
-    views, patches = (len(row) - 1) * len(PHOTO), (len(row) - 1) * sum(h * w for h, w in PHOTO)
-    shape = BatchShape(rows, tokens, rows * patches, rows * views) if pictures else BatchShape(rows, tokens)
-    return stack([pack([row] * rows, shape, config.vision)])
+    if not pictures:
+        return stack([pack([row] * rows, BatchShape(rows, tokens), config.vision)])
+    patches, views = sum(one.patches for one in row), sum(len(one.inputs.views) for one in row)
+    return stack([pack([row] * rows, BatchShape(rows, tokens, rows * patches, rows * views), config.vision)])
 
 
 def batch_flops(config: ModelConfig, batch: TrainBatch) -> float:
@@ -133,28 +130,36 @@ def random_state(config: ModelConfig, optimizer: optax.GradientTransformation) -
     return new_state(params, jax.tree.map(lambda x: None, params), optimizer)
 
 
-def measure(config: ModelConfig, batch: TrainBatch, remat: str, steps: int, profile: str | None = None) -> dict[str, float]:
-    """Seconds to compile and of a step (median), the loss, and the most bytes that the device held (0: not known).
+def measure(
+    config: ModelConfig, batch: TrainBatch, plan: Plan, steps: int, kernels: bool, compiler_options: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """Seconds to compile and of a step (median), the last loss, and the bytes that the program holds on the device.
 
-    `profile`: a folder for a profile of one more step.
+    `kernels`: print those of one more step. `compiler_options`: XLA's.
     """
     optimizer = optax.adamw(1e-5)
     state = random_state(config, optimizer)
-    step = jax.jit(make_step(config, optimizer, remat=remat), donate_argnums=0)
+    step = make_step(config, optimizer, remat=plan.remat, scan_layers=plan.scan_layers, backend=plan.backend)
+    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
     batch = jax.device_put(batch)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compiling = time.perf_counter() - start
     times = []
+
+    def run() -> jax.Array:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics.loss
+
     for _ in range(steps + 1):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        loss = float(metrics.loss)
+        loss = float(run())
         times.append(time.perf_counter() - start)
-    if profile:
-        with jax.profiler.trace(profile):
-            jax.block_until_ready(compiled(state, batch))
-    held = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    if kernels:
+        print_kernels("a step", run, 1)
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return {"compile": compiling, "seconds": float(np.median(times[1:])), "loss": loss, "bytes": held}
 
 
@@ -162,51 +167,62 @@ def peak() -> tuple[float, str]:
     """The chip's FLOP a second in bfloat16, and where the number is from."""
     kind = jax.devices()[0].device_kind
     known = next((rate for name, rate in PEAK.items() if kind.startswith(name)), None)
-    return (known, "data sheet") if known else (matrix_rate(1024, jnp.dtype(jnp.bfloat16)), "a product of 1,024 measured here")
+    return (known, "data sheet") if known else (matrix_rate(256, jnp.dtype(jnp.bfloat16)), "a product of 256 measured here")
 
 
-def report(config: ModelConfig, name: str, plan: str, tokens: int, steps: int, rate: float, profile: str | None = None) -> bool:
-    """Measures one plan and prints its line, `rate` being the chip's; False where the memory cannot hold it."""
-    remat, rows = plan.split(":")
-    batch = make_batch(config, int(rows), tokens, name == "pictures")
-    try:
-        found = measure(config, batch, remat, steps, profile and f"{profile}/{name}-{remat}-{rows}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: does not fit the memory", flush=True)
-        return False
-    read = int(np.count_nonzero(batch.segments))
-    seconds, utilised = found["seconds"], batch_flops(config, batch) / found["seconds"] / rate
+def report(config: ModelConfig, name: str, plan: Plan, batch: TrainBatch, rate: float, found: dict[str, float]) -> dict[str, Any]:
+    """The figures of a plan; prints their line. `rate` is the chip's."""
+    seconds, tokens = found["seconds"], int(np.count_nonzero(batch.segments))
     photos = 0 if batch.views is None else np.count_nonzero(batch.views.lengths) // len(PHOTO)
-    print(
-        f"{name:9s} {rows:>3s} x {tokens}, keeps {remat:5s}: {seconds * 1e3:8.1f} ms a step, {read / seconds:9,.0f} tokens/s, "
-        f"{photos / seconds:6.1f} pictures/s, MFU {utilised:6.1%}, {found['bytes'] / 2**30:5.1f} GiB held, "
-        f"loss {found['loss']:.2f}, compiled in {found['compile']:.0f} s",
-        flush=True,
+    figures = {
+        "workload": name,
+        **plan._asdict(),
+        **found,
+        "tokens_per_second": tokens / seconds,
+        "pictures_per_second": photos / seconds,
+        "mfu": batch_flops(config, batch) / seconds / rate,
+    }
+    speeds = f"{figures['tokens_per_second']:9,.0f} tokens/s, {figures['pictures_per_second']:6.1f} pictures/s"
+    rest = f"{found['bytes'] / 2**30:5.1f} GiB, loss {found['loss']:.2f}, compiled in {found['compile']:.0f} s"
+    what = (
+        f"{name:9s} {plan.rows:3d} rows, keeps {plan.remat:6s}{'' if plan.scan_layers else UNROLLED:9s} {plan.backend or '':9s}"
     )
-    return True
+    print(f"{what}: {seconds * 1e3:8.1f} ms a step, {speeds}, MFU {figures['mfu']:6.1%}, {rest}", flush=True)
+    return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.train.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json is read")
     parser.add_argument("--tokens", type=int, default=4096, help="of a row")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one to warm up")
-    parser.add_argument("--text", nargs="*", default=PLANS["text"], metavar="REMAT:ROWS", help="plans for rows of text")
-    parser.add_argument("--pictures", nargs="*", default=PLANS["pictures"], metavar="REMAT:ROWS", help="plans with pictures")
-    parser.add_argument("--all", action="store_true", help="try all plans; else pictures stop at the first that fits")
+    plan = {"nargs": "*", "type": Plan.of, "metavar": f"REMAT:ROWS[:{UNROLLED}][:BACKEND]"}
+    parser.add_argument("--text", **plan, default=[Plan.of(x) for x in PLANS["text"]], help="plans for rows of text")
+    parser.add_argument("--pictures", **plan, default=[Plan.of(x) for x in PLANS["pictures"]], help="plans with pictures")
     parser.add_argument("--groups", type=int, default=0, help="a model cut to so many groups of four layers; 0: the whole one")
-    parser.add_argument("--profile", metavar="DIR", help="write a profile of one more step of each plan")
+    parser.add_argument("--kernels", action="store_true", help="print the device's kernels of a step of each plan as well")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(arguments)
-    config = cut(args.groups) if args.groups else RELEASED
+    config = ModelConfig.from_folder(args.model)
+    config = cut(config, args.groups) if args.groups else config
     rate, source = peak()
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.parameter_shapes(config)))
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {parameters:,} parameters; peak {rate / 1e12:.4g} TFLOP/s ({source})")
-    for name, plans in (("text", args.text), ("pictures", args.pictures)):
-        for plan in plans:
-            if report(config, name, plan, args.tokens, args.steps, rate, args.profile) and name == "pictures" and not args.all:
-                break
+    rows = []
+    for name, plan in [("text", plan) for plan in args.text] + [("pictures", plan) for plan in args.pictures]:
+        batch = make_batch(config, plan.rows, args.tokens, name == "pictures")
+        try:
+            found = measure(config, batch, plan, args.steps, args.kernels, compiler_options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{name:9s} {plan.rows:3d} rows, keeps {plan.remat}: does not fit the memory", flush=True)
+            continue
+        rows.append(report(config, name, plan, batch, rate, found))
+        if args.json:
+            found = {"device": device, "jax": jax.__version__, "tokens": args.tokens, "peak": rate, "rows": rows}
+            args.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

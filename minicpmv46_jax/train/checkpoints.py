@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from minicpmv46_jax import sharding
 from minicpmv46_jax.train.step import TrainState
 
 
@@ -23,14 +24,18 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Copies the state off the device and writes it while training goes on. `data`: JSON, the data iterator's state."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), data=ocp.args.JsonSave(data))
+        """Copies the state off the device and writes it while training goes on.
+
+        `data`: JSON, the state of this host's data iterator.
+        """
+        where = {"hosts": sharding.told(data)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), data=ocp.args.JsonSave(where))
         self.manager.save(int(state.step), args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint, lying on devices as `state` does and with its frozen parameters; None where there is none.
 
-        Raises ValueError where it is not of this run's parameters and optimiser.
+        Raises ValueError where it is not of this run's parameters and optimiser, or of another number of hosts.
         """
         newest = self.manager.latest_step()
         if newest is None:
@@ -39,8 +44,13 @@ class Checkpoints:
         self._check(newest, wanted)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
         found = self.manager.restore(newest, args=args)
-        kept = _Kept(state)
-        return kept.rebuilt(found["state"]), found["data"]
+        hosts = found["data"]["hosts"]
+        if len(hosts) != jax.process_count():
+            raise ValueError(
+                f"{self.manager.directory}: {len(hosts)} hosts wrote the checkpoint of step {newest}, and there are "
+                f"{jax.process_count()}: their data would not go on where it was"
+            )
+        return _Kept(state).rebuilt(found["state"]), hosts[jax.process_index()]
 
     def close(self) -> None:
         """Waits until all is written."""

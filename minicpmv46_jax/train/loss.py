@@ -1,12 +1,13 @@
 """Cross entropy over a large vocabulary whose logits never stand whole.
 
-The vocabulary is taken in chunks, forward (a running log-sum-exp) and backward (each chunk's logits once more, its gradient of
-the table written once): 4 products of T x D x V where whole logits would take 3, and T x 248,094 float32 less of memory, 32 GB
-for 32,768 tokens. Chunks of tokens instead would add up a gradient of the whole table, 1 GB in float32, for every chunk.
-Glossary: T tokens, D width, V vocabulary.
+The tokens are taken in chunks, and a chunk's gradient is computed right behind its logits, before anybody has asked for it: the
+loss is one number, so its cotangent is a factor on gradients that are there already. That makes 3 products of T x D x V, and no
+logits kept: 32,768 tokens would have 32 GB of them in float32. Not differentiated, it is one product.
+Glossary: T tokens, D width, V vocabulary, t tokens of a chunk, v the vocabulary in whole tiles.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,83 +15,103 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from minicpmv46_jax.layers import precise
 
-CHUNK_LOGITS = 2**28  # logits of a chunk at once, at most: 1 GiB in float32
+CHUNK_LOGITS = 2**30  # logits of a chunk at once, about at most: 4 GiB in float32; every chunk adds to the whole table's gradient
+LANES = 128  # the table is filled up to whole tiles: rows of logits begin at 16 bytes then, and 248,094 is no multiple of 8
 
 
-def token_losses(
-    hidden: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int32[Array, " T"], chunk: int | None = None
-) -> tuple[Float32[Array, " T"], Float32[Array, " T"]]:
-    """Each token's negative log likelihood of its label, and its log-sum-exp (for the z-loss).
+def summed_loss(
+    hidden: Float[Array, "T D"],
+    table: Float[Array, "V D"],
+    labels: Int32[Array, " T"],
+    weights: Float32[Array, " T"],
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Float32[Array, ""], Float32[Array, " T"], Float32[Array, " T"]]:
+    """The sum of weights x (negative log likelihood + z_loss x squared log-sum-exp), and both of them for each token.
+
+    Only the sum has a gradient, and only with respect to `hidden` and `table`.
 
     Args:
       hidden: the last hidden states, normalised.
       table: the tied embedding table, in the same dtype.
       labels: 0 to V - 1; where nothing is asked, anything in this range.
-      chunk: entries of the vocabulary at once; None for as many as `CHUNK_LOGITS` allow.
+      weights: how much each token counts.
+      z_loss: arXiv:2204.02311, section 5.
+      chunk: tokens at once, about; None for as many as `CHUNK_LOGITS` allow.
     """
-    size = min(table.shape[0], chunk or max(CHUNK_LOGITS // hidden.shape[0], 1))
-    return _token_losses(hidden, table, labels, size)
+    T, V = hidden.shape[0], table.shape[0]
+    chunks = -(-T // chunk) if chunk else max(round(T * V / CHUNK_LOGITS), 1)
+    total, nll, lse = _summed(hidden, table, labels, weights, z_loss, min(chunks, T))
+    return total, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_losses(hidden: Array, table: Array, labels: Array, size: int) -> tuple[Array, Array]:
-    def add(carry, first):
-        top, total, own = carry
-        logits, at = _chunk_logits(hidden, table, first, size)
-        new_top = jnp.maximum(top, logits.max(axis=1))
-        total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=1)
-        own += jnp.where(at[None] == labels[:, None], logits, 0.0).sum(axis=1)
-        return (new_top, total, own), None
-
-    zeros = jnp.zeros(labels.shape)
-    (top, total, own), _ = jax.lax.scan(add, (zeros - jnp.inf, zeros, zeros), _firsts(table, size))
-    lse = top + jnp.log(total)
-    return lse - own, lse
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed(hidden: Array, table: Array, labels: Array, weights: Array, z_loss: float, chunks: int) -> tuple[Array, Array, Array]:
+    tiles = _whole_tiles(table)
+    nll, lse = jax.lax.map(lambda part: _chunk(part[0], tiles, part[1], table.shape[0])[1:], _split(chunks, hidden, labels))
+    return _sum(nll, lse, weights, z_loss)
 
 
-def _forward(hidden: Array, table: Array, labels: Array, size: int) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    losses, lse = _token_losses(hidden, table, labels, size)
-    return (losses, lse), (hidden, table, labels, lse)
+def _forward(
+    hidden: Array, table: Array, labels: Array, weights: Array, z_loss: float, chunks: int
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    tiles = _whole_tiles(table)
+
+    def add(tiles_bar, part):
+        h, label, weight = part
+        logits, nll, lse = _chunk(h, tiles, label, table.shape[0])
+        softmax = jnp.exp(logits - lse[:, None]) * (weight * (1.0 + 2.0 * z_loss * lse))[:, None]
+        logits_bar = (softmax - jnp.where(_own(logits, label), weight[:, None], 0.0)).astype(h.dtype)
+        h_bar = _dot("tv,vd->td", logits_bar, tiles).astype(h.dtype)
+        return tiles_bar + _dot("tv,td->vd", logits_bar, h), (nll, lse, h_bar)
+
+    zeros = jnp.zeros(tiles.shape, jnp.float32)
+    tiles_bar, (nll, lse, h_bar) = jax.lax.scan(add, zeros, _split(chunks, hidden, labels, weights))
+    bars = h_bar.reshape(-1, h_bar.shape[-1])[: hidden.shape[0]], tiles_bar[: table.shape[0]]
+    return _sum(nll, lse, weights, z_loss), bars
 
 
-def _backward(size: int, kept: tuple[Array, ...], bars: tuple[Array, Array]) -> tuple[Array, Array, None]:
-    hidden, table, labels, lse = kept
-    loss_bar, lse_bar = bars
-
-    def add(carry, first):
-        hidden_bar, table_bar = carry
-        logits, at = _chunk_logits(hidden, table, first, size)
-        softmax = jnp.exp(logits - lse[:, None]) * (loss_bar + lse_bar)[:, None]
-        logits_bar = (softmax - jnp.where(at[None] == labels[:, None], loss_bar[:, None], 0.0)).astype(hidden.dtype)
-        part, start = _chunk(table, first, size)
-        hidden_bar += _dot("tv,vd->td", logits_bar, part)
-        new = jax.lax.dynamic_slice_in_dim(table_bar, start, size) + _dot("tv,td->vd", logits_bar, hidden).astype(table.dtype)
-        return (hidden_bar, jax.lax.dynamic_update_slice_in_dim(table_bar, new, start, 0)), None
-
-    zeros = jnp.zeros_like(hidden, jnp.float32), jnp.zeros_like(table)
-    (hidden_bar, table_bar), _ = jax.lax.scan(add, zeros, _firsts(table, size))
-    return hidden_bar.astype(hidden.dtype), table_bar, None
+def _backward(z_loss: float, chunks: int, bars: tuple[Array, Array], cotangents: tuple[Array, Array, Array]) -> tuple:
+    hidden_bar, table_bar = ((bar.astype(jnp.float32) * cotangents[0]).astype(bars[0].dtype) for bar in bars)
+    return hidden_bar, table_bar, None, None
 
 
-_token_losses.defvjp(_forward, _backward)
+_summed.defvjp(_forward, _backward)
 
 
-def _chunk_logits(hidden: Array, table: Array, first: Array, size: int) -> tuple[Float32[Array, "T v"], Int32[Array, " v"]]:
-    """The chunk's logits and which entries they are; -inf and -1 for entries that an earlier chunk had."""
-    part, start = _chunk(table, first, size)
-    at = start + jnp.arange(size, dtype=jnp.int32)
-    own = at >= first
-    return jnp.where(own[None], _dot("td,vd->tv", hidden, part), -jnp.inf), jnp.where(own, at, -1)
+def _split(chunks: int, *of_tokens: Array) -> tuple[Array, ...]:
+    """In equal chunks, [chunks, t, ...]; the last is filled up with tokens that weigh nothing."""
+    size = math.ceil(of_tokens[0].shape[0] / chunks)
+
+    def split(x: Array) -> Array:
+        short = chunks * size - x.shape[0]
+        x = jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)) if short else x
+        return x.reshape(chunks, size, *x.shape[1:])
+
+    return tuple(map(split, of_tokens))
 
 
-def _chunk(table: Array, first: Array, size: int) -> tuple[Float[Array, "v D"], Int32[Array, ""]]:
-    """Entries of the table from `first` on; the last chunk begins earlier, so that it is as large as the others."""
-    start = jnp.minimum(first, table.shape[0] - size)
-    return jax.lax.dynamic_slice_in_dim(table, start, size), start
+def _whole_tiles(table: Float[Array, "V D"]) -> Float[Array, "v D"]:
+    return jnp.pad(table, ((0, -table.shape[0] % LANES), (0, 0)))
 
 
-def _firsts(table: Array, size: int) -> Int32[Array, " chunks"]:
-    return jnp.arange(0, table.shape[0], size, dtype=jnp.int32)
+def _chunk(
+    hidden: Float[Array, "t D"], tiles: Float[Array, "v D"], labels: Int32[Array, " t"], V: int
+) -> tuple[Float32[Array, "t v"], Float32[Array, " t"], Float32[Array, " t"]]:
+    """Logits, -inf beyond the vocabulary; negative log likelihoods, log-sum-exps."""
+    logits = _dot("td,vd->tv", hidden, tiles)
+    logits = jnp.where(jnp.arange(logits.shape[1])[None] < V, logits, -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=1)
+    return logits, lse - jnp.where(_own(logits, labels), logits, 0.0).sum(axis=1), lse
+
+
+def _own(logits: Float32[Array, "t v"], labels: Int32[Array, " t"]) -> Array:
+    return jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == labels[:, None]
+
+
+def _sum(nll: Array, lse: Array, weights: Array, z_loss: float) -> tuple[Array, Array, Array]:
+    nll, lse = (x.reshape(-1)[: weights.shape[0]] for x in (nll, lse))
+    return (weights * (nll + z_loss * lse**2)).sum(), nll, lse
 
 
 def _dot(equation: str, x: Array, y: Array) -> Float32[Array, "..."]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from minicpmv46_jax import checkpoint, sharding
 from minicpmv46_jax.config import ModelConfig
@@ -40,6 +41,7 @@ class Run:
     state: TrainState
     step: Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
     data: Batches
+    mesh: Mesh | None
     schedule: Callable[[Any], Any]
 
 
@@ -60,6 +62,7 @@ def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) 
         dtype=settings.run.dtype,
         z_loss=settings.run.z_loss,
         remat=settings.run.remat,
+        scan_layers=settings.run.scan_layers,
         scale=settings.lora.scale if settings.lora else 1.0,
         mesh=mesh,
     )
@@ -67,7 +70,8 @@ def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) 
         settings,
         state if mesh is None else place(state, mesh),
         jax.jit(step, donate_argnums=0, compiler_options=compiler_options),
-        _data(settings, Processor.from_folder(folder), config, devices),
+        _data(settings, Processor.from_folder(folder), config, devices // jax.process_count()),
+        mesh,
         make_schedule(settings.optimizer, settings.run.steps),
     )
 
@@ -97,6 +101,7 @@ def _data(settings: Settings, processor: Processor, config: ModelConfig, devices
         epochs=own.epochs or None,
         seed=None if own.seed < 0 else own.seed,
         errors=own.errors,
+        shard=(jax.process_index(), jax.process_count()),
         workers=own.workers,
         threads=own.threads,
     )
@@ -107,57 +112,65 @@ def train(
 ) -> TrainState:
     """Runs to the last step, the end of the data, or `stop(step)`; goes on from the newest checkpoint in the run's folder.
 
-    Writes settings.json, metrics.jsonl, TensorBoard's events, checkpoints, and at the end curves.png into the run's folder.
+    Writes settings.json, metrics.jsonl, TensorBoard's events, checkpoints, and at the end curves.png into the run's folder, which
+    all hosts must see, where there are several; the first of them writes what is not a checkpoint.
 
     Raises:
       ValueError: naming what is wrong with the settings, the data (file and line) or an earlier checkpoint.
       FloatingPointError: the loss is no finite number any more.
     """
     run, folder = prepare(settings, compiler_options), Path(settings.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
+    first_host = jax.process_index() == 0
+    if first_host:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
     saved, data, state = Checkpoints(folder / CHECKPOINTS, settings.run.keep), iter(run.data), run.state
     if (found := saved.restore(state)) is not None:
         state, position = found
         data.set_state(position)
     first = int(state.step)
-    log = Log(folder, settings.run.steps, first)
+    log = Log(folder, settings.run.steps, first) if first_host else None
     try:
-        state, written = _loop(run, state, data, saved, log, stop)
+        state, position, written = _loop(run, state, data, saved, log, stop)
         if int(state.step) > max(written, first):
-            saved.save(state, data.get_state())
+            saved.save(state, position)
     finally:
         saved.close()
-        log.close()
+        if log:
+            log.close()
     if data.faults:
         print(f"skipped {len(data.faults)} rows that could not be learned from")
     return state
 
 
 def _loop(
-    run: Run, state: TrainState, data: Iterator[TrainBatch], saved: Checkpoints, log: Log, stop: Callable[[int], bool]
-) -> tuple[TrainState, int]:
-    """The steps; returns the state and the last step that was saved."""
-    own, at, written = run.settings.run, int(state.step), -1
+    run: Run, state: TrainState, data: Iterator[TrainBatch], saved: Checkpoints, log: Log | None, stop: Callable[[int], bool]
+) -> tuple[TrainState, dict[str, Any], int]:
+    """The steps; returns the state, where the data stands, and the last step that was saved.
+
+    All hosts take a step or none: the one whose data ends first, or that was asked to end, ends the run for all.
+    """
+    own, at, written, position = run.settings.run, int(state.step), -1, data.get_state()
     clock, tokens = time.monotonic(), 0
     with _until_asked() as asked:
-        while at < own.steps and not asked() and not stop(at):
-            batch = next(data, None)
-            if batch is None:
+        while at < own.steps:
+            batch = None if asked() or stop(at) else next(data, None)
+            if not sharding.all_say(batch is not None):
                 break
-            tokens += int(np.count_nonzero(batch.segments))
-            state, metrics = run.step(state, batch)
-            at += 1
+            tokens += int(np.count_nonzero(batch.segments)) * jax.process_count()
+            state, metrics = run.step(state, batch if run.mesh is None else sharding.place_batch(batch, run.mesh))
+            at, position = at + 1, data.get_state()
             if at % own.log_every == 0 or at == own.steps:
                 values = _numbers(metrics, run.schedule(at - 1), tokens / (time.monotonic() - clock))
-                log.write(at, values)
+                if log:
+                    log.write(at, values)
                 if not np.isfinite(values["loss"]):
                     raise FloatingPointError(f"the loss of step {at} is {values['loss']}")
                 clock, tokens = time.monotonic(), 0
             if at % own.save_every == 0:
-                saved.save(state, data.get_state())
+                saved.save(state, position)
                 written = at
-    return state, written
+    return state, position, written
 
 
 def _numbers(metrics: Metrics, rate: Any, speed: float) -> dict[str, float]:

@@ -91,7 +91,7 @@ class RunSection:
       accumulation: batches whose gradients make one step.
       dtype: to compute in, "bfloat16" or "float32".
       z_loss: weight of the squared log-sum-exp.
-      remat: see `forward.REMAT`.
+      remat, scan_layers: see `forward.loss`.
     """
 
     folder: str
@@ -103,6 +103,7 @@ class RunSection:
     dtype: str = "bfloat16"
     z_loss: float = 0.0
     remat: str = "layer"
+    scan_layers: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from minicpmv46_jax import model, sharding
 from minicpmv46_jax.checkpoint.names import TreePath, tree_path
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params
-from minicpmv46_jax.train import lora
+from minicpmv46_jax.train import forward, lora
 from minicpmv46_jax.train.batch import TrainBatch
-from minicpmv46_jax.train.forward import Gather, losses
+from minicpmv46_jax.train.forward import Gather
 from minicpmv46_jax.trees import tree_dataclass
 
 
@@ -90,6 +90,7 @@ def make_step(
     dtype: DTypeLike = jnp.bfloat16,
     z_loss: float = 0.0,
     remat: str = "layer",
+    scan_layers: bool = True,
     scale: float = 1.0,
     mesh: Mesh | None = None,
     backend: str | None = None,
@@ -102,28 +103,29 @@ def make_step(
       optimizer: over the trained parameters.
       dtype: to compute in: bfloat16 or float32.
       z_loss: weight of the squared log-sum-exp of the logits (arXiv:2204.02311, section 5); 0 for none.
-      remat: "layer" or "dots"; see `forward.REMAT`.
+      remat, scan_layers: see `forward.loss`.
       scale: of adapters; see `join`.
       mesh: as `sharding.make_mesh` makes it, for a state that `place`d itself on it; None for one device.
       backend: as in `model.schema`.
-      chunk: see `loss.token_losses`.
+      chunk: see `loss.summed_loss`.
 
     Returns:
       (state, batch) -> (state, metrics). The batch has leading axes `[accumulation, devices]`; see `batch.stack`.
     """
     graph = model.schema(config, backend)
+    options = {"remat": remat, "scan_layers": scan_layers, "z_loss": z_loss, "chunk": chunk}
 
-    def sums(params: Params, batch: TrainBatch, gather: Gather) -> Float32[Array, "1 2"]:
-        """One device's: of negative log likelihoods and of squared log-sum-exps, over learned tokens."""
+    def sums(params: Params, batch: TrainBatch, gather: Gather) -> Float32[Array, "1 3"]:
+        """One device's, over learned tokens: the objective, negative log likelihoods, squared log-sum-exps."""
         own = jax.tree.map(lambda x: x[0], batch)
-        found = losses(graph, params, own, remat=remat, gather=gather, chunk=chunk)
-        return jnp.stack([(value * own.weights).sum() for value in (found[0], found[1] ** 2)])[None]
+        total, nll, lse = forward.loss(graph, params, own, gather=gather, **options)
+        return jnp.stack([total, (nll * own.weights).sum(), (lse**2 * own.weights).sum()])[None]
 
-    def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, Array]:
+    def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, tuple[Array, Array]]:
         """One batch's share of the mean over all `total` learned tokens."""
         params = computing(join(trained, frozen, scale), dtype)
-        parts = _on_mesh(sums, params, mesh)(params, batch).sum(axis=0) / total
-        return parts[0] + z_loss * parts[1], parts
+        objective, nll, z = _on_mesh(sums, params, mesh)(params, batch).sum(axis=0) / total
+        return objective, (nll, z)
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         learned = batch.weights.sum()
@@ -140,7 +142,7 @@ def make_step(
 
 def place(state: TrainState, mesh: Mesh) -> TrainState:
     """The state on the mesh, in shards."""
-    return jax.device_put(state, sharding.shardings(state, mesh))
+    return sharding.place(state, mesh)
 
 
 def _placed(state: TrainState, mesh: Mesh | None) -> TrainState:
@@ -149,7 +151,7 @@ def _placed(state: TrainState, mesh: Mesh | None) -> TrainState:
 
 
 def _on_mesh(sums: Callable[..., Array], params: Params, mesh: Mesh | None) -> Callable[[Params, TrainBatch], Array]:
-    """`sums` on every device, [devices, 2]."""
+    """`sums` on every device, [devices, 3]."""
     if mesh is None:
         return functools.partial(sums, gather=lambda part, path: part)
     specs = sharding.specs(params, mesh)

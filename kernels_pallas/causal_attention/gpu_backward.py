@@ -1,0 +1,230 @@
+"""The backward kernels for Hopper: one walks over keys for the queries' gradient, one over queries for the keys' and values'.
+
+Both recompute a tile's weights from the forward's sums (arXiv:2205.14135):
+
+    S = q k^T,  W = exp(S - sums),  dW = do v^T,  dS = W (dW - delta),  dq = dS k,
+
+and the same in transposed matrices, dk = dS^T q and dv = W^T do. A head's gradient of 64 keys or values fills a warpgroup's
+registers: so one warpgroup of a block has the values' and another the keys', which computes the scores once more. Each result has
+one owner: nothing is added across blocks, and a key's four query heads are walked over by the same block.
+Glossary: T tokens of all rows, N query heads, K key-value heads, G query heads of each, H head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.mosaic import (
+    ACROSS,
+    COL,
+    MATRIX,
+    ROWS,
+    accumulate,
+    along_columns,
+    along_rows,
+    load,
+    meet,
+    params,
+    product,
+    tiles,
+)
+from kernels_pallas.packed_attention.gpu_walks import plan, seen
+
+TILE = 64
+GROUPS = 2  # of queries in a block of the queries' kernel
+RING = 3  # tiles of values and of keys by turns, in that kernel
+STAGES = 2  # of queries and cotangents, in the other
+
+
+def backward(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    out: Float[Array, "T N H"],
+    sums: Float32[Array, "N T"],
+    cotangent: Float[Array, "T N H"],
+    begin: Int32[Array, " T"],
+    end: Int32[Array, " T"],
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """The gradients of `gpu_forward.forward`'s first result with respect to q, k and v; `end`: of each token's sequence."""
+    shapes = q.shape, k.shape, v.shape
+    delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1).T
+    reach = (0, GROUPS * ROWS + TILE)  # blocks and tiles may end so far behind the last token
+    sums, delta = (jnp.pad(x, ((0, 0), reach)) for x in (sums, delta))
+    token = jnp.arange(q.shape[0], dtype=jnp.int32)
+    q, k, v, cotangent = (x.reshape(x.shape[0], -1) for x in (q, k, v, cotangent))
+    of_queries, of_keys = plan(begin, token + 1, GROUPS, TILE), plan(token, end, 1, TILE)
+    dq = _queries(q, cotangent, k, v, sums, delta, of_queries, *shapes[0][1:], shapes[1][1])
+    dk, dv = _keys(q, cotangent, k, v, sums, delta, of_keys, *shapes[0][1:], shapes[1][1])
+    return tuple(x.reshape(shape) for x, shape in zip((dq, dk, dv), shapes, strict=True))
+
+
+def _queries(q, cotangent, k, v, sums, delta, walks, N, H, K):
+    blocks = walks.begin.shape[0]
+    kernel = plgpu.kernel(
+        functools.partial(_queries_kernel, N=N, G=N // K, H=H, blocks=blocks),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(blocks * N,),
+        grid_names=("item",),
+        num_threads=GROUPS + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            *(tiles(GROUPS * ROWS, H), tiles(GROUPS * ROWS, H)),
+            tiles(RING, TILE, H),
+            plgpu.Barrier(num_arrivals=2),
+            *(plgpu.Barrier(num_barriers=RING), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=RING)),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="causal_attention_dq",
+    )
+    return kernel(q, cotangent, k, v, sums, delta, *walks)
+
+
+def _queries_kernel(*refs, N, G, H, blocks):
+    q, cotangent, k, v, sums, delta, first, end, begin, count, own, out, q_s, o_s, ring_s, rows_ready, ready, free = refs
+    item, group = lax.axis_index("item"), lax.axis_index("group")
+    block, head = blocks - 1 - item // N, lax.rem(item, N)  # a row's last queries see most: they begin first
+    start, tiles_here = begin[block], count[block]
+    mine = pl.ds(group * ROWS, ROWS)
+
+    @pl.when(group == GROUPS)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        rows = pl.ds(block * GROUPS * ROWS, GROUPS * ROWS)
+        for source, place in ((q, q_s), (cotangent, o_s)):
+            plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], place, rows_ready)
+
+        @pl.loop(0, tiles_here)
+        def _(i):
+            for n, source in ((2 * i, v), (2 * i + 1, k)):
+                slot = lax.rem(n, RING)
+                pl.when(n >= RING)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+                tile = source.at[pl.ds(start + i * TILE, TILE), pl.ds(head // G * H, H)]
+                plgpu.copy_gmem_to_smem(tile, ring_s.at[slot], ready.at[slot])
+
+    @pl.when(group < GROUPS)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        rows = pl.ds((block * GROUPS + group) * ROWS, ROWS)
+        clear, cloudy = own[block, group, 2], own[block, group, 3]
+        low, high = load(first.at[rows]), load(end.at[rows])
+        log, drift = (load(x.at[head, rows]) for x in (sums, delta))
+        plgpu.barrier_wait(rows_ready)
+
+        def visit(i, total):
+            of_v, of_k = lax.rem(2 * i, RING), lax.rem(2 * i + 1, RING)
+            plgpu.barrier_wait(ready.at[of_v])
+            slopes = product(o_s.at[mine], ring_s.at[of_v].transpose(ACROSS)) - along_rows(drift, TILE)
+            plgpu.barrier_arrive(free.at[of_v])
+            plgpu.barrier_wait(ready.at[of_k])
+            scores = product(q_s.at[mine], ring_s.at[of_k].transpose(ACROSS))
+            masked = (i < clear) | (i >= cloudy)
+            scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * TILE), lambda x: x, scores)
+            slopes = _weights(scores, along_rows(log, TILE), H) * slopes
+            total = accumulate(total, slopes.astype(out.dtype), ring_s.at[of_k])
+            plgpu.barrier_arrive(free.at[of_k])
+            return total
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
+        total = lax.fori_loop(0, tiles_here, visit, zeros)
+        _leave(total * H**-0.5, q_s.at[mine], out.at[rows, pl.ds(head * H, H)])
+
+
+def _keys(q, cotangent, k, v, sums, delta, walks, N, H, K):
+    blocks = walks.begin.shape[0]
+    kernel = plgpu.kernel(
+        functools.partial(_keys_kernel, K=K, G=N // K, H=H),
+        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        grid=(blocks * K,),
+        grid_names=("item",),
+        num_threads=3,  # values, keys, and one that only fetches
+        thread_name="group",
+        scratch_types=[
+            *(tiles(ROWS, H), tiles(ROWS, H)),
+            *(tiles(STAGES, TILE, H), tiles(STAGES, TILE, H)),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="causal_attention_dkv",
+    )
+    return kernel(q, cotangent, k, v, sums, delta, *walks)
+
+
+def _keys_kernel(*refs, K, G, H):
+    q, cotangent, k, v, sums, delta, first, end, begin, count, own, dk, dv, *scratch = refs
+    k_s, v_s, q_s, o_s, rows_ready, ready, free, done = scratch
+    item, group = lax.axis_index("item"), lax.axis_index("group")
+    block, head = item // K, lax.rem(item, K)  # a row's first keys are seen by most: they begin first
+    start, tiles_here = begin[block], count[block]
+    rows, lanes = pl.ds(block * ROWS, ROWS), pl.ds(head * H, H)
+
+    def at(n):
+        """The query head and first query of a tile."""
+        return head * G + n // tiles_here, start + lax.rem(n, tiles_here) * TILE
+
+    @pl.when(group == 2)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        for source, place in ((k, k_s), (v, v_s)):
+            plgpu.copy_gmem_to_smem(source.at[rows, lanes], place, rows_ready)
+
+        @pl.loop(0, tiles_here * G)
+        def _(n):
+            slot, (of_head, query) = lax.rem(n, STAGES), at(n)
+            pl.when(n >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+            for source, place in ((q, q_s), (cotangent, o_s)):
+                tile = source.at[pl.ds(query, TILE), pl.ds(of_head * H, H)]
+                plgpu.copy_gmem_to_smem(tile, place.at[slot], ready.at[slot])
+
+    def walk(gradient, place, out, factor):
+        plgpu.set_max_registers(232, action="increase")
+        clear, cloudy = own[block, 0, 2], own[block, 0, 3]
+        low, high = load(first.at[rows]), load(end.at[rows])
+        plgpu.barrier_wait(rows_ready)
+
+        def visit(n, total):
+            slot, (of_head, query) = lax.rem(n, STAGES), at(n)
+            log, drift = (along_columns(load(x.at[of_head, pl.ds(query, TILE)], COL), ROWS) for x in (sums, delta))
+            plgpu.barrier_wait(ready.at[slot])
+            scores = product(k_s, q_s.at[slot].transpose(ACROSS))
+            i = lax.rem(n, tiles_here)
+            masked = (i < clear) | (i >= cloudy)
+            scores = lax.cond(masked, lambda x: seen(x, low, high, query), lambda x: x, scores)
+            total = gradient(total, _weights(scores, log, H), drift, q_s.at[slot], o_s.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+            return total
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
+        total = lax.fori_loop(0, tiles_here * G, visit, zeros)
+        meet(done)  # the other has read its keys too: their place is free
+        _leave(total * factor, place, out.at[rows, lanes])
+
+    def of_values(total, weights, drift, queries, cotangents):
+        return accumulate(total, weights.astype(dv.dtype), cotangents)
+
+    def of_keys(total, weights, drift, queries, cotangents):
+        slopes = weights * (product(v_s, cotangents.transpose(ACROSS)) - drift)
+        return accumulate(total, slopes.astype(dk.dtype), queries)
+
+    pl.when(group == 0)(lambda: walk(of_values, k_s, dv, 1.0))
+    pl.when(group == 1)(lambda: walk(of_keys, v_s, dk, H**-0.5))
+
+
+def _weights(scores, log, H):
+    return jnp.exp2(scores * (H**-0.5 * math.log2(math.e)) - log)
+
+
+def _leave(result, place, destination):
+    place[...] = result.astype(place.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(place, destination)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,130 @@
+"""The forward kernel for Hopper.
+
+A block takes 128 queries of a head, half for each of two warpgroups, which walk over the keys together and take turns at the
+matrix unit: while one's scores are computed the other works on its softmax. A third warpgroup only fetches. Only tiles in which
+some query ends or begins are masked.
+Glossary: T tokens of all rows, N query heads, K key-value heads, H head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.mosaic import (
+    ACROSS,
+    ROWS,
+    accumulate,
+    along_rows,
+    load,
+    meet,
+    no_scores,
+    params,
+    settle,
+    tiles,
+    weigh,
+)
+from kernels_pallas.packed_attention.gpu_walks import plan, seen
+
+GROUPS = 2  # warpgroups that compute
+TILE = 64  # keys
+STAGES = 2  # of keys, and of values
+
+
+def forward(
+    q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], begin: Int32[Array, " T"]
+) -> tuple[Float[Array, "T N H"], Float32[Array, "N T"]]:
+    """The attention of tokens over those from `begin` to their own; and the logarithm, base 2, of each's sum of weights."""
+    T, N, H = q.shape
+    walks = plan(begin, jnp.arange(1, T + 1, dtype=jnp.int32), GROUPS, TILE)
+    blocks = walks.begin.shape[0]
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, N=N, G=N // k.shape[1], H=H, blocks=blocks),
+        out_type=[jax.ShapeDtypeStruct((T, N * H), q.dtype), jax.ShapeDtypeStruct((N, blocks * GROUPS * ROWS), jnp.float32)],
+        grid=(blocks * N,),
+        grid_names=("item",),
+        num_threads=GROUPS + 1,  # the last only fetches
+        thread_name="group",
+        scratch_types=[
+            tiles(GROUPS * ROWS, H),
+            *(tiles(STAGES, TILE, H), tiles(STAGES, TILE, H)),
+            plgpu.Barrier(),
+            *(plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)),
+            *(plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)),
+            plgpu.Barrier(num_arrivals=GROUPS),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="causal_attention",
+    )
+    out, sums = kernel(*(x.reshape(T, -1) for x in (q, k, v)), *walks)
+    return out.reshape(T, N, H), sums[:, :T]
+
+
+def _kernel(*refs, N, G, H, blocks):
+    q, k, v, first, end, begin, count, own, out, sums, *scratch = refs
+    q_s, k_s, v_s, q_ready, k_ready, k_free, v_ready, v_free, turn = scratch
+    item, group = lax.axis_index("item"), lax.axis_index("group")
+    block, head = blocks - 1 - item // N, lax.rem(item, N)  # a row's last queries see most: they begin first
+    start, tiles_here = begin[block], count[block]
+    mine = pl.ds(group * ROWS, ROWS)
+
+    @pl.when(group == GROUPS)
+    def _fetch():
+        plgpu.set_max_registers(40, action="decrease")
+        rows = pl.ds(block * GROUPS * ROWS, GROUPS * ROWS)
+        plgpu.copy_gmem_to_smem(q.at[rows, pl.ds(head * H, H)], q_s, q_ready)
+
+        @pl.loop(0, tiles_here)
+        def _(i):
+            slot, rows = lax.rem(i, STAGES), pl.ds(start + i * TILE, TILE)
+            for source, place, ready, free in ((k, k_s, k_ready, k_free), (v, v_s, v_ready, v_free)):
+                pl.when(i >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head // G * H, H)], place.at[slot], ready.at[slot])
+
+    @pl.when(group < GROUPS)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        scale = H**-0.5 * math.log2(math.e)
+        rows = pl.ds((block * GROUPS + group) * ROWS, ROWS)
+        clear, cloudy = own[block, group, 2], own[block, group, 3]
+        low, high = load(first.at[rows]), load(end.at[rows])
+        plgpu.barrier_wait(q_ready)
+        pl.when(group == 1)(lambda: meet(turn))
+
+        def visit(i, carry):
+            total, weight, largest = carry
+            slot = lax.rem(i, STAGES)
+            plgpu.barrier_wait(k_ready.at[slot])
+
+            def multiply(accumulator):
+                plgpu.wgmma(accumulator, q_s.at[mine], k_s.at[slot].transpose(ACROSS))
+                meet(turn)
+                return accumulator[...]
+
+            scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[slot])
+            masked = (i < clear) | (i >= cloudy)
+            scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * TILE), lambda x: x, scores)
+            weights, faded, weight, largest = weigh(scores, weight, largest, scale)
+            weights = weights.astype(q.dtype)
+            plgpu.barrier_arrive(turn)
+            total = total * along_rows(faded, H)
+            plgpu.barrier_wait(v_ready.at[slot])
+            plgpu.barrier_wait(turn)
+            total = accumulate(total, weights, v_s.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+            return total, weight, largest
+
+        sums_of_rows = lax.fori_loop(0, tiles_here, visit, no_scores(H))
+        pl.when(group == 0)(lambda: meet(turn))
+        result, log = settle(*sums_of_rows)
+        q_s.at[mine][...] = result.astype(out.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s.at[mine], out.at[rows, pl.ds(head * H, H)])
+        sums[head, rows] = log
+        plgpu.wait_smem_to_gmem(0)
