@@ -1,9 +1,10 @@
-"""The gradient of `chunked` for Hopper, in two kernels with little around them:
+"""The gradient of `chunked` for Hopper, in three kernels with little around them:
 
 1. `hand_back`: chunk after chunk of a sequence, last to first. The memory's cotangent stays in registers, float32, and is its own
    left operand, as the memory is on the way there (gpu_chunked.scan).
 2. `chunk_gradients`: every chunk of every head on its own. The algebra is that of tpu_backward.chunk_backward, less the products
-   that the forward kernels keep or that cancel: sums over value channels with what the memory reads become sums over keys.
+   that the forward kernels keep: sums over value channels with what a key or query reads become sums over keys of its cotangent.
+3. `convolution_gradients`: every 64 tokens of 128 channels on their own.
 
 Of a chunk with memory S before it and S' behind it, cotangents O of outputs and G of S', and what `gpu_chunked` names (writes n,
 attention A, inverse T, right-hand side w, keys X scaled to the chunk's end, queries Q scaled to its start, fade f),
@@ -88,8 +89,8 @@ def backward(
     bars = chunk_gradients(system, solution, memories, cotangents, out_bar, beta.transpose(2, 0, 1), table)
 
     # A decay counts in all cumulated ones from its token to the chunk's end.
-    g_bar = jnp.cumsum(bars.decay[..., ::-1], axis=-1)[..., ::-1] + bars.whole.sum(axis=-1, keepdims=True)
-    gates_bar = (to_tokens(x.transpose(1, 2, 0), rows, T)[None] for x in (g_bar, bars.beta))
+    g_bar = jnp.cumsum(bars.decay.sum(axis=2)[..., ::-1], axis=-1)[..., ::-1] + bars.whole.sum(axis=-1, keepdims=True)
+    gates_bar = (to_tokens(x.transpose(1, 2, 0), rows, T)[None] for x in (g_bar, bars.beta.sum(axis=2)))
     _, pull_gates = jax.vjp(lambda a, b, *layer: gates(a[None], b[None], *layer), a, b, a_log, dt_bias)
     a_bar, b_bar, a_log_bar, dt_bias_bar = pull_gates(tuple(gates_bar))
     qkv_bar, conv_bar, tail_bar = convolution_gradients(qkv, conv, tail, bars.qkv, table, starts, lengths)
@@ -212,7 +213,7 @@ def _hand_back(*refs, groups, stages):
 
 
 class Gradients(NamedTuple):
-    """Cotangents that `chunk_gradients` gives.
+    """Cotangents that `chunk_gradients` gives; sums of two parts, which two warpgroups find.
 
     Attributes:
       qkv: of queries, keys and values after the convolution, chunk by chunk.
@@ -222,8 +223,8 @@ class Gradients(NamedTuple):
     """
 
     qkv: Float[Array, "chunks L C"]
-    decay: Float32[Array, "N chunks L"]
-    beta: Float32[Array, "N chunks L"]
+    decay: Float32[Array, "N chunks parts L"]
+    beta: Float32[Array, "N chunks parts L"]
     whole: Float32[Array, "N chunks L"]
 
 
@@ -238,24 +239,30 @@ def chunk_gradients(
 ) -> Gradients:
     """Through the chunks' systems and the normalisation of queries and keys."""
     (chunks, N, _, K), V = system.q.shape, out_bar.shape[-1]
-    vector = jax.ShapeDtypeStruct((N, chunks, L), jnp.float32)
+    parts = jax.ShapeDtypeStruct((N, chunks, 2, L), jnp.float32)
+    whole = jax.ShapeDtypeStruct((N, chunks, L), jnp.float32)
     kernel = plgpu.kernel(
         functools.partial(_chunk_gradients, N=N, K=K),
-        out_type=[Gradients(jax.ShapeDtypeStruct((chunks, L, 3 * N * K), out_bar.dtype), vector, vector, vector)],
+        out_type=[Gradients(jax.ShapeDtypeStruct((chunks, L, 3 * N * K), out_bar.dtype), parts, parts, whole)],
         grid=(chunks, N),
         grid_names=("chunk", "head"),
+        num_threads=2,
+        thread_name="group",
         scratch_types=[
-            [tiles(L, L), tiles(V, L), tiles(L, V)],  # inverse, cotangent of writes, v
+            # Inverse, v, and cotangents of writes; where these were, the keys' part of another warpgroup.
+            [tiles(L, L), tiles(L, V), plgpu.RefUnion(tiles(V, L), tiles(L, K))],
             [tiles(V, L), tiles(L, K), tiles(L, K), tiles(L, V), tiles(L, L)],  # writes, q, k, out_bar, attention
             [tiles(V, K), tiles(V, K)],  # memory before and cotangent of that after
-            plgpu.SMEM((2, L), jnp.float32),  # vectors on their way from rows to columns and back
+            plgpu.SMEM((L, L + 8), jnp.float32),  # pairs, on their way to the other warpgroup
+            plgpu.SMEM((3, L), jnp.float32),  # vectors on their way from rows to columns and back
             [plgpu.Barrier(num_arrivals=arrivals) for arrivals in (3, 5, 2)],
+            [plgpu.Barrier(num_arrivals=arrivals) for arrivals in (2, 1, 1)],
         ],
         compiler_params=params(approximate=True),
         kernel_name="gated_delta_chunk_gradients",
     )
     inputs = [
-        [solution.inverse, cotangents.writes, solution.v],
+        [solution.inverse, solution.v, cotangents.writes],
         [memories.writes, system.q, system.k, out_bar, system.attention],
         [memories.before, cotangents.after],
     ]
@@ -264,67 +271,93 @@ def chunk_gradients(
 
 
 def _chunk_gradients(*refs, N, K):
-    inputs, vectors, rows, bars, *places, vectors_s, barriers = refs
-    (inverse_s, d_s, v_s), (n_s, q_s, k_s, o_s, att_s), (before_s, after_s) = places
-    chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
+    """One warpgroup finds cotangents of values and queries, the other of keys; each begins with what both need."""
+    inputs, vectors, rows, bars, *places, pairs_s, vectors_s, ready, met = refs
+    (inverse_s, v_s, (d_s, keys_s)), (n_s, q_s, k_s, o_s, att_s), (before_s, after_s) = places
+    solved_by_both, attended, written_down = met
+    chunk, head, group = (lax.axis_index(name) for name in ("chunk", "head", "group"))
+    pairs_s = pairs_s.at[:, pl.ds(0, L)]
 
-    @pl.when(rows[chunk] > 0)
-    def _():
-        for sources, group, ready in zip(inputs, places, barriers, strict=True):
-            for source, place in zip(sources, group, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[chunk, head], place, ready)
-        q_scale, k_scale, decay, beta = (load(x.at[head, chunk]) for x in vectors)
-        decay_col = along_columns(load(vectors[2].at[head, chunk], COL), L)
-        i, j = iota((L, L), 0), iota((L, L), 1)
-        fade = jnp.exp(decay)
+    def fetch():
+        for sources, some, arrived in zip(inputs, ([inverse_s, v_s, d_s], *places[1:]), ready, strict=True):
+            for source, place in zip(sources, some, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[chunk, head], place, arrived)
 
-        def leave(x, part):
-            """A part's cotangent to device memory, where values have been."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            send(x, v_s, bars.qkv.at[chunk, :, pl.ds((part * N + head) * K, K)])
+    def leave(x, part, place):
+        """A part's cotangent to device memory by way of shared memory."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        send(x, place, bars.qkv.at[chunk, :, pl.ds((part * N + head) * K, K)])
 
-        plgpu.barrier_wait(barriers[0])
+    def fading():
+        """Decay from each token to each later one, by the length of the key of the earlier; and that length, along rows."""
+        decay, k_norm = load(vectors[2].at[head, chunk]), inverse_length(k_s)
+        store(vectors_s.at[group], k_norm)
+        decay_col, norm_col = (along_columns(load(x, COL), L) for x in (vectors[2].at[head, chunk], vectors_s.at[group]))
+        return jnp.exp(jnp.minimum(along_rows(decay, L) - decay_col, 0.0)) * norm_col, k_norm
+
+    @pl.when((rows[chunk] > 0) & (group == 0))
+    def _values_and_queries():
+        fetch()
+        q_scale, k_scale, _, beta = (load(x.at[head, chunk]) for x in vectors)
+        plgpu.barrier_wait(ready[0])
         right = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS))
-        solved, strength_bar = right.astype(v_s.dtype), _dots(right, v_s)
-        leave(right * along_rows(beta, K), 2)
+        plgpu.barrier_arrive(solved_by_both)
+        bars.beta[head, chunk, 0] = _dots(right, v_s)
+        leave(right * along_rows(beta, K), 2, v_s)
 
-        plgpu.barrier_wait(barriers[1])
-        k_norm, q_norm = inverse_length(k_s), inverse_length(q_s)
-        store(vectors_s.at[0], k_norm)
-        between = jnp.exp(jnp.minimum(along_rows(decay, L) - decay_col, 0.0)) * along_columns(load(vectors_s.at[0], COL), L)
+        plgpu.barrier_wait(ready[1])
+        between, _ = fading()
+        i, j, q_norm = iota((L, L), 0), iota((L, L), 1), inverse_length(q_s)
         seen = product(o_s, n_s)
-        pairs = jnp.where(i > j, seen * att_s[...].astype(jnp.float32), 0.0)
+        store(pairs_s, jnp.where(i > j, seen * att_s[...].astype(jnp.float32), 0.0))
         put(jnp.where(i >= j, seen * between * along_rows(q_norm * K**-0.5, L), 0.0), att_s)
-        overlap_bar = jnp.where(i > j, -product(solved, n_s), 0.0) * between * along_rows(k_norm, L)
-        put(overlap_bar * along_rows(beta, L), inverse_s)
-        overlap_bar = overlap_bar * product(k_s, k_s.transpose(ACROSS))
-        strength_bar += jnp.sum(overlap_bar, axis=1)
-        pairs += overlap_bar * along_rows(beta, L)
-        store(vectors_s.at[1], jnp.sum(pairs, axis=0))
-        slope = jnp.sum(pairs, axis=1) - load(vectors_s.at[1])
+        plgpu.barrier_arrive(attended)
 
-        plgpu.barrier_wait(barriers[2])
-        k_bar = product(solved, before_s)
-        read = _dots(k_bar, k_s) * k_norm * fade
-        strength_bar -= read
-        slope -= beta * read
-        # Scaled for the sum of both parts to be one accumulator: two need more registers than there are.
-        scale = jnp.maximum(k_scale, 1e-30)
-        k_bar = k_bar * along_rows(-beta * fade * k_norm / scale, K)
-        k_bar = accumulate(k_bar, n_s.transpose(ACROSS), after_s) * along_rows(scale, K)
-        into = _dots(k_bar, k_s) + beta * read
-        for x, y in ((inverse_s, k_s), (inverse_s.transpose(ACROSS), k_s), (att_s.transpose(ACROSS), q_s)):
-            k_bar = accumulate(k_bar, x, y)
-        leave(_through_norm(k_bar, k_s, k_norm), 1)
+        plgpu.barrier_wait(ready[2])
+        written = product(n_s.transpose(ACROSS), after_s) * along_rows(k_scale, K)
+        into = _dots(written, k_s)
+        plgpu.barrier_wait(solved_by_both)
+        put(written, keys_s)
+        plgpu.barrier_arrive(written_down)
         q_bar = product(o_s, before_s) * along_rows(q_scale, K)
-        slope += _dots(q_bar, q_s)
-        leave(_through_norm(accumulate(q_bar, att_s, k_s), q_s, q_norm), 0)
-
+        bars.decay[head, chunk, 0] = _dots(q_bar, q_s) - into
+        leave(_through_norm(accumulate(q_bar, att_s, k_s), q_s, q_norm), 0, v_s)
         halves = (pl.ds(0, L), pl.ds(L, L))
         kept = sum(_dots(before_s.at[h][...].astype(jnp.float32), after_s.at[h]) for h in halves)
-        bars.decay[head, chunk] = slope - into
-        bars.beta[head, chunk] = strength_bar
         bars.whole[head, chunk] = into + kept * jnp.exp(vectors[2][head, chunk, L - 1])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when((rows[chunk] > 0) & (group == 1))
+    def _keys():
+        decay, beta = (load(x.at[head, chunk]) for x in vectors[2:])
+        plgpu.barrier_wait(ready[0])
+        solved = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS)).astype(k_s.dtype)
+        plgpu.barrier_arrive(solved_by_both)
+
+        plgpu.barrier_wait(ready[1])
+        between, k_norm = fading()
+        i, j = iota((L, L), 0), iota((L, L), 1)
+        overlap_bar = jnp.where(i > j, -product(solved, n_s), 0.0) * between * along_rows(k_norm, L)
+        plgpu.barrier_wait(solved_by_both)
+        put(overlap_bar * along_rows(beta, L), inverse_s)
+        overlap_bar = overlap_bar * product(k_s, k_s.transpose(ACROSS))
+        strength = jnp.sum(overlap_bar, axis=1)
+        plgpu.barrier_wait(attended)
+        pairs = overlap_bar * along_rows(beta, L) + load(pairs_s, MATRIX)
+        store(vectors_s.at[2], jnp.sum(pairs, axis=0))
+        slope = jnp.sum(pairs, axis=1) - load(vectors_s.at[2])
+
+        plgpu.barrier_wait(ready[2])
+        k_bar = product(solved, before_s)
+        read = _dots(k_bar, k_s) * k_norm * jnp.exp(decay)
+        bars.beta[head, chunk, 1] = strength - read
+        bars.decay[head, chunk, 1] = slope - beta * read
+        k_bar = k_bar * along_rows(-beta * jnp.exp(decay) * k_norm, K)
+        for x, y in ((inverse_s, k_s), (inverse_s.transpose(ACROSS), k_s), (att_s.transpose(ACROSS), q_s)):
+            k_bar = accumulate(k_bar, x, y)
+        plgpu.barrier_wait(written_down)
+        k_bar = k_bar + keys_s[...].astype(jnp.float32)
+        leave(_through_norm(k_bar, k_s, k_norm), 1, keys_s)
         plgpu.wait_smem_to_gmem(0)
 
 
