@@ -240,10 +240,8 @@ def gradients(
         scratch_types=[
             *(tiles(L, WIDTH) for _ in range(4)),  # q, k, v, the output's cotangent
             *(tiles(L, L), tiles(WIDTH, WIDTH), tiles(WIDTH, WIDTH), tiles(WIDTH, L), tiles(WIDTH, L)),
-            *(
-                tiles(2, L, L),
-                tiles(L, WIDTH, dtype=jnp.dtype(jnp.float32)),
-            ),  # matrices to be transposed; the second's share of the keys'
+            tiles(2, L, L),  # matrices to be transposed
+            tiles(L, WIDTH, dtype=jnp.dtype(jnp.float32)),  # what the second warpgroup has of the keys' gradient
             plgpu.SMEM((2, 2, L), jnp.float32),
             *(plgpu.Barrier(num_arrivals=9), plgpu.Barrier()),
         ],
