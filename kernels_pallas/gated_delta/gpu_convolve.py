@@ -5,7 +5,7 @@ Glossary: T tokens of all rows, C channels, W taps, B blocks of L tokens, D chan
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,57 +82,65 @@ def _kernel(qkv, taps, ages, *refs, body, T):
     *rest, places, out_s, sum_s, ready = refs
     block, lane = lax.axis_index("block"), lax.axis_index("lane")
     row, run = block * L, pl.ds(lane * D, D)
-    sources = [qkv, *rest[: len(places) - 1]]
+    sources, (out, *shares) = [qkv, *rest[: len(places) - 1]], rest[len(places) - 1 :]
     # What is read before the first and behind the last token is of no one's sequence, and masked.
     pieces = ((jnp.maximum(row - BEFORE, 0), 0, BEFORE), (row, BEFORE, L), (jnp.minimum(row + L, T - AFTER), BEFORE + L, AFTER))
     for source, place in zip(sources, places, strict=True):
         for start, at, size in pieces:
             plgpu.copy_gmem_to_smem(source.at[pl.ds(start, size), run], place.at[pl.ds(at, size)], ready)
     plgpu.barrier_wait(ready)
-
-    def rows(tile, start, size):
-        """Rows of a tile, from `start` counted from the block's first."""
-        ref = tile.at[pl.ds(BEFORE + start, size)]
-        return load(ref, by_rows(ref)).astype(jnp.float32)
-
-    def reaches(start, size, back):
-        """1 where a token's sequence has a token so far before it, 0 elsewhere."""
-        layout = by_rows(places[0].at[pl.ds(0, size)])
-        age = load(ages.at[pl.ds(row + start, size)], layout.reduce(1))
-        return plgpu.layout_cast(along_rows(jnp.where(age >= back, 1.0, 0.0), D), layout)
-
-    def tap(back, size):
-        layout = by_rows(places[0].at[pl.ds(0, size)])
-        own = load(taps.at[TAPS - 1 - back, run], layout.reduce(0)).astype(jnp.float32)
-        return plgpu.layout_cast(along_columns(own, size), layout)
-
-    def before(start, size, back):
-        return rows(places[0], start - back, size) * reaches(start, size, back)
-
-    def linear(start, size):
-        return sum(before(start, size, back) * tap(back, size) for back in range(TAPS))
-
-    out, *others = rest[len(places) - 1 :]
-    out_s[...] = body(rows, reaches, tap, before, linear, places, sum_s, [x.at[block, :, run] for x in others]).astype(
-        out_s.dtype
-    )
+    window = _Window(places, taps.at[:, run], ages, row)
+    out_s[...] = body(window, sum_s, *(x.at[block, :, run] for x in shares)).astype(out_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_s, out.at[pl.ds(row, L), run])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _forward(rows, reaches, tap, before, linear, places, sum_s, shares):
-    x = linear(0, L)
+class _Window(NamedTuple):
+    """A block's rows in shared memory and those around them; rows are counted from the block's first."""
+
+    places: Any  # of the inputs, and where there is one of the output's cotangent
+    taps: Any
+    ages: Any
+    row: Any  # the block's first, of all
+
+    def rows(self, which: int, start: int, size: int) -> Array:
+        ref = self.places[which].at[pl.ds(BEFORE + start, size)]
+        return load(ref, by_rows(ref)).astype(jnp.float32)
+
+    def reach(self, start: int, size: int, back: int) -> Array:
+        """1 where a token's sequence has a token so far before it, 0 elsewhere."""
+        layout = by_rows(self.places[0].at[pl.ds(0, size)])
+        age = load(self.ages.at[pl.ds(self.row + start, size)], layout.reduce(1))
+        return plgpu.layout_cast(along_rows(jnp.where(age >= back, 1.0, 0.0), D), layout)
+
+    def tap(self, size: int, back: int) -> Array:
+        layout = by_rows(self.places[0].at[pl.ds(0, size)])
+        own = load(self.taps.at[TAPS - 1 - back], layout.reduce(0)).astype(jnp.float32)
+        return plgpu.layout_cast(along_columns(own, size), layout)
+
+    def input(self, start: int, size: int, back: int) -> Array:
+        """What stood so far before each token; zeros from other sequences."""
+        return self.rows(0, start - back, size) * self.reach(start, size, back)
+
+    def linear(self, start: int, size: int) -> Array:
+        """The convolution before its SiLU."""
+        return sum(self.input(start, size, back) * self.tap(size, back) for back in range(TAPS))
+
+
+def _forward(window, sum_s):
+    x = window.linear(0, L)
     return x * sigmoid(x)
 
 
-def _backward(rows, reaches, tap, before, linear, places, sum_s, shares):
+def _backward(window, sum_s, shares):
     for start, size in ((L, AFTER), (0, L)):
-        x = linear(start, size)
+        x = window.linear(start, size)
         s = sigmoid(x)
-        slope = rows(places[1], start, size) * s * (1 + x * (1 - s))
-        places[1].at[pl.ds(BEFORE + start, size)][...] = slope.astype(places[1].dtype)
+        slope = window.rows(1, start, size) * s * (1 + x * (1 - s))
+        place = window.places[1]
+        place.at[pl.ds(BEFORE + start, size)][...] = slope.astype(place.dtype)
     for back in range(TAPS):
-        sum_s[...] = (slope * before(0, L, back)).astype(sum_s.dtype)
-        shares[0][TAPS - 1 - back] = jnp.sum(sum_s[...].astype(jnp.float32), axis=0)
-    return sum(rows(places[1], back, L) * reaches(back, L, back) * tap(back, L) for back in range(TAPS))
+        sum_s[...] = (slope * window.input(0, L, back)).astype(sum_s.dtype)
+        shares[TAPS - 1 - back] = jnp.sum(sum_s[...].astype(jnp.float32), axis=0)
+    return sum(window.rows(1, back, L) * window.reach(back, L, back) * window.tap(L, back) for back in range(TAPS))

@@ -108,9 +108,9 @@ def _pull_back(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:
     cotangent = cotangent.reshape(R, T, N * V)
     after, d = hand_back(cotangent, *rest, fade)
     flat = (x.reshape(-1, *x.shape[2:]) for x in (inverse, memories, after, new, d))
-    d_channels, d_beta, of_rows, of_columns, of_fade = gradients(channels, cotangent.reshape(R * T, -1), g, beta, seams, *flat)
+    d_channels, d_beta, shares, of_fade = gradients(channels, cotangent.reshape(R * T, -1), g, beta, seams, *flat)
     # The decay from the chunk's start to its end fades the whole memory: each of its tokens' share is the same.
-    d_g = of_rows + of_columns + (_fade(g, seams) * of_fade.sum(axis=-1))[..., None]
+    d_g = shares.sum(axis=0) + (_fade(g, seams) * of_fade.sum(axis=-1))[..., None]
     return d_channels.reshape(R, T, -1), *(x.reshape(N, R, T).transpose(1, 2, 0) for x in (d_g, d_beta)), None
 
 
@@ -172,7 +172,7 @@ def _factors(g, sequence, before, q_s, k_s, vectors_s, head, chunk):
     decay = jnp.sum(jnp.where(i >= j, g_col, 0.0), axis=1)  # a cumulative sum
     rest = jnp.sum(jnp.where(i < j, g_col, 0.0), axis=1)  # from each token to the chunk's end
     own, own_col = (load(sequence.at[chunk], layout) for layout in (ROW, COL))
-    k_norm, q_norm = inverse_length(k_s), inverse_length(q_s) * WIDTH**-0.5
+    k_norm, q_norm = inverse_length(k_s), None if q_s is None else inverse_length(q_s) * WIDTH**-0.5
     vectors_s[0], vectors_s[1] = k_norm, decay
     k_norm_col, decay_col = (load(vectors_s.at[n], COL) for n in range(2))
     between = jnp.exp(jnp.minimum(along_rows(decay, L) - along_columns(decay_col, L), 0.0))
@@ -226,23 +226,24 @@ def gradients(
     after: BFloat16[Array, "B N V K"],
     new: BFloat16[Array, "B N V L"],
     d: BFloat16[Array, "B N V L"],
-) -> tuple[
-    BFloat16[Array, "RT C"], Float32[Array, "N B L"], Float32[Array, "N B L"], Float32[Array, "N B L"], Float32[Array, "N B L"]
-]:
-    """Of the channels; of beta; two parts of g's; and parts of the fade's, to be added up."""
+) -> tuple[BFloat16[Array, "RT C"], Float32[Array, "N B L"], Float32[Array, "4 N B L"], Float32[Array, "N B L"]]:
+    """Of the channels; of beta; g's in four shares, and the fade's in one a row, to be added up."""
     N, B, _ = g.shape
-    vector = jax.ShapeDtypeStruct(g.shape, jnp.float32)
+    vector = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     kernel = plgpu.kernel(
         functools.partial(_gradients, N=N),
-        out_type=[jax.ShapeDtypeStruct(channels.shape, channels.dtype), *[vector] * 4],
+        out_type=[jax.ShapeDtypeStruct(channels.shape, channels.dtype), vector(g.shape), vector((4, *g.shape)), vector(g.shape)],
         grid=(B, N),
         grid_names=("chunk", "head"),
+        num_threads=2,
+        thread_name="group",
         scratch_types=[
             *(tiles(L, WIDTH) for _ in range(4)),  # q, k, v, the output's cotangent
             *(tiles(L, L), tiles(WIDTH, WIDTH), tiles(WIDTH, WIDTH), tiles(WIDTH, L), tiles(WIDTH, L)),
-            tiles(L, L),  # a matrix to be transposed
-            plgpu.SMEM((2, L), jnp.float32),
-            plgpu.Barrier(num_arrivals=9),
+            tiles(2, L, L),  # matrices to be transposed
+            tiles(L, WIDTH, dtype=jnp.dtype(jnp.float32)),  # what the second warpgroup has of the keys' gradient
+            plgpu.SMEM((2, 2, L), jnp.float32),
+            *(plgpu.Barrier(num_arrivals=9), plgpu.Barrier()),
         ],
         compiler_params=params(approximate=True),
         kernel_name="gated_delta_gradients",
@@ -251,83 +252,101 @@ def gradients(
 
 
 def _gradients(*refs, N):
+    """One warpgroup goes back through the system to values and keys, the other through the attention and the memory."""
     channels, cotangent, g, beta, sequence, before, *refs = refs
-    matrices, (out, out_beta, out_rows, out_columns, out_fade), scratch = refs[:5], refs[5:10], refs[10:]
-    q_s, k_s, v_s, o_s, *matrices_s, t_s, vectors_s, ready = scratch
-    m_s, memory_s, after_s, n_s, d_s = matrices_s
-    chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
-    _fetch(channels, (q_s, k_s, v_s), ready, head, N)
+    matrices, (out, out_beta, out_shares, out_fade), scratch = refs[:5], refs[5:9], refs[9:]
+    q_s, k_s, v_s, o_s, m_s, memory_s, after_s, n_s, d_s, t_s, share_s, vectors_s, ready, shared = scratch
+    chunk, head, group = (lax.axis_index(name) for name in ("chunk", "head", "group"))
     rows = pl.ds(chunk * L, L)
-    plgpu.copy_gmem_to_smem(cotangent.at[rows, pl.ds(head * WIDTH, WIDTH)], o_s, ready)
-    for source, place in zip(matrices, matrices_s, strict=True):
-        plgpu.copy_gmem_to_smem(source.at[chunk, head], place, ready)
-    strength = load(beta.at[head, chunk])
+
+    @pl.when(group == 0)
+    def _():
+        _fetch(channels, (q_s, k_s, v_s), ready, head, N)
+        plgpu.copy_gmem_to_smem(cotangent.at[rows, pl.ds(head * WIDTH, WIDTH)], o_s, ready)
+        for source, place in zip(matrices, (m_s, memory_s, after_s, n_s, d_s), strict=True):
+            plgpu.copy_gmem_to_smem(source.at[chunk, head], place, ready)
+
     plgpu.barrier_wait(ready)
-    f = _factors(g, sequence, before, q_s, k_s, vectors_s, head, chunk)
 
-    def wide(vector):
-        return along_rows(vector, WIDTH)
-
-    def along(x, y):
-        return jnp.sum(x * y, axis=1)
-
-    def read(ref):
-        return ref[...].astype(jnp.float32)
-
-    fade = 0.0
-    for half in range(2):
-        own = pl.ds(half * L, L)
-        fade += along(read(memory_s.at[own]), read(after_s.at[own]))
-    out_fade[head, chunk] = fade
-
-    # The values, and the overlap of keys: each pair's factors turn its gradient into one of their product.
-    dr = product(m_s.transpose(ACROSS), d_s.transpose(ACROSS))
-    d_beta = along(dr, read(v_s))
-    put(dr * wide(strength), v_s)
-    dr = dr.astype(t_s.dtype)
-    d_overlap = jnp.where(f.i > f.j, -product(dr, n_s) * f.between, 0.0)
-    share = d_overlap * product(k_s, k_s.transpose(ACROSS)) * along_rows(f.k_norm, L) * along_columns(f.k_norm_col, L)
-    d_beta += jnp.sum(share, axis=1)
-    share = share * along_rows(strength, L)
-    of_decay, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
-    d_overlap = d_overlap * along_rows(strength, L)
-    put(d_overlap * along_rows(f.k_norm, L), t_s)
-    d_overlap = (d_overlap * along_columns(f.k_norm_col, L)).astype(t_s.dtype)
-
-    # The keys: what they read of the memory, the overlap, and what they leave in the memory.
-    d_k = product(dr, memory_s) * wide(-f.inherited)
-    read_k = along(d_k, read(k_s)) * f.k_norm
-    d_beta += read_k
-    of_decay += strength * read_k
-    d_k = accumulate(d_k * wide(strength), d_overlap, k_s)
-    d_k = accumulate(d_k, t_s.transpose(ACROSS), k_s)
-    left = product(n_s.transpose(ACROSS), after_s) * wide(f.left)
-    of_rest = along(left, read(k_s)) * f.k_norm
-    d_k += left
-
-    # The attention; the diagonal's decay is 1 whatever the gates are.
-    d_attention = jnp.where(f.i >= f.j, product(o_s, n_s) * f.between, 0.0)
-    share = d_attention * product(q_s, k_s.transpose(ACROSS)) * along_rows(f.q_norm, L) * along_columns(f.k_norm_col, L)
-    share = jnp.where(f.i > f.j, share, 0.0)
-    of_decay += jnp.sum(share, axis=1)
-    of_column += jnp.sum(share, axis=0)
-    put(d_attention * along_rows(f.q_norm, L), t_s)
-    d_k = accumulate(d_k, t_s.transpose(ACROSS), q_s)
-    d_q = product(o_s, memory_s) * wide(f.inherited)
-    of_decay += along(d_q, read(q_s)) * f.q_norm
-    d_q = accumulate(d_q, (d_attention * along_columns(f.k_norm_col, L)).astype(t_s.dtype), k_s)
-
-    # A token's gate is in the decay of all from it on, less what a column's share takes back, and in the rest of all before it.
-    out_columns[head, chunk] = jnp.sum(jnp.where(f.i >= f.j, along_rows(of_decay, L), along_rows(of_rest, L)), axis=0)
-    out_rows[head, chunk] = -jnp.sum(jnp.where(f.j >= f.i, along_columns(of_column, L), 0.0), axis=1)
-    out_beta[head, chunk] = d_beta
-
-    # Through the lengths of queries and keys.
-    for x_s, dx, norm, unit in ((q_s, d_q, f.q_norm, WIDTH**0.5), (k_s, d_k, f.k_norm, 1.0)):
-        x, inverse = read(x_s), norm * unit
-        dx = (dx - x * wide(along(dx, x) * inverse * inverse)) * wide(norm)
-        x_s[...] = dx.astype(x_s.dtype)
-    plgpu.commit_smem()
-    for part, place in enumerate((q_s, k_s, v_s)):
+    def leave(place, part):
+        plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(place, out.at[rows, pl.ds((part * N + head) * WIDTH, WIDTH)])
-    plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == 0)
+    def _system():
+        f = _factors(g, sequence, before, None, k_s, vectors_s.at[0], head, chunk)
+        strength = load(beta.at[head, chunk])
+        dr = product(m_s.transpose(ACROSS), d_s.transpose(ACROSS))
+        d_beta = _along(dr, _read(v_s))
+        v_s[...] = (dr * _wide(strength)).astype(v_s.dtype)
+        leave(v_s, 2)
+        dr = dr.astype(v_s.dtype)
+        d_overlap = jnp.where(f.i > f.j, -product(dr, n_s) * f.between, 0.0)
+        share = d_overlap * product(k_s, k_s.transpose(ACROSS)) * along_rows(f.k_norm, L) * along_columns(f.k_norm_col, L)
+        d_beta += jnp.sum(share, axis=1)
+        share = share * along_rows(strength, L)
+        of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
+        d_overlap = d_overlap * along_rows(strength, L)
+        put(d_overlap * along_rows(f.k_norm, L), t_s.at[0])
+        d_overlap = (d_overlap * along_columns(f.k_norm_col, L)).astype(v_s.dtype)
+
+        d_k = product(dr, memory_s) * _wide(-f.inherited)
+        read_k = _along(d_k, _read(k_s)) * f.k_norm
+        out_beta[head, chunk] = d_beta + read_k
+        _leave_shares(f, of_row + strength * read_k, None, of_column, out_shares.at[pl.ds(0, 2), head, chunk])
+        d_k = accumulate(d_k * _wide(strength), d_overlap, k_s)
+        d_k = accumulate(d_k, t_s.at[0].transpose(ACROSS), k_s)
+        plgpu.barrier_wait(shared)  # the other has read the keys, too
+        k_s[...] = _through_length(d_k + share_s[...], _read(k_s), f.k_norm, 1.0).astype(k_s.dtype)
+        leave(k_s, 1)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == 1)
+    def _attention():
+        f = _factors(g, sequence, before, q_s, k_s, vectors_s.at[1], head, chunk)
+        halves = (pl.ds(half * L, L) for half in range(2))
+        out_fade[head, chunk] = sum(_along(_read(memory_s.at[half]), _read(after_s.at[half])) for half in halves)
+        d_attention = jnp.where(f.i >= f.j, product(o_s, n_s) * f.between, 0.0)
+        share = d_attention * product(q_s, k_s.transpose(ACROSS)) * along_rows(f.q_norm, L) * along_columns(f.k_norm_col, L)
+        share = jnp.where(f.i > f.j, share, 0.0)  # the diagonal's decay is 1 whatever the gates are
+        of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
+        put(d_attention * along_rows(f.q_norm, L), t_s.at[1])
+        d_attention = (d_attention * along_columns(f.k_norm_col, L)).astype(q_s.dtype)
+        d_k = product(n_s.transpose(ACROSS), after_s) * _wide(f.left)
+        of_rest = _along(d_k, _read(k_s)) * f.k_norm
+        share_s[...] = accumulate(d_k, t_s.at[1].transpose(ACROSS), q_s)
+
+        d_q = product(o_s, memory_s) * _wide(f.inherited)
+        of_row += _along(d_q, _read(q_s)) * f.q_norm
+        d_q = accumulate(d_q, d_attention, k_s)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared)
+        _leave_shares(f, of_row, of_rest, of_column, out_shares.at[pl.ds(2, 2), head, chunk])
+        q_s[...] = _through_length(d_q, _read(q_s), f.q_norm, WIDTH**0.5).astype(q_s.dtype)
+        leave(q_s, 0)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _wide(vector):
+    return along_rows(vector, WIDTH)
+
+
+def _along(x, y):
+    return jnp.sum(x * y, axis=1)
+
+
+def _read(ref):
+    return ref[...].astype(jnp.float32)
+
+
+def _leave_shares(f, of_row, of_rest, of_column, out):
+    """A token's gate is in the decay of all from it on, less what columns take back, and in the rest of all before it."""
+    rest = 0.0 if of_rest is None else along_rows(of_rest, L)
+    out[0] = jnp.sum(jnp.where(f.i >= f.j, along_rows(of_row, L), rest), axis=0)
+    out[1] = -jnp.sum(jnp.where(f.j >= f.i, along_columns(of_column, L), 0.0), axis=1)
+
+
+def _through_length(dx, x, norm, unit):
+    """The gradient of a row `x` from that of `norm x`, `norm` being `1 / (unit |x|)`."""
+    inverse = norm * unit
+    return (dx - x * _wide(_along(dx, x) * inverse * inverse)) * _wide(norm)
