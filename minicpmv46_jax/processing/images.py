@@ -10,6 +10,7 @@ single colour marked as clear (PNG's tRNS, GIF). Its pixels become white in file
 import io
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,22 +132,35 @@ def resize_pillow(picture: np.ndarray, new_height: int, new_width: int) -> np.nd
     Pillow resizes along rows and then along columns, in bytes. Both are done here in bands by several threads: the same bytes,
     for no row (then no column) depends on another. Of pictures that become lower Pillow 13 does some the other way round.
     """
-    height = picture.shape[0]
-    if new_height * new_width < IN_BANDS or new_height < height:
-        return _resized(picture, new_height, new_width)
-    rows, columns = (_bands(size) for size in (height, new_width))
-    wide = np.concatenate(list(pool().map(lambda band: _resized(picture[band], band.stop - band.start, new_width), rows)))
-    tall = pool().map(lambda band: _resized(np.ascontiguousarray(wide[:, band]), new_height, band.stop - band.start), columns)
-    return np.concatenate(list(tall), axis=1)
+    image = Image.fromarray(picture)
+    if new_height * new_width < IN_BANDS or new_height < image.height:
+        return np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    height = image.height
+    rows = [((0, start, image.width, end), (0, start, new_width, end)) for start, end in _bands(height)]
+    wide = _in_bands(image, (new_width, height), rows)
+    columns = [((start, 0, end, height), (start, 0, end, new_height)) for start, end in _bands(new_width)]
+    return np.asarray(_in_bands(wide, (new_width, new_height), columns))
 
 
-def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+Box = tuple[int, int, int, int]
 
 
-def _bands(size: int) -> list[slice]:
+def _in_bands(image: Image.Image, size: tuple[int, int], bands: list[tuple[Box, Box]]) -> Image.Image:
+    """An image of that size, put together of bands of another, each resized from one box to one."""
+
+    def resized(band: tuple[Box, Box]) -> Image.Image:
+        box, (left, top, right, bottom) = band
+        return image.crop(box).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+
+    whole = Image.new(image.mode, size)
+    for (_, to), part in zip(bands, pool().map(resized, bands), strict=True):
+        whole.paste(part, to)
+    return whole
+
+
+def _bands(size: int) -> list[tuple[int, int]]:
     ends = [size * i // several() for i in range(several() + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(ends) if end > start]
+    return [(start, end) for start, end in itertools.pairwise(ends) if end > start]
 
 
 def patchify(picture: np.ndarray, patch: int) -> Crop:
@@ -162,13 +176,14 @@ def cut(picture: np.ndarray, config: MediaConfig, options: Options, resize: Resi
     patch, resolution = config.patch_size, config.scale_resolution
     multiple = patch * options.merge_factor
     grid = slice_grid(height, width, options.max_slice_nums, resolution) if config.slice_mode else None
-    crops = [patchify(resize(picture, *view_size(height, width, resolution, multiple, enlarge=grid is None)), patch)]
+    view = view_size(height, width, resolution, multiple, enlarge=grid is None)
     if grid is None:
-        return Cut(tuple(crops), (0, 0))
-    whole = resize(picture, *sliced_size(height, width, grid, resolution, multiple))
-    rows = np.split(whole, grid[0], axis=0)
-    crops += [patchify(part, patch) for row in rows for part in np.split(row, grid[1], axis=1)]
-    return Cut(tuple(crops), grid)
+        return Cut((patchify(resize(picture, *view), patch),), (0, 0))
+    with ThreadPoolExecutor(1) as beside:
+        first = beside.submit(lambda: patchify(resize(picture, *view), patch))
+        rows = np.split(resize(picture, *sliced_size(height, width, grid, resolution, multiple)), grid[0], axis=0)
+        slices = [patchify(part, patch) for row in rows for part in np.split(row, grid[1], axis=1)]
+    return Cut((first.result(), *slices), grid)
 
 
 def image_table(config: MediaConfig) -> np.ndarray:
