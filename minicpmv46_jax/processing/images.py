@@ -110,12 +110,17 @@ def _decode(convert: Callable[[Image.Image], Image.Image], image: Image.Image, n
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return _over_white(ImageOps.exif_transpose(image).convert("RGB"))
+    ImageOps.exif_transpose(image, in_place=True)
+    return _over_white(_rgb(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _over_white(image: Image.Image) -> Image.Image:
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
+        return _rgb(image)
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 

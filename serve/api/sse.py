@@ -14,6 +14,7 @@ from serve.api.errors import ApiError, anthropic_content, internal_error, stoppe
 from serve.engine import Cancelled, EngineStopped
 
 log = logging.getLogger("serve")
+_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode  # `json.dumps` makes one a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,5 +84,4 @@ class EventStream(Response):
 
     async def _send(self, send: Send, event: dict[str, Any]) -> None:
         name = f"event: {event['type']}\n" if self._dialect.named else ""
-        text = json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        await send({"type": "http.response.body", "body": f"{name}data: {text}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": f"{name}data: {_text(event)}\n\n".encode(), "more_body": True})
