@@ -1,4 +1,4 @@
-"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside fla torch cudnn] [--json FILE]`.
+"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside fla fla-layer torch cudnn] [--json FILE]`.
 
 For every shape of every operation's table: microseconds on the device (all its kernels, as the profiler sees them), GB/s
 of the bytes that must move at least, TFLOP/s of the work that must be done at least, and the larger share of a limit, measured on
