@@ -282,7 +282,7 @@ class Device:
                     run = functools.partial(decode, self._graph.text, steps=steps, mode=mode)
                     numbers = (slots, grown, held) if _holds(steps, mode) else (slots, grown)
                     arguments = (self.params["text"], self._decoding, *numbers)
-                    self._programs.add(("decode", rows, steps, mode), run, *arguments, donate=(1,))
+                    self._programs.add(("decode", rows, steps, mode), run, *arguments, donate=(1,), alike=("decode", rows))
 
     def _add_chooses(self) -> None:
         words = -(-self.config.text.vocab_size // 32)
@@ -310,7 +310,8 @@ class Device:
                 packed = packing.join([row], bucket.patches, bucket.views, bucket.longest)
                 to = np.zeros(bucket.patches // 4**merges, np.int32)
                 run = functools.partial(_encode, self._graph.vision)
-                self._programs.add(("encode", bucket, mode), run, self.params["vision"], self._bank, packed, to, donate=(1,))
+                arguments = self.params["vision"], self._bank, packed, to
+                self._programs.add(("encode", bucket, mode), run, *arguments, donate=(1,), alike=("encode", bucket))
 
     def _add_copies(self) -> None:
         layers, group, slot = self._decoding.state.layers, np.full(COPY_PAGES, -1, np.int32), np.int32(0)

@@ -6,9 +6,11 @@ import importlib.metadata
 import logging
 import os
 import pickle
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ log = logging.getLogger("serve")
 
 THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
+FORGOTTEN_S = 30 * 24 * 3600  # after which what no start has used is deleted: 170 MB for each version and size of the model
 SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code decides what is compiled
 
 
@@ -43,6 +46,11 @@ class Store:
         for path in sorted(path for source in SOURCES for path in (top / source).rglob("*.py")):
             said.update(path.read_bytes())
         self._folder = folder / said.hexdigest()[:16]
+        if self._folder.is_dir():
+            os.utime(self._folder)  # used today
+        for other in folder.iterdir() if folder.is_dir() else ():
+            if time.time() - other.stat().st_mtime > FORGOTTEN_S:
+                shutil.rmtree(other, ignore_errors=True)
 
     def load(self, key: Hashable) -> Callable | None:
         """A function of that name, or None; one that cannot be read is made anew."""
@@ -81,29 +89,38 @@ class Programs:
     def __init__(self, store: Store | None = None):
         self._store = store
         self._added: dict[Hashable, Callable[[], Any]] = {}
+        self._alike: dict[Hashable, Hashable] = {}
         self._compiled: dict[Hashable, Any] = {}
 
-    def add(self, key: Hashable, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> None:
-        """A function, to be compiled for arguments of these shapes."""
+    def add(
+        self, key: Hashable, function: Callable, *arguments: Any, donate: tuple[int, ...] = (), alike: Hashable = None
+    ) -> None:
+        """A function, to be compiled for arguments of these shapes.
+
+        Those that are `alike` multiply matrices of the same shapes: the others are compiled behind the first, so that XLA's
+        autotuner need not try the same for each of them at once.
+        """
         self._added[key] = functools.partial(jax.jit(function, donate_argnums=donate).lower, *arguments)
+        self._alike[key] = key if alike is None else alike
 
     def compile(self, show: bool) -> None:
         """Loads or compiles what was added, with a bar on a terminal: one is traced while the ones before are compiled."""
         bar = tqdm(total=len(self._added), desc="compiling", unit="program", disable=None if show else True, leave=False)
         with bar, ThreadPoolExecutor(THREADS) as pool:
             kept = {} if self._store is None else dict(zip(self._added, pool.map(self._store.load, self._added), strict=True))
-            jobs = {}
-            for key, lower in self._added.items():
-                if kept.get(key) is None:
-                    jobs[key] = pool.submit(self._finish, key, lower())
-                    jobs[key].add_done_callback(lambda _: bar.update())
-                else:
-                    self._compiled[key] = kept[key]
-                    bar.update()
+            self._compiled |= {key: program for key, program in kept.items() if program is not None}
+            bar.update(len(self._added) - len(missing := [key for key in self._added if key not in self._compiled]))
+            firsts = {self._alike[key]: key for key in reversed(missing)}
+            jobs: dict[Hashable, Future] = {}
+            for key in sorted(missing, key=lambda key: firsts[self._alike[key]] != key):  # the firsts first
+                jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._alike[key]]))
+                jobs[key].add_done_callback(lambda _: bar.update())
             self._compiled |= {key: job.result() for key, job in jobs.items()}
         self._added.clear()
 
-    def _finish(self, key: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    def _finish(self, key: Hashable, lowered: jax.stages.Lowered, behind: Future | None) -> jax.stages.Compiled:
+        if behind is not None:
+            wait([behind])  # it was sent before, so it is under way or over
         compiled = lowered.compile()
         if self._store is not None:
             self._store.save(key, compiled)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,35 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
 def test_nothing_half_written_is_left(tmp_path):
     programs(Store(tmp_path))
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".pickle"]
+
+
+def test_what_no_start_has_used_for_long_is_deleted(tmp_path):
+    programs(Store(tmp_path, "an old model"))
+    (old,) = tmp_path.iterdir()
+    programs(Store(tmp_path, "a model"))
+    assert old.is_dir()
+    for folder in tmp_path.iterdir():
+        os.utime(folder, (0, 0))
+    assert programs(Store(tmp_path, "a model"))[1] == 0  # its own, however old
+    assert not old.exists()
+
+
+def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
+    order = []
+
+    class Noted(Programs):
+        def _finish(self, key, lowered, behind):
+            compiled = super()._finish(key, lowered, behind)
+            order.append(key)
+            return compiled
+
+    made = Noted()
+    for size in (3, 4):
+        for name in "abc":
+            made.add((name, size), lambda x, name=name: x + ord(name), jnp.zeros(size), alike=size)
+    made.add("alone", lambda x: x * 2, jnp.zeros(5))
+    made.compile(show=False)
+    assert len(made) == len(order) == 7
+    for size in (3, 4):
+        assert min(["a", "b", "c"], key=lambda name: order.index((name, size))) == "a"
+    assert made["c", 4](jnp.ones(4))[0] == 100
