@@ -24,7 +24,7 @@ from kernels_pallas.backends import CHIPS
 RIVALS = {  # modules that measure another library, in a process of their own: two profilers cannot watch the chip from one
     "fla": ("kernels_pallas.gated_delta.rivals",),
     "torch": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.paged_attention.rivals"),
-    "cudnn": ("kernels_pallas.packed_attention.rivals",),
+    "cudnn": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.causal_attention.rivals"),
 }
 CALLS = 10  # a measurement: the mean of so many calls on the device
 
@@ -80,7 +80,9 @@ def limits() -> tuple[float, float]:
 
 def main() -> None:
     """Prints the tables."""
+    from kernels_pallas.causal_attention import bench as causal_attention
     from kernels_pallas.gated_delta import bench as gated_delta
+    from kernels_pallas.gated_delta import packed_bench as packed_rule
     from kernels_pallas.packed_attention import bench as packed_attention
     from kernels_pallas.paged_attention import bench as paged_attention
 
@@ -96,7 +98,8 @@ def main() -> None:
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     rows = []
     rivals = {library: beside(library, given.only) for library in given.beside}
-    for work in (*gated_delta.works(), *packed_attention.works(), *paged_attention.works()):
+    tables = gated_delta, packed_rule, packed_attention, paged_attention, causal_attention
+    for work in (work for table in tables for work in table.works()):
         if given.only in work.name:
             others = {library: figures[work.name] for library, figures in rivals.items() if work.name in figures}
             rows.append(measured(work, copy, product) | {"rivals_us": others})
