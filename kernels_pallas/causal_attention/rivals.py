@@ -1,4 +1,4 @@
-"""cuDNN's attention through jax on the same rows, for `kernels_pallas.bench --beside`: a process of its own, which prints JSON."""
+"""cuDNN's attention through jax on the same rows, for `kernels_pallas.bench --beside`: a process of its own; prints JSON."""
 
 import json
 import sys
