@@ -25,7 +25,7 @@ RIVALS = {  # modules that measure another library, in a process of their own: t
     "fla": ("kernels_pallas.gated_delta.rivals",),
     "fla-layer": ("kernels_pallas.gated_delta.rivals",),
     "torch": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.paged_attention.rivals"),
-    "cudnn": ("kernels_pallas.packed_attention.rivals",),
+    "cudnn": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.causal_attention.rivals"),
 }
 CALLS = 10  # a measurement: the mean of so many calls on the device
 
@@ -81,11 +81,14 @@ def limits() -> tuple[float, float]:
 
 def works() -> tuple[Work, ...]:
     """Every operation's table."""
+    from kernels_pallas.causal_attention import bench as causal_attention
     from kernels_pallas.gated_delta import bench as gated_delta
+    from kernels_pallas.gated_delta import packed_bench as packed_rule
     from kernels_pallas.packed_attention import bench as packed_attention
     from kernels_pallas.paged_attention import bench as paged_attention
 
-    return *gated_delta.works(), *packed_attention.works(), *paged_attention.works()
+    tables = gated_delta, packed_rule, packed_attention, paged_attention, causal_attention
+    return tuple(work for table in tables for work in table.works())
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from kernels_pallas import gated_delta, packed_attention, paged_attention, tuning
+from kernels_pallas import causal_attention, gated_delta, packed_attention, paged_attention, tuning
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
 from kernels_pallas.packed_attention.shapes import PHOTO
@@ -97,6 +97,7 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
+    yield from training()
 
 
 def gradients(tokens: int) -> tuple[Callable, tuple, tuple[int, ...]]:
@@ -127,6 +128,26 @@ def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         return jax.vjp(lambda *qkv: packed(*qkv, starts, lengths), q, k, v)[1](cotangent)
 
     yield "1 photo, gradients", gradients, (patches,) * 4 + views, ()
+
+
+def training() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
+    """As `programs`: the text's operations over packed rows of 4,096 tokens, and their gradients."""
+    rows = 8, 4096
+    segments = like(*rows, dtype=jnp.int32)
+
+    def rule(qkv, a, b, layer, segments, cotangent):
+        packed = functools.partial(gated_delta.packed, backend="gpu")
+        return jax.vjp(lambda *x: packed(*x, segments, WIDTH, WIDTH), qkv, a, b, layer)[1](cotangent)
+
+    projected = like(*rows, CHANNELS), like(*rows, HEADS), like(*rows, HEADS)
+    yield "packed delta rule, gradients", rule, (*projected, layer(), segments, like(*rows, HEADS, WIDTH)), ()
+
+    def attend(q, k, v, segments, cotangent):
+        attention = functools.partial(causal_attention.causal_attention, backend="gpu")
+        return jax.vjp(lambda *x: attention(*x, segments), q, k, v)[1](cotangent)
+
+    queries, keys = like(*rows, 8, 256), like(*rows, 2, 256)
+    yield "causal attention, gradients", attend, (queries, keys, keys, segments, queries), ()
 
 
 def assembled(dump: Path) -> dict[str, dict[str, int]]:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from kernels_pallas import bench
+from kernels_pallas.causal_attention import bench as causal
+from kernels_pallas.causal_attention.shapes import ROWS
 from kernels_pallas.gated_delta import bench as gated_delta
+from kernels_pallas.gated_delta import packed_bench as packed_rule
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.packed_attention import bench as packed
 from kernels_pallas.packed_attention.shapes import PACKED
@@ -35,6 +38,15 @@ def test_attention_is_in_the_table():
     assert decode.bytes == 100 * (1024 * 2048 + 2 * 4096)  # keys and values once, queries in, answers out
     prefill = works["paged attention, prefill 2,048 from nothing"]
     assert prefill.flops == 4 * 8 * 256 * 2048 * 2049 / 2
+
+
+def test_training_is_in_the_table():
+    works = {work.name: work for work in (*causal.works(), *packed_rule.works())}
+    assert len(works) == 2 * len(ROWS) + 2
+    whole = works["causal attention, 8 x 4,096"]
+    assert whole.flops == 4 * 8 * 8 * 256 * 4096 * 4097 / 2
+    assert works["causal attention backward, 8 x 4,096"].flops == 2.5 * whole.flops
+    assert {sum(rows.lengths) for rows in ROWS} == {4096}
 
 
 def test_a_call_can_be_made_anywhere():

@@ -1,5 +1,5 @@
 """Causal attention over rows that hold several sequences: what training's text layers read."""
 
-from kernels_pallas.causal_attention.api import KEPT, causal_attention
+from kernels_pallas.causal_attention.api import causal_attention
 
-__all__ = ["KEPT", "causal_attention"]
+__all__ = ["causal_attention"]

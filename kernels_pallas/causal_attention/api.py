@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
 from kernels_pallas.causal_attention import gpu, reference
-from kernels_pallas.causal_attention.reference import KEPT
+from kernels_pallas.remat import KEPT
 
 
 def causal_attention(
@@ -21,7 +21,7 @@ def causal_attention(
 ) -> Float[Array, "R T N H"]:
     """Each query over its own sequence's tokens up to its own, scaled by H^-1/2; softmax in float32. Differentiable in q, k, v.
 
-    What the backward pass needs besides the arguments bears the name `KEPT`, for rematerialisation to keep.
+    What the backward pass needs besides the arguments bears the name `remat.KEPT`.
 
     Args:
       q, k, v: N is a multiple of K; query head n reads key-value head n // (N // K).

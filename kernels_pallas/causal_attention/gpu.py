@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.causal_attention.gpu_backward import backward
 from kernels_pallas.causal_attention.gpu_forward import forward
-from kernels_pallas.causal_attention.reference import KEPT
+from kernels_pallas.remat import KEPT
 
 WIDTH = 256  # of a head
 ALIGNED = 8  # rows of a tile in memory

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int32
 
-KEPT = "causal_attention"  # the name by which rematerialisation may keep what was read
 BLOCK = 512  # queries scored at once
 SPANS = 8  # of a row: queries of a span meet the keys up to its end; 1/16 of the products are wasted on the future
 

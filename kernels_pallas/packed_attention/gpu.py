@@ -4,12 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.packed_attention.gpu_backward import backward
 from kernels_pallas.packed_attention.gpu_forward import forward
 from kernels_pallas.packed_attention.gpu_walks import views, windows
+from kernels_pallas.remat import KEPT
 
 WIDTH = 72  # of a head
 ALIGNED = 8  # rows of a tile in memory
@@ -62,7 +64,7 @@ def _attend(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
 
 
 def _remember(q: Array, k: Array, v: Array, first: Array, end: Array) -> tuple[Array, Any]:
-    out, sums = forward(q, k, v, first, end)
+    out, sums = (checkpoint_name(x, KEPT) for x in forward(q, k, v, first, end))
     return out, (q, k, v, out, sums, first, end)
 
 

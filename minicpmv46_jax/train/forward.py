@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.causal_attention import KEPT
+from kernels_pallas.remat import KEPT
 from minicpmv46_jax import model
 from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.model import Params, Schema

@@ -1,0 +1,30 @@
+"""cuDNN's attention through jax on the same rows, for `kernels_pallas.bench --beside`: a process of its own; prints JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.bench import device_microseconds
+from kernels_pallas.causal_attention.bench import inputs
+from kernels_pallas.causal_attention.shapes import ROWS
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """By the names that `bench` gives its lines. Rows of one sequence alone: jax has no public way to tell cuDNN of more."""
+    (rows,) = (rows for rows in ROWS if len(rows.lengths) == 1)
+    *qkv, _ = inputs(rows)
+    attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"))
+    out, pull = jax.vjp(attend, *qkv)
+    cotangent = jax.random.normal(jax.random.key(3), out.shape, jnp.bfloat16)
+    back = jax.jit(lambda pull, cotangent: pull(cotangent))
+    return {
+        f"causal attention, {rows.name}": lambda: attend(*qkv),
+        f"causal attention backward, {rows.name}": lambda: back(pull, cotangent),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: device_microseconds(call) for name, call in calls().items() if sys.argv[2] in name}))
