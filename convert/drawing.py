@@ -29,6 +29,7 @@ MOST_TURNS = 9  # of a conversation: several questions cost one look at the pict
 THINKING = 0.12  # of the conversations think before the last answer
 DENSE = 0.5  # of the conversations are sure to have the scene's first question, which asks for all there is to see or read
 ALONE = 0.15  # of the conversations have one question, as most of a server's have
+BASE = 1_000_000_000
 LOOK = "I look at the picture."  # a thought where a scene has none of its own
 
 
@@ -43,6 +44,7 @@ class Task:
       held_out: of the split for tests.
       first, step: it draws the scenes first, first + step, ...
       count: how many scenes; None for no end.
+      ramp: the number of the scene from which on only one in `easy` is of the easy kinds; before, ever fewer of them.
     """
 
     folder: Path
@@ -52,6 +54,8 @@ class Task:
     first: int = 0
     step: int = 1
     count: int | None = None
+    ramp: int = 0
+    easy: float = 0.0
 
 
 class Teacher:
@@ -73,8 +77,9 @@ def lessons(task: Task) -> Iterator[Conversation]:
     """The task's conversations, without end or as many as it counts: of each scene the turns that a dice picks."""
     teacher, seed = Teacher(task), task.first
     while task.count is None or seed < task.first + task.step * task.count:
-        scene = scenes.draw(seed, task.held_out, task.mix)
         dice = random.Random(f"turns {seed}")
+        easy = max(task.easy, 1 - (seed - seed // BASE * BASE) / task.ramp) if task.ramp else task.easy
+        scene = scenes.draw(seed, task.held_out, scenes.EASY if dice.random() < easy else task.mix)
         wanted = 1 if dice.random() < ALONE else dice.randint(2, MOST_TURNS)
         turns = dice.sample(scene.turns, min(wanted, len(scene.turns)))
         if dice.random() < DENSE and scene.turns[0] not in turns:
