@@ -285,7 +285,13 @@ class Run:
         ramp = recipe.ramp if self.settings.start is None else 0
         return [
             Task(
-                self.files, self.settings.shapes[mode], dict(self.settings.mix), first=base + i, step=n, ramp=ramp, easy=recipe.easy
+                self.files,
+                self.settings.shapes[mode],
+                dict(self.settings.mix),
+                first=base + i,
+                step=n,
+                ramp=ramp,
+                easy=recipe.easy,
             )
             for i, mode in enumerate(own)
         ]
