@@ -50,7 +50,7 @@ SHARE_16X = 5  # one worker in so many draws for "16x"
 WARMUP = 300  # steps
 PATCH_RATE, FULL_RATE_INPUTS = 0.05, 192  # of the peak; inputs of a product that learns at the full rate
 WHITENED, SIDE, MARKED, NOISE = 300, 224, 100, 0.03  # scenes, pixels a side, least range of bytes, variance that counts as none
-KEPT_BYTES = 12 * 2**30  # of batches on the device, to be gone over again
+KEPT_BYTES = 8 * 2**30  # of batches on the device, to be gone over again
 EXAM = 1000  # held-out scenes, one question each
 EXAM_EVERY, SAVE_EVERY, SAY_EVERY = 90.0, 120.0, 10.0  # seconds
 RESERVE = 25.0  # seconds for the last exam and the export
@@ -69,7 +69,7 @@ class Recipe:
     modes: str = "both"  # "4x", "16x", "both"
     ramp: int = 150_000
     easy: float = 0.1
-    rows: int = 20
+    batch: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,7 +410,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    shapes = {mode: shape for mode, shape in SHAPES.items() if recipe.modes in (mode, "both")}
+    shapes = {
+        mode: dataclasses.replace(shape, **{name: getattr(shape, name) * recipe.batch for name in ("rows", "patches", "views")})
+        for mode, shape in SHAPES.items()
+        if recipe.modes in (mode, "both")
+    }
     settings = Settings(60 * args.minutes, args.workers, scenes.MIX, shapes, recipe, args.start, seed=args.seed)
     Run(settings, args.out).go()
     return 0
