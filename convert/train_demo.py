@@ -46,7 +46,7 @@ SHAPES = {  # a batch of each mode holds 60 to 90 conversations
     "4x": BatchShape(rows=24, tokens=640, patches=28672, views=120, longest=LONGEST, downsample_mode="4x"),
     "16x": BatchShape(rows=24, tokens=512, patches=32768, views=136, longest=LONGEST),
 }
-SHARE_16X = 5  # one worker in so many draws for "16x"
+SHARE_16X = 8  # one worker in so many draws for "16x"
 WARMUP = 300  # steps
 PATCH_RATE, FULL_RATE_INPUTS = 0.05, 192  # of the peak; inputs of a product that learns at the full rate
 WHITENED, SIDE, MARKED, NOISE = 300, 224, 100, 0.03  # scenes, pixels a side, least range of bytes, variance that counts as none
