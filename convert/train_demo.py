@@ -47,29 +47,14 @@ SHAPES = {  # a batch of each mode holds 60 to 90 conversations
     "16x": BatchShape(rows=24, tokens=512, patches=32768, views=136, longest=LONGEST),
 }
 SHARE_16X = 8  # one worker in so many draws for "16x"
-WARMUP = 300  # steps
-PATCH_RATE, FULL_RATE_INPUTS = 0.05, 192  # of the peak; inputs of a product that learns at the full rate
+PEAK_RATE, WARMUP, WEIGHT_DECAY = 0.02, 300, 0.01  # of matrices; steps
+REST_RATE, PATCH_RATE = 0.1, 0.05  # of what is no matrix, against the matrices' rate; of the patches' embedding, against that
+RAMP, EASY_SHARE = 150_000, 0.1  # scenes over which the easy ones give way; what is left of them
 WHITENED, SIDE, MARKED, NOISE = 300, 224, 100, 0.03  # scenes, pixels a side, least range of bytes, variance that counts as none
 KEPT_BYTES = 8 * 2**30  # of batches on the device, to be gone over again
 EXAM = 1000  # held-out scenes, one question each
 EXAM_EVERY, SAVE_EVERY, SAY_EVERY = 90.0, 120.0, 10.0  # seconds
 RESERVE = 25.0  # seconds for the last exam and the export
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a sweep varies."""
-
-    optimizer: str = "muon"
-    peak_rate: float = 0.02
-    rest: float = 0.1
-    b2: float = 0.98
-    by_inputs: bool = False
-    decays: bool = True
-    modes: str = "both"  # "4x", "16x", "both"
-    ramp: int = 150_000
-    easy: float = 0.1
-    batch: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +66,7 @@ class Settings:
       workers: processes that draw.
       mix: kinds of scenes.
       start: a folder to begin from; None for random weights.
+      peak_rate: of matrices.
       steps: no more than so many; None for as many as there is time for.
     """
 
@@ -88,7 +74,7 @@ class Settings:
     workers: int
     mix: Mapping[str, float]
     shapes: Mapping[str, BatchShape]
-    recipe: Recipe = Recipe()
+    peak_rate: float = PEAK_RATE
     start: Path | None = None
     steps: int | None = None
     exam: int = EXAM
@@ -96,7 +82,7 @@ class Settings:
     dtype: Any = jnp.bfloat16
 
 
-def initial_params(config: ModelConfig, mean: Sequence[float], seed: int, decays: bool = True) -> Params:
+def initial_params(config: ModelConfig, mean: Sequence[float], seed: int) -> Params:
     """Fresh float32 parameters, drawn by numpy.
 
     Matrices keep the size of what they multiply; those that write to a residual stream are shrunk by its depth; the table of
@@ -116,7 +102,7 @@ def initial_params(config: ModelConfig, mean: Sequence[float], seed: int, decays
         path = names.tree_path(keys)
         if path[-1] == "A_log":
             return np.log(random.uniform(1.0, 16.0, leaf.shape)).astype(np.float32)
-        if path[-1] == "dt_bias" and decays:  # steps of 0.001 to 0.1: memories of one to hundreds of tokens (arXiv:2312.00752)
+        if path[-1] == "dt_bias":  # steps of 0.001 to 0.1: memories of one to hundreds of tokens (arXiv:2312.00752)
             return np.log(np.expm1(np.exp(random.uniform(math.log(0.001), math.log(0.1), leaf.shape)))).astype(np.float32)
         if path[-2] == "position_embed":
             return waves(config.vision)
@@ -156,40 +142,25 @@ def whitening(vision: VisionConfig, mean: Sequence[float]) -> dict[str, np.ndarr
     return {"weight": main.T.astype(np.float32), "bias": -(centre @ main).astype(np.float32)}
 
 
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for matrices and AdamW for the rest, or AdamW alone; the rate is set from outside: the run is as long as its time."""
+def make_optimizer() -> optax.GradientTransformation:
+    """Muon for matrices and AdamW for the rest; the rate is set from outside: the run is as long as its time."""
 
     def chain(learning_rate: jax.Array) -> optax.GradientTransformation:
-        own = learning_rate * (recipe.rest if recipe.optimizer == "muon" else 1.0)
-        adamw = optax.chain(
-            optax.adamw(own, b1=0.9, b2=recipe.b2, weight_decay=0.02, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
-            optax.stateless(by_inputs if recipe.by_inputs else slow_patches),
-        )
-        update = muon(learning_rate, 0.01, adamw) if recipe.optimizer == "muon" else adamw
-        return optax.chain(optax.clip_by_global_norm(1.0), update)
+        adam = optax.adam(REST_RATE * learning_rate, b1=0.9, b2=0.98)
+        rest = optax.chain(adam, optax.stateless(slow_patches))
+        return optax.chain(optax.clip_by_global_norm(1.0), muon(learning_rate, WEIGHT_DECAY, rest))
 
     return optax.inject_hyperparams(chain)(learning_rate=0.0)
 
 
 def slow_patches(updates: Params, params: Params | None) -> Params:
-    """Slower for patches, whose pixels are alike."""
+    """The patches' embedding learns slowly: the pixels of a patch are alike, so that its weights all move the same way."""
     del params
-    slowed = lambda keys, update: update * (PATCH_RATE if names.tree_path(keys)[1] == "patch_embed" else 1.0)  # noqa: E731
+
+    def slowed(keys: Any, update: jax.Array) -> jax.Array:
+        return update * (PATCH_RATE if names.tree_path(keys)[1] == "patch_embed" else 1.0)
+
     return jax.tree_util.tree_map_with_path(slowed, updates)
-
-
-def by_inputs(updates: Params, params: Params | None) -> Params:
-    """Slower where many inputs add up: by their number (arXiv:2203.03466), and for patches, whose pixels are alike, more."""
-    del params
-
-    def scaled(keys: Any, update: jax.Array) -> jax.Array:
-        path = names.tree_path(keys)
-        if path[1] == "patch_embed":
-            return update * PATCH_RATE
-        matrix = update.ndim == 2 and "embed" not in path[-2]
-        return update * min(1.0, FULL_RATE_INPUTS / update.shape[-1]) if matrix else update
-
-    return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
 def rate(step: int, progress: float, peak: float) -> float:
@@ -261,7 +232,7 @@ class Run:
                     shutil.copy(file, self.files)
         self.config = ModelConfig.from_folder(self.files)
         self.graph = model.schema(self.config, "reference")
-        self.optimizer = make_optimizer(settings.recipe)
+        self.optimizer = make_optimizer()
         self.log = (out / "log.jsonl").open("a", encoding="utf-8")
         self.exam: Exam = []
 
@@ -281,8 +252,7 @@ class Run:
         """What each worker draws; each has seeds of its own."""
         n, modes = self.settings.workers, list(self.settings.shapes)
         own = [modes[-1] if i % SHARE_16X == SHARE_16X - 1 else modes[0] for i in range(n)]
-        base, recipe = self.settings.seed * 1_000_000_000, self.settings.recipe
-        ramp = recipe.ramp if self.settings.start is None else 0
+        base, ramp = self.settings.seed * drawing.SEEDS, RAMP if self.settings.start is None else 0
         return [
             Task(
                 self.files,
@@ -291,7 +261,7 @@ class Run:
                 first=base + i,
                 step=n,
                 ramp=ramp,
-                easy=recipe.easy,
+                easy=EASY_SHARE,
             )
             for i, mode in enumerate(own)
         ]
@@ -299,7 +269,7 @@ class Run:
     def start_state(self) -> TrainState:
         """Random weights, or those of a folder."""
         if self.settings.start is None:
-            params = initial_params(self.config, MEAN, self.settings.seed, self.settings.recipe.decays)
+            params = initial_params(self.config, MEAN, self.settings.seed)
         else:
             params = checkpoint.load_params(self.settings.start, self.config, jnp.float32)
         return jax.device_put(new_state(*split(params, lambda path: True), self.optimizer))
@@ -357,7 +327,7 @@ class Run:
                 continue
             of_time = (self.elapsed - start) / (limit - start)
             progress = of_time if self.settings.steps is None else max(of_time, step / self.settings.steps)
-            state, metrics = program.result()(with_rate(state, rate(step, progress, self.settings.recipe.peak_rate)), batch)
+            state, metrics = program.result()(with_rate(state, rate(step, progress, self.settings.peak_rate)), batch)
             step += 1
             pending.append(metrics)
             if len(pending) > 4:
@@ -402,20 +372,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="drawing processes (default: %(default)s)"
     )
     parser.add_argument("--start", type=Path, help="a folder to go on from")
-    for field in dataclasses.fields(Recipe):
-        kind = (lambda text: text == "1") if field.type is bool else field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
+    parser.add_argument("--peak-rate", type=float, default=PEAK_RATE, help="of learning (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights and scenes: another one, other scenes (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    shapes = {
-        mode: dataclasses.replace(shape, **{name: getattr(shape, name) * recipe.batch for name in ("rows", "patches", "views")})
-        for mode, shape in SHAPES.items()
-        if recipe.modes in (mode, "both")
-    }
-    settings = Settings(60 * args.minutes, args.workers, scenes.MIX, shapes, recipe, args.start, seed=args.seed)
+    settings = Settings(60 * args.minutes, args.workers, scenes.MIX, SHAPES, args.peak_rate, args.start, seed=args.seed)
     Run(settings, args.out).go()
     return 0
 
