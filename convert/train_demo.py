@@ -285,9 +285,10 @@ class Run:
         blank = {
             mode: drawing.stack([drawing.pack([], shape, self.config.vision)]) for mode, shape in self.settings.shapes.items()
         }
-        first = next(iter(blank))
-        jobs = {mode: pool.submit(lambda b=batch: step.lower(abstract, b).compile()) for mode, batch in blank.items()}
-        return jobs | {"mark": pool.submit(lambda: mark.lower(abstract.trained, blank[first]).compile())}
+        jobs = {}
+        for mode, batch in blank.items():  # lowered one by one, the first first: threads would only share the interpreter
+            jobs[mode] = pool.submit(step.lower(abstract, batch).compile)
+        return jobs | {"mark": pool.submit(mark.lower(abstract.trained, next(iter(blank.values()))).compile)}
 
     def go(self) -> dict[str, float]:
         """Trains until the time or the steps are over, then examines and exports."""
