@@ -1,6 +1,6 @@
-"""Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon); AdamW for the rest.
+"""Muon: an optimiser that moves a matrix by its momentum made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-Matrices of one shape are orthogonalised as one stack: a small model's hundred would cost a thousand launches of kernels.
+Matrices of one shape are orthogonalised as one stack: one by one, a small model's hundred would launch thousands of kernels.
 """
 
 import collections
@@ -16,7 +16,11 @@ from minicpmv46_jax.checkpoint.names import TreePath
 from minicpmv46_jax.model import Params
 
 MOMENTUM = 0.95
-QUINTIC = (3.4445, -4.7750, 2.0315)  # takes singular values of 0 to 1 to about 1 (0.7 to 1.2) in five rounds
+QUINTIC = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of singular values from 0 to 1, takes all but the least to about 1 (0.7 to 1.2) in five rounds
 ROUNDS = 5
 LEAST_SIDE = 16  # smaller matrices are not worth it
 
@@ -27,7 +31,7 @@ def is_matrix(path: TreePath, leaf: Array) -> bool:
 
 
 def orthogonal(x: Float[Array, "n rows columns"]) -> Float[Array, "n rows columns"]:
-    """About the nearest matrices with orthonormal rows or columns, by Newton and Schulz; bfloat16 inside."""
+    """Matrices near the closest ones with orthonormal rows or columns, by Newton and Schulz; bfloat16 inside, float32 out."""
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.swapaxes(1, 2)).astype(jnp.bfloat16)
     x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True) + 1e-7).astype(x.dtype)
@@ -56,12 +60,21 @@ def orthogonalised(updates: Params, params: Params | None = None) -> Params:
 
 
 def muon(rate: Any, weight_decay: float, rest: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Muon for matrices, `rest` for all else."""
+    """Muon for matrices, `rest` for all else.
+
+    Args:
+      rate: how far a matrix moves, as the largest singular value of its step (of a wide one; a tall one moves further).
+      weight_decay: of matrices, times `rate`.
+      rest: its own rate is in it.
+    """
     own = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         optax.stateless(orthogonalised),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
     )
-    label = lambda keys, leaf: "matrix" if is_matrix(names.tree_path(keys), leaf) else "rest"  # noqa: E731
+
+    def label(keys: Any, leaf: Array) -> str:
+        return "matrix" if is_matrix(names.tree_path(keys), leaf) else "rest"
+
     return optax.partition({"matrix": own, "rest": rest}, lambda tree: jax.tree_util.tree_map_with_path(label, tree))

@@ -16,6 +16,7 @@ from convert.drawing import Task
 from convert.vocabulary import BARE, merges, scene_words
 from minicpmv46_jax import scenes
 from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.processing.images import patchify
 from minicpmv46_jax.train import BatchShape
 
@@ -56,6 +57,13 @@ def test_ids_stand_where_the_configs_say(words, tokenizer):
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config["image_token_id"]
     assert tokenizer.convert_tokens_to_ids("<|video_pad|>") == config["video_token_id"]
     assert len(words) == len(set(words))
+
+
+def test_both_configs_say_how_many_patches_make_a_token(folder):
+    """transformers' model reads one file, its processor and ours the other."""
+    read = [json.loads((folder / name).read_text())["downsample_mode"] for name in ("config.json", "preprocessor_config.json")]
+    processor = Processor.from_folder(folder)
+    assert read == [MODE, MODE] and processor.images.options.downsample_mode == processor.videos.options.downsample_mode == MODE
 
 
 def test_a_lesson_teaches_the_answers_alone(folder):
@@ -124,6 +132,12 @@ def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
     decays = np.concatenate([np.exp(mixer["A_log"]) * np.logaddexp(mixer["dt_bias"], 0) for mixer in mixers])
     assert len(decays) == 3 * config.text.linear_num_value_heads
     assert decays.min() < 0.1 and 0.1 < decays.max() < 1.6
+
+
+def test_a_large_picture_asks_what_there_is_room_for(folder):
+    """A row holds its slices and a few of its questions; no scene is left out."""
+    lessons = list(drawing.lessons(Task(folder, SMALL, {"small print": 1.0}, count=20)))
+    assert len(lessons) == 20 and max(lesson.tokens for lesson in lessons) > 500
 
 
 def test_training_begins_with_easy_scenes(folder):
