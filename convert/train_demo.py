@@ -222,6 +222,11 @@ def score(mark: Callable[[Params, TrainBatch], jax.Array], params: Params, exam:
     return {group: right[group] / asked[group] for group in sorted(asked)}
 
 
+def mode_of(worker: int) -> int:
+    """Which mode a worker draws for: the second of a run if it is the second of so many workers, so that two are enough."""
+    return int(worker % SHARE_16X == 1)
+
+
 class Run:
     """One training run; `go` returns the parameters and the scores."""
 
@@ -256,21 +261,10 @@ class Run:
 
     def tasks(self) -> list[Task]:
         """What each worker draws; each has seeds of its own."""
-        n, modes = self.settings.workers, list(self.settings.shapes)
-        own = [modes[-1] if i % SHARE_16X == SHARE_16X - 1 else modes[0] for i in range(n)]
-        base, ramp = self.settings.seed * drawing.SEEDS, RAMP if self.settings.start is None else 0
-        return [
-            Task(
-                self.files,
-                self.settings.shapes[mode],
-                dict(self.settings.mix),
-                first=base + i,
-                step=n,
-                ramp=ramp,
-                easy=EASY_SHARE,
-            )
-            for i, mode in enumerate(own)
-        ]
+        n, ramp = self.settings.workers, RAMP if self.settings.start is None else 0
+        common = {"mix": dict(self.settings.mix), "step": n, "ramp": ramp, "easy": EASY_SHARE}
+        first, shapes = self.settings.seed * drawing.SEEDS, list(self.settings.shapes.values())
+        return [Task(self.files, shapes[mode_of(i) % len(shapes)], first=first + i, **common) for i in range(n)]
 
     def start_state(self) -> TrainState:
         """Random weights, or those of a folder."""

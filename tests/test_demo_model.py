@@ -134,6 +134,10 @@ def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
     assert decays.min() < 0.1 and 0.1 < decays.max() < 1.6
 
 
+def test_few_workers_draw_for_both_modes():
+    assert [sum(map(train_demo.mode_of, range(workers))) for workers in (1, 2, 8, 12)] == [0, 1, 1, 2]
+
+
 def test_a_large_picture_asks_what_there_is_room_for(folder):
     """A row holds its slices and a few of its questions; no scene is left out."""
     lessons = list(drawing.lessons(Task(folder, SMALL, {"small print": 1.0}, count=20)))
