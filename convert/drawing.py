@@ -29,6 +29,7 @@ MOST_TURNS = 9  # of a conversation: several questions cost one look at the pict
 THINKING = 0.12  # of the conversations think before the last answer
 DENSE = 0.5  # of the conversations are sure to have the scene's first question, which asks for all there is to see or read
 ALONE = 0.15  # of the conversations have one question, as most of a server's have
+SEEDS = 1_000_000_000  # of a run's scenes; the next run's come after them
 LOOK = "I look at the picture."  # a thought where a scene has none of its own
 
 
@@ -43,6 +44,8 @@ class Task:
       held_out: of the split for tests.
       first, step: it draws the scenes first, first + step, ...
       count: how many scenes; None for no end.
+      ramp: scenes over which the easy kinds (`scenes.EASY`) give way to the mix; 0 for none.
+      easy: the share of them that is left.
     """
 
     folder: Path
@@ -52,6 +55,8 @@ class Task:
     first: int = 0
     step: int = 1
     count: int | None = None
+    ramp: int = 0
+    easy: float = 0.0
 
 
 class Teacher:
@@ -73,8 +78,9 @@ def lessons(task: Task) -> Iterator[Conversation]:
     """The task's conversations, without end or as many as it counts: of each scene the turns that a dice picks."""
     teacher, seed = Teacher(task), task.first
     while task.count is None or seed < task.first + task.step * task.count:
-        scene = scenes.draw(seed, task.held_out, task.mix)
         dice = random.Random(f"turns {seed}")
+        easy = max(task.easy, 1 - seed % SEEDS / task.ramp) if task.ramp else task.easy
+        scene = scenes.draw(seed, task.held_out, scenes.EASY if dice.random() < easy else task.mix)
         wanted = 1 if dice.random() < ALONE else dice.randint(2, MOST_TURNS)
         turns = dice.sample(scene.turns, min(wanted, len(scene.turns)))
         if dice.random() < DENSE and scene.turns[0] not in turns:
@@ -82,6 +88,9 @@ def lessons(task: Task) -> Iterator[Conversation]:
         turns.sort(key=lambda turn: turn.call is not None)  # a call ends the conversation: its result is not known
         think = bool(scene.media) and turns[-1].call is None and dice.random() < THINKING
         lesson = teacher.conversation(scene, turns, think)
+        while task.shape.refusal(lesson) and len(turns) > 1:  # a large picture leaves less room for questions
+            turns = turns[len(turns) // 2 :]
+            lesson = teacher.conversation(scene, turns, think)
         if task.shape.refusal(lesson) is None:
             yield lesson
         seed += task.step

@@ -11,15 +11,16 @@ from transformers import AutoTokenizer
 
 from convert import drawing, train_demo
 from convert.demo import write_files
-from convert.demo_model import MEAN, model_config, model_files
+from convert.demo_model import MEAN, MODE, model_config, model_files
 from convert.drawing import Task
 from convert.vocabulary import BARE, merges, scene_words
 from minicpmv46_jax import scenes
 from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.processing.images import patchify
 from minicpmv46_jax.train import BatchShape
 
-SMALL = BatchShape(rows=2, tokens=512, patches=2048, views=8, longest=train_demo.LONGEST)
+SMALL = BatchShape(rows=2, tokens=640, patches=2048, views=8, longest=train_demo.LONGEST, downsample_mode=MODE)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,13 @@ def test_ids_stand_where_the_configs_say(words, tokenizer):
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config["image_token_id"]
     assert tokenizer.convert_tokens_to_ids("<|video_pad|>") == config["video_token_id"]
     assert len(words) == len(set(words))
+
+
+def test_both_configs_say_how_many_patches_make_a_token(folder):
+    """transformers' model reads one file, its processor and ours the other."""
+    read = [json.loads((folder / name).read_text())["downsample_mode"] for name in ("config.json", "preprocessor_config.json")]
+    processor = Processor.from_folder(folder)
+    assert read == [MODE, MODE] and processor.images.options.downsample_mode == processor.videos.options.downsample_mode == MODE
 
 
 def test_a_lesson_teaches_the_answers_alone(folder):
@@ -106,14 +114,45 @@ def test_rates():
     assert train_demo.rate(0, 0.0, 1.0) == pytest.approx(1 / train_demo.WARMUP)
     assert train_demo.rate(10**6, 0.0, 1.0) == pytest.approx(1.0)
     assert train_demo.rate(10**6, 0.5, 1.0) == pytest.approx(0.51) and train_demo.rate(10**6, 2.0, 1.0) == pytest.approx(0.02)
-    updates = {
-        "vision": {"patch_embed": {"weight": jnp.ones((2, 588))}, "merger": {"linear_1": {"weight": jnp.ones((4, 768))}}},
-        "text": {"embed": {"weight": jnp.ones((9, 384))}, "norm": {"weight": jnp.ones(4)}},
-    }
-    slowed = jax.tree.map(lambda x: float(x.ravel()[0]), train_demo.by_inputs(updates, None))
+
+
+def test_patches_learn_slowly():
+    updates = {"vision": {"patch_embed": {"weight": jnp.ones((2, 588))}}, "text": {"norm": {"weight": jnp.ones(4)}}}
+    slowed = jax.tree.map(lambda x: float(x.ravel()[0]), train_demo.slow_patches(updates, None))
     assert slowed["vision"]["patch_embed"]["weight"] == pytest.approx(train_demo.PATCH_RATE)
-    assert slowed["vision"]["merger"]["linear_1"]["weight"] == pytest.approx(0.25)
-    assert slowed["text"] == {"embed": {"weight": 1.0}, "norm": {"weight": 1.0}}
+    assert slowed["text"] == {"norm": {"weight": 1.0}}
+
+
+def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
+    """The log decay of a token, whose input to the gate is 0: of a long memory and of a short one."""
+    config = ModelConfig.from_folder(folder)
+    monkeypatch.setattr(train_demo, "WHITENED", 5)  # scenes: fast, and not what is looked at
+    params = train_demo.initial_params(config, MEAN, 0)
+    mixers = [layer["mixer"] for layer in params["text"]["layers"].values() if "A_log" in layer["mixer"]]
+    decays = np.concatenate([np.exp(mixer["A_log"]) * np.logaddexp(mixer["dt_bias"], 0) for mixer in mixers])
+    assert len(decays) == 3 * config.text.linear_num_value_heads
+    assert decays.min() < 0.1 and 0.1 < decays.max() < 1.6
+
+
+def test_few_workers_draw_for_both_modes():
+    assert [sum(map(train_demo.mode_of, range(workers))) for workers in (1, 2, 8, 12)] == [0, 1, 1, 2]
+
+
+def test_a_large_picture_asks_what_there_is_room_for(folder):
+    """A row holds its slices and a few of its questions; no scene is left out."""
+    lessons = list(drawing.lessons(Task(folder, SMALL, {"small print": 1.0}, count=20)))
+    assert len(lessons) == 20 and max(lesson.tokens for lesson in lessons) > 500
+
+
+def test_training_begins_with_easy_scenes(folder):
+    """At first all are of the easy kinds, at the ramp's end few, and without one as many as are left of them."""
+
+    def kinds(**fields):
+        return [lesson.where for lesson in drawing.lessons(Task(folder, SMALL, {"pair": 1.0}, count=30, **fields))]
+
+    assert set(kinds(ramp=10**6, easy=0.1)) <= {"shapes", "word", "letters"}
+    assert set(kinds(ramp=10**6, easy=0.1, first=10**6)) == {"pair"} | set(kinds(easy=0.1, first=10**6))
+    assert set(kinds()) == {"pair"}
 
 
 def test_scores_count_whole_answers(folder):
@@ -134,7 +173,7 @@ def test_scores_count_whole_answers(folder):
 @pytest.mark.full
 def test_a_run_learns_exports_and_goes_on(tmp_path):
     """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
-    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"16x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
+    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"4x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
     run = train_demo.Run(settings, tmp_path / "a")
     scores = run.go()
     assert scores and (tmp_path / "a" / "model" / "model.safetensors").stat().st_size < 12e6

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convert.demo_model import MAX_SLICES, RESOLUTION
+from minicpmv46_jax.processing.slicing import slice_grid
 from minicpmv46_jax.processing.video import decode
-from minicpmv46_jax.scenes import KINDS, MIX, Clip, Picture, draw, messages
+from minicpmv46_jax.scenes import EASY, KINDS, MIX, Clip, Picture, draw, messages
 from minicpmv46_jax.scenes.__main__ import main
-from minicpmv46_jax.scenes.picture import COLOURS, SHAPES, Shape, Text
+from minicpmv46_jax.scenes.picture import COLOURS, SHAPES, Shape, Text, text_width
 from minicpmv46_jax.scenes.scene import is_held_out, listed
 from minicpmv46_jax.scenes.shapes import CELLS
 from tests.scene_truth import pictures, printed, seen
@@ -121,8 +123,24 @@ def test_a_pair_differs_as_its_answer_says(seed):
             assert turn.answer == ("The first." if len(a.marks) > len(b.marks) else "The second.")
 
 
+@given(SEED)
+@settings(max_examples=40, deadline=None)
+def test_small_print_lies_whole_in_a_slice(seed):
+    """Where the demo model's settings cut: a word, and a shape, is never cut through."""
+    (picture,) = draw(seed, mix={"small print": 1.0}).media
+    rows, columns = slice_grid(picture.height, picture.width, MAX_SLICES, RESOLUTION)
+    for mark in picture.marks:
+        half = text_width(mark.text, mark.size) / 2 if isinstance(mark, Text) else mark.radius
+        left, right = ((mark.x + way * half) * columns // picture.width for way in (-1, 1))
+        top, bottom = (
+            (mark.y + way * (mark.size / 2 if isinstance(mark, Text) else half)) * rows // picture.height for way in (-1, 1)
+        )
+        assert left == right and top == bottom, mark
+
+
 def test_every_kind_comes_in_every_split_and_the_mix_sums_to_one():
-    assert sum(MIX.values()) == pytest.approx(1.0) and MIX.keys() == KINDS.keys()
+    assert sum(MIX.values()) == pytest.approx(1.0) and MIX.keys() | EASY.keys() == KINDS.keys()
+    assert sum(EASY.values()) == pytest.approx(1.0)
     for kind in KINDS:
         groups = {turn.group for seed in range(30) for turn in draw(seed, True, {kind: 1.0}).turns}
         assert groups

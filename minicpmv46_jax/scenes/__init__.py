@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping
 
 from minicpmv46_jax.scenes.calls import call_scene, talk_scene
 from minicpmv46_jax.scenes.picture import Clip, Picture
-from minicpmv46_jax.scenes.reading import letters_scene, lines_scene, signs_scene, small_print_scene, table_scene
+from minicpmv46_jax.scenes.reading import letters_scene, lines_scene, signs_scene, small_print_scene, table_scene, word_scene
 from minicpmv46_jax.scenes.scene import Scene, Turn, exam_turn, messages
 from minicpmv46_jax.scenes.several import clip_scene, pair_scene
 from minicpmv46_jax.scenes.shapes import shape_scene
 
-__all__ = ["KINDS", "MIX", "Clip", "Picture", "Scene", "Turn", "draw", "exam_turn", "messages"]
+__all__ = ["EASY", "KINDS", "MIX", "Clip", "Picture", "Scene", "Turn", "draw", "exam_turn", "messages"]
 
 KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
     "shapes": lambda dice, held_out: shape_scene(dice),
+    "shape": lambda dice, held_out: shape_scene(dice, (1, 1, 2)),
+    "word": word_scene,
     "letters": letters_scene,
     "lines": lines_scene,
     "signs": signs_scene,
@@ -36,17 +38,18 @@ KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
 }
 # How often each kind is drawn. Reading is the hard part; a large picture or a video costs as much as four to seven small ones.
 MIX: dict[str, float] = {
-    "shapes": 0.2,
-    "letters": 0.1,
-    "lines": 0.26,
+    "shapes": 0.24,
+    "letters": 0.07,
+    "lines": 0.2,
     "signs": 0.08,
-    "table": 0.1,
-    "small print": 0.07,
-    "pair": 0.08,
-    "clip": 0.06,
+    "table": 0.07,
+    "small print": 0.09,
+    "pair": 0.11,
+    "clip": 0.09,
     "calls": 0.04,
     "talk": 0.01,
 }
+EASY: dict[str, float] = {"shape": 0.35, "word": 0.45, "letters": 0.2}  # what training begins with
 
 
 def draw(seed: int | str, held_out: bool = False, mix: Mapping[str, float] = MIX) -> Scene:

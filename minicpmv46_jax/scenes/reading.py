@@ -3,14 +3,15 @@
 import random
 import string
 
-from minicpmv46_jax.scenes.picture import COLOURS, INK, Colour, Picture, Rule, Shape, Text, text_width
-from minicpmv46_jax.scenes.scene import Scene, Turn, sentence
+from minicpmv46_jax.scenes.picture import COLOURS, INK, SHAPES, Colour, Picture, Rule, Shape, Text, text_width
+from minicpmv46_jax.scenes.scene import Scene, Turn, article, sentence
 from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground, sometimes_larger
 from minicpmv46_jax.scenes.words import number, word
 
-READABLE = (24, 52)  # sizes of print that a view of its own shows well
+READABLE = (28, 56)  # sizes of print that a view of its own shows well
 LARGE = ((448, 336), (336, 448), (448, 448), (672, 448), (448, 672))  # (width, height): four to six slices
-SMALL_PRINT = (24, 36)  # in a large picture: halved or less in the view of the whole, whole in the slices
+SMALL_PRINT = (26, 40)  # in a large picture: halved or less in the view of the whole, whole in the slices
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 PLACES = ("top", "middle", "bottom")
 DARK = ("red", "green", "blue", "purple", "black")  # colours of print that show on a light ground
 FILLED = ("red", "green", "blue", "purple", "black")  # colours of shapes on which white print shows
@@ -24,7 +25,7 @@ def letters_scene(dice: random.Random, held_out: bool) -> Scene:
     signs = dice.choices(string.ascii_uppercase + string.digits, k=len(cells))
     size = dice.randint(26, 52)
     marks = tuple(
-        _loose(dice, sign, COLOURS[dice.choice(DARK)], _cell_box(cell, width, height), size)
+        _loose(dice, sign, COLOURS[dice.choice(DARK)], _box(cell, 3, 3, width, height), size)
         for cell, sign in zip(cells, signs, strict=True)
     )
     turns = [Turn("letters", "Read the letters.", " ".join(signs))]
@@ -38,11 +39,11 @@ def letters_scene(dice: random.Random, held_out: bool) -> Scene:
 
 
 def lines_scene(dice: random.Random, held_out: bool) -> Scene:
-    """One to five lines of one to three words or numbers."""
+    """One to three lines of one or two words or numbers."""
     width, height = dice.choice(SIZES)
     size = dice.randint(*READABLE)
     lines: list[str] = []
-    for _ in range(dice.randint(1, min(5, height * 2 // (size * 3)))):
+    for _ in range(dice.randint(1, min(3, height * 2 // (size * 3)))):
         line = _line(dice, held_out, width - 16, size)
         lines += [line] if line else []
     lines = lines or [word(dice, held_out, 2, 4)]
@@ -54,9 +55,9 @@ def lines_scene(dice: random.Random, held_out: bool) -> Scene:
 
 
 def _line(dice: random.Random, held_out: bool, width: int, size: int) -> str:
-    """As many of one to three words as fit."""
+    """One or two words, as fit."""
     line = ""
-    for _ in range(dice.choice((1, 1, 1, 2, 3))):
+    for _ in range(dice.choice((1, 1, 1, 2))):
         longer = f"{line} {_printed(dice, held_out)}".strip()
         line = longer if text_width(longer, size) <= width else line
     return line
@@ -78,6 +79,15 @@ def _line_questions(dice: random.Random, lines: list[str]) -> list[Turn]:
         turns.append(Turn("read", f"Read the {which} line.", found))
         turns.append(Turn("count", "How many lines are there?", str(len(lines))))
     return turns
+
+
+def word_scene(dice: random.Random, held_out: bool) -> Scene:
+    """One large word of one to four letters: where reading begins."""
+    width, height = dice.choice(SIZES)
+    text = dice.choice(string.ascii_uppercase + string.digits) if dice.random() < 0.3 else word(dice, held_out, 2, 4)
+    mark = _loose(dice, text, COLOURS[dice.choice(DARK)], (4, 4, width - 4, height - 4), dice.randint(36, 64))
+    question = "Which letter is this?" if len(text) == 1 else "What does it say?"
+    return Scene("word", (Picture(width, height, light_ground(dice), (mark,)),), (Turn("read", question, text),))
 
 
 def signs_scene(dice: random.Random, held_out: bool) -> Scene:
@@ -147,58 +157,49 @@ def table_scene(dice: random.Random, held_out: bool) -> Scene:
 
 
 def small_print_scene(dice: random.Random, held_out: bool) -> Scene:
-    """A large picture with some shapes and, in other cells, words too small for the view of the whole."""
+    """A large picture: in some of its slices words too small for the view of the whole, in others a shape."""
     width, height = dice.choice(LARGE)
-    cells = dice.sample(range(9), dice.randint(2, 5))
-    number_of = dice.randint(1, min(3, len(cells) - 1))
-    marks: list[Shape | Text] = []
-    words: dict[int, str] = {}
-    for cell in sorted(cells[:number_of]):
-        words[cell] = word(dice, held_out, 2, 5) if width // 3 < 100 else word(dice, held_out, 2, 6)
-        marks.append(
-            _loose(
-                dice,
-                words[cell],
-                COLOURS[dice.choice(DARK)],
-                _cell_box(cell, width, height),
-                dice.randint(*SMALL_PRINT),
-                width // 3 - 4,
-            )
-        )
-    shapes = {cell: _shape_in(dice, cell, width, height) for cell in sorted(cells[number_of:])}
-    marks += shapes.values()
+    columns, rows = (3 if side > 448 else 2 for side in (width, height))
+    cells = dice.sample(range(columns * rows), dice.randint(2, 4))
+    words = {cell: word(dice, held_out, 2, 6) for cell in sorted(cells[: dice.randint(1, min(3, len(cells) - 1))])}
+    names = {cell: _slice_name(cell, columns, rows) for cell in cells}
+    boxes = {cell: _box(cell, columns, rows, width, height) for cell in cells}
+    shapes = {cell: _shape_in(dice, boxes[cell]) for cell in sorted(set(cells) - set(words))}
+    marks: list[Shape | Text] = list(shapes.values())
+    for cell, text in words.items():
+        marks.append(_loose(dice, text, COLOURS[dice.choice(DARK)], boxes[cell], dice.randint(*SMALL_PRINT)))
     asked = ("What does it say?", "Read the small print.", "What is written here?")
     turns = [Turn("slices", dice.choice(asked), "\n".join(words.values()))]
-    cell = dice.choice(list(words))
-    turns.append(Turn("slices", f"What is written at the {CELLS[cell]}?", words[cell]))
+    turns += [Turn("slices", f"What is written at the {names[cell]}?", text) for cell, text in words.items()]
     cell = dice.choice(list(shapes))
-    turns.append(
-        Turn(
-            "where",
-            f"What is at the {CELLS[cell]}?",
-            sentence(f"{'an' if shapes[cell].name[0] in 'aeio' else 'a'} {shapes[cell].name}"),
-        )
-    )
+    turns.append(Turn("where", f"What is at the {names[cell]}?", sentence(article(shapes[cell].name))))
     turns.append(Turn("count", "How many shapes are there?", str(len(shapes))))
     return Scene("small print", (Picture(width, height, light_ground(dice), tuple(marks)),), tuple(turns))
 
 
-def _shape_in(dice: random.Random, cell: int, width: int, height: int) -> Shape:
-    left, top, right, bottom = _cell_box(cell, width, height)
-    radius = min(right - left, bottom - top) * dice.randint(24, 42) // 100
-    colour, kind = dice.choice(list(COLOURS)), dice.choice(("circle", "square", "triangle", "star", "cross", "diamond"))
+def _slice_name(cell: int, columns: int, rows: int) -> str:
+    """Such as "bottom left": the name of the ninth of the picture where the slice's middle lies."""
+    row, column = divmod(cell, columns)
+    return CELLS[(2 * row + 1) * 3 // (2 * rows) * 3 + (2 * column + 1) * 3 // (2 * columns)]
+
+
+def _shape_in(dice: random.Random, box: Box) -> Shape:
+    left, top, right, bottom = box
+    radius = min(right - left, bottom - top) * dice.randint(16, 34) // 100
+    colour, kind = dice.choice(list(COLOURS)), dice.choice(SHAPES)
     return Shape(kind, colour, (left + right) // 2, (top + bottom) // 2, radius)
 
 
-def _cell_box(cell: int, width: int, height: int) -> tuple[int, int, int, int]:
-    row, column = divmod(cell, 3)
-    return column * width // 3, row * height // 3, (column + 1) * width // 3, (row + 1) * height // 3
+def _box(cell: int, columns: int, rows: int, width: int, height: int) -> Box:
+    """(left, top, right, bottom) of a cell of a picture's grid."""
+    row, column = divmod(cell, columns)
+    return column * width // columns, row * height // rows, (column + 1) * width // columns, (row + 1) * height // rows
 
 
-def _loose(dice: random.Random, text: str, ink: Colour, box: tuple[int, int, int, int], size: int, most: int = 0) -> Text:
+def _loose(dice: random.Random, text: str, ink: Colour, box: Box, size: int) -> Text:
     """A line somewhere in (left, top, right, bottom), smaller where it would not fit."""
     left, top, right, bottom = box
-    while text_width(text, size) > (most or right - left - 4) and size > 12:
+    while text_width(text, size) > right - left - 4 and size > 12:
         size -= 1
     half_width, half_height = text_width(text, size) // 2 + 2, size // 2 + 2
     x = dice.randint(left + half_width, max(right - half_width, left + half_width))

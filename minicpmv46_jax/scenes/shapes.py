@@ -1,21 +1,22 @@
 """Shapes on a plain ground: what, which colour, where, how many, how they lie to each other."""
 
 import random
+from collections.abc import Sequence
 
 from minicpmv46_jax.scenes.picture import COLOURS, SHAPES, Colour, Picture, Shape
 from minicpmv46_jax.scenes.scene import Scene, Turn, article, listed, sentence
 
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 SIZES = ((224, 224), (224, 224), (280, 168), (168, 280))  # (width, height): each is one view, and none is resized
-MOST = 7
-LARGER = 0.15  # of the pictures are not of their view's size
+NUMBERS = (1, 1, 2, 2, 3, 3, 4, 5, 6, 7)
+LARGER = 0.1  # of the pictures are not of their view's size
 PLURALS = {"cross": "crosses"}
 
 
-def shape_scene(dice: random.Random) -> Scene:
-    """One to seven shapes, and all questions about them."""
+def shape_scene(dice: random.Random, numbers: Sequence[int] = NUMBERS) -> Scene:
+    """So many shapes as one of `numbers`, and all questions about them."""
     width, height = dice.choice(SIZES)
-    shapes = scatter(dice, dice.choice((1, 1, 2, 2, 3, 3, 4, 5, 6, MOST)), width, height)
+    shapes = scatter(dice, dice.choice(numbers), width, height)
     picture = Picture(width, height, light_ground(dice), tuple(shapes))
     return Scene("shapes", (sometimes_larger(dice, picture),), tuple(questions(dice, shapes, width, height)))
 
