@@ -70,6 +70,11 @@ class Flight:
     decoded: Sampled | None
 
     @property
+    def begins(self) -> bool:
+        """Whether answers begin in it and none goes on."""
+        return self.started is not None and self.decoded is None
+
+    @property
     def requests(self) -> list[Request]:
         """All that take part."""
         return [*(piece.request for piece in self.plan.pieces), *self.plan.rows]
@@ -224,6 +229,14 @@ class Engine(Desk):
         for request in self.scheduler.admit(time.monotonic()):
             self._end(self._answers[request], EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
         previous, self._flight, plan = self._flight, None, None
+        if previous is not None and previous.begins and not self.scheduler.reading:
+            # Nothing is queued on the device behind these first tokens, and nobody waits to be read: they go out first.
+            try:
+                self._receive(previous)
+            except Exception as error:
+                self._recover(error, previous.requests, None)
+                return
+            previous = None
         try:
             self._restore()
             self._encode()
