@@ -12,6 +12,7 @@ import pytest
 
 from kernels_pallas import gated_delta
 from kernels_pallas.backends import CHIPS, device_kind
+from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
@@ -179,3 +180,55 @@ def test_windows(rng):
     found = window_attention(q, k, v, window=4, backend="gpu")
     expected = window_attention(*(x.astype(jnp.float32) for x in (q, k, v)), window=4, backend="reference")
     assert relative_rms(found, expected) < PACKED_ATTENTION["gpu bfloat16"]
+
+
+def sequences(rng, rows, tokens):
+    """Which sequence each token belongs to: of every length from one token up, seams anywhere."""
+    edges = rng.random((rows, tokens)) < rng.choice([0.002, 0.02, 0.5], (rows, 1))
+    return jnp.asarray(np.cumsum(edges, axis=1), jnp.int32)
+
+
+def with_gradients(run, inputs, cotangent):
+    """The result and the gradient of every input."""
+    out, pull = jax.vjp(run, *inputs)
+    return jax.tree.leaves((out, pull(cotangent.astype(out.dtype))))
+
+
+def in_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+@pytest.mark.parametrize("tokens", [1000, 4096])
+def test_causal_attention_and_its_gradients(rng, tokens):
+    rows, inputs = 2, [normal(rng, 2, tokens, heads, 256) for heads in (8, 2, 2)]
+    segments, cotangent = sequences(rng, rows, tokens), normal(rng, rows, tokens, 8, 256)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def run(inputs, cotangent, backend):
+        return with_gradients(functools.partial(causal_attention, segments=segments, backend=backend), inputs, cotangent)
+
+    out, *gradients = run(inputs, cotangent, "gpu")
+    expected, *targets = run(in_float32(inputs), in_float32(cotangent), "reference")
+    assert relative_rms(out, expected) < PACKED_ATTENTION["gpu bfloat16"]
+    for found, target in zip(gradients, targets, strict=True):
+        assert relative_rms(found, target) < PACKED_ATTENTION["gpu bfloat16 gradient"]
+
+
+@pytest.mark.parametrize("decay", truth.DECAYS)
+def test_the_packed_rule_and_its_gradients(rng, decay):
+    """No further from the rule in float32 than plain XLA is, whose operands are bfloat16 too."""
+    rows, tokens = 2, 1024
+    case = truth.draw(rng, [rows * tokens], heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16, gaps=False)
+    inputs = *(x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b)), case.layer
+    segments, cotangent = sequences(rng, rows, tokens), normal(rng, rows, tokens, 2, 128)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def run(inputs, cotangent, backend):
+        def packed(*inputs):
+            return gated_delta.packed(*inputs, segments, 128, 128, backend=backend)
+
+        return with_gradients(packed, inputs, cotangent)
+
+    exact = run(in_float32(inputs), in_float32(cotangent), "reference")
+    for found, plain, target in zip(*(run(inputs, cotangent, name) for name in ("gpu", "reference")), exact, strict=True):
+        assert relative_rms(found, target) < max(1.5 * relative_rms(plain, target), GATED_DELTA["gpu bfloat16"])

@@ -63,6 +63,7 @@ def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) 
         z_loss=settings.run.z_loss,
         remat=settings.run.remat,
         scan_layers=settings.run.scan_layers,
+        backend=settings.run.backend or None,
         scale=settings.lora.scale if settings.lora else 1.0,
         mesh=mesh,
     )
