@@ -23,7 +23,7 @@ log = logging.getLogger("serve")
 THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
 FORGOTTEN_S = 30 * 24 * 3600  # after which what no start has used is deleted: 170 MB for each version and size of the model
-SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code decides what is compiled
+SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code, and tuning.json, decide what is compiled
 
 
 class Store:
@@ -43,7 +43,8 @@ class Store:
         settings = sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
         said = hashlib.sha256(repr((machine, flags, settings, depends)).encode())
         top = Path(__file__).parent.parent
-        for path in sorted(path for source in SOURCES for path in (top / source).rglob("*.py")):
+        files = (path for source in SOURCES for path in (top / source).rglob("*") if path.suffix in (".py", ".json"))
+        for path in sorted(files):
             said.update(path.read_bytes())
         self._folder = folder / said.hexdigest()[:16]
         if self._folder.is_dir():
