@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 def _quiet() -> None:
     """Keeps Orbax from printing a failed write 30 times over, with tracebacks: the exception says it once.
 
-    It talks in absl's log, in asyncio's, which tells of other failed writes that nobody asked about, and by writes that end after the
-    failed one, to find its event loop closed.
+    It talks in absl's log; in asyncio's, which tells of other failed writes that nobody asked about; and by writes that end after
+    the failed one, to find its event loop closed.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
