@@ -70,15 +70,15 @@ class Store:
         """Keeps a function; one that cannot be kept is compiled again next time."""
         try:
             serialized, *trees = serialize_executable.serialize(compiled)
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            # Trees of numbers stand for their structures, which cannot be pickled themselves.
+            examples = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._folder) as beside:
+                written = Path(beside, "program")
+                written.write_bytes(pickle.dumps((serialized, *examples)))
+                os.replace(written, self._path(key))
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError, OSError) as error:  # the last: no room, no right
             log.warning("%s is not kept: %s", key, error)
-            return
-        # Trees of numbers stand for their structures, which cannot be pickled themselves.
-        examples = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as beside:
-            pickle.dump((serialized, *examples), beside)
-        os.replace(beside.name, self._path(key))
 
     def _path(self, key: Hashable) -> Path:
         return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pickle"

@@ -121,8 +121,8 @@ def load(address: str, requests: int, arguments: tuple[str, ...], form: Path) ->
     """`serve.bench`'s numbers, with the engine's own: steps, and the host's milliseconds in each."""
     before = _counters(address)
     given = [str(form) if argument == "FORM" else argument for argument in arguments]
-    arguments = bench.parser().parse_args(["--url", address, "--requests", str(requests), *given])
-    numbers, results = asyncio.run(bench.bench(arguments))
+    asked = bench.parser().parse_args(["--url", address, "--requests", str(requests), *given])
+    numbers, results = asyncio.run(bench.bench(asked))
     for error in sorted({result.error for result in results if result.error is not None})[:3]:
         print(f"error: {error}", file=sys.stderr)
     steps, host = (after - start for after, start in zip(_counters(address), before, strict=True))

@@ -73,6 +73,14 @@ def test_nothing_half_written_is_left(tmp_path):
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".pickle"]
 
 
+def test_a_folder_that_cannot_be_written_costs_no_start(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level(logging.WARNING):
+        made, compiled = programs(Store(tmp_path / "file"))
+    assert compiled == 1 and len(made) == 1
+    assert "('step', 3) is not kept" in caplog.text
+
+
 def test_what_no_start_has_used_for_long_is_deleted(tmp_path):
     programs(Store(tmp_path, "an old model"))
     (old,) = tmp_path.iterdir()

@@ -37,7 +37,7 @@ def paged_attention(
       starts, lengths: may leave gaps and may be empty, must not overlap.
       contexts: tokens of each sequence, its queries counted in.
       longest: static bound of `lengths`; 1 in decoding.
-      backend: "reference", "tpu", or None for the fastest that serves these arguments here.
+      backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In q's dtype; zeros for queries of no sequence.

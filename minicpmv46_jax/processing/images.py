@@ -35,6 +35,9 @@ FORMATS = tuple(
 Resize = Callable[[np.ndarray, int, int], np.ndarray]
 """(uint8 [height, width, 3], new height, new width) -> uint8 [new height, new width, 3]."""
 
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom."""
+
 
 class Crop(NamedTuple):
     """One view before it has a place in a prompt. pixels: uint8 [h*w, 3*patch*patch]; grid: (h, w) in patches."""
@@ -140,9 +143,6 @@ def resize_pillow(picture: np.ndarray, new_height: int, new_width: int) -> np.nd
     wide = _in_bands(image, (new_width, height), rows)
     columns = [((start, 0, end, height), (start, 0, end, new_height)) for start, end in _bands(new_width)]
     return np.asarray(_in_bands(wide, (new_width, new_height), columns))
-
-
-Box = tuple[int, int, int, int]
 
 
 def _in_bands(image: Image.Image, size: tuple[int, int], bands: list[tuple[Box, Box]]) -> Image.Image:
