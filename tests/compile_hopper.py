@@ -4,18 +4,16 @@
 `candidates` it compiles the kernels with every cut that the tuner may choose.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
-os.environ.update(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=tempfile.mkdtemp())
+os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", MOSAIC_GPU_DUMP_PTXAS="1")
 
 import jax
 import jax.numpy as jnp
@@ -150,20 +148,31 @@ def training() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
     yield "causal attention, gradients", attend, (queries, keys, keys, segments, queries), ()
 
 
-def assembled(dump: Path) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of each kernel dumped, by its name."""
-    ptxas = next(Path(jax.__file__).parent.parent.glob("nvidia/*/bin/ptxas"))
+def assembled(said: str) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of each kernel from what ptxas says of all; the most, where kernels share a name."""
+    kernel = r"Function properties for (\w+)_mosaic_gpu_kernel\s.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     found = {}
-    for ptx in sorted(dump.glob("*.ptx")):
-        said = subprocess.run(
-            [ptxas, "-v", "-arch=sm_90a", ptx, "-o", os.devnull], capture_output=True, text=True, check=True
-        ).stderr
-        registers, spilled = (
-            int(re.search(pattern, said)[1]) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
-        )
-        found[re.sub(r"_\d+$", "", ptx.stem)] = {"registers": registers, "spilled bytes": spilled}
-        ptx.unlink()
+    for name, spilled, registers in sorted(re.findall(kernel, said, re.DOTALL)):
+        before = found.get(name, {"registers": 0, "spilled bytes": 0})
+        found[name] = {
+            "registers": max(before["registers"], int(registers)),
+            "spilled bytes": max(before["spilled bytes"], int(spilled)),
+        }
     return found
+
+
+@contextlib.contextmanager
+def overheard() -> Iterator[Callable[[], str]]:
+    """Inside, what the process and its libraries write to standard output is kept; the function given tells it."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield lambda: os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
+        finally:
+            os.dup2(own, 1)
+            os.close(own)
 
 
 def compiled(function: Callable, arguments: tuple, donated: tuple[int, ...]) -> jax.stages.Compiled:
@@ -182,16 +191,19 @@ def candidates() -> None:
             kernels = {other.kernel: [cut if other is tuned else other.candidates[-1]] for other in ours}
             with tuning.using({"gpu": {"any": kernels}}):
                 jax.clear_caches()
-                compiled(*by_name[TUNED_IN[tuned.kernel]])
+                with overheard():
+                    compiled(*by_name[TUNED_IN[tuned.kernel]])
             print(tuned.kernel, cut, flush=True)
 
 
 def main() -> None:
     found = {"jax": jax.__version__, "programs": {}}
     for name, *program in programs():
-        memory = compiled(*program).memory_analysis()
+        with overheard() as said:
+            memory = compiled(*program).memory_analysis()
+            kernels = assembled(said())
         figures = {"temporary bytes": memory.temp_size_in_bytes, "donated bytes": memory.alias_size_in_bytes}
-        found["programs"][name] = figures | assembled(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+        found["programs"][name] = figures | kernels
     json.dump(found, sys.stdout, indent=2)
 
 
