@@ -1,4 +1,4 @@
-"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside fla fla-layer torch cudnn] [--json FILE]`.
+"""How fast the kernels are: `python -m kernels_pallas.bench [--only NAME] [--beside LIBRARY ...] [--json FILE]`.
 
 For every shape of every operation's table: microseconds on the device (all its kernels, as the profiler sees them), GB/s
 of the bytes that must move at least, TFLOP/s of the work that must be done at least, and the larger share of a limit, measured on
@@ -26,6 +26,7 @@ RIVALS = {  # modules that measure another library, in a process of their own: t
     "fla-layer": ("kernels_pallas.gated_delta.rivals",),
     "torch": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.paged_attention.rivals"),
     "cudnn": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.causal_attention.rivals"),
+    "cudnn-padded": ("kernels_pallas.packed_attention.rivals",),
 }
 CALLS = 10  # a measurement: the mean of so many calls on the device
 

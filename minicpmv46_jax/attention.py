@@ -42,8 +42,7 @@ class Attention(nnx.Module):
         q, gate = jnp.split(self.q_proj(x).reshape(T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
         k = self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
-        q = rotate(self.q_norm(q), positions, c.rotary_dim, c.rope_theta)
-        k = rotate(self.k_norm(k), positions, c.rotary_dim, c.rope_theta)
+        q, k = self.turned(q, k, positions)
         if isinstance(batch, Whole):
             out = causal(q, k, v, batch.lengths.shape[0])
         elif isinstance(batch, Packed):
@@ -53,6 +52,13 @@ class Attention(nnx.Module):
             state = write(state, k, v, positions, batch.pages(T))
             out = self.remembered(q, state, batch)
         return self.o_proj((out * jax.nn.sigmoid(gate)).reshape(T, -1)), state
+
+    def turned(
+        self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], positions: Int32[Array, " T"]
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"]]:
+        """Queries and keys with their norms and their places."""
+        place = positions, self.config.rotary_dim, self.config.rope_theta
+        return rotate(self.q_norm(q), *place), rotate(self.k_norm(k), *place)
 
     def remembered(self, q: Float[Array, "T N H"], state: KeyValues, batch: Chunks | Rows) -> Float[Array, "T N H"]:
         """Each query over all of its sequence so far."""

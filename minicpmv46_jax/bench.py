@@ -17,14 +17,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from kernels_pallas.bench import kernels, limits
+from kernels_pallas.bench import device_microseconds, kernels, limits
+from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax import checkpoint, model, packing
-from minicpmv46_jax.config import GenerationConfig, ModelConfig, VisionConfig
+from minicpmv46_jax.attention import Attention, write
+from minicpmv46_jax.config import GenerationConfig, ModelConfig, TextConfig, VisionConfig
 from minicpmv46_jax.generate import Generator
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.packing import MERGES
 from minicpmv46_jax.processing import Inputs, View
+from minicpmv46_jax.state import KeyValues
 
 PHOTO = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 picture: its source view and 2 x 3 slices
 
@@ -106,6 +110,34 @@ def encode_many(generator: Generator, pictures: int) -> float:
     return seconds(lambda: encode(generator.params["vision"], packed))
 
 
+def beside_attention(config: TextConfig, tokens: int, dtype: jnp.dtype) -> float:
+    """Device microseconds of what a layer does beside its paged attention: the norms, rotary, and the writing of pages.
+
+    It bounds what doing any of it inside the kernel could save.
+    """
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Attention(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, dtype), shapes)
+    projected = (N, 2 * H), (K, H), (K, H)
+    q, k, v = (jax.random.normal(jax.random.key(0), (tokens, *shape), dtype) for shape in projected)
+    empty = jnp.zeros((-(-tokens // PAGE), PAGE, K * H), dtype)
+    places = jnp.arange(tokens, dtype=jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, state: KeyValues) -> tuple[jax.Array, KeyValues]:
+        q, k = nnx.merge(graph, params).turned(q[..., :H], k, places)
+        return q, write(state, k, v, places, places // PAGE)
+
+    state = KeyValues(empty, empty + 0)
+
+    def call() -> jax.Array:
+        nonlocal state
+        turned, state = run(q, k, v, state)
+        return turned
+
+    return device_microseconds(call)
+
+
 def print_kernels(what: str, run: Callable[[], object], parts: int) -> None:
     """The device's kernels of one of `parts` equal parts of the run: how often each ran, how long all of them took."""
     times = collections.defaultdict(list)
@@ -153,6 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not on_cpu:
         many = encode_many(generator, 16)
         rows.append(("tower, 16 of them in one pass", many * 1e3, "ms", f"{16 * flops / many / rate:.0%} of the matrix rate"))
+        for tokens in (100, 2048):
+            name, us = f"beside paged attention, {tokens:,} tokens", beside_attention(config.text, tokens, dtype)
+            rows.append((name, us / 1e3, "ms", "norms, rotary and page writes of one layer"))
     first, _ = decode_seconds(generator, inputs, tokens=2)
     rows.append(("picture and 128 tokens: first token", first * 1e3, "ms", "decoding and slicing of the file not counted"))
     for name, value, unit, note in rows:

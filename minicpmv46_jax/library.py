@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from minicpmv46_jax import checkpoint
+from minicpmv46_jax import checkpoint, model
 from minicpmv46_jax.config import GenerationConfig, ModelConfig
 from minicpmv46_jax.detokenize import Detokenizer
 from minicpmv46_jax.generate import Generator, Token
@@ -94,15 +95,8 @@ class MiniCPMV:
         Raises:
           ValueError: in one line, naming what is missing, unknown or broken.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        folder = checkpoint.resolve(source, revision)
-        config = ModelConfig.from_folder(folder)
-        generation_config = GenerationConfig.from_folder(folder)
-        with ThreadPoolExecutor(1) as beside:  # the tokenizer takes about as long as the weights
-            processor = beside.submit(Processor.from_folder, folder, fetch=fetch)
-            params = checkpoint.load_params(folder, config, None if dtype is None else DTYPES[dtype], progress)
-        return cls(config, generation_config, params, processor.result(), folder, backend)
+        with Loading(source, dtype, revision, fetch, progress) as loading:
+            return loading.model(backend)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
         """Token ids, pictures and their places for a conversation.
@@ -160,6 +154,57 @@ class MiniCPMV:
         generation = self.options(**{name: value for name, value in options.items() if name in _GENERATION_OPTIONS})
         inputs = self.process(messages, **{name: value for name, value in options.items() if name in _PROCESS_OPTIONS})
         return inputs, generation
+
+
+class Loading:
+    """A checkpoint on its way to the device, in threads of its own; what it is, is known at once. Leaving its context stops them.
+
+    Arguments and errors as of `MiniCPMV.from_pretrained`.
+
+    Attributes:
+      config: what config.json says.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        dtype: str | None = None,
+        revision: str | None = None,
+        fetch: Fetch = fetch,
+        progress: bool = False,
+    ):
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        self._folder = folder = checkpoint.resolve(source, revision)
+        self.config = ModelConfig.from_folder(folder)
+        self._generation_config = GenerationConfig.from_folder(folder)
+        self._stopped = threading.Event()
+        threads = ThreadPoolExecutor(2, thread_name_prefix="load")  # the tokenizer takes about as long as the weights
+        wanted = None if dtype is None else DTYPES[dtype]
+        self._processor = threads.submit(Processor.from_folder, folder, fetch=fetch)
+        model.parameter_shapes(self.config)  # kept; not to be made in two threads at once
+        self._params = threads.submit(checkpoint.load_params, folder, self.config, wanted, progress, self._stopped)
+        threads.shutdown(wait=False)
+
+    def __enter__(self) -> "Loading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Raises what is wrong with the checkpoint, as far as is known by now."""
+        for part in self._processor, self._params:
+            if part.done():
+                part.result()
+
+    def model(self, backend: str | None = None) -> MiniCPMV:
+        """Waits until all of it is there."""
+        done, _ = wait((self._processor, self._params), return_when=FIRST_EXCEPTION)
+        for part in done:
+            part.result()
+        parts = self._params.result(), self._processor.result()
+        return MiniCPMV(self.config, self._generation_config, *parts, self._folder, backend)
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: frozenset[str]) -> None:

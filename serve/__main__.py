@@ -126,12 +126,12 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     source = startup.demo_checkpoint(cache) if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    model = startup.load(source, args.revision, dtype, media_fetcher(args))
-    model.processor.max_pixels = args.max_pixels
-    model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
     policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
-    engine = startup.make_engine(model, platform, args.memory_fraction, wishes, policy, cache)
+    checkpoint = source, args.revision, dtype, media_fetcher(args)
+    model, engine = startup.start(*checkpoint, platform, args.memory_fraction, wishes, policy, cache)
+    model.processor.max_pixels = args.max_pixels
+    model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
     media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
     fields |= {"media_limits": media_limits, "restore_newlines": args.restore_newlines}

@@ -7,7 +7,7 @@ Glossary: T tokens, Q prompts of a reading step, B rows of a decoding step, M pa
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from minicpmv46_jax import model, packing
+from minicpmv46_jax import MiniCPMV, model, packing
 from minicpmv46_jax.batch import Chunks, dropped
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.decoding import (
@@ -83,25 +83,44 @@ class Copy:
 
 
 class Device:
-    """State and steps.
+    """State and steps: made for a model's shapes, `compile`d, and then given the parameters themselves by `load`.
 
     Args:
-      config, params: the model.
+      config: the model.
+      shapes: of its parameters; arrays will do.
       sizes: how much of everything there is.
       backend: as in `model.schema`.
       store: where compiled steps are kept, if anywhere.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, sizes: Sizes, backend: str | None = None, store: Store | None = None):
-        self.config, self.params, self.sizes = config, params, sizes
-        self.dtype = params["text"]["embed"]["weight"].dtype
+    def __init__(self, config: ModelConfig, shapes: Params, sizes: Sizes, backend: str | None = None, store: Store | None = None):
+        self.config, self.params, self.sizes = config, shapes, sizes
+        self.dtype = shapes["text"]["embed"]["weight"].dtype
         self._graph = model.schema(config, backend)
         self._pages = pages_of(sizes.longest)
         self._everything: dict[int, UInt32[Array, "Q W"]] = {}  # a mask for each number of prompts that are read
         self._programs = Programs(store)
 
-    def compile(self, show: bool = False) -> int:
-        """Compiles every step for every bucket, and makes the state; returns how many programs there are."""
+    @classmethod
+    def of(cls, model: MiniCPMV, sizes: Sizes, backend: str | None = None, store: Store | None = None) -> "Device":
+        """One that is ready."""
+        device = cls(model.config, model.params, sizes, backend, store)
+        device.compile()
+        device.load(model.params)
+        return device
+
+    @property
+    def programs(self) -> int:
+        """How many there are."""
+        return len(self._programs)
+
+    def load(self, params: Params) -> None:
+        """Takes the parameters, and is ready."""
+        self.params = params
+        self._warm_up()
+
+    def compile(self, show: bool = False, check: Callable[[], None] = lambda: None) -> None:
+        """Compiles every step for every bucket, and makes the state; `show` and `check` as for `Programs.compile`."""
         self._add_new()
         self._programs.compile(show=False)
         self.reset()
@@ -112,9 +131,7 @@ class Device:
         self._add_chooses()
         if self.sizes.snapshots:
             self._add_copies()
-        self._programs.compile(show)
-        self._warm_up()
-        return len(self._programs)
+        self._programs.compile(show, check)
 
     def reset(self) -> None:
         """Empty state, whatever became of the one before."""

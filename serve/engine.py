@@ -35,9 +35,8 @@ from serve.masks import Masks
 from serve.metrics import Metrics
 from serve.pages import Pages, Slots
 from serve.prefix import Node, PrefixCache
-from serve.programs import Compilations, Store
+from serve.programs import Compilations
 from serve.scheduler import Limits, Piece, Plan, Request, Scheduler
-from serve.sizes import Sizes
 from serve.work import Picture, Work, prepare
 
 log = logging.getLogger("serve")
@@ -92,30 +91,17 @@ class Engine(Desk):
     """A model that answers many requests at once.
 
     Args:
-      model: its parameters, its detokenizer.
-      sizes: what the device has room for.
+      model: its detokenizer is used here.
+      device: the steps over its parameters, ready.
       policy: whom to take on.
-      show: draw a bar while the steps are compiled.
-      backend: as in `model.schema`.
-      store: where compiled steps are kept, if anywhere.
     """
 
-    def __init__(
-        self,
-        model: MiniCPMV,
-        sizes: Sizes,
-        policy: Policy | None = None,
-        *,
-        show: bool = False,
-        backend: str | None = None,
-        store: Store | None = None,
-    ):
+    def __init__(self, model: MiniCPMV, device: Device, policy: Policy | None = None):
         self.policy = policy or Policy()
+        self.sizes = sizes = device.sizes
         super().__init__(sizes.running + self.policy.max_waiting)
-        self.sizes = sizes
-        self._model = model
-        self._device = Device(model.config, model.params, sizes, backend, store)
-        self.programs = self._device.compile(show)
+        self._model, self._device = model, device
+        self.programs = device.programs
         self.compilations = Compilations()
         self.features = FeatureCache(sizes.features)
         self.pages, self.slots = Pages(sizes.pages), Slots(sizes.running)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ log = logging.getLogger("serve")
 
 THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
+CHECK_S = 0.5  # how often somebody else's mistake is looked for while programs are compiled
 FORGOTTEN_S = 30 * 24 * 3600  # after which what no start has used is deleted: 170 MB for each version and size of the model
 SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code, and tuning.json, decide what is compiled
 
@@ -104,20 +105,38 @@ class Programs:
         self._added[key] = functools.partial(jax.jit(function, donate_argnums=donate).lower, *arguments)
         self._alike[key] = key if alike is None else alike
 
-    def compile(self, show: bool) -> None:
-        """Loads or compiles what was added, with a bar on a terminal: one is traced while the ones before are compiled."""
-        bar = tqdm(total=len(self._added), desc="compiling", unit="program", disable=None if show else True, leave=False)
-        with bar, ThreadPoolExecutor(THREADS) as pool:
-            kept = {} if self._store is None else dict(zip(self._added, pool.map(self._store.load, self._added), strict=True))
-            self._compiled |= {key: program for key, program in kept.items() if program is not None}
-            bar.update(len(self._added) - len(missing := [key for key in self._added if key not in self._compiled]))
-            firsts = {self._alike[key]: key for key in reversed(missing)}
-            jobs: dict[Hashable, Future] = {}
-            for key in sorted(missing, key=lambda key: firsts[self._alike[key]] != key):  # the firsts first
-                jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._alike[key]]))
-                jobs[key].add_done_callback(lambda _: bar.update())
-            self._compiled |= {key: job.result() for key, job in jobs.items()}
+    def compile(self, show: bool, check: Callable[[], None] = lambda: None) -> None:
+        """Loads or compiles what was added, with a bar on a terminal: one is traced while the ones before are compiled.
+
+        `check` is called now and then; what it raises ends it, and nobody waits for what is being compiled.
+        """
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile")
+        try:
+            with tqdm(
+                total=len(self._added), desc="compiling", unit="program", disable=None if show else True, leave=False
+            ) as bar:
+                self._compile(pool, bar, check)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         self._added.clear()
+
+    def _compile(self, pool: ThreadPoolExecutor, bar: tqdm, check: Callable[[], None]) -> None:
+        kept = {} if self._store is None else dict(zip(self._added, pool.map(self._store.load, self._added), strict=True))
+        self._compiled |= {key: program for key, program in kept.items() if program is not None}
+        bar.update(len(self._added) - len(missing := [key for key in self._added if key not in self._compiled]))
+        firsts = {self._alike[key]: key for key in reversed(missing)}
+        jobs: dict[Hashable, Future] = {}
+        for key in sorted(missing, key=lambda key: firsts[self._alike[key]] != key):  # the firsts first
+            check()
+            jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._alike[key]]))
+            jobs[key].add_done_callback(lambda _: bar.update())
+        waiting = set(jobs.values())
+        while waiting:
+            check()
+            done, waiting = wait(waiting, CHECK_S, FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+        self._compiled |= {key: job.result() for key, job in jobs.items()}
 
     def _finish(self, key: Hashable, lowered: jax.stages.Lowered, behind: Future | None) -> jax.stages.Compiled:
         if behind is not None:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -18,11 +18,15 @@ import jax
 import convert.demo
 import minicpmv46_jax
 from minicpmv46_jax import MiniCPMV
+from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.library import DTYPES, Loading
+from minicpmv46_jax.model import Params, parameter_shapes
 from minicpmv46_jax.processing import Fetch
+from serve.device import Device
 from serve.engine import Engine, Policy
 from serve.pages import PAGE
 from serve.programs import Store
-from serve.sizes import ACCELERATOR, CPU, MAX_RUNNING, MAX_RUNNING_CPU, Wishes, fit, working_bytes
+from serve.sizes import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, Wishes, fit, working_bytes
 
 MEMORY_FRACTION = 0.9  # of a device's memory
 CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose memory is others' too
@@ -111,21 +115,55 @@ def _fingerprint() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
 
 
-def load(source: str | Path, revision: str | None, dtype: str, fetch: Fetch) -> MiniCPMV:
-    """A checkpoint on the device. Raises ValueError for what is wrong with it."""
-    with step(f"loading {source} in {dtype}"), _fitting():
-        model = MiniCPMV.from_pretrained(source, dtype=dtype, revision=revision, fetch=fetch, progress=True)
-        jax.block_until_ready(model.params)
-    return model
+def start(
+    source: str | Path,
+    revision: str | None,
+    dtype: str,
+    fetch: Fetch,
+    platform: str,
+    fraction: float,
+    wishes: Wishes,
+    policy: Policy,
+    cache: Path,
+) -> tuple[MiniCPMV, Engine]:
+    """A checkpoint on the device, and an engine over it: its steps are compiled while its parameters are loaded.
+
+    Raises ValueError for what is wrong with the checkpoint, or if the device has no room for it.
+    """
+    with Loading(source, dtype, revision, fetch, progress=True) as loading:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), parameter_shapes(loading.config))
+        memory = free_memory(platform, fraction)
+        if platform != "cpu":
+            needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+            if needed >= memory:
+                sizes = f"{needed / GIB:.2f} GiB in {dtype}, and {jax.devices()[0]} has {memory / GIB:.2f} GiB free"
+                raise ValueError(f"the parameters of {source} take {sizes}; bfloat16 needs half of float32")
+            memory -= needed
+        device = _device(loading.config, shapes, platform, memory, wishes, cache)
+        with step(f"loading {source} in {dtype}, compiling (kept for the next start)") as told, _fitting():
+            device.compile(show=True, check=loading.check)
+            told("compiled")
+            model = loading.model()
+            device.load(jax.block_until_ready(model.params))
+    return model, Engine(model, device, policy)
 
 
 def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes, policy: Policy, cache: Path) -> Engine:
-    """The engine, every step compiled or found in `cache`. Raises ValueError if the device has no room for a conversation."""
+    """An engine over a model that is loaded, every step compiled or found in `cache`. Raises ValueError as `start`."""
+    device = _device(model.config, model.params, platform, free_memory(platform, fraction), wishes, cache)
+    with step("compiling (kept for the next start)"), _fitting():
+        device.compile(show=True)
+        device.load(model.params)
+    return Engine(model, device, policy)
+
+
+def _device(config: ModelConfig, shapes: Params, platform: str, memory: int, wishes: Wishes, cache: Path) -> Device:
+    """Steps of the size that fits into so many bytes beside the parameters."""
     cpu = platform == "cpu"
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
-    itemsize = model.params["text"]["embed"]["weight"].dtype.itemsize
-    memory = free_memory(platform, fraction) - (0 if cpu else working_bytes(model.config.vision, buckets))
-    sizes, lines = fit(model.config.text, itemsize, memory, wishes, buckets, default)
+    itemsize = shapes["text"]["embed"]["weight"].dtype.itemsize
+    memory -= 0 if cpu else working_bytes(config.vision, buckets)
+    sizes, lines = fit(config.text, itemsize, memory, wishes, buckets, default)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     print(
         f"room for {sizes.running} answers at once, {sizes.pages * PAGE} tokens of context in all, {sizes.longest} in one, "
@@ -133,13 +171,15 @@ def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes,
         file=sys.stderr,
     )
     # Not on a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared.
-    store = None if cpu else Store(cache / "programs", model.config, sizes, itemsize)
-    with step("compiling (kept for the next start)"), _fitting():
-        return Engine(model, sizes, policy, show=True, store=store)
+    store = None if cpu else Store(cache / "programs", config, sizes, itemsize)
+    return Device(config, shapes, sizes, store=store)
 
 
 def free_memory(platform: str, fraction: float) -> int:
-    """Bytes for the state of conversations: of the device's memory that fraction, less what is in use; on a CPU CPU_MEMORY."""
+    """Bytes for parameters to come and the state of conversations: the device's memory, to that fraction, less what is in use.
+
+    On a CPU CPU_MEMORY, for state alone.
+    """
     statistics = jax.devices()[0].memory_stats()
     if platform == "cpu" or statistics is None:
         return CPU_MEMORY
@@ -160,13 +200,13 @@ def _fitting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def step(what: str) -> Iterator[None]:
-    """Says what goes on, and how long it took."""
+def step(what: str) -> Iterator[Callable[[str], None]]:
+    """Says what goes on, and how long it took; the function given says after how long some part was done."""
     print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
-    start = time.monotonic()
+    start, parts = time.monotonic(), []
     try:
-        yield
+        yield lambda part: parts.append(f" ({part} after {time.monotonic() - start:.1f})")
     except BaseException:
         print(file=sys.stderr, flush=True)  # the error gets a line of its own
         raise
-    print(f"{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    print(f"{time.monotonic() - start:.1f} s{''.join(parts)}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import types
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import huggingface_hub
@@ -149,6 +150,13 @@ def test_load_casts_as_torch_does(demo_folder, config, weights):
 @pytest.mark.parametrize("dtype", ["int8", "float64"])
 def test_load_refuses_a_dtype_parameters_do_not_have(demo_folder, config, dtype):
     assert dtype in refusal(demo_folder, config, dtype=dtype)
+
+
+def test_load_can_be_stopped(demo_folder, config):
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(CancelledError):
+        checkpoint.load_params(demo_folder, config, stopped=stopped)
 
 
 def test_shards_load_as_one_file_does(write, demo_folder, config, weights):

@@ -11,6 +11,7 @@ import pytest
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs, Video
+from serve.device import Device
 from serve.engine import Engine
 from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
@@ -331,7 +332,7 @@ def test_stopping_ends_what_runs_and_what_waits(demo):
         with pytest.raises(EngineStopped):
             engine.reserve()
 
-    with Engine(demo, FEW_PAGES) as engine:
+    with Engine(demo, Device.of(demo, FEW_PAGES)) as engine:
         run(scenario())
 
 

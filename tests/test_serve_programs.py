@@ -1,14 +1,17 @@
 """Compiled functions kept on disk: the same function again without compiling, and never another one."""
 
 import dataclasses
+import itertools
 import logging
 import os
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import serve.programs as programs_module
 from minicpmv46_jax.trees import tree_dataclass
 from serve.programs import Compilations, Programs, Store
 
@@ -111,3 +114,24 @@ def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
     for size in (3, 4):
         assert min(["a", "b", "c"], key=lambda name: order.index((name, size))) == "a"
     assert made["c", 4](jnp.ones(4))[0] == 100
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_somebody_elses_mistake_ends_it(at):
+    calls = itertools.count()
+
+    def check():
+        if next(calls) == at:
+            raise ValueError("a mistake")
+
+    class Slow(Programs):
+        def _finish(self, key, lowered, behind):
+            time.sleep(3 * programs_module.CHECK_S if at == 5 else 0)
+            return super()._finish(key, lowered, behind)
+
+    made = Slow()
+    for key in range(4):
+        made.add(key, lambda x, key=key: x + key, jnp.zeros(3))
+    with pytest.raises(ValueError, match="a mistake"):
+        made.compile(False, check)
+    assert next(calls) == at + 1 and len(made) == 0

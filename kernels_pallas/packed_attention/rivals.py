@@ -1,8 +1,10 @@
 """Other libraries' attention on the same views, for `kernels_pallas.bench --beside`: a process of its own, which prints JSON.
 
-`torch` is PyTorch's variable-length flash attention; `cudnn` is cuDNN's through jax, on the views padded to the longest.
+`torch` is PyTorch's variable-length flash attention; `cudnn` is cuDNN's through jax, on the views padded to the longest and told
+how long each is; `cudnn-padded` is the same untold, so that every view is as long as the longest.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ def torch(lengths: tuple[int, ...]) -> float:
     return microseconds(lambda: varlen_attn(q, k, v, offsets, offsets, max(lengths), max(lengths)))
 
 
-def cudnn(lengths: tuple[int, ...]) -> float:
+def cudnn(lengths: tuple[int, ...], told: bool) -> float:
     """Microseconds of a forward."""
     import jax
     import jax.numpy as jnp
@@ -36,7 +38,8 @@ def cudnn(lengths: tuple[int, ...]) -> float:
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        where = {} if len(set(lengths)) == 1 else {"query_seq_lengths": sizes, "key_value_seq_lengths": sizes}
+        ragged = told and len(set(lengths)) > 1
+        where = {"query_seq_lengths": sizes, "key_value_seq_lengths": sizes} if ragged else {}
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **where)
 
     return device_microseconds(lambda: attend(q, k, v))
@@ -53,5 +56,11 @@ def measured(measure: Callable[[tuple[int, ...]], float], only: str) -> Iterator
                 print(f"{name}: {error}", file=sys.stderr)
 
 
+RIVALS = {
+    "torch": torch,
+    "cudnn": functools.partial(cudnn, told=True),
+    "cudnn-padded": functools.partial(cudnn, told=False),
+}
+
 if __name__ == "__main__":
-    print(json.dumps(dict(measured({"torch": torch, "cudnn": cudnn}[sys.argv[1]], sys.argv[2]))))
+    print(json.dumps(dict(measured(RIVALS[sys.argv[1]], sys.argv[2]))))

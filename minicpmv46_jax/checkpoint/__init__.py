@@ -6,7 +6,9 @@
 Two kinds of folder hold the same tensors: a released one (safetensors) and a converted one (Orbax; see `convert`).
 """
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import jax
@@ -33,7 +35,13 @@ def is_converted(folder: str | Path) -> bool:
     return path.is_file() and manifest.is_manifest(read_json(path))
 
 
-def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None = None, progress: bool = False) -> Params:
+def load_params(
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: DTypeLike | None = None,
+    progress: bool = False,
+    stopped: threading.Event | None = None,
+) -> Params:
     """Every parameter of a released or converted folder, on jax's default device.
 
     Memory peaks at about the parameters and one tensor (of a converted folder: one group of `store.GROUP_BYTES`).
@@ -43,17 +51,22 @@ def load_params(folder: str | Path, config: ModelConfig, dtype: DTypeLike | None
       config: what the model is; `ModelConfig.from_folder(folder)`.
       dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's own.
       progress: draw a bar, on a terminal.
+      stopped: if given, that nobody wants them any more.
 
     Returns:
       A tree shaped as `model.parameter_shapes(config)`.
 
     Raises:
       ValueError: the folder's files are missing or damaged, or hold another model than `config`; all disagreements are listed.
+      CancelledError: it was `stopped`.
     """
     wanted = slots(config)
     tensors = read_tensors(Path(folder), wanted, dtype)
-    bar = tqdm.tqdm(tensors, total=len(wanted), unit=" tensors", leave=False, disable=None if progress else True)
-    leaves = [jnp.asarray(tensor) for _, tensor in bar]
+    leaves = []
+    for _, tensor in tqdm.tqdm(tensors, total=len(wanted), unit=" tensors", leave=False, disable=None if progress else True):
+        if stopped is not None and stopped.is_set():
+            raise CancelledError
+        leaves.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model.parameter_shapes(config)), leaves)
 
 
