@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from minicpmv46_jax.batch import Chunks, Rows, Whole, dropped
 from minicpmv46_jax.config import ModelConfig
@@ -78,7 +78,7 @@ def schema(config: ModelConfig, backend: str | None = None) -> Schema:
 
 def parameter_shapes(config: ModelConfig) -> Params:
     """Every parameter's shape, as a plain tree of `jax.ShapeDtypeStruct` (float32)."""
-    return nnx.to_pure_dict(nnx.split(_abstract(config))[1])
+    return nnx.to_pure_dict(nnx.split(_abstract(config, None))[1])
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> Params:
@@ -96,9 +96,16 @@ def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
 
 
 @functools.cache
-def _abstract(config: ModelConfig, backend: str | None = None) -> MiniCPMV46:
-    """The module without a parameter allocated; made once, for it takes a second."""
-    return nnx.eval_shape(lambda: MiniCPMV46(config, backend=backend, rngs=nnx.Rngs(0)))
+def _abstract(config: ModelConfig, backend: str | None) -> MiniCPMV46:
+    """The module without a parameter allocated; made once, for it takes half a second."""
+    return nnx.eval_shape(lambda: MiniCPMV46(config, backend=backend, rngs=_OneKey(0)))
+
+
+class _OneKey(nnx.Rngs):
+    """For shapes alone: draws one key. nnx counts draws in a traced number, each slower to trace than the last: 2.6 s in all."""
+
+    def params(self) -> Key[Array, ""]:
+        return jax.random.key(0)
 
 
 def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, taps: Taps | None = None) -> Float[Array, "R D"]:
