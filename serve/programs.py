@@ -18,6 +18,8 @@ import jax
 from jax.experimental import serialize_executable
 from tqdm import tqdm
 
+from kernels_pallas.once import lowered_once
+
 log = logging.getLogger("serve")
 
 THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
@@ -126,10 +128,11 @@ class Programs:
         bar.update(len(self._added) - len(missing := [key for key in self._added if key not in self._compiled]))
         firsts = {self._alike[key]: key for key in reversed(missing)}
         jobs: dict[Hashable, Future] = {}
-        for key in sorted(missing, key=lambda key: firsts[self._alike[key]] != key):  # the firsts first
-            check()
-            jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._alike[key]]))
-            jobs[key].add_done_callback(lambda _: bar.update())
+        with lowered_once():
+            for key in sorted(missing, key=lambda key: firsts[self._alike[key]] != key):  # the firsts first
+                check()
+                jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._alike[key]]))
+                jobs[key].add_done_callback(lambda _: bar.update())
         waiting = set(jobs.values())
         while waiting:
             check()

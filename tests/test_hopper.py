@@ -13,6 +13,7 @@ import pytest
 from kernels_pallas import gated_delta
 from kernels_pallas.backends import CHIPS, device_kind
 from kernels_pallas.causal_attention import causal_attention
+from kernels_pallas.once import lowered_once
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
@@ -232,3 +233,21 @@ def test_the_packed_rule_and_its_gradients(rng, decay):
     exact = run(in_float32(inputs), in_float32(cotangent), "reference")
     for found, plain, target in zip(*(run(inputs, cotangent, name) for name in ("gpu", "reference")), exact, strict=True):
         assert relative_rms(found, target) < max(1.5 * relative_rms(plain, target), GATED_DELTA["gpu bfloat16"])
+
+
+@pytest.mark.parametrize("snapshots", [None, [[0, 1], [1, 2]]])
+def test_kernels_lowered_once_do_the_same(rng, snapshots):
+    case = truth.draw(rng, [70, 300], heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    arguments = (*case.arguments(), *([] if snapshots is None else [jnp.array(snapshots, jnp.int32)]))
+    apart = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*arguments)
+    with lowered_once():
+        for _ in range(2):
+            together = jax.jit(functools.partial(gated_delta.chunked, backend="gpu")).lower(*arguments).compile()(*arguments)
+            jax.tree.map(np.testing.assert_array_equal, together, apart)
+    *inputs, memory, tail, slots = step_inputs(rng, 3, 1, 4, K=128, V=128, dtype=jnp.bfloat16)
+    named = {"memory": memory, "tail": tail, "slots": slots, "keep": jnp.ones(3, jnp.int32)}
+    step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
+    apart = jax.jit(lambda *x, **given: step(*x, **given))(*inputs, **named)
+    with lowered_once():
+        together = jax.jit(lambda *x, **given: step(*x, **given)).lower(*inputs, **named).compile()(*inputs, **named)
+    jax.tree.map(np.testing.assert_array_equal, together, apart)

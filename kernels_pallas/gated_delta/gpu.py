@@ -9,6 +9,7 @@ from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta.gpu_backward import backward
 from kernels_pallas.gated_delta.gpu_chunked import TAIL, forward
 from kernels_pallas.gated_delta.gpu_recurrent import recurrent
+from kernels_pallas.once import once
 
 __all__ = ["chunked", "gap", "recurrent"]
 
@@ -29,9 +30,14 @@ def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
     return mosaic_gap()
 
 
-@jax.custom_vjp
+@once
 def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `reference.chunked`."""
+    return _chunked(*arguments)
+
+
+@jax.custom_vjp
+def _chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return forward(*arguments, keep=False)[0]
 
 
@@ -45,4 +51,4 @@ def _pull_back(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     return *backward(*projected, tail, starts, lengths, snapshots, kept, *cotangents), None, None, None
 
 
-chunked.defvjp(_remember, _pull_back)
+_chunked.defvjp(_remember, _pull_back)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
 from kernels_pallas.mosaic import PROCESSORS, fence_cluster, load, meet, params, sigmoid, silu, softplus, store, tiles
+from kernels_pallas.once import once
 from kernels_pallas.tuning import chosen
 
 SIDES = 3  # queries, keys and values
@@ -31,6 +32,7 @@ MATRICES = {
 }
 
 
+@once
 def recurrent(
     qkv: Float[Array, "B T C"],
     a: Float[Array, "B T N"],

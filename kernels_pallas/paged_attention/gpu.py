@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.mosaic import ROWS
+from kernels_pallas.once import once
 from kernels_pallas.paged_attention.gpu_decode import decode
 from kernels_pallas.paged_attention.gpu_prefill import prefill
 
@@ -24,6 +25,7 @@ def gap(q: jax.Array, keys: jax.Array) -> str | None:
     return mosaic_gap()
 
 
+@once
 def paged_attention(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
