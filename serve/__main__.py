@@ -122,7 +122,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
 
     platform = startup.choose_platform(args.platform, args.memory_fraction)
     cache = startup.cache_folder()
-    startup.keep_compilations(cache)
+    startup.keep_compilations(platform, cache)
     source = startup.demo_checkpoint(cache) if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")

@@ -84,9 +84,12 @@ def _user_caches() -> Path:
     return Path.home() / ".cache"
 
 
-def keep_compilations(cache: Path) -> None:
-    """Has jax keep what it compiles for the next start, unless the user has told jax a place of their own."""
-    if jax.config.jax_compilation_cache_dir is None:
+def keep_compilations(platform: str, cache: Path) -> None:
+    """Has jax keep what it compiles for a CPU for the next start, unless the user has told jax a place of their own.
+
+    For other devices the engine keeps its programs whole (`programs.Store`), and jax would keep each once more.
+    """
+    if platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
 
