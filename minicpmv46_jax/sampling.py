@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
+from kernels_pallas.backends import device_kind
 from minicpmv46_jax.trees import tree_dataclass
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
@@ -184,23 +185,49 @@ def rule_out(scores: Float32[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Fl
 def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:
     """Scores with -inf where top-k, top-p or min-p rule a token out; the best token always stays.
 
-    Top-p keeps the fewest tokens whose probabilities (after top-k) reach it; tokens that tie with the last one kept stay too.
+    Top-p keeps the fewest tokens whose probabilities (after top-k) reach it. Tokens that tie with the last one kept stay too.
     """
     best = scores.max(axis=-1)
     with_min_p = best + jnp.log(params.min_p)  # log 0 = -inf keeps all
 
     def by_rank(_):
-        V = scores.shape[-1]
-        ranked = -jnp.sort(-scores, axis=-1)
+        V, places = scores.shape[-1], _places(scores)
         k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, V), V)
-        inside = jnp.arange(V)[None] < k[:, None]
-        probabilities = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = inside & ((before < params.top_p[:, None]) | (params.top_p[:, None] >= 1.0))
-        count = jnp.maximum(kept.sum(axis=-1), 1)
-        return jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)[:, 0]
+        inside = places >= _least_place(places, jnp.ones_like(places, jnp.int32), k)[:, None]
+        weights = jnp.where(inside, jnp.exp(scores - best[:, None]), 0.0)
+        reached = places >= _least_place(places, weights, params.top_p * weights.sum(axis=-1))[:, None]
+        return inside & (reached | (params.top_p[:, None] >= 1.0))
 
     ranks_matter = ((params.top_k > 0) | (params.top_p < 1.0)).any()
-    by_rank_threshold = jax.lax.cond(ranks_matter, by_rank, lambda _: jnp.full_like(best, -jnp.inf), None)
-    threshold = jnp.minimum(jnp.maximum(with_min_p, by_rank_threshold), best)
-    return jnp.where(scores >= threshold[:, None], scores, -jnp.inf)
+    inside = jax.lax.cond(ranks_matter, by_rank, lambda _: jnp.ones_like(scores, bool), None)
+    kept = (inside & (scores >= with_min_p[:, None])) | (scores >= best[:, None])
+    return jnp.where(kept, scores, -jnp.inf)
+
+
+def _places(scores: Float32[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Integers in the scores' order."""
+    bits, sign = jax.lax.bitcast_convert_type(scores, jnp.uint32), jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _least_place(
+    places: UInt32[Array, "B V"],
+    weights: Int32[Array, "B V"] | Float32[Array, "B V"],
+    least: Int32[Array, " B"] | Float32[Array, " B"],
+) -> UInt32[Array, " B"]:
+    """In each row the highest place from which on upwards the weights come to `least`; 0 if they never do.
+
+    Found a few bits at a time, each by a pass over the row: top-k and top-p of 248,094 scores took two CPU cores 12 to 16 ms with
+    one bit, where sorting took 64 to 80. A chip adds up several sums in a pass for the price of one.
+    """
+    bits = 1 if device_kind() == "cpu" else 4
+
+    def narrow(i: Int32[Array, ""], found: UInt32[Array, " B"]) -> UInt32[Array, " B"]:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        marks = found[:, None] | (jnp.arange(1, 2**bits, dtype=jnp.uint32) << shift)[None]
+        sums = [jnp.sum(jnp.where(places >= marks[:, i, None], weights, 0), axis=1) for i in range(2**bits - 1)]
+        reached = jnp.stack(sums, axis=1) >= least[:, None]
+        return found | (reached.sum(axis=1).astype(jnp.uint32) << shift)
+
+    nothing = jnp.zeros(places.shape[0], jnp.uint32)
+    return jax.lax.fori_loop(0, 32 // bits, narrow, nothing, unroll=bits > 1)  # a loop compiles faster
