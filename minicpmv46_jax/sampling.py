@@ -225,9 +225,11 @@ def _least_place(
     def narrow(i: Int32[Array, ""], found: UInt32[Array, " B"]) -> UInt32[Array, " B"]:
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
         marks = found[:, None] | (jnp.arange(1, 2**bits, dtype=jnp.uint32) << shift)[None]
-        sums = [jnp.sum(jnp.where(places >= marks[:, i, None], weights, 0), axis=1) for i in range(2**bits - 1)]
+        above = [jnp.where(places >= marks[:, i, None], weights, 0) for i in range(2**bits - 1)]
+        zeros = [jnp.zeros((), weights.dtype)] * len(above)
+        sums = jax.lax.reduce(above, zeros, lambda x, y: [a + b for a, b in zip(x, y, strict=True)], (1,))  # all in one pass
         reached = jnp.stack(sums, axis=1) >= least[:, None]
         return found | (reached.sum(axis=1).astype(jnp.uint32) << shift)
 
-    nothing = jnp.zeros(places.shape[0], jnp.uint32)
+    nothing = (least < 0).astype(jnp.uint32)  # 0, yet no constant: XLA would keep the first masks for the next search
     return jax.lax.fori_loop(0, 32 // bits, narrow, nothing, unroll=bits > 1)  # a loop compiles faster
