@@ -256,6 +256,8 @@ def mode_of(options: GenerationOptions) -> Mode:
     """The least that serves a request."""
     if options.logprobs is not None or options.logit_bias:
         return "full"
+    if options.temperature > 0 and (options.top_k > 0 or options.top_p < 1):
+        return "ranked"
     return "sampled" if options.temperature > 0 or penalises(options) or options.constraint is not None else "greedy"
 
 

@@ -19,9 +19,10 @@ from minicpmv46_jax.trees import tree_dataclass
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
 MAX_BIASED = 1024  # tokens with a bias of their own, as OpenAI's API
 
-# What a step computes, static: the largest logit alone; all that sampling knows but biases; and biases and log probabilities too.
-# At a batch of 100 the vocabulary is 100 MB of logits, so that each further pass over them costs a tenth of reading the weights.
-Mode = Literal["greedy", "sampled", "full"]
+# What a step computes, static: the largest logit alone; a draw, behind penalties, masks and min-p; top-k and top-p too; biases
+# and log probabilities too. At a batch of 100 the vocabulary is 100 MB of logits: each further pass over them costs a tenth of
+# reading the weights. None of it is decided on the device: at a conditional the host waits for a GPU, and sends nothing ahead.
+Mode = Literal["greedy", "sampled", "ranked", "full"]
 
 
 @tree_dataclass
@@ -124,7 +125,7 @@ def sample(
       params: how to sample.
       history: what penalties look at, of these rows.
       answered: tokens each row's answer has.
-      mode: what to compute (static); "greedy" knows neither penalties nor masks, and "full" alone biases.
+      mode: what to compute (static), at least what the rows' `decoding.mode_of` asks for; more gives the same tokens.
       bias: of these rows; needed in mode "full".
       allowed: which tokens may come: bit i % 32 of word i // 32 is token i's. None for all.
     """
@@ -134,15 +135,11 @@ def sample(
     scores = penalise(logits, params, history)
     scores = add_bias(scores, bias, params.biased) if mode == "full" else scores
     scores = scores if allowed is None else rule_out(scores, allowed)
-    greedy, random = _best(scores), params.temperature > 0
-
-    def draw(_):
-        kept = filter_scores(scores / jnp.maximum(params.temperature, 1e-6)[:, None], params)
-        keys = jax.vmap(jax.random.fold_in)(_keys(params.seed), answered)
-        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-
-    ids = jnp.where(random, jax.lax.cond(random.any(), draw, lambda _: greedy, None), greedy)
-    if mode == "sampled":
+    kept = filter_scores(scores / jnp.maximum(params.temperature, 1e-6)[:, None], params, by_rank=mode != "sampled")
+    keys = jax.vmap(jax.random.fold_in)(_keys(params.seed), answered)
+    drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    ids = jnp.where(params.temperature > 0, drawn, _best(scores))
+    if mode != "full":
         return Sampled(ids)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_logprobs, top_ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
@@ -182,26 +179,26 @@ def rule_out(scores: Float32[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Fl
     return jnp.where(may == 1, scores, -jnp.inf)
 
 
-def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:
-    """Scores with -inf where top-k, top-p or min-p rule a token out; the best token always stays.
+def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams, *, by_rank: bool) -> Float32[Array, "B V"]:
+    """Scores with -inf where min-p and, `by_rank`, top-k or top-p rule a token out; the best token always stays.
 
     Top-p keeps the fewest tokens whose probabilities (after top-k) reach it. Tokens that tie with the last one kept stay too.
     """
     best = scores.max(axis=-1)
-    with_min_p = best + jnp.log(params.min_p)  # log 0 = -inf keeps all
+    kept = scores >= (best + jnp.log(params.min_p))[:, None]  # log 0 = -inf keeps all
+    if by_rank:
+        kept &= _within_ranks(scores, best, params)
+    return jnp.where(kept | (scores >= best[:, None]), scores, -jnp.inf)
 
-    def by_rank(_):
-        V, places = scores.shape[-1], _places(scores)
-        k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, V), V)
-        inside = places >= _least_place(places, jnp.ones_like(places, jnp.int32), k)[:, None]
-        weights = jnp.where(inside, jnp.exp(scores - best[:, None]), 0.0)
-        reached = places >= _least_place(places, weights, params.top_p * weights.sum(axis=-1))[:, None]
-        return inside & (reached | (params.top_p[:, None] >= 1.0))
 
-    ranks_matter = ((params.top_k > 0) | (params.top_p < 1.0)).any()
-    inside = jax.lax.cond(ranks_matter, by_rank, lambda _: jnp.ones_like(scores, bool), None)
-    kept = (inside & (scores >= with_min_p[:, None])) | (scores >= best[:, None])
-    return jnp.where(kept, scores, -jnp.inf)
+def _within_ranks(scores: Float32[Array, "B V"], best: Float32[Array, " B"], params: SamplingParams) -> Bool[Array, "B V"]:
+    """What top-k and top-p keep."""
+    V, places = scores.shape[-1], _places(scores)
+    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, V), V)
+    inside = places >= _least_place(places, jnp.ones_like(places, jnp.int32), k)[:, None]
+    weights = jnp.where(inside, jnp.exp(scores - best[:, None]), 0.0)
+    reached = places >= _least_place(places, weights, params.top_p * weights.sum(axis=-1))[:, None]
+    return inside & (reached | (params.top_p[:, None] >= 1.0))
 
 
 def _places(scores: Float32[Array, "B V"]) -> UInt32[Array, "B V"]:

@@ -47,7 +47,7 @@ NOTE_TOKENS = 2048  # entered into a history at once
 EVERYTHING = 0xFFFFFFFF  # a mask's word in which all may come
 COPY_PAGES = 32  # copied to or from the host at once: 24 MB of the released model
 Tree = TypeVar("Tree")
-MODES: tuple[Mode, ...] = ("greedy", "sampled", "full")
+MODES: tuple[Mode, ...] = ("greedy", "sampled", "ranked", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Device:
 
     def _rows(self, rows: int, mode: Mode) -> int:
         """Rows of the program for so many."""
-        return self.sizes.rows[-1] if mode == "full" else next(size for size in self.sizes.rows if size >= rows)
+        return next(size for size in self.sizes.rows if size >= rows and mode in self._modes(size))
 
     def _allowed(self, masks: Sequence[UInt32[np.ndarray, " W"] | None], rows: int) -> UInt32[Array | np.ndarray, "B W"]:
         """Masks as a batch; where there is none, everything may come."""
@@ -310,8 +310,10 @@ class Device:
                 self._programs.add(("choose", rows, mode), run, self._decoding, *arguments, donate=(0,))
 
     def _modes(self, rows: int) -> tuple[Mode, ...]:
-        """Of the programs for so many rows."""
-        return MODES if rows == self.sizes.rows[-1] else MODES[:2]
+        """Of the programs for so many rows: not all are worth their compilation."""
+        if rows == self.sizes.rows[-1]:
+            return MODES
+        return MODES[:2] if rows == 1 else MODES[:3]
 
     def _add_encodes(self) -> None:
         vision = self.config.vision

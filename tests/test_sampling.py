@@ -1,6 +1,7 @@
 """Sampling against transformers' logits processors, and against the probabilities it promises."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def params(**options):
     return sampling_params([options], [options.seed])
 
 
-def drawn(scores, params, mode="sampled", bias=None, allowed=None):
+def drawn(scores, params, mode="ranked", bias=None, allowed=None):
     """Of rows without a history."""
     rows = scores.shape[0]
     bias = new_bias(rows) if bias is None and mode == "full" else bias
@@ -67,7 +68,7 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, tempera
         (lambda: MinPLogitsWarper(min_p), min_p > 0),
     ):
         expected = warper()(None, expected) if on else expected
-    found = jax.jit(filter_scores)(
+    found = jax.jit(functools.partial(filter_scores, by_rank=top_k > 0 or top_p < 1))(
         jnp.asarray(scores) / temperature, params(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     )
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
@@ -83,9 +84,9 @@ def test_chips_find_the_same_threshold_in_fewer_passes(monkeypatch, size):
     top_ps = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
     rows = [params(top_k=int(k), top_p=p) for k, p in zip(rng.integers(0, 30, 6), top_ps, strict=True)]
     options = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    found = jax.jit(lambda *x: filter_scores(*x))(scores, options)
+    found = jax.jit(lambda *x: filter_scores(*x, by_rank=True))(scores, options)
     monkeypatch.setattr("minicpmv46_jax.sampling.device_kind", lambda: "NVIDIA H200")
-    np.testing.assert_array_equal(jax.jit(lambda *x: filter_scores(*x))(scores, options), found)
+    np.testing.assert_array_equal(jax.jit(lambda *x: filter_scores(*x, by_rank=True))(scores, options), found)
     for row, kept, k, p in zip(scores, np.asarray(found), options.top_k, top_ps, strict=True):
         ranked = np.sort(row[np.isfinite(row)])[::-1]
         inside = ranked[ranked >= ranked[min(int(k), len(ranked)) - 1]] if k else ranked
@@ -114,10 +115,26 @@ def test_presence_and_frequency_penalties_look_at_the_answer_alone():
     np.testing.assert_allclose(change, expected)
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampled", "full"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "ranked", "full"])
 def test_temperature_zero_takes_the_best(mode):
     scores = jnp.asarray(logits(1))
     assert drawn(scores, params(temperature=0.0), mode).ids[0] == scores.argmax()
+
+
+def test_a_mode_that_knows_more_draws_the_same():
+    scores = jnp.asarray(np.concatenate([logits(seed) for seed in range(4)]))
+    rows = [params(seed=i, temperature=t, min_p=m) for i, (t, m) in enumerate([(1.0, 0.0), (0.7, 0.0), (0.0, 0.0), (1.5, 0.1)])]
+    options = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    found = [drawn(scores, options, mode).ids.tolist() for mode in ("sampled", "ranked", "full")]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "ranked", "full"])
+def test_nothing_is_decided_on_the_device(monkeypatch, mode):
+    """The host would wait for a GPU at each conditional."""
+    monkeypatch.setattr("minicpmv46_jax.sampling.device_kind", lambda: "NVIDIA H200")
+    program = jax.jit(lambda scores: drawn(scores, params(top_k=5, top_p=0.5), mode)).lower(jnp.asarray(logits(1))).as_text()
+    assert "stablehlo.case" not in program and "stablehlo.if" not in program
 
 
 def test_a_history_is_added_to_piece_by_piece_and_forgotten_whole():
