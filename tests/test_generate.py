@@ -1,5 +1,6 @@
 """Decoding with a cache against the cache-free forward; buckets, stops, growth, seeds."""
 
+import dataclasses
 import functools
 
 import jax
@@ -217,9 +218,10 @@ def test_a_prompt_longer_than_the_context_is_refused(demo):
 
 
 def test_the_answer_ends_where_the_context_does(demo):
-    context = demo.config.text.max_position_embeddings
-    inputs = Inputs(np.full(context - 5, 65, np.int32), ())
-    tokens = list(demo.generator.tokens(inputs, demo.options(temperature=0.0, ignore_eos=True)))
+    text = dataclasses.replace(demo.config.text, max_position_embeddings=300)
+    generator = generate.Generator(dataclasses.replace(demo.config, text=text), demo.params)
+    inputs = Inputs(np.full(300 - 5, 65, np.int32), ())
+    tokens = list(generator.tokens(inputs, demo.options(temperature=0.0, ignore_eos=True)))
     assert len(tokens) == 5
 
 
