@@ -16,11 +16,8 @@ from minicpmv46_jax.checkpoint.names import TreePath
 from minicpmv46_jax.model import Params
 
 MOMENTUM = 0.95
-QUINTIC = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of singular values from 0 to 1, takes all but the least to about 1 (0.7 to 1.2) in five rounds
+# Of singular values from 0 to 1 it takes all but the least to about 1 (0.7 to 1.2) in five rounds.
+QUINTIC = 3.4445, -4.7750, 2.0315
 ROUNDS = 5
 LEAST_SIDE = 16  # smaller matrices are not worth it
 

@@ -103,9 +103,8 @@ def initial_params(config: ModelConfig, mean: Sequence[float], seed: int) -> Par
         path = names.tree_path(keys)
         if path[-1] == "A_log":
             return np.log(random.uniform(1.0, 16.0, leaf.shape)).astype(np.float32)
-        if (
-            path[-1] == "dt_bias"
-        ):  # steps of 0.001 to 0.1 (arXiv:2312.00752): a memory of tokens to hundreds; at 1, of less than one
+        if path[-1] == "dt_bias":
+            # Steps of 0.001 to 0.1 (arXiv:2312.00752): a memory of tokens to hundreds; at 1, of less than one.
             return np.log(np.expm1(10 ** random.uniform(-3, -1, leaf.shape))).astype(np.float32)
         if path[-2] == "position_embed":
             return waves(config.vision)

@@ -47,6 +47,14 @@ class Work:
     flops: float
 
 
+def pulling_back(forward: Callable[..., jax.Array], *arguments: Any) -> Callable[[], Any]:
+    """A call of the backward pass alone, of all arguments, from a random cotangent."""
+    out, pull = jax.vjp(jax.jit(forward), *arguments)
+    cotangent = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+    backward = jax.jit(lambda pull, cotangent: pull(cotangent))
+    return lambda: backward(pull, cotangent)
+
+
 def device_microseconds(call: Callable[[], Any]) -> float:
     """Mean device time of a call, all of its kernels summed; the first call, which compiles, is not counted."""
     return sum(us for _, us in kernels(call, CALLS)) / CALLS

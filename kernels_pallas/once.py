@@ -14,9 +14,8 @@ from typing import Any
 import jax
 from jax import export
 
-TARGET = (
-    "mosaic_gpu_v2"  # the custom call that kernels become; jax promises nothing of it to who keeps an export, which nobody does
-)
+# The custom call that kernels become. jax promises nothing of it to who keeps an export, which nobody does here.
+TARGET = "mosaic_gpu_v2"
 _exports: ContextVar[dict[Any, export.Exported] | None] = ContextVar("exports", default=None)
 
 

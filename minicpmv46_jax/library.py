@@ -200,9 +200,8 @@ class Loading:
 
     def model(self, backend: str | None = None) -> MiniCPMV:
         """Waits until all of it is there."""
-        done, _ = wait((self._processor, self._params), return_when=FIRST_EXCEPTION)
-        for part in done:
-            part.result()
+        wait((self._processor, self._params), return_when=FIRST_EXCEPTION)
+        self.check()
         parts = self._params.result(), self._processor.result()
         return MiniCPMV(self.config, self._generation_config, *parts, self._folder, backend)
 

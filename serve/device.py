@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from minicpmv46_jax import MiniCPMV, model, packing
+from minicpmv46_jax import model, packing
 from minicpmv46_jax.batch import Chunks, dropped
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.decoding import (
@@ -100,14 +100,6 @@ class Device:
         self._pages = pages_of(sizes.longest)
         self._everything: dict[int, UInt32[Array, "Q W"]] = {}  # a mask for each number of prompts that are read
         self._programs = Programs(store)
-
-    @classmethod
-    def of(cls, model: MiniCPMV, sizes: Sizes, backend: str | None = None, store: Store | None = None) -> "Device":
-        """One that is ready."""
-        device = cls(model.config, model.params, sizes, backend, store)
-        device.compile()
-        device.load(model.params)
-        return device
 
     @property
     def programs(self) -> int:

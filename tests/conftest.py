@@ -60,22 +60,20 @@ def demo(demo_folder):
 @pytest.fixture(scope="session")
 def demo_engine(demo):
     """An engine over the small checkpoint."""
-    from serve.device import Device
     from serve.engine import Engine, Policy
-    from tests.small_engine import SIZES
+    from tests.small_engine import SIZES, device_of
 
-    with Engine(demo, Device.of(demo, SIZES), Policy(host_bytes=64 * 2**20)) as engine:
+    with Engine(demo, device_of(demo, SIZES), Policy(host_bytes=64 * 2**20)) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def tight_engine(demo):
     """Another, in which pages run out."""
-    from serve.device import Device
     from serve.engine import Engine
-    from tests.small_engine import FEW_PAGES
+    from tests.small_engine import FEW_PAGES, device_of
 
-    with Engine(demo, Device.of(demo, FEW_PAGES)) as engine:
+    with Engine(demo, device_of(demo, FEW_PAGES)) as engine:
         yield engine
 
 

@@ -11,13 +11,12 @@ import pytest
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs, Video
-from serve.device import Device
 from serve.engine import Engine
 from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
 from serve.work import prepare
 from tests.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
-from tests.small_engine import FEW_PAGES, SIZES
+from tests.small_engine import FEW_PAGES, SIZES, device_of
 
 GREEDY_OPTIONS = generation_options(GenerationConfig())
 
@@ -332,7 +331,7 @@ def test_stopping_ends_what_runs_and_what_waits(demo):
         with pytest.raises(EngineStopped):
             engine.reserve()
 
-    with Engine(demo, Device.of(demo, FEW_PAGES)) as engine:
+    with Engine(demo, device_of(demo, FEW_PAGES)) as engine:
         run(scenario())
 
 

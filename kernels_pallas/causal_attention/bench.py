@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.bench import Work
+from kernels_pallas.bench import Work, pulling_back
 from kernels_pallas.causal_attention import causal_attention, shapes
 from kernels_pallas.causal_attention.shapes import HEADS, KEY_HEADS, WIDTH, Rows
 
@@ -39,7 +39,4 @@ def _forward(rows: Rows, backend: str) -> Callable[[], Any]:
 
 def _backward(rows: Rows, backend: str) -> Callable[[], Any]:
     *qkv, segments = inputs(rows)
-    out, pull = jax.vjp(jax.jit(lambda *qkv: causal_attention(*qkv, segments, backend=backend)), *qkv)
-    cotangent = jax.random.normal(jax.random.key(3), out.shape, out.dtype)
-    backward = jax.jit(lambda pull, cotangent: pull(cotangent))
-    return lambda: backward(pull, cotangent)
+    return pulling_back(lambda *qkv: causal_attention(*qkv, segments, backend=backend), *qkv)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import gated_delta
-from kernels_pallas.bench import Work
+from kernels_pallas.bench import Work, pulling_back
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH, ChunkedShape, RecurrentShape
 
@@ -65,10 +65,7 @@ def _backward(shape: ChunkedShape, backend: str) -> Callable[[], Any]:
     def forward(*inputs: Any) -> jax.Array:
         return gated_delta.chunked(*inputs, starts, lengths, backend=backend).out
 
-    cotangent = _draw(np.random.default_rng(1), sum(shape.lengths), HEADS, WIDTH)
-    _, pull = jax.vjp(jax.jit(forward), *differentiable)
-    backward = jax.jit(lambda pull, cotangent: pull(cotangent))
-    return lambda: backward(pull, cotangent)
+    return pulling_back(forward, *differentiable)
 
 
 def _recurrent(shape: RecurrentShape, backend: str) -> Callable[[], Any]:

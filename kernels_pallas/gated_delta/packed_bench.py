@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.bench import Work
+from kernels_pallas.bench import Work, pulling_back
 from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.bench import RULE, TOKEN
 from kernels_pallas.gated_delta.packed import packed
@@ -32,8 +32,4 @@ def _run(back: bool, backend: str) -> Callable[[], Any]:
     arguments = draw(0, *rows, CHANNELS), draw(1, *rows, HEADS), draw(2, *rows, HEADS), layer
     segments = jnp.ones(rows, jnp.int32)
     forward = jax.jit(lambda *x: packed(*x, segments, WIDTH, WIDTH, backend=backend))
-    if not back:
-        return lambda: forward(*arguments)
-    _, pull = jax.vjp(forward, *arguments)
-    backward, cotangent = jax.jit(lambda pull, cotangent: pull(cotangent)), draw(6, *rows, HEADS, WIDTH)
-    return lambda: backward(pull, cotangent)
+    return pulling_back(forward, *arguments) if back else lambda: forward(*arguments)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.bench import Work
+from kernels_pallas.bench import Work, pulling_back
 from kernels_pallas.packed_attention import packed_attention, shapes, window_attention
 from kernels_pallas.packed_attention.shapes import HEADS, WIDTH, PackedShape
 
@@ -53,10 +53,7 @@ def _forward(shape: PackedShape, backend: str) -> Callable[[], Any]:
 def _backward(shape: PackedShape, backend: str) -> Callable[[], Any]:
     qkv, where = inputs(shape)
     forward = functools.partial(packed_attention, longest=shape.longest, backend=backend)
-    out, pull = jax.vjp(jax.jit(lambda *qkv: forward(*qkv, **where)), *qkv)
-    cotangent = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
-    backward = jax.jit(lambda pull, cotangent: pull(cotangent))
-    return lambda: backward(pull, cotangent)
+    return pulling_back(lambda *qkv: forward(*qkv, **where), *qkv)
 
 
 def _windows(rows: int, backend: str) -> Callable[[], Any]:
