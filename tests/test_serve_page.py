@@ -47,6 +47,9 @@ class PageModel(FakeModel):
         yield Delta("", (), "stop")
 
 
+expect.set_options(timeout=PATIENCE_S * 1000)
+
+
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
@@ -173,6 +176,38 @@ def test_settings_are_kept_and_sent(page, model):
     expect(page.locator(".under")).to_contain_text("tokens")
     assert (seen[-1]["temperature"], seen[-1]["max_new_tokens"]) == (0.5, 7)
     assert "Be brief." in model.prompts[-1]
+
+
+def test_a_message_waits_for_the_models_name(page, model):
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    say(page, "Hi")
+    expect(page.locator("#state")).to_have_text("answering…")
+    for route in held:
+        route.continue_()
+    expect(page.locator(".under")).to_contain_text("tokens")
+    assert "Hi" in model.prompts[-1]
+
+
+def test_a_message_before_the_server_is_there(page, model):
+    page.route("**/v1/*", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#state")).to_have_text("no connection")
+    say(page, "Hi")
+    expect(page.locator(".error")).to_be_visible()
+    page.unroute("**/v1/*")
+    page.get_by_role("button", name="Retry").click()  # nobody needs to load the page again
+    expect(page.locator("#model")).to_have_text("fake")
+    expect(page.locator(".under")).to_contain_text("tokens")
+
+
+def test_a_picture_is_priced_beside_broken_tools(page, photo):
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Tools").fill("{")
+    page.keyboard.press("Escape")
+    page.set_input_files("#files", photo)
+    expect(page.locator("#attached figcaption")).to_contain_text("tokens")
 
 
 def test_what_the_server_refuses_is_shown(page):

@@ -33,6 +33,7 @@ def test_a_model_by_its_names(model):
             found = get(service, f"/v1/models/{name}").json()
             assert (found["id"], found["root"], found["max_model_len"]) == (name, NAME, CONTEXT)
         assert ask(service, model="org/other").json()["model"] == NAME
+        assert post(service, "/v1/completions", model="org/other", prompt="Hi", max_tokens=1).json()["model"] == NAME
         refused = get(service, "/v1/models/none")
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
 

@@ -20,6 +20,7 @@ from minicpmv46_jax.library import Delta
 from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
 from serve.api.answers import usage
+from serve.api.asking import check_model
 from serve.api.errors import ApiError, user_mistakes
 from serve.api.exchange import Exchange, exchange_of, read_body
 from serve.api.service import Service
@@ -103,9 +104,7 @@ async def completions(request: Request) -> Response:
 def prepare(service: Service, body: bytes) -> tuple[CompletionRequest, Inputs, GenerationOptions]:
     """All that comes before the engine. Raises ApiError for the client's mistakes."""
     asked = parse(body)
-    if asked.model != service.name:
-        message = f"the model {asked.model[:200]!r} does not exist here; this server has {service.name!r}"
-        raise ApiError(404, message, "model", "model_not_found")
+    check_model(service, asked.model)
     with user_mistakes(FIELDS):
         choices = {name: getattr(asked, name) for name in SAME_NAMES}
         options = service.model.options(**choices, stop=asked.stop, max_new_tokens=asked.max_tokens)

@@ -54,9 +54,9 @@ function costText(cost) {
 }
 
 // What the server makes of one medium with the present settings; null where it refuses (sending will say why).
-async function costOf(medium, request, headers) {
+async function costOf(medium, options, headers) {
   const messages = [{ role: "user", content: [mediaPart(medium)] }];
-  const body = JSON.stringify({ messages, mm_processor_kwargs: request.mm_processor_kwargs });
+  const body = JSON.stringify({ messages, mm_processor_kwargs: options });
   const answer = await fetch("tokenize", { method: "POST", headers, body });
   return answer.ok ? (await answer.json()).media[0] : null;
 }

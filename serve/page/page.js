@@ -17,26 +17,39 @@ function headers() {
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
-// The request that the settings make, without its messages. Throws where the tools are not JSON.
-function settings() {
-  const given = (names) => Object.fromEntries(
+// The settings of these names that are filled in.
+function given(names) {
+  return Object.fromEntries(
     names.filter((name) => field(name).value !== "").map((name) => [name, name === "downsample_mode" ? field(name).value : Number(field(name).value)]),
   );
-  const tools = field("tools").value.trim();
+}
+
+// The request that the settings make, without its messages. Throws where the tools are not JSON.
+function settings() {
+  const tools = toolsGiven();
   return {
     model,
     ...given(SAMPLING),
     mm_processor_kwargs: given(MEDIA_OPTIONS),
     chat_template_kwargs: field("thinking").checked ? { enable_thinking: true } : {},
     ...(field("restore_newlines").checked && { restore_newlines: true }),  // else as the server has it
-    ...(tools && { tools: JSON.parse(tools) }),
+    ...(tools && { tools }),
   };
 }
 
-function request() {
+function toolsGiven() {
+  const written = field("tools").value.trim();
+  try {
+    return written && JSON.parse(written);
+  } catch (error) {
+    throw new Error(`Tools: ${error.message}`);
+  }
+}
+
+function request(said) {
   const system = field("system").value.trim();
-  const said = messages.filter((message) => !(message.role === "assistant" && message.error && !message.content));
-  return { ...settings(), messages: [...(system ? [{ role: "system", content: system }] : []), ...said.map(apiMessage)] };
+  const told = said.filter((message) => !(message.role === "assistant" && message.error && !message.content));
+  return { ...settings(), messages: [...(system ? [{ role: "system", content: system }] : []), ...told.map(apiMessage)] };
 }
 
 // ---- showing
@@ -130,11 +143,12 @@ async function attach(files) {
 }
 
 async function price(medium) {
-  medium.cost = await costOf(medium, settings(), headers()).catch(() => null);
+  medium.cost = await costOf(medium, given(MEDIA_OPTIONS), headers()).catch(() => null);
   renderAttached();
 }
 
 async function send() {
+  await begun;
   const words = at("words").value.trim();
   if (running || (!words && !attached.length)) return;
   messages.push({ role: "user", content: words, media: attached });
@@ -161,29 +175,25 @@ async function giveResult(call, index, content) {
 
 async function answer() {
   const message = { role: "assistant", content: "", reasoning: "", calls: [], note: "", error: "" };
-  let asked;
-  try {
-    asked = request();
-  } catch (error) {
-    message.error = `Tools: ${error.message}`;
-  }
+  const said = [...messages];
   messages.push(message);
   busy(new AbortController());
   renderAll();
   scrollDown(true);
-  if (asked) await receive(message, asked);
+  await receive(message, said);
   busy(null);
   renderAll();
   scrollDown();
   await keepChat(messages);
 }
 
-async function receive(message, asked) {
+async function receive(message, said) {
   const index = messages.length - 1;
   const start = performance.now();
   let first = 0;
   try {
-    for await (const chunk of stream(asked, headers(), running.signal)) {
+    if (!model) await connect(running.signal);
+    for await (const chunk of stream(request(said), headers(), running.signal)) {
       first ||= performance.now();
       const choice = chunk.choices[0];
       if (choice) addDelta(message, choice.delta);
@@ -286,12 +296,12 @@ document.ondragover = (event) => { event.preventDefault(); at("drop").hidden = f
 document.ondragleave = (event) => { if (!event.relatedTarget) at("drop").hidden = true; };
 document.ondrop = (event) => { event.preventDefault(); at("drop").hidden = true; attach(event.dataTransfer.files); };
 
-async function connect() {
-  const answered = await fetch("v1/models", { headers: headers() }).catch(() => null);
+async function connect(signal) {
+  const answered = await fetch("v1/models", { headers: headers(), signal }).catch(() => null);
   if (answered?.ok) {
     model = (await answered.json()).data[0].id;
     at("model").textContent = document.title = model;
-    at("state").textContent = "";
+    if (!running) at("state").textContent = "";
   } else {
     at("state").textContent = answered?.status === 401 ? "this server asks for an API key" : "no connection";
     if (answered?.status === 401) openSettings(true, "key");
@@ -304,7 +314,7 @@ async function begin() {
   messages = (await keptChat()) ?? [];
   renderAll();
   scrollDown(true);
-  await connect();
 }
 
-begin();
+const begun = begin(); // nothing is sent before the kept chat stands
+begun.then(() => connect());
