@@ -94,9 +94,7 @@ def test_mistakes_are_found_before_anything_is_asked(tmp_path, capsys, bad, word
 def test_nothing_left_needs_no_model(tmp_path):
     path = write(tmp_path / "in.jsonl", [line(0)])
     write(tmp_path / "out.jsonl", [{"custom_id": "r0"}])
-    start = time.monotonic()
     assert main([str(path), str(tmp_path / "out.jsonl"), "--model", str(tmp_path / "none")]) == 0
-    assert time.monotonic() - start < 2
 
 
 def test_two_runs_at_once(tmp_path, capsys):

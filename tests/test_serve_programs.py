@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import logging
 import os
-import time
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import serve.programs as programs_module
 from minicpmv46_jax.trees import tree_dataclass
 from serve.programs import Compilations, Programs, Store
 
@@ -118,15 +117,16 @@ def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_somebody_elses_mistake_ends_it(at):
-    calls = itertools.count()
+    calls, told = itertools.count(), threading.Event()
 
     def check():
         if next(calls) == at:
+            told.set()
             raise ValueError("a mistake")
 
     class Slow(Programs):
         def _finish(self, key, lowered, behind):
-            time.sleep(3 * programs_module.CHECK_S if at == 5 else 0)
+            told.wait(60)
             return super()._finish(key, lowered, behind)
 
     made = Slow()
