@@ -162,6 +162,7 @@ class Loading:
     Arguments and errors as of `MiniCPMV.from_pretrained`.
 
     Attributes:
+      source, dtype: as given.
       config: what config.json says.
     """
 
@@ -175,6 +176,7 @@ class Loading:
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        self.source, self.dtype = source, dtype
         self._folder = folder = checkpoint.resolve(source, revision)
         self.config = ModelConfig.from_folder(folder)
         self._generation_config = GenerationConfig.from_folder(folder)

@@ -113,6 +113,7 @@ def listen(listening: socket.socket) -> None:
 
 def start(args: argparse.Namespace, **fields: Any) -> "Service":
     """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
+    from minicpmv46_jax.library import Loading
     from minicpmv46_jax.processing.video import Bounds
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service
@@ -121,15 +122,15 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     from serve.sizes import Wishes
 
     platform = startup.choose_platform(args.platform, args.memory_fraction)
-    cache = startup.cache_folder()
-    startup.keep_compilations(platform, cache)
-    source = startup.demo_checkpoint(cache) if args.model is None else args.model
+    place = startup.Place(platform, args.memory_fraction, startup.cache_folder())
+    startup.keep_compilations(place)
+    source = startup.demo_checkpoint(place.cache) if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
     policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
-    checkpoint = source, args.revision, dtype, media_fetcher(args)
-    model, engine = startup.start(*checkpoint, platform, args.memory_fraction, wishes, policy, cache)
+    with Loading(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
+        model, engine = startup.start(loading, place, wishes, policy)
     model.processor.max_pixels = args.max_pixels
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]

@@ -20,9 +20,8 @@ from serve.api.service import PREPARE_THREADS
 from serve.engine import Policy
 from serve.jobs import Desk
 from serve.sizes import Wishes
-from serve.startup import cache_folder, make_engine
+from serve.startup import MEMORY_FRACTION, Place, cache_folder, make_engine
 
-MEMORY_FRACTION = 0.9  # of the device, as the server takes by default
 AT_ONCE = 32  # conversations being prepared or answered; their pictures are in memory
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -42,7 +41,7 @@ class Offline:
 
     @staticmethod
     def _fitting(model: MiniCPMV) -> Desk:
-        return make_engine(model, jax.default_backend(), MEMORY_FRACTION, Wishes(), Policy(), cache_folder())
+        return make_engine(model, Place(jax.default_backend(), MEMORY_FRACTION, cache_folder()), Wishes(), Policy())
 
     def __enter__(self) -> "Offline":
         return self

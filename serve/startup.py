@@ -4,6 +4,7 @@ Nothing here is imported before the command line has been read, and jax is told 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -21,7 +22,6 @@ from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.library import DTYPES, Loading
 from minicpmv46_jax.model import Params, parameter_shapes
-from minicpmv46_jax.processing import Fetch
 from serve.device import Device
 from serve.engine import Engine, Policy
 from serve.pages import PAGE
@@ -33,6 +33,21 @@ CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose m
 DEMO_NAME = "minicpm-v-4.6-demo"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and what jax calls them
 _INSTALL = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an engine runs.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu", of jax's first device.
+      fraction: of that device's memory, to be taken.
+      cache: the folder in which compiled programs outlast the process.
+    """
+
+    platform: str
+    fraction: float
+    cache: Path
 
 
 def choose_platform(wanted: str | None, memory_fraction: float = MEMORY_FRACTION) -> str:
@@ -84,13 +99,13 @@ def _user_caches() -> Path:
     return Path.home() / ".cache"
 
 
-def keep_compilations(platform: str, cache: Path) -> None:
+def keep_compilations(place: Place) -> None:
     """Has jax keep what it compiles for a CPU for the next start, unless the user has told jax a place of their own.
 
     For other devices the engine keeps its programs whole (`programs.Store`), and jax would keep each once more.
     """
-    if platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+    if place.platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(place.cache / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
 
 
@@ -118,51 +133,47 @@ def _fingerprint() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
 
 
-def start(
-    source: str | Path,
-    revision: str | None,
-    dtype: str,
-    fetch: Fetch,
-    platform: str,
-    fraction: float,
-    wishes: Wishes,
-    policy: Policy,
-    cache: Path,
-) -> tuple[MiniCPMV, Engine]:
+def start(loading: Loading, place: Place, wishes: Wishes, policy: Policy) -> tuple[MiniCPMV, Engine]:
     """A checkpoint on the device, and an engine over it: its steps are compiled while its parameters are loaded.
+
+    Args:
+      loading: what is served, its dtype given.
+      place: where.
+      wishes: how much, clamped to what fits.
+      policy: of the engine's queue.
 
     Raises ValueError for what is wrong with the checkpoint, or if the device has no room for it.
     """
-    with Loading(source, dtype, revision, fetch, progress=True) as loading:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), parameter_shapes(loading.config))
-        memory = free_memory(platform, fraction)
-        if platform != "cpu":
-            needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-            if needed >= memory:
-                sizes = f"{needed / GIB:.2f} GiB in {dtype}, and {jax.devices()[0]} has {memory / GIB:.2f} GiB free"
-                raise ValueError(f"the parameters of {source} take {sizes}; bfloat16 needs half of float32")
-            memory -= needed
-        device = _device(loading.config, shapes, platform, memory, wishes, cache)
-        with step(f"loading {source} in {dtype}, compiling (kept for the next start)") as told, _fitting():
-            device.compile(show=True, check=loading.check)
-            told("compiled")
-            model = loading.model()
-            device.load(jax.block_until_ready(model.params))
+    source, dtype = loading.source, loading.dtype
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), parameter_shapes(loading.config))
+    memory = free_memory(place)
+    if place.platform != "cpu":
+        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        if needed >= memory:
+            sizes = f"{needed / GIB:.2f} GiB in {dtype}, and {jax.devices()[0]} has {memory / GIB:.2f} GiB free"
+            raise ValueError(f"the parameters of {source} take {sizes}; bfloat16 needs half of float32")
+        memory -= needed
+    device = _device(loading.config, shapes, place, memory, wishes)
+    with step(f"loading {source} in {dtype}, compiling (kept for the next start)") as told, _fitting():
+        device.compile(show=True, check=loading.check)
+        told("compiled")
+        model = loading.model()
+        device.load(jax.block_until_ready(model.params))
     return model, Engine(model, device, policy)
 
 
-def make_engine(model: MiniCPMV, platform: str, fraction: float, wishes: Wishes, policy: Policy, cache: Path) -> Engine:
-    """An engine over a model that is loaded, every step compiled or found in `cache`. Raises ValueError as `start`."""
-    device = _device(model.config, model.params, platform, free_memory(platform, fraction), wishes, cache)
+def make_engine(model: MiniCPMV, place: Place, wishes: Wishes, policy: Policy) -> Engine:
+    """An engine over a model that is loaded, every step compiled or found on disk. Raises ValueError as `start`."""
+    device = _device(model.config, model.params, place, free_memory(place), wishes)
     with step("compiling (kept for the next start)"), _fitting():
         device.compile(show=True)
         device.load(model.params)
     return Engine(model, device, policy)
 
 
-def _device(config: ModelConfig, shapes: Params, platform: str, memory: int, wishes: Wishes, cache: Path) -> Device:
+def _device(config: ModelConfig, shapes: Params, place: Place, memory: int, wishes: Wishes) -> Device:
     """Steps of the size that fits into so many bytes beside the parameters."""
-    cpu = platform == "cpu"
+    cpu = place.platform == "cpu"
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
     itemsize = shapes["text"]["embed"]["weight"].dtype.itemsize
     memory -= 0 if cpu else working_bytes(config.vision, buckets)
@@ -174,20 +185,20 @@ def _device(config: ModelConfig, shapes: Params, platform: str, memory: int, wis
         file=sys.stderr,
     )
     # Not on a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared.
-    store = None if cpu else Store(cache / "programs", config, sizes, itemsize)
+    store = None if cpu else Store(place.cache / "programs", config, sizes, itemsize)
     return Device(config, shapes, sizes, store=store)
 
 
-def free_memory(platform: str, fraction: float) -> int:
+def free_memory(place: Place) -> int:
     """Bytes for parameters to come and the state of conversations: the device's memory, to that fraction, less what is in use.
 
     On a CPU CPU_MEMORY, for state alone.
     """
     statistics = jax.devices()[0].memory_stats()
-    if platform == "cpu" or statistics is None:
+    if place.platform == "cpu" or statistics is None:
         return CPU_MEMORY
     whole = statistics["bytes_limit"]  # on a GPU the fraction that XLA was given, see `choose_platform`
-    return int(whole if platform == "gpu" else whole * fraction) - statistics["bytes_in_use"]
+    return int(whole if place.platform == "gpu" else whole * place.fraction) - statistics["bytes_in_use"]
 
 
 @contextlib.contextmanager

@@ -37,9 +37,14 @@ PACKED_ATTENTION = {
 }
 
 
-def relative_rms(found, expected) -> float:
-    """Root mean square of the difference over that of what was expected, in float64."""
+def rms(x) -> float:
+    """Root mean square, in float64."""
+    return float(np.sqrt(np.mean(np.asarray(x, np.float64) ** 2)))
+
+
+def relative_rms(found, expected, least: float = 0.0) -> float:
+    """Root mean square of the difference over that of what was expected, in float64; over `least` where that is more."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape, f"shapes {found.shape} and {expected.shape}"
     assert np.isfinite(found).all()
-    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+    return rms(found - expected) / max(rms(expected), least)
