@@ -108,10 +108,10 @@ def sequences(case: Case):
         yield own, *naive(case.qkv[own], case.a[own], case.b[own], case.layer, case.memory[s], case.tail[s])
 
 
-def usual_output(case: Case) -> float:
-    """Root mean square of what all tokens read. A single token's may be far smaller, where its query hardly meets its key: a
-    product of bfloat16 numbers that cancel has the error of its terms."""
-    return rms(np.concatenate([out for _, out, _ in sequences(case)]))
+def usual_output(expected) -> float:
+    """Root mean square of what all tokens of a case's `sequences` read. A single token's may be far smaller, where its query
+    hardly meets its key: a product of bfloat16 numbers that cancel has the error of its terms."""
+    return rms(np.concatenate([out for _, out, _ in expected]))
 
 
 def gate_terms(case: Case, a_bar):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 from minicpmv46_jax import MiniCPMV, model, packing
 from minicpmv46_jax.generate import token_block
 from minicpmv46_jax.processing import Inputs
+from tests.tolerances import rms
 
 SIDE_FILES = (
     "generation_config.json",
@@ -160,7 +161,7 @@ def assert_same_greedy(found: list[int], expected: list[int], logits: np.ndarray
     assert len(found) == len(expected)
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
         second, best = np.sort(logits[step])[-2:]
-        if best - second <= 2 * error * np.sqrt(np.mean(logits[step] ** 2)):
+        if best - second <= 2 * error * rms(logits[step]):
             assert step > 0, "the very first choice was a tie: the test proves nothing"
             return step
         assert a == b, f"token {step}: {a}, expected {b}"

@@ -33,8 +33,9 @@ def normal(rng, *shape):
 def test_chunked_follows_the_recurrence(rng, lengths, decay):
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16)
     found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
-    usual = truth.usual_output(case)
-    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+    expected = list(truth.sequences(case))
+    usual = truth.usual_output(expected)
+    for s, (own, out, memories) in enumerate(expected):
         if lengths[s]:
             assert relative_rms(found.out[own], out, usual) < GATED_DELTA["gpu bfloat16"]
             assert relative_rms(found.memory[s], memories[-1]) < GATED_DELTA["gpu bfloat16"]
