@@ -31,10 +31,11 @@ def main() -> None:
     if family is None:
         raise SystemExit(f"there are kernels for {' and '.join(CHIPS)}, and the device is {kind!r}")
     table = read(FILE)
-    entry = nearest(table, family, kind) | {
-        tuned.kernel: tune(tuned, kind, table) for tuned in TUNED if tuned.family == family and only in tuned.kernel
-    }
-    write(FILE, table | {family: table[family] | {kind: entry}})
+    for tuned in TUNED:
+        if tuned.family == family and only in tuned.kernel:
+            entry = nearest(table, family, kind) | {tuned.kernel: tune(tuned, kind, table)}
+            table = table | {family: table[family] | {kind: entry}}
+            write(FILE, table)  # what has been measured is kept if the rest is not
 
 
 def tune(tuned: Tuned, kind: str, table: Table, timer: Callable[[Callable[[], Any]], float] = device_microseconds) -> list[Cut]:

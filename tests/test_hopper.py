@@ -241,7 +241,7 @@ def test_the_packed_rule_and_its_gradients(rng, decay):
 
 @pytest.mark.parametrize("snapshots", [None, [[0, 1], [1, 2]]])
 def test_kernels_lowered_once_do_the_same(rng, snapshots):
-    case = truth.draw(rng, [70, 300], heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    case = truth.draw(rng, [70, 300], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)  # what gaps hold is anything
     arguments = (*case.arguments(), *([] if snapshots is None else [jnp.array(snapshots, jnp.int32)]))
     apart = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*arguments)
     with lowered_once():

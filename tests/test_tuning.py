@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +74,22 @@ def test_the_tuner_takes_the_fastest_of_each_class(monkeypatch):
     cuts = tune.tune(tuned, "NVIDIA H100", table, timer=lambda call: call())
     assert cuts == [{"most": 127, "n": 3}, {"n": 2}]
     assert set(calls) == {(name, "gpu") for name in best}
+
+
+def test_what_has_been_measured_is_kept_when_the_tuner_is_stopped(monkeypatch, tmp_path):
+    path, kind = tmp_path / "tuning.json", "NVIDIA H200 NVL"
+    write(path, read(FILE))
+
+    def measured(tuned, *_):
+        if tuned.kernel != "gated_delta_scan":
+            raise KeyboardInterrupt
+        return [{"groups": 7}]
+
+    monkeypatch.setattr(tune, "FILE", path)
+    monkeypatch.setattr(tune, "tune", measured)
+    monkeypatch.setattr(tune.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr("sys.argv", ["tune"])
+    with pytest.raises(KeyboardInterrupt):
+        tune.main()
+    found, before = json.loads(path.read_text())["gpu"], read(FILE)["gpu"]
+    assert found == before | {kind: before["NVIDIA H200"] | {"gated_delta_scan": [{"groups": 7}]}}
