@@ -20,13 +20,17 @@ class Detokenizer:
             i for i, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self.added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+        self._known = dict(self.added)  # and all that were met since
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; an added token for its own name, an id beyond the vocabulary for nothing."""
-        if token_id in self.added:
-            return self.added[token_id]
-        token = self.tokenizer.convert_ids_to_tokens(token_id)
-        return b"" if token is None else bytes(byte_of_character()[c] for c in token)
+        known = self._known.get(token_id)
+        if known is None:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if token is None:
+                return b""
+            known = self._known[token_id] = bytes(byte_of_character()[c] for c in token)
+        return known
 
     def stream(self, stop: tuple[str, ...] = (), skip_special_tokens: bool = True) -> "TextStream":
         """A stream for one answer that ends before any of the texts in `stop`."""
@@ -34,8 +38,8 @@ class Detokenizer:
 
     def decode(self, token_ids, skip_special_tokens: bool = True) -> str:
         """All the text of some ids at once."""
-        stream = self.stream(skip_special_tokens=skip_special_tokens)
-        return "".join(stream.push(i) for i in token_ids) + stream.finish()
+        skipped = self.special if skip_special_tokens else ()
+        return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode("utf-8", errors="replace")
 
 
 class TextStream:
@@ -52,7 +56,8 @@ class TextStream:
         """The text that this token makes certain, often empty. After a stop text `stopped` is true and nothing follows."""
         if self.stopped or token_id in self._skip:
             return ""
-        return self._release(self._utf8.decode(self._detokenizer.token_bytes(token_id)), final=False)
+        text = self._utf8.decode(self._detokenizer.token_bytes(token_id))
+        return self._release(text, final=False) if self._stop else text
 
     def finish(self) -> str:
         """What was held back, an unfinished character as U+FFFD."""

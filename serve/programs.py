@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ class Store:
     Args:
       folder: made if need be.
       depends: all that, beside this project's code, jax and the device, decides what is compiled.
+      options: XLA's, for what is not there yet and is compiled; they say how, and not what.
     """
 
-    def __init__(self, folder: Path, *depends: Any):
+    def __init__(self, folder: Path, *depends: Any, options: Mapping[str, str] | None = None):
+        self.options = options
         device = jax.devices()[0]
         machine = device.device_kind, device.client.platform_version, *map(importlib.metadata.version, ("jax", "jaxlib"))
         flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
@@ -144,9 +146,10 @@ class Programs:
     def _finish(self, key: Hashable, lowered: jax.stages.Lowered, behind: Future | None) -> jax.stages.Compiled:
         if behind is not None:
             wait([behind])  # it was sent before, so it is under way or over
-        compiled = lowered.compile()
-        if self._store is not None:
-            self._store.save(key, compiled)
+        if self._store is None:
+            return lowered.compile()
+        compiled = lowered.compile(self._store.options)
+        self._store.save(key, compiled)
         return compiled
 
     def __getitem__(self, key: Hashable) -> Callable:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,6 +23,7 @@ from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.library import DTYPES, Loading
 from minicpmv46_jax.model import Params, parameter_shapes
+from serve import autotuned
 from serve.device import Device
 from serve.engine import Engine, Policy
 from serve.pages import PAGE
@@ -30,6 +32,7 @@ from serve.sizes import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, Wis
 
 MEMORY_FRACTION = 0.9  # of a device's memory
 CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose memory is others' too
+AUTOTUNED = "autotuned"  # a folder in the cache
 DEMO_NAME = "minicpm-v-4.6-demo"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and what jax calls them
 _INSTALL = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
@@ -184,9 +187,13 @@ def _device(config: ModelConfig, shapes: Params, place: Place, memory: int, wish
         f"{sizes.snapshots} prefixes, features of {sizes.features} picture tokens",
         file=sys.stderr,
     )
-    # Not on a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared.
-    store = None if cpu else Store(place.cache / "programs", config, sizes, itemsize)
-    return Device(config, shapes, sizes, store=store)
+    return Device(config, shapes, sizes, store=None if cpu else _store(place, config, sizes, itemsize))
+
+
+def _store(place: Place, *depends: Any) -> Store:
+    """Not for a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared."""
+    options = autotuned.compiler_options(place.cache / AUTOTUNED) if place.platform == "gpu" else None
+    return Store(place.cache / "programs", *depends, options=options)
 
 
 def free_memory(place: Place) -> int:

@@ -53,6 +53,14 @@ def test_stop_texts_end_the_answer_wherever_tokens_fall(detokenizer, text, stops
         assert out == text[:first] and stream.stopped
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), skipped=st.booleans())
+def test_a_stream_ends_with_the_text_of_all_its_ids(detokenizer, data, skipped):
+    ids = data.draw(st.lists(st.integers(0, len(detokenizer.tokenizer) + 5), max_size=30))
+    stream = detokenizer.stream(skip_special_tokens=skipped)
+    assert "".join(map(stream.push, ids)) + stream.finish() == detokenizer.decode(ids, skip_special_tokens=skipped)
+
+
 def test_markers_that_are_no_special_tokens_stay(detokenizer):
     ids = ids_of(detokenizer, "<think>\nHm.</think><|im_end|>")
     assert detokenizer.decode(ids) == "<think>\nHm.</think>"

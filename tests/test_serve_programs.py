@@ -59,6 +59,14 @@ def test_what_a_function_depends_on_decides(tmp_path, monkeypatch):
     assert programs(Store(tmp_path, "a model"))[1] == 1
 
 
+def test_what_is_compiled_is_compiled_with_the_stores_options(tmp_path):
+    options = {"xla_gpu_per_fusion_autotune_cache_dir": str(tmp_path / "autotuned")}
+    assert programs(Store(tmp_path / "kept", options=options))[1] == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_unheard_of'"):
+        programs(Store(tmp_path / "other", options={"xla_unheard_of": "1"}))
+    assert programs(Store(tmp_path / "kept", options={"xla_unheard_of": "1"}))[1] == 0  # they do not decide what it is
+
+
 @pytest.mark.parametrize("damage", [b"", b"not a pickle", None])
 def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     programs(Store(tmp_path))

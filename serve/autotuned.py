@@ -1,0 +1,49 @@
+"""What XLA's autotuner has found on a GPU: kept from one start to the next, and brought along for devices that were measured.
+
+XLA tries several ways to compute each product of a program, which is most of a first start's compiling. What it finds
+outlasts a change of this project's code, unlike the programs themselves: it depends on the device, XLA and the product alone.
+`python -m serve.autotuned`, on a machine where a server has started, puts what that start found into `autotuned.json`.
+"""
+
+import base64
+import importlib.metadata
+import json
+from pathlib import Path
+
+import jax
+
+FILE = Path(__file__).with_name("autotuned.json")
+OPTION = "xla_gpu_per_fusion_autotune_cache_dir"
+
+
+def compiler_options(folder: Path, brought: Path = FILE) -> dict[str, str]:
+    """XLA's options for keeping results in `folder`, into which those brought along for the present device are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in json.loads(brought.read_text()).get(_here(), {}).items():
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(base64.b64decode(content))
+    return {OPTION: str(folder)}
+
+
+def collect(folder: Path, brought: Path = FILE) -> int:
+    """Puts the results in `folder` into the file, in place of those of the present device and XLA; returns how many."""
+    found = {
+        str(path.relative_to(folder)): base64.b64encode(path.read_bytes()).decode()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    table = json.loads(brought.read_text()) | {_here(): found}
+    brought.write_text(json.dumps(table, indent=0, sort_keys=True) + "\n")
+    return len(found)
+
+
+def _here() -> str:
+    return f"{jax.devices()[0].device_kind}, jaxlib {importlib.metadata.version('jaxlib')}"
+
+
+if __name__ == "__main__":
+    from serve.startup import AUTOTUNED, cache_folder
+
+    print(f"{FILE}: {collect(cache_folder() / AUTOTUNED)} results for {_here()}")

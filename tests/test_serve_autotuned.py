@@ -1,0 +1,62 @@
+"""What XLA's autotuner has found on a device goes from a cache into the package's file, and from there into another cache."""
+
+import base64
+import json
+
+import pytest
+
+from serve import autotuned
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Sets the present device's name."""
+
+    def present(name):
+        monkeypatch.setattr(autotuned, "_here", lambda: name)
+
+    present("H200")
+    return present
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_results_go_into_the_file_and_out_of_it(tmp_path, device):
+    brought, found = tmp_path / "autotuned.json", {"ab12/first.pb": b"\x00\x01", "ab12/second.pb": b"two"}
+    brought.write_text(json.dumps({"H100": {"cd34/other.pb": "AA=="}, "H200": {"ab12/old.pb": "AA=="}}))
+    for name, content in found.items():
+        path = tmp_path / "cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert autotuned.collect(tmp_path / "cache", brought) == 2
+    table = json.loads(brought.read_text())
+    assert set(table) == {"H100", "H200"} and set(table["H200"]) == set(found)
+
+    options = autotuned.compiler_options(tmp_path / "fresh", brought)
+    assert options == {"xla_gpu_per_fusion_autotune_cache_dir": str(tmp_path / "fresh")}
+    assert contents(tmp_path / "fresh") == found
+
+
+def test_what_a_start_has_found_itself_stays(tmp_path, device):
+    brought, own = tmp_path / "autotuned.json", tmp_path / "cache" / "ab12" / "first.pb"
+    brought.write_text(json.dumps({"H200": {"ab12/first.pb": base64.b64encode(b"brought").decode()}}))
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"own")
+    autotuned.compiler_options(tmp_path / "cache", brought)
+    assert own.read_bytes() == b"own"
+
+
+def test_another_device_gets_nothing(tmp_path, device):
+    device("RTX 4090")
+    assert autotuned.compiler_options(tmp_path / "cache")
+    assert not contents(tmp_path / "cache")
+
+
+def test_the_packages_own_file_holds_results_by_device_and_compiler():
+    for where, results in json.loads(autotuned.FILE.read_text()).items():
+        assert where.startswith("NVIDIA ") and ", jaxlib " in where
+        for name, content in results.items():
+            assert name.count("/") == 1 and ".." not in name and name.endswith(".pb")
+            assert base64.b64decode(content, validate=True)
