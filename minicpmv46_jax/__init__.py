@@ -1,7 +1,19 @@
 """MiniCPM-V 4.6 in JAX: OpenBMB's multimodal model for TPU, GPU and, small, CPU."""
 
-from minicpmv46_jax.library import Delta, MiniCPMV
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minicpmv46_jax.library import Delta, MiniCPMV
 
 __version__ = "0.1.0"
 
 __all__ = ["Delta", "MiniCPMV"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, when they are first asked for: who only prepares pictures need not import jax."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from minicpmv46_jax import library
+
+    return getattr(library, name)

@@ -114,10 +114,12 @@ def listen(listening: socket.socket) -> None:
 def start(args: argparse.Namespace, **fields: Any) -> "Service":
     """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
     from minicpmv46_jax.library import Loading
+    from minicpmv46_jax.processing.cutting import cut_here
     from minicpmv46_jax.processing.video import Bounds
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service
     from serve.api.service import MEDIA_LIMITS
+    from serve.cutters import Cutters, processes_for
     from serve.engine import Policy
     from serve.sizes import Wishes
 
@@ -129,8 +131,15 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
     policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
-    with Loading(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
-        model, engine = startup.start(loading, place, wishes, policy)
+    processes = processes_for(platform != "cpu") if args.picture_processes is None else args.picture_processes
+    with contextlib.ExitStack() as on_failure:
+        if processes:
+            fields["cutters"] = Cutters(processes)
+            on_failure.callback(fields["cutters"].close)
+        with Loading(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
+            model, engine = startup.start(loading, place, wishes, policy)
+        on_failure.pop_all()
+    model.processor.cutter = fields.get("cutters", cut_here)
     model.processor.max_pixels = args.max_pixels
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]

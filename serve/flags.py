@@ -225,6 +225,12 @@ def _add_media_flags(group: argparse._ArgumentGroup) -> None:
     )
     add("--max-media-bytes", metavar="N", type=positive, default=256 * 2**20, help="of a download (default: %(default)s)")
     add("--max-pixels", metavar="N", type=positive, default=89_478_485, help="of an image or frame (default: %(default)s)")
+    add(
+        "--picture-processes",
+        metavar="N",
+        type=count,
+        help="that open and resize pictures, 0 for the server's own threads (default: half the cores, at most 8; on a CPU 0)",
+    )
     add("--max-video-frames", metavar="N", type=positive, default=36_000, help="to decode of a video (default: %(default)s)")
     add("--max-video-pictures", metavar="N", type=positive, default=1024, help="to show of a video (default: %(default)s)")
     add("--max-video-seconds", metavar="S", type=positive, default=60, help="to decode a video for (default: %(default)s)")

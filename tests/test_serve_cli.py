@@ -1,5 +1,6 @@
 """`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
 
+import base64
 import contextlib
 import importlib.util
 import os
@@ -25,6 +26,7 @@ from serve.server import Server, Tls, address
 from serve.sizes import Wishes
 from serve.startup import Place
 from tests.serial_engine import SerialEngine
+from tests.test_processing_images import PHOTOS
 from tests.test_serve_support import FakeModel, serving
 
 ROOT = Path(__file__).parent.parent
@@ -238,13 +240,16 @@ def test_a_model_that_is_not_there(tmp_path):
 
 def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
     command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
+    command += ["--picture-processes", "1"]
     with subprocess.Popen(
         command, env=environment(XDG_CACHE_HOME=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
         ready = server.stdout.readline()  # nothing is printed there before
         assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
         with httpx.Client(base_url=ready.split()[1], headers={"Authorization": "Bearer k"}, timeout=60) as http:
-            content = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+            url = f"data:image/jpeg;base64,{base64.b64encode(PHOTOS[0].read_bytes()).decode()}"
+            parts = [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": url}}]
+            content = {"model": "mine", "messages": [{"role": "user", "content": parts}], "max_tokens": 4}
             answer = http.post("chat/completions", json=content)
         assert answer.json()["usage"]["completion_tokens"] <= 4
         server.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@
 - chat.py: messages -> prompt -> `Inputs`; the one entry point.
 - options.py: what a checkpoint fixes (`MediaConfig`) and what a request may choose (`Options`).
 - slicing.py: the sizes and grids into which a picture is cut. Arithmetic only.
-- images.py, video.py: sources -> pictures -> patches. resize.py: torch's uint8 bicubic kernel.
+- cutting.py: one image or video. images.py, video.py: sources -> pictures -> patches. resize.py: torch's uint8 bicubic kernel.
 - sources.py: paths, bytes, data and http URLs.
 """
 

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, cut, image_table, load_rgb, resize_pillow
+from minicpmv46_jax.processing.cutting import Cutter, Cutting, cut_here
+from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, image_table
 from minicpmv46_jax.processing.inputs import Inputs, View
 from minicpmv46_jax.processing.messages import Medium, check_choices, normalise
 from minicpmv46_jax.processing.options import MediaConfig, Options, read_configs
-from minicpmv46_jax.processing.sources import Fetch, fetch
-from minicpmv46_jax.processing.video import UNBOUNDED, Bounds, load_video, video_table
+from minicpmv46_jax.processing.sources import Fetch, describe, fetch, is_data_url, read
+from minicpmv46_jax.processing.video import UNBOUNDED, Bounds, video_table
 
 _ROLES = (
     "image_token",
@@ -68,6 +69,7 @@ class Processor:
             to decide what may be opened; `pathlib.Path` objects come from the program itself and are opened without it.
         max_pixels: most pixels of an image or of a video's frame.
         video_bounds: what reading a video may cost.
+        cutter: opens images and videos and cuts them; a server has processes for it.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Processor:
         fetch: Fetch = fetch,
         max_pixels: int = MAX_PIXELS,
         video_bounds: Bounds = UNBOUNDED,
+        cutter: Cutter = cut_here,
     ) -> None:
         self.tokenizer = tokenizer
         self.images = images
@@ -86,6 +89,7 @@ class Processor:
         self.fetch = fetch
         self.max_pixels = max_pixels
         self.video_bounds = video_bounds
+        self.cutter = cutter
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; expected chat_template.jinja in the checkpoint folder")
         if missing := [role for role in _ROLES if not getattr(tokenizer, role, None)]:
@@ -209,12 +213,12 @@ class Processor:
     def _load(self, medium: Medium, choices: Mapping[str, Any]) -> _Loaded:
         config = self.images if medium.kind == "image" else self.videos
         options = config.options.updated(choices, "options").updated(medium.choices, medium.where)
+        source, name = medium.source, describe(medium.source)
         try:
-            if medium.kind == "video":
-                cuts = load_video(medium.source, config, options, self.fetch, self.max_pixels, self.video_bounds)
-                return _Loaded("video", cuts, options)
-            picture = load_rgb(medium.source, self.fetch, self.max_pixels)
-            return _Loaded("image", (cut(picture, config, options, resize_pillow),), options)
+            if isinstance(source, str) and not is_data_url(source):
+                source = read(source, self.fetch)
+            cutting = Cutting(medium.kind, source, name, config, options, self.max_pixels, self.video_bounds)
+            return _Loaded(medium.kind, self.cutter(cutting), options)
         except ValueError as error:
             raise ValueError(f"{medium.where}: {error}") from error
 

@@ -61,7 +61,7 @@ def check_size(height: int, width: int, max_pixels: int, name: str) -> None:
         raise ValueError(f"{name}: {width}x{height} = {height * width} pixels, more than the {max_pixels} allowed")
 
 
-def load_rgb(source: Any, fetch: Fetch, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load_rgb(source: Any, fetch: Fetch, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
     """Any image source as uint8 RGB [height, width, 3].
 
     Args:
@@ -71,10 +71,11 @@ def load_rgb(source: Any, fetch: Fetch, max_pixels: int = MAX_PIXELS) -> np.ndar
             white. Both as transformers does.
         fetch: how to get at URLs and paths.
         max_pixels: refused above, before decoding. Pillow refuses 178,956,970 and more whatever is said here.
+        name: what messages call the source, if not by itself.
     Raises:
         ValueError: not an image, broken, truncated, empty, too large, or not to be had.
     """
-    name = describe(source)
+    name = name or describe(source)
     if isinstance(source, np.ndarray):
         return _array_rgb(source, max_pixels, name)
     if isinstance(source, Image.Image):

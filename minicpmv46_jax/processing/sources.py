@@ -25,12 +25,17 @@ def describe(source: Any) -> str:
     """A short name of a source for messages."""
     if isinstance(source, (bytes, bytearray)):
         return f"{len(source)} bytes"
-    if isinstance(source, str) and source[:5].lower() == "data:":
+    if isinstance(source, str) and is_data_url(source):
         return "data URL"
     if isinstance(source, (str, Path)):
         text = str(source)
         return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
     return type(source).__name__
+
+
+def is_data_url(source: str) -> bool:
+    """Whether it holds the bytes itself."""
+    return source[:5].lower() == "data:"
 
 
 def fetch(url: str, *, timeout_s: float | int = 30.0, max_bytes: int = 512 * 2**20) -> bytes | Path:
@@ -88,14 +93,14 @@ def decode_data_url(url: str) -> bytes:
         raise ValueError(f"data URL: broken base64 of {len(body)} characters") from None
 
 
-def read(source: str | bytes | Path, fetch: Fetch) -> bytes | Path:
+def read(source: str | bytes | bytearray | Path, fetch: Fetch) -> bytes | Path:
     """Bytes, or an existing file, of a source.
 
     Raises:
         ValueError: no such file, an empty source, or whatever `fetch` and `decode_data_url` raise.
     """
     if isinstance(source, str):
-        data = decode_data_url(source) if source[:5].lower() == "data:" else fetch(source)
+        data = decode_data_url(source) if is_data_url(source) else fetch(source)
     else:
         data = bytes(source) if isinstance(source, bytearray) else source
     if isinstance(data, Path):

@@ -202,6 +202,7 @@ def load_video(
     fetch: Fetch,
     max_pixels: int = MAX_PIXELS,
     bounds: Bounds = UNBOUNDED,
+    name: str | None = None,
 ) -> tuple[Cut, ...]:
     """Sample a video and cut each of its frames and composites.
 
@@ -210,10 +211,11 @@ def load_video(
         fetch: how to get at URLs and paths.
         max_pixels: frames and composites larger than this are refused.
         bounds: of a file; frames decoded already are the caller's own.
+        name: what messages call the source, if not by itself.
     Raises:
         ValueError: not a video, no video stream, no frames, broken, frames too large or too many, or not to be had.
     """
-    name = describe(source)
+    name = name or describe(source)
 
     def make(picture: np.ndarray) -> Cut:
         check_size(picture.shape[0], picture.shape[1], max_pixels, name)  # a composite is as large as its frames together

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from minicpmv46_jax import MiniCPMV
 from serve.constraints import Constraints
+from serve.cutters import Cutters
 from serve.engine import Engine
 
 MAX_BODY_BYTES = 128 * 2**20  # base64 makes of it 96 MiB of pictures or video
@@ -46,6 +47,7 @@ class Service:
       log_prompts: whether the log has the text of prompts. They are the users' own, so it has not unless asked.
       created: when serving began, in seconds since 1970.
       pool: where requests are prepared, off the event loop.
+      cutters: the processes in which the model's processor opens pictures, if it has any, to be closed with the rest.
     """
 
     model: MiniCPMV
@@ -62,6 +64,7 @@ class Service:
     pool: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
     )
+    cutters: Cutters | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,4 +98,6 @@ class Service:
     def close(self) -> None:
         """Stops the engine and takes on no more preparations."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.cutters is not None:
+            self.cutters.close()
         self.engine.close()

@@ -1,0 +1,45 @@
+"""One image or video of a conversation, from what was fetched to its views. Can be sent to another process and done there."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from minicpmv46_jax.processing.images import Cut, cut, load_rgb, resize_pillow
+from minicpmv46_jax.processing.options import MediaConfig, Options
+from minicpmv46_jax.processing.sources import fetch
+from minicpmv46_jax.processing.video import Bounds, load_video
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """What is to be cut, and how.
+
+    Attributes:
+        kind: "image" or "video".
+        source: as `images.load_rgb` or `video.load_video` take it; of strings data URLs alone, others have been fetched.
+        name: what messages call the source.
+        config: the checkpoint's settings of its kind.
+        options: the request's.
+        max_pixels: most pixels of an image, or of a video's frame.
+        bounds: what reading a video may cost.
+    """
+
+    kind: str
+    source: Any
+    name: str
+    config: MediaConfig
+    options: Options
+    max_pixels: int
+    bounds: Bounds
+
+
+Cutter = Callable[[Cutting], tuple[Cut, ...]]
+"""One cut of an image, one of each frame or composite of a video. Raises ValueError for a source that is broken or too large."""
+
+
+def cut_here(cutting: Cutting) -> tuple[Cut, ...]:
+    """In this thread."""
+    source, config, options, name = cutting.source, cutting.config, cutting.options, cutting.name
+    if cutting.kind == "video":
+        return load_video(source, config, options, fetch, cutting.max_pixels, cutting.bounds, name)
+    return (cut(load_rgb(source, fetch, cutting.max_pixels, name), config, options, resize_pillow),)
