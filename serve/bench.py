@@ -1,9 +1,10 @@
 """Load on an OpenAI-compatible server: `python -m serve.bench --url http://127.0.0.1:8000 --requests 500 --concurrency 100`.
 
-Four kinds of load. By default prompts of random token ids to /v1/completions, input and output lengths drawn evenly from ranges.
-With `--chat` random words to /v1/chat/completions; with `--image 1280x720` a random JPEG before them. With `--turns 3`
-conversations, whose each turn sends the ones before again. Every answer goes on past its end token (`ignore_eos`) to its drawn
-length, but with `--response-format FILE`, which asks for answers of a form in chats: they end where their form does.
+Four kinds of load, all drawn before the first request is sent. By default prompts of random token ids to /v1/completions, input
+and output lengths drawn evenly from ranges. With `--chat` random words to /v1/chat/completions; with `--image 1280x720` a random
+JPEG before them. With `--turns 3` conversations, whose each turn sends the ones before again. Every answer goes on past its end
+token (`ignore_eos`) to its drawn length, but with `--response-format FILE`, which asks for answers of a form in chats: they end
+where their form does.
 
 The terms are those of SGLang's bench_serving: TTFT is the time to the first token, TPOT the mean time of each later token of a
 request, ITL the time between two chunks of a stream divided by the tokens a chunk has on average, E2E a whole request's time.
@@ -18,8 +19,9 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -77,34 +79,49 @@ def _read(event: dict[str, Any], result: Result, now: float) -> None:
             result.chunks.append(now)
 
 
+class Turn(NamedTuple):
+    """What a request says, token ids or the parts of a message, and how many tokens its answer is to have."""
+
+    said: list[Any]
+    output_len: int
+
+
 class Load:
-    """What is sent: `request(i)` sends the i-th request, or the i-th conversation's turns, and returns the results."""
+    """What is sent, drawn before the clock starts: `request(i)` sends the i-th request, or the i-th conversation's turns."""
 
     def __init__(self, args: argparse.Namespace, client: httpx.AsyncClient):
         self.args, self.client = args, client
+        self.chat = args.chat or args.turns > 1 or args.image is not None or args.response_format is not None
+        with ThreadPoolExecutor() as pool:  # a picture takes 15 ms, and resizing it lets go of the GIL
+            self.drawn = list(pool.map(self._draw, range(args.requests + args.warmup)))
+
+    def _draw(self, i: int) -> list[Turn]:
+        args, rng, turns = self.args, np.random.default_rng([self.args.seed, i]), []
+        for turn in range(args.turns):
+            size = self._length(rng, args.input_len)
+            if not self.chat:
+                said = rng.integers(0, args.ids, size).tolist()
+            else:
+                said = [{"type": "text", "text": " ".join(rng.choice(WORDS, size).tolist())}]
+                if turn == 0 and args.image is not None:
+                    said = [*(_picture(rng, args.image) for _ in range(args.images)), *said]
+            turns.append(Turn(said, self._length(rng, args.output_len)))
+        return turns
 
     async def request(self, i: int) -> list[Result]:
-        rng = np.random.default_rng([self.args.seed, i])
-        if self.args.chat or self.args.turns > 1 or self.args.image is not None or self.args.response_format is not None:
-            return await self._conversation(rng)
-        ids = rng.integers(0, self.args.ids, self._length(rng, self.args.input_len)).tolist()
-        return [await self._send("/v1/completions", {"prompt": ids}, rng)]
-
-    async def _conversation(self, rng: np.random.Generator) -> list[Result]:
+        if not self.chat:
+            return [await self._send("/v1/completions", turn.output_len, prompt=turn.said) for turn in self.drawn[i]]
         results, messages = [], []
-        for turn in range(self.args.turns):
-            parts = [{"type": "text", "text": " ".join(rng.choice(WORDS, self._length(rng, self.args.input_len)).tolist())}]
-            if turn == 0 and self.args.image is not None:
-                parts = [*(_picture(rng, self.args.image) for _ in range(self.args.images)), *parts]
-            messages.append({"role": "user", "content": parts})
-            form = {} if self.args.response_format is None else {"response_format": self.args.response_format}
-            results.append(await self._send("/v1/chat/completions", {"messages": messages, **form}, rng))
+        form = {} if self.args.response_format is None else {"response_format": self.args.response_format}
+        for turn in self.drawn[i]:
+            messages.append({"role": "user", "content": turn.said})
+            results.append(await self._send("/v1/chat/completions", turn.output_len, messages=messages, **form))
             messages.append({"role": "assistant", "content": results[-1].text or "-"})
         return results
 
-    def _send(self, path: str, body: dict[str, Any], rng: np.random.Generator) -> Awaitable[Result]:
-        fields = {"model": self.args.model, "max_tokens": self._length(rng, self.args.output_len)}
-        return ask(self.client, path, {**fields, "temperature": self.args.temperature, **body})
+    def _send(self, path: str, output_len: int, **body: Any) -> Awaitable[Result]:
+        fields = {"model": self.args.model, "max_tokens": output_len, "temperature": self.args.temperature}
+        return ask(self.client, path, fields | body)
 
     def _length(self, rng: np.random.Generator, bounds: tuple[int, int]) -> int:
         return int(rng.integers(bounds[0], bounds[1] + 1))
@@ -251,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=1, help="how many (default: %(default)s)")
     add("--turns", type=int, default=1, help="turns of a conversation (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="default: %(default)s")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of what is drawn: the same again, and the server may know it (default: %(default)s)")
     add("--warmup", type=int, default=1, help="requests before the clock starts (default: %(default)s)")
     add("--timeout", type=float, default=600.0, help="seconds a server may be silent (default: %(default)s)")
     add("--output", metavar="FILE", type=Path, help="write the numbers as JSON too")

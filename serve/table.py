@@ -117,11 +117,14 @@ def _steps(log: Path) -> str:
     return f" ({'; '.join(steps)})" if steps else ""
 
 
-def load(address: str, requests: int, arguments: tuple[str, ...], form: Path) -> dict[str, float]:
-    """`serve.bench`'s numbers, with the engine's own: steps, and the host's milliseconds in each."""
+def load(address: str, requests: int, arguments: tuple[str, ...], form: Path, seed: int) -> dict[str, float]:
+    """`serve.bench`'s numbers, with the engine's own: steps, and the host's milliseconds in each.
+
+    Loads of different seeds have no picture and no prompt in common that the server could have kept.
+    """
     before = _counters(address)
     given = [str(form) if argument == "FORM" else argument for argument in arguments]
-    asked = bench.parser().parse_args(["--url", address, "--requests", str(requests), *given])
+    asked = bench.parser().parse_args(["--url", address, "--requests", str(requests), "--seed", str(seed), *given])
     numbers, results = asyncio.run(bench.bench(asked))
     for error in sorted({result.error for result in results if result.error is not None})[:3]:
         print(f"error: {error}", file=sys.stderr)
@@ -159,9 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
             with server(of_server, cache, log, given.patience) as (address, seconds):
                 table["start to first answer, cache filled"] = {"seconds": seconds}
                 print(f"start to first answer, cache filled: {seconds:.1f} s{_steps(log)}", flush=True)
-                for name, requests, loaded, shown in LOADS:
+                for seed, (name, requests, loaded, shown) in enumerate(LOADS):
                     if given.only in name:
-                        table[name] = load(address, max(int(requests * given.share), 1), loaded, form)
+                        table[name] = load(address, max(int(requests * given.share), 1), loaded, form, seed)
                         shown = (*shown, "host_ms_a_step", "failed_requests")
                         print(f"{name}: {', '.join(f'{what} {table[name][what]:.2f}' for what in shown)}", flush=True)
         except RuntimeError as error:

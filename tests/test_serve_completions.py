@@ -125,6 +125,21 @@ def test_the_load_client_has_conversations_and_pictures(demo_address, tmp_path, 
     assert demo_engine.scheduler.cached_tokens > hits
 
 
+def test_what_the_load_client_sends_is_drawn_before_the_clock_starts(demo_address, tmp_path, monkeypatch):
+    drawn, order, picture, ask = [], [], bench._picture, bench.ask
+    monkeypatch.setattr(bench, "_picture", lambda rng, size: (order.append("drawn"), picture(rng, size))[1])
+    monkeypatch.setattr(bench, "ask", lambda *given: (order.append("sent"), drawn.append(given[2]), ask(*given))[2])
+    flags = ["--image", "64x48", "--input-len", "2..9", "--output-len", "1..5"]
+    assert run_bench(demo_address, tmp_path, *flags)[0] == 0
+    assert order == ["drawn"] * 4 + ["sent"] * 4
+    first, drawn[:] = list(map(str, drawn)), []
+    run_bench(demo_address, tmp_path, *flags)
+    assert sorted(map(str, drawn)) == sorted(first)  # a seed is a load
+    drawn.clear()
+    run_bench(demo_address, tmp_path, *flags, "--seed", "1")
+    assert not set(map(str, drawn)) & set(first)
+
+
 def test_the_load_client_keeps_a_rate(demo_address, tmp_path):
     status, found = run_bench(demo_address, tmp_path, "--rate", "4", "--output-len", "3")
     assert status == 0 and found["successful_requests"] == 4
