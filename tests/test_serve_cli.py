@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import importlib.util
 import os
 import shutil
@@ -13,12 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from minicpmv46_jax.library import Loading
 from serve import flags, startup
+from serve import server as server_module
 from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
 from serve.engine import Policy
 from serve.programs import Programs
@@ -261,6 +264,20 @@ def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
     (cache,) = tmp_path.iterdir()
     assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"demo", "jax"}  # and nothing half-made
     assert any((cache / "jax").iterdir())
+
+
+def test_what_the_start_has_made_is_not_looked_through_again_while_answers_run(monkeypatch):
+    """A garbage collection over a whole server holds up every stream for a fifth of a second."""
+    frozen, interval = [], sys.getswitchinterval()
+    served = SimpleNamespace(run=lambda sockets: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(server_module, "Server", lambda *_: served)
+    monkeypatch.setattr(server_module.logs, "configure", lambda _: None)
+    try:
+        server_module.run(SimpleNamespace(close=lambda: None), None)
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(interval)
+    assert frozen[0] > 10_000
 
 
 def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
