@@ -17,3 +17,7 @@ def __getattr__(name: str) -> Any:
     from minicpmv46_jax import library
 
     return getattr(library, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
