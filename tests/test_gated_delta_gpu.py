@@ -197,11 +197,11 @@ def test_packed_rows_take_the_kernels_where_they_are_asked_for():
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("tokens", "processors", "stages"), [(1, 2, 3), (1, 6, 1), (2, 3, 2)])
-def test_the_step_interpreted(rng, monkeypatch, tokens, processors, stages):
+@pytest.mark.parametrize(("tokens", "processors", "groups", "stages"), [(1, 2, 4, 3), (1, 6, 4, 1), (2, 3, 4, 2), (2, 3, 2, 2)])
+def test_the_step_interpreted(rng, monkeypatch, tokens, processors, groups, stages):
     """Several heads a block, with rows at rest between them, and one; not in clusters, which the interpreter does not know."""
     monkeypatch.setattr(gpu_recurrent, "PROCESSORS", processors)
-    cuts = {"gpu": {"any": {"gated_delta_recurrent": [{"groups": 4, "parts": 1, "stages": stages}]}}}
+    cuts = {"gpu": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
     *inputs, memory, tail, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
     slot, keep = slot.at[1].set(-1), np.array([tokens, 1, 0])
     with tuning.using(cuts), plgpu.force_gpu_interpret_mode():

@@ -27,8 +27,12 @@ SIDES = 3  # queries, keys and values
 # A thread has one of 128 channels; or pairs of neighbouring keys of one value channel, 4 or 8 threads a channel.
 CHANNELS = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 MATRICES = {
-    share: plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-    for share, tiling in ((32, ((32, 8), (8, 8), (2,))), (16, ((16, 16), (4, 16), (2,))))
+    share: plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=(warp,), lane_dims=(-3, -2), vector_dim=-1)
+    for share, tiling, warp in (
+        (64, ((64, 8), (16, 8), (8, 8), (2,)), -7),
+        (32, ((32, 8), (8, 8), (2,)), -5),
+        (16, ((16, 16), (4, 16), (2,)), -5),
+    )
 }
 
 

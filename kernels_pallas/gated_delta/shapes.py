@@ -61,7 +61,7 @@ TUNED = (
         "gpu",
         "gated_delta_recurrent",
         (*({"groups": 1, "parts": parts, "stages": 1} for parts in (4, 8)), {"groups": 2, "parts": 2, "stages": 1})
-        + tuple({"groups": 4, "parts": 1, "stages": stages} for stages in (1, 2, 3)),
+        + tuple({"groups": groups, "parts": 1, "stages": stages} for groups in (2, 4) for stages in (1, 2, 3)),
         {
             33: ("gated delta step, 1 slot",),
             132: ("gated delta step, 8 slots",),
