@@ -19,7 +19,19 @@ from minicpmv46_jax import model
 from minicpmv46_jax.batch import Rows, dropped
 from minicpmv46_jax.model import Params
 from minicpmv46_jax.options import GenerationOptions
-from minicpmv46_jax.sampling import MAX_BIASED, Bias, History, Mode, Sampled, SamplingParams, count, new_bias, new_history, sample
+from minicpmv46_jax.sampling import (
+    MAX_BIASED,
+    Bias,
+    History,
+    Mode,
+    Sampled,
+    SamplingParams,
+    count,
+    looks_back,
+    new_bias,
+    new_history,
+    sample,
+)
 from minicpmv46_jax.state import Layers, TextState
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -119,7 +131,7 @@ def _sample(
     known = (decoding.sampling, decoding.stops, decoding.history, decoding.bias, decoding.answered, decoding.left)
     params, stops, history, bias, answered, left = _rows(known, slots)
     sampled = sample(logits, params, history, answered, mode, bias, allowed)
-    history = decoding.history if mode == "greedy" else count(decoding.history, slots, sampled.ids)
+    history = count(decoding.history, slots, sampled.ids) if looks_back(mode) else decoding.history
     table = (decoding.last, decoding.answered, decoding.left)
     new = (sampled.ids, answered + 1, jnp.where(is_stop(sampled.ids, stops), 0, left - 1))
     last, answered, left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
@@ -170,7 +182,8 @@ def decode(
         kept = at.kept if held is None else _at_rows(at.kept, rows, active & held, logits)
         sampled = sample(logits, sampling, _rows(at.history, rows), at.answered, mode, bias)
         ids = jnp.where(gets, sampled.ids, at.last)
-        history = at.history if mode == "greedy" else count(at.history, jnp.where(gets, rows, decoding.last.shape[0]), ids)
+        counted = jnp.where(gets, rows, decoding.last.shape[0])
+        history = count(at.history, counted, ids) if looks_back(mode) else at.history
         more = gets.astype(jnp.int32)
         left = jnp.where(gets & is_stop(ids, stops), 0, at.left - more)
         length = at.length + active.astype(jnp.int32)
@@ -256,9 +269,10 @@ def mode_of(options: GenerationOptions) -> Mode:
     """The least that serves a request."""
     if options.logprobs is not None or options.logit_bias:
         return "full"
-    if options.temperature > 0 and (options.top_k > 0 or options.top_p < 1):
-        return "ranked"
-    return "sampled" if options.temperature > 0 or penalises(options) or options.constraint is not None else "greedy"
+    draws = options.temperature > 0
+    if penalises(options) or (draws and (options.top_k > 0 or options.top_p < 1 or options.min_p > 0)):
+        return "filtered"
+    return "sampled" if draws or options.constraint is not None else "greedy"
 
 
 def penalises(options: GenerationOptions) -> bool:

@@ -19,10 +19,11 @@ from minicpmv46_jax.trees import tree_dataclass
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
 MAX_BIASED = 1024  # tokens with a bias of their own, as OpenAI's API
 
-# What a step computes, static: the largest logit alone; a draw, behind penalties, masks and min-p; top-k and top-p too; biases
-# and log probabilities too. At a batch of 100 the vocabulary is 100 MB of logits: each further pass over them costs a tenth of
-# reading the weights. None of it is decided on the device: at a conditional the host waits for a GPU, and sends nothing ahead.
-Mode = Literal["greedy", "sampled", "ranked", "full"]
+# What a step computes, static: the largest logit alone; a draw at a temperature, behind a mask; penalties, min-p, top-k and top-p
+# too; biases and log probabilities too. At a batch of 100 the vocabulary is 100 MB of logits: each further pass over them costs a
+# tenth of reading the weights. None of it is decided on the device: at a conditional the host waits for a GPU, and sends nothing
+# ahead.
+Mode = Literal["greedy", "sampled", "filtered", "full"]
 
 
 @tree_dataclass
@@ -132,19 +133,25 @@ def sample(
     if mode == "greedy":
         assert allowed is None
         return Sampled(_best(logits))
-    scores = penalise(logits, params, history)
+    scores = logits if mode == "sampled" else penalise(logits, params, history)
     scores = add_bias(scores, bias, params.biased) if mode == "full" else scores
     scores = scores if allowed is None else rule_out(scores, allowed)
-    kept = filter_scores(scores / jnp.maximum(params.temperature, 1e-6)[:, None], params, by_rank=mode != "sampled")
+    kept = scores / jnp.maximum(params.temperature, 1e-6)[:, None]
+    kept = kept if mode == "sampled" else filter_scores(kept, params)
     keys = jax.vmap(jax.random.fold_in)(_keys(params.seed), answered)
-    drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-    ids = jnp.where(params.temperature > 0, drawn, _best(scores))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)  # whose largest sum is a draw
+    ids = _best(jnp.where(params.temperature[:, None] > 0, kept + noise, scores))
     if mode != "full":
         return Sampled(ids)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_logprobs, top_ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     own = jnp.take_along_axis(logprobs, ids[:, None], axis=1)[:, 0]
     return Sampled(ids, own, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def looks_back(mode: Mode) -> bool:
+    """Whether a step of that mode reads and writes histories; of rows that have penalties every step is."""
+    return mode in ("filtered", "full")
 
 
 def _best(scores: Float32[Array, "B V"]) -> Int32[Array, " B"]:
@@ -179,15 +186,14 @@ def rule_out(scores: Float32[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Fl
     return jnp.where(may == 1, scores, -jnp.inf)
 
 
-def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams, *, by_rank: bool) -> Float32[Array, "B V"]:
-    """Scores with -inf where min-p and, `by_rank`, top-k or top-p rule a token out; the best token always stays.
+def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:
+    """Scores with -inf where min-p, top-k or top-p rule a token out; the best token always stays.
 
     Top-p keeps the fewest tokens whose probabilities (after top-k) reach it. Tokens that tie with the last one kept stay too.
     """
     best = scores.max(axis=-1)
     kept = scores >= (best + jnp.log(params.min_p))[:, None]  # log 0 = -inf keeps all
-    if by_rank:
-        kept &= _within_ranks(scores, best, params)
+    kept &= _within_ranks(scores, best, params)
     return jnp.where(kept | (scores >= best[:, None]), scores, -jnp.inf)
 
 

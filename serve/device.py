@@ -47,7 +47,7 @@ NOTE_TOKENS = 2048  # entered into a history at once
 EVERYTHING = 0xFFFFFFFF  # a mask's word in which all may come
 COPY_PAGES = 32  # copied to or from the host at once: 24 MB of the released model
 Tree = TypeVar("Tree")
-MODES: tuple[Mode, ...] = ("greedy", "sampled", "ranked", "full")
+MODES: tuple[Mode, ...] = ("greedy", "sampled", "filtered", "full")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Sampling against transformers' logits processors, and against the probabilities it promises."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.decoding import sampling_params
+from minicpmv46_jax.decoding import mode_of, sampling_params
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.sampling import MAX_LOGPROBS, Bias, count, filter_scores, new_bias, new_history, note, penalise, sample
 
@@ -33,7 +32,7 @@ def params(**options):
     return sampling_params([options], [options.seed])
 
 
-def drawn(scores, params, mode="ranked", bias=None, allowed=None):
+def drawn(scores, params, mode="filtered", bias=None, allowed=None):
     """Of rows without a history."""
     rows = scores.shape[0]
     bias = new_bias(rows) if bias is None and mode == "full" else bias
@@ -68,7 +67,7 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, tempera
         (lambda: MinPLogitsWarper(min_p), min_p > 0),
     ):
         expected = warper()(None, expected) if on else expected
-    found = jax.jit(functools.partial(filter_scores, by_rank=top_k > 0 or top_p < 1))(
+    found = jax.jit(filter_scores)(
         jnp.asarray(scores) / temperature, params(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     )
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
@@ -84,9 +83,9 @@ def test_chips_find_the_same_threshold_in_fewer_passes(monkeypatch, size):
     top_ps = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
     rows = [params(top_k=int(k), top_p=p) for k, p in zip(rng.integers(0, 30, 6), top_ps, strict=True)]
     options = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    found = jax.jit(lambda *x: filter_scores(*x, by_rank=True))(scores, options)
+    found = jax.jit(filter_scores)(scores, options)
     monkeypatch.setattr("minicpmv46_jax.sampling.device_kind", lambda: "NVIDIA H200")
-    np.testing.assert_array_equal(jax.jit(lambda *x: filter_scores(*x, by_rank=True))(scores, options), found)
+    np.testing.assert_array_equal(jax.jit(lambda *x: filter_scores(*x))(scores, options), found)
     for row, kept, k, p in zip(scores, np.asarray(found), options.top_k, top_ps, strict=True):
         ranked = np.sort(row[np.isfinite(row)])[::-1]
         inside = ranked[ranked >= ranked[min(int(k), len(ranked)) - 1]] if k else ranked
@@ -115,7 +114,7 @@ def test_presence_and_frequency_penalties_look_at_the_answer_alone():
     np.testing.assert_allclose(change, expected)
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampled", "ranked", "full"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "filtered", "full"])
 def test_temperature_zero_takes_the_best(mode):
     scores = jnp.asarray(logits(1))
     assert drawn(scores, params(temperature=0.0), mode).ids[0] == scores.argmax()
@@ -123,13 +122,43 @@ def test_temperature_zero_takes_the_best(mode):
 
 def test_a_mode_that_knows_more_draws_the_same():
     scores = jnp.asarray(np.concatenate([logits(seed) for seed in range(4)]))
-    rows = [params(seed=i, temperature=t, min_p=m) for i, (t, m) in enumerate([(1.0, 0.0), (0.7, 0.0), (0.0, 0.0), (1.5, 0.1)])]
+    rows = [params(seed=i, temperature=t) for i, t in enumerate([1.0, 0.7, 0.0, 1.5])]
     options = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    found = [drawn(scores, options, mode).ids.tolist() for mode in ("sampled", "ranked", "full")]
+    found = [drawn(scores, options, mode).ids.tolist() for mode in ("sampled", "filtered", "full")]
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampled", "ranked", "full"])
+def test_a_draw_is_jaxs():
+    """The largest sum of a score and its noise, in one pass over the vocabulary."""
+    scores = jnp.asarray(np.concatenate([logits(seed) for seed in range(8)]))
+    options = jax.tree.map(lambda *x: np.concatenate(x), *(params(seed=i + 2**40, temperature=0.5 + i / 4) for i in range(8)))
+    keys = [jax.random.fold_in(jax.random.key(low), high) for low, high in options.seed]
+    rows = zip(keys, scores / options.temperature[:, None], strict=True)
+    expected = [int(jax.random.categorical(jax.random.fold_in(key, 0), row)) for key, row in rows]
+    for mode in ("sampled", "filtered"):
+        assert drawn(scores, options, mode).ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"temperature": 0.0}, "greedy"),
+        ({"temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, "greedy"),
+        ({"temperature": 0.7}, "sampled"),
+        ({"temperature": 0.7, "top_k": 5}, "filtered"),
+        ({"temperature": 0.7, "top_p": 0.9}, "filtered"),
+        ({"temperature": 0.7, "min_p": 0.1}, "filtered"),
+        ({"temperature": 0.7, "presence_penalty": 1.0}, "filtered"),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, "filtered"),
+        ({"temperature": 0.0, "logprobs": 0}, "full"),
+        ({"temperature": 0.0, "logit_bias": {3: 1.0}}, "full"),
+    ],
+)
+def test_each_request_is_served_by_the_least_that_does(options, mode):
+    assert mode_of(generation_options(GenerationConfig(), **options)) == mode
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "filtered", "full"])
 def test_nothing_is_decided_on_the_device(monkeypatch, mode):
     """The host would wait for a GPU at each conditional."""
     monkeypatch.setattr("minicpmv46_jax.sampling.device_kind", lambda: "NVIDIA H200")
