@@ -121,7 +121,7 @@ class Load:
 
     def _send(self, path: str, output_len: int, **body: Any) -> Awaitable[Result]:
         fields = {"model": self.args.model, "max_tokens": output_len, "temperature": self.args.temperature}
-        return ask(self.client, path, fields | body)
+        return ask(self.client, path, fields | body | self.args.extra_body)
 
     def _length(self, rng: np.random.Generator, bounds: tuple[int, int]) -> int:
         return int(rng.integers(bounds[0], bounds[1] + 1))
@@ -235,6 +235,16 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, as in '{{\"top_p\": 0.8}}'")
+    return found
+
+
 def _response_format(path: str) -> dict[str, Any]:
     """OpenAI's response_format, or a JSON schema that is put into one, from a file."""
     try:
@@ -268,6 +278,14 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=1, help="how many (default: %(default)s)")
     add("--turns", type=int, default=1, help="turns of a conversation (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="default: %(default)s")
+    add(
+        "--extra-body",
+        "--extra-request-body",
+        metavar="JSON",
+        type=_object,
+        default={},
+        help="what each request says as well, such as '{\"top_p\": 0.8}'",
+    )
     add("--seed", type=int, default=0, help="of what is drawn: the same again, and the server may know it (default: %(default)s)")
     add("--warmup", type=int, default=1, help="requests before the clock starts (default: %(default)s)")
     add("--timeout", type=float, default=600.0, help="seconds a server may be silent (default: %(default)s)")

@@ -161,6 +161,15 @@ def test_the_load_client_asks_for_a_form(demo_address, tmp_path, monkeypatch):
     assert status == 0 and found["total_output_tokens"] == 28
 
 
+def test_the_load_client_sends_what_else_it_is_given(demo_address, tmp_path, monkeypatch):
+    sent, send = [], bench.ask
+    monkeypatch.setattr(bench, "ask", lambda client, path, body: (sent.append(body), send(client, path, body))[1])
+    extra = ["--temperature", "0.7", "--extra-body", '{"top_p": 0.8, "temperature": 0.9}']
+    status, found = run_bench(demo_address, tmp_path, "--output-len", "3", *extra)
+    assert status == 0 and found["successful_requests"] == 4
+    assert all((body["top_p"], body["temperature"], body["max_tokens"]) == (0.8, 0.9, 3) for body in sent)
+
+
 def test_the_load_client_says_what_failed(demo_address, tmp_path, capsys):
     status, found = run_bench(demo_address, tmp_path, "--model", "other", "--output-len", "3")
     assert status == 1 and found["failed_requests"] == 4
@@ -170,7 +179,8 @@ def test_the_load_client_says_what_failed(demo_address, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--input-len 5..2", "--image 12", "--image 0x5", "--rate 1 --concurrency 2", "--response-format /none"]
+    "flags",
+    ["--input-len 5..2", "--image 12", "--image 0x5", "--rate 1 --concurrency 2", "--response-format /none", "--extra-body [1]"],
 )
 def test_the_load_clients_mistakes(flags, capsys):
     with pytest.raises(SystemExit):
