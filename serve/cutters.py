@@ -1,18 +1,18 @@
 """Processes that open pictures and videos and cut them, so that the server's threads need not wait for the GIL meanwhile.
 
 Decoding and resizing let go of it, but between them a photograph of 1280 x 720 is copied six times while it is held, which
-is as long as a step of the engine takes. What goes to a process and what comes back lies in memory that both see (memfd,
-Linux), and is freed with the last array over it. A decoder that crashes takes its process along, and not the server.
+is as long as a step of the engine takes. What goes to a process and what comes back passes through memory that both see (memfd,
+Linux): a pipe takes 64 KB at a time, and the GIL for each. A decoder that crashes takes its process along, and not the server.
 """
 
 import contextlib
 import dataclasses
 import logging
-import mmap
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -88,11 +88,11 @@ def _cut_in(pool: ProcessPoolExecutor, cutting: Cutting) -> tuple[Cut, ...]:
             _write(shared, source.encode() if isinstance(source, str) else source)
             cutting = dataclasses.replace(cutting, source=type(source)())
         layout = pool.submit(_work, cutting, f"/proc/{os.getpid()}/fd/{shared}").result()
-        pixels = np.frombuffer(mmap.mmap(shared, 0, access=mmap.ACCESS_READ), np.uint8)
+        pixels = _read(shared)  # a mapping would keep a descriptor for as long as a picture waits
     return tuple(_taken_apart(layout, pixels))
 
 
-def _taken_apart(layout: Layout, pixels: np.ndarray):
+def _taken_apart(layout: Layout, pixels: np.ndarray) -> Iterator[Cut]:
     at = 0
     for grid, crops in layout:
         made = []
@@ -120,6 +120,14 @@ def _write(file: int, data: bytes | bytearray | np.ndarray) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(file, rest) :]
+
+
+def _read(file: int) -> np.ndarray:
+    content = np.empty(os.fstat(file).st_size, np.uint8)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.preadv(file, [rest], len(content) - len(rest)) :]
+    return content
 
 
 def _begin() -> None:
