@@ -1,6 +1,6 @@
 """What XLA's autotuner has found on a GPU: kept from one start to the next, and brought along for devices that were measured.
 
-XLA tries several ways to compute each product of a program, which is most of a first start's compiling. What it finds
+XLA tries several ways to compute each product of a program, which was a third of a first start's compiling. What it finds
 outlasts a change of this project's code, unlike the programs themselves: it depends on the device, XLA and the product alone.
 `python -m serve.autotuned`, on a machine where a server has started, puts what that start found into `autotuned.json`.
 """
@@ -8,23 +8,36 @@ outlasts a change of this project's code, unlike the programs themselves: it dep
 import base64
 import importlib.metadata
 import json
+import logging
+import os
 from pathlib import Path
 
 import jax
 
+log = logging.getLogger("serve")
+
 FILE = Path(__file__).with_name("autotuned.json")
-OPTION = "xla_gpu_per_fusion_autotune_cache_dir"
+OPTION, MODE = "xla_gpu_per_fusion_autotune_cache_dir", "xla_gpu_experimental_autotune_cache_mode"
 
 
 def compiler_options(folder: Path, brought: Path = FILE) -> dict[str, str]:
-    """XLA's options for keeping results in `folder`, into which those brought along for the present device are written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in json.loads(brought.read_text()).get(_here(), {}).items():
-        path = folder / name
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(base64.b64decode(content))
-    return {OPTION: str(folder)}
+    """XLA's options for keeping results in `folder`, into which those brought along for the present device are written.
+
+    A folder that cannot be written to is read, with a warning; one that is not there is done without.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in json.loads(brought.read_text()).get(_here(), {}).items():
+            path = folder / name
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(base64.b64decode(content))
+    except OSError as error:
+        log.warning("what XLA's autotuner finds is not kept: %s", error)
+        if not folder.is_dir():
+            return {}
+    writable = os.access(folder, os.W_OK)  # XLA would fail
+    return {OPTION: str(folder)} if writable else {OPTION: str(folder), MODE: "AUTOTUNE_CACHE_MODE_READ"}
 
 
 def collect(folder: Path, brought: Path = FILE) -> int:

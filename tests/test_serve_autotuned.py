@@ -3,9 +3,12 @@
 import base64
 import json
 
+import jax
 import pytest
 
 from serve import autotuned
+
+READ = "AUTOTUNE_CACHE_MODE_READ"
 
 
 @pytest.fixture
@@ -46,6 +49,24 @@ def test_what_a_start_has_found_itself_stays(tmp_path, device):
     own.write_bytes(b"own")
     autotuned.compiler_options(tmp_path / "cache", brought)
     assert own.read_bytes() == b"own"
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, device, monkeypatch, caplog):
+    brought, folder = tmp_path / "autotuned.json", tmp_path / "cache"
+    brought.write_text(json.dumps({"H200": {"ab12/first.pb": "AA=="}}))
+    folder.mkdir()
+    read_only = {"xla_gpu_per_fusion_autotune_cache_dir": str(folder), "xla_gpu_experimental_autotune_cache_mode": READ}
+    monkeypatch.setattr(autotuned.os, "access", lambda *_: False)
+    assert autotuned.compiler_options(folder, brought) == read_only and not caplog.text
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=read_only)  # words that XLA knows
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(autotuned.Path, "mkdir", refused)
+    assert autotuned.compiler_options(folder, brought) == read_only
+    assert autotuned.compiler_options(tmp_path / "none", brought) == {}
+    assert caplog.text.count("what XLA's autotuner finds is not kept: [Errno 13] Permission denied") == 2
 
 
 def test_another_device_gets_nothing(tmp_path, device):
