@@ -9,6 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "cuda" in os.environ["JAX_PLATFORMS"]:
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # what runs once is not worth the tuning
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker has one core: torch's threads, which spin while they wait, took 3 times as long as one thread for 64 greedy tokens.
