@@ -100,6 +100,13 @@ def test_what_is_decoded_already_stays_here(cutters, processor):
     assert_equal(cutters(cutting(processor, picture)), cut_here(cutting(processor, picture)))
 
 
+def test_its_processes_have_no_jax(cutters, processor):
+    """Which would cost each of them seconds and hundreds of megabytes."""
+    cutters(cutting(processor, PHOTOS[0]))
+    imported = "[name for name in ('jax', 'transformers', 'fastapi') if name in __import__('sys').modules]"
+    assert cutters._pool.submit(eval, imported).result() == []
+
+
 def test_a_picture_that_waits_holds_no_file(cutters, processor):
     """Hundreds may wait, and a process may have a thousand files."""
     before = len(os.listdir("/proc/self/fd"))
