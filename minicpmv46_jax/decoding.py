@@ -182,8 +182,7 @@ def decode(
         kept = at.kept if held is None else _at_rows(at.kept, rows, active & held, logits)
         sampled = sample(logits, sampling, _rows(at.history, rows), at.answered, mode, bias)
         ids = jnp.where(gets, sampled.ids, at.last)
-        counted = jnp.where(gets, rows, decoding.last.shape[0])
-        history = count(at.history, counted, ids) if looks_back(mode) else at.history
+        history = count(at.history, jnp.where(gets, rows, decoding.last.shape[0]), ids) if looks_back(mode) else at.history
         more = gets.astype(jnp.int32)
         left = jnp.where(gets & is_stop(ids, stops), 0, at.left - more)
         length = at.length + active.astype(jnp.int32)

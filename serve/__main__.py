@@ -132,19 +132,19 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
     policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
     processes = processes_for(platform != "cpu") if args.picture_processes is None else args.picture_processes
+    cutters = Cutters(processes) if processes else None
     with contextlib.ExitStack() as on_failure:
-        if processes:
-            fields["cutters"] = Cutters(processes)
-            on_failure.callback(fields["cutters"].close)
+        if cutters is not None:
+            on_failure.callback(cutters.close)
         with Loading(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
             model, engine = startup.start(loading, place, wishes, policy)
         on_failure.pop_all()
-    model.processor.cutter = fields.get("cutters", cut_here)
+    model.processor.cutter = cutters or cut_here
     model.processor.max_pixels = args.max_pixels
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
     media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
-    fields |= {"media_limits": media_limits, "restore_newlines": args.restore_newlines}
+    fields |= {"media_limits": media_limits, "restore_newlines": args.restore_newlines, "cutters": cutters}
     return Service(model, engine, name, tuple(aliases), **fields)
 
 

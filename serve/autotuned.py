@@ -16,6 +16,7 @@ import jax
 
 log = logging.getLogger("serve")
 
+FOLDER = "autotuned"  # in the cache
 FILE = Path(__file__).with_name("autotuned.json")
 OPTION, MODE = "xla_gpu_per_fusion_autotune_cache_dir", "xla_gpu_experimental_autotune_cache_mode"
 
@@ -56,7 +57,15 @@ def _here() -> str:
     return f"{jax.devices()[0].device_kind}, jaxlib {importlib.metadata.version('jaxlib')}"
 
 
-if __name__ == "__main__":
-    from serve.startup import AUTOTUNED, cache_folder
+def main() -> None:
+    """Collects what the servers of this machine have found."""
+    from serve.startup import cache_folder  # which needs what is above
 
-    print(f"{FILE}: {collect(cache_folder() / AUTOTUNED)} results for {_here()}")
+    folder = cache_folder() / FOLDER
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not there: start a server on a GPU first")
+    print(f"{FILE}: {collect(folder, FILE)} results for {_here()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
 CHECK_S = 0.5  # how often somebody else's mistake is looked for while programs are compiled
 FORGOTTEN_S = 30 * 24 * 3600  # after which what no start has used is deleted: 170 MB for each version and size of the model
-SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code, and tuning.json, decide what is compiled
+SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code and data (how kernels are cut) decide what is compiled
 
 
 class Store:

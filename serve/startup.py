@@ -32,7 +32,6 @@ from serve.sizes import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, Wis
 
 MEMORY_FRACTION = 0.9  # of a device's memory
 CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose memory is others' too
-AUTOTUNED = "autotuned"  # a folder in the cache
 DEMO_NAME = "minicpm-v-4.6-demo"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and what jax calls them
 _INSTALL = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
@@ -192,7 +191,7 @@ def _device(config: ModelConfig, shapes: Params, place: Place, memory: int, wish
 
 def _store(place: Place, *depends: Any) -> Store:
     """Not for a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared."""
-    options = autotuned.compiler_options(place.cache / AUTOTUNED) if place.platform == "gpu" else None
+    options = autotuned.compiler_options(place.cache / autotuned.FOLDER) if place.platform == "gpu" else None
     return Store(place.cache / "programs", *depends, options=options)
 
 

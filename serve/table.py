@@ -26,21 +26,13 @@ from serve import bench
 # Name, requests, `serve.bench`'s arguments, and what of its numbers is shown.
 TEXT, PICTURE = ("--input-len", "128"), ("--image", "1280x720", "--input-len", "128")
 BUSY = ("--input-len", "1..1000", "--output-len", "1..1000", "--concurrency", "100")
+DRAWN, TOP_P = ("--temperature", "0.7"), ("--extra-body", '{"top_p": 0.8}')
+RATES = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
 LOADS = (
     ("text, 128 in, 256 out, one at a time", 8, (*TEXT, "--output-len", "256"), ("median_tpot_ms", "mean_ttft_ms")),
-    ("text, 1..1000 in, 1..1000 out, 100 at once", 500, BUSY, ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")),
-    (
-        "the same, drawn at temperature 0.7",
-        500,
-        (*BUSY, "--temperature", "0.7"),
-        ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"),
-    ),
-    (
-        "the same, drawn at 0.7 with top-p 0.8",
-        500,
-        (*BUSY, "--temperature", "0.7", "--extra-body", '{"top_p": 0.8}'),
-        ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"),
-    ),
+    ("text, 1..1000 in, 1..1000 out, 100 at once", 500, BUSY, RATES),
+    ("text, 1..1000 in, 1..1000 out, 100 at once, drawn at 0.7", 500, (*BUSY, *DRAWN), RATES),
+    ("text, 1..1000 in, 1..1000 out, 100 at once, drawn at 0.7, top-p 0.8", 500, (*BUSY, *DRAWN, *TOP_P), RATES),
     ("1280x720, one at a time", 10, (*PICTURE, "--output-len", "8"), ("mean_ttft_ms",)),
     (
         "1280x720 and 128 in, 128 out, 100 at once",

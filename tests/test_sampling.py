@@ -126,6 +126,9 @@ def test_a_mode_that_knows_more_draws_the_same():
     options = jax.tree.map(lambda *x: np.concatenate(x), *rows)
     found = [drawn(scores, options, mode).ids.tolist() for mode in ("sampled", "filtered", "full")]
     assert found[0] == found[1] == found[2]
+    filtered = jax.tree.map(lambda *x: np.concatenate(x), *(params(seed=i, temperature=1.5, min_p=0.1 * i) for i in range(4)))
+    found = [drawn(scores, filtered, mode).ids.tolist() for mode in ("filtered", "full")]
+    assert found[0] == found[1]
 
 
 def test_a_draw_is_jaxs():

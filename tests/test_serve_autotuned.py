@@ -42,6 +42,21 @@ def test_results_go_into_the_file_and_out_of_it(tmp_path, device):
     assert contents(tmp_path / "fresh") == found
 
 
+def test_the_command_collects_from_the_users_cache(tmp_path, device, monkeypatch, capsys):
+    brought, cache = tmp_path / "autotuned.json", tmp_path / "minicpmv46-jax" / "autotuned"
+    brought.write_text("{}")
+    monkeypatch.setattr(autotuned, "FILE", brought)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="autotuned is not there: start a server on a GPU first"):
+        autotuned.main()
+    assert brought.read_text() == "{}"
+    (cache / "ab12").mkdir(parents=True)
+    (cache / "ab12" / "first.pb").write_bytes(b"one")
+    autotuned.main()
+    assert set(json.loads(brought.read_text())["H200"]) == {"ab12/first.pb"}
+    assert capsys.readouterr().out == f"{brought}: 1 results for H200\n"
+
+
 def test_what_a_start_has_found_itself_stays(tmp_path, device):
     brought, own = tmp_path / "autotuned.json", tmp_path / "cache" / "ab12" / "first.pb"
     brought.write_text(json.dumps({"H200": {"ab12/first.pb": base64.b64encode(b"brought").decode()}}))

@@ -1,6 +1,5 @@
 """`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
 
-import base64
 import contextlib
 import gc
 import importlib.util
@@ -30,6 +29,7 @@ from serve.sizes import Wishes
 from serve.startup import Place
 from tests.serial_engine import SerialEngine
 from tests.test_processing_images import PHOTOS
+from tests.test_serve_cutters import data_url
 from tests.test_serve_support import FakeModel, serving
 
 ROOT = Path(__file__).parent.parent
@@ -250,8 +250,7 @@ def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
         ready = server.stdout.readline()  # nothing is printed there before
         assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
         with httpx.Client(base_url=ready.split()[1], headers={"Authorization": "Bearer k"}, timeout=60) as http:
-            url = f"data:image/jpeg;base64,{base64.b64encode(PHOTOS[0].read_bytes()).decode()}"
-            parts = [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": url}}]
+            parts = [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": data_url(PHOTOS[0])}}]
             content = {"model": "mine", "messages": [{"role": "user", "content": parts}], "max_tokens": 4}
             answer = http.post("chat/completions", json=content)
         assert answer.json()["usage"]["completion_tokens"] <= 4

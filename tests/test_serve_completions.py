@@ -97,6 +97,14 @@ def test_metrics(http):
     assert "\nminicpmv46_time_to_first_token_seconds_bucket" in answer.text
 
 
+@pytest.fixture
+def sent(monkeypatch):
+    """Path and body of each of the load client's requests."""
+    sent, send = [], bench.ask
+    monkeypatch.setattr(bench, "ask", lambda client, path, body: (sent.append((path, body)), send(client, path, body))[1])
+    return sent
+
+
 def run_bench(address, tmp_path, *flags):
     out = tmp_path / "numbers.json"
     pace = [] if "--rate" in flags else ["--concurrency", "3"]
@@ -125,19 +133,19 @@ def test_the_load_client_has_conversations_and_pictures(demo_address, tmp_path, 
     assert demo_engine.scheduler.cached_tokens > hits
 
 
-def test_what_the_load_client_sends_is_drawn_before_the_clock_starts(demo_address, tmp_path, monkeypatch):
-    drawn, order, picture, ask = [], [], bench._picture, bench.ask
-    monkeypatch.setattr(bench, "_picture", lambda rng, size: (order.append("drawn"), picture(rng, size))[1])
-    monkeypatch.setattr(bench, "ask", lambda *given: (order.append("sent"), drawn.append(given[2]), ask(*given))[2])
+def test_what_the_load_client_sends_is_drawn_before_the_clock_starts(demo_address, tmp_path, monkeypatch, sent):
+    before, picture = [], bench._picture
+    monkeypatch.setattr(bench, "_picture", lambda rng, size: (before.append(len(sent)), picture(rng, size))[1])
     flags = ["--image", "64x48", "--input-len", "2..9", "--output-len", "1..5"]
     assert run_bench(demo_address, tmp_path, *flags)[0] == 0
-    assert order == ["drawn"] * 4 + ["sent"] * 4
-    first, drawn[:] = list(map(str, drawn)), []
+    assert before == [0] * 4 and len(sent) == 4
+    first = sorted(map(str, sent))
+    sent.clear()
     run_bench(demo_address, tmp_path, *flags)
-    assert sorted(map(str, drawn)) == sorted(first)  # a seed is a load
-    drawn.clear()
+    assert sorted(map(str, sent)) == first  # a seed is a load
+    sent.clear()
     run_bench(demo_address, tmp_path, *flags, "--seed", "1")
-    assert not set(map(str, drawn)) & set(first)
+    assert not set(map(str, sent)) & set(first)
 
 
 def test_the_load_client_keeps_a_rate(demo_address, tmp_path):
@@ -145,11 +153,9 @@ def test_the_load_client_keeps_a_rate(demo_address, tmp_path):
     assert status == 0 and found["successful_requests"] == 4
 
 
-def test_the_load_client_asks_for_a_form(demo_address, tmp_path, monkeypatch):
+def test_the_load_client_asks_for_a_form(demo_address, tmp_path, sent):
     schema = {"enum": [5, "words", None]}
     (tmp_path / "form.json").write_text(json.dumps(schema))
-    sent, send = [], bench.ask
-    monkeypatch.setattr(bench, "ask", lambda client, path, body: (sent.append((path, body)), send(client, path, body))[1])
     flags = ["--response-format", str(tmp_path / "form.json"), "--input-len", "5", "--output-len", "40"]
     status, found = run_bench(demo_address, tmp_path, *flags)
     assert status == 0 and found["successful_requests"] == 4 and found["total_output_tokens"] < 4 * 40
@@ -161,13 +167,12 @@ def test_the_load_client_asks_for_a_form(demo_address, tmp_path, monkeypatch):
     assert status == 0 and found["total_output_tokens"] == 28
 
 
-def test_the_load_client_sends_what_else_it_is_given(demo_address, tmp_path, monkeypatch):
-    sent, send = [], bench.ask
-    monkeypatch.setattr(bench, "ask", lambda client, path, body: (sent.append(body), send(client, path, body))[1])
+def test_the_load_client_sends_what_else_it_is_given(demo_address, tmp_path, sent):
     extra = ["--temperature", "0.7", "--extra-body", '{"top_p": 0.8, "temperature": 0.9}']
     status, found = run_bench(demo_address, tmp_path, "--output-len", "3", *extra)
     assert status == 0 and found["successful_requests"] == 4
-    assert all((body["top_p"], body["temperature"], body["max_tokens"]) == (0.8, 0.9, 3) for body in sent)
+    assert len(sent) == 4
+    assert all((body["top_p"], body["temperature"], body["max_tokens"]) == (0.8, 0.9, 3) for _, body in sent)
 
 
 def test_the_load_client_says_what_failed(demo_address, tmp_path, capsys):

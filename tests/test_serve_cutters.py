@@ -65,7 +65,6 @@ def test_pictures_are_cut_as_they_are_here(cutters, processor, source):
 
 
 def test_videos_are_cut_as_they_are_here(cutters, processor):
-
     wanted = cutting(processor, clip(6), "video")
     found = cutters(wanted)
     assert len(found) > 1
@@ -93,6 +92,13 @@ def test_mistakes_are_told_as_they_are_here(cutters, processor):
         with pytest.raises(ValueError) as there:
             cutters(wanted)
         assert str(there.value) == str(here.value)
+
+
+def test_a_url_that_nobody_has_fetched_is_our_fault_and_not_fetched(cutters, processor):
+    for cutter in (cut_here, cutters):
+        for kind in ("image", "video"):
+            with pytest.raises(AssertionError, match=r"http://127\.0\.0\.1:9/x should have been fetched"):
+                cutter(cutting(processor, "http://127.0.0.1:9/x", kind))
 
 
 def test_what_is_decoded_already_stays_here(cutters, processor):
