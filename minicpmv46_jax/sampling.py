@@ -133,7 +133,7 @@ def sample(
     if mode == "greedy":
         assert allowed is None
         return Sampled(_best(logits))
-    scores = logits if mode == "sampled" else penalise(logits, params, history)
+    scores = penalise(logits, params, history) if looks_back(mode) else logits
     scores = add_bias(scores, bias, params.biased) if mode == "full" else scores
     scores = scores if allowed is None else rule_out(scores, allowed)
     kept = scores / jnp.maximum(params.temperature, 1e-6)[:, None]
