@@ -8,7 +8,7 @@ Glossary: T tokens, Q prompts of a reading step, B rows of a decoding step, M pa
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ from serve.work import Work
 SNAPSHOTS_A_PROMPT = 2  # of a reading step: where the prompt parts from others, and its last page
 NOTE_TOKENS = 2048  # entered into a history at once
 EVERYTHING = 0xFFFFFFFF  # a mask's word in which all may come
-COPY_PAGES = 32  # copied to or from the host at once: 24 MB of the released model
+COPY_PAGES = (8, 32)  # copied to or from the host at once: 6 and 24 MB of the released model
 Tree = TypeVar("Tree")
 MODES: tuple[Mode, ...] = ("greedy", "sampled", "filtered", "full")
 
@@ -67,10 +67,10 @@ class Reading:
 
 @dataclasses.dataclass(eq=False)
 class Copy:
-    """A prefix on its way to the host, or there: for each group of COPY_PAGES pages the keys and values, and the memory."""
+    """A prefix on its way to the host, or there: for each group of pages the keys and values, and the memory."""
 
-    pages: list[Any]
-    memory: Any
+    pages: list[KeyValues]
+    memory: DeltaState
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +214,7 @@ class Device:
     def fetch(self, pages: Sequence[int], slot: int) -> Copy:
         """Starts to copy a prefix to the host."""
         layers = self._decoding.state.layers
-        groups = [self._programs["fetch pages"](layers, group) for group in _groups(pages)]
+        groups = [self._programs["fetch pages", len(group)](layers, group) for group in _groups(pages)]
         copy = Copy(groups, self._programs["fetch memory"](layers, np.int32(slot)))
         _sent((copy.pages, copy.memory))
         return copy
@@ -223,7 +223,7 @@ class Device:
         """Puts a prefix back: its memory into `slot`, its pages from `first` on into these."""
         for group, values in zip(_groups([-1] * first + list(pages)), copy.pages, strict=True):
             if (group >= 0).any():
-                self._decoding = self._programs["store pages"](self._decoding, group, values)
+                self._decoding = self._programs["store pages", len(group)](self._decoding, group, values)
         self._decoding = self._programs["store memory"](self._decoding, np.int32(slot), copy.memory)
 
     def wait(self) -> None:
@@ -325,11 +325,14 @@ class Device:
                 self._programs.add(("encode", bucket, mode), run, *arguments, donate=(1,), alike=("encode", bucket))
 
     def _add_copies(self) -> None:
-        layers, group, slot = self._decoding.state.layers, np.full(COPY_PAGES, -1, np.int32), np.int32(0)
-        pages, memory = jax.eval_shape(fetch_pages, layers, group), jax.eval_shape(fetch_memory, layers, slot)
-        self._programs.add("fetch pages", functools.partial(fetch_pages), layers, group)
+        layers, slot = self._decoding.state.layers, np.int32(0)
+        for size in COPY_PAGES:
+            group = np.full(size, -1, np.int32)
+            pages = jax.eval_shape(fetch_pages, layers, group)
+            self._programs.add(("fetch pages", size), functools.partial(fetch_pages), layers, group)
+            self._programs.add(("store pages", size), functools.partial(store_pages), self._decoding, group, pages, donate=(0,))
+        memory = jax.eval_shape(fetch_memory, layers, slot)
         self._programs.add("fetch memory", functools.partial(fetch_memory), layers, slot)
-        self._programs.add("store pages", functools.partial(store_pages), self._decoding, group, pages, donate=(0,))
         self._programs.add("store memory", functools.partial(store_memory), self._decoding, slot, memory, donate=(0,))
 
     def _warm_up(self) -> None:
@@ -368,27 +371,38 @@ def _encode(graph, params: Params, bank: Float[Array, "R D"], views: PackedViews
     return bank.at[to].set(model.encode(graph, params, views).astype(bank.dtype), mode="drop")
 
 
-def fetch_pages(layers: Layers, pages: Int32[Array, " P"]) -> list[KeyValues]:
-    """Keys and values of some pages, a layer each; of page -1 those of some other."""
-    here = jnp.maximum(pages, 0)
-    return [KeyValues(layer.keys[here], layer.values[here]) for layer in layers if isinstance(layer, KeyValues)]
+def fetch_pages(layers: Layers, pages: Int32[Array, " P"]) -> KeyValues:
+    """Keys and values of some pages, those of all layers stacked; of page -1 those of some other."""
+    return _stacked([layer for layer in layers if isinstance(layer, KeyValues)], jnp.maximum(pages, 0))
 
 
-def fetch_memory(layers: Layers, slot: Int32[Array, ""]) -> list[DeltaState]:
-    """A slot's memory, a layer each."""
-    return [DeltaState(layer.memory[slot], layer.conv_tail[slot]) for layer in layers if isinstance(layer, DeltaState)]
+def fetch_memory(layers: Layers, slot: Int32[Array, ""]) -> DeltaState:
+    """A slot's memory, that of all layers stacked."""
+    return _stacked([layer for layer in layers if isinstance(layer, DeltaState)], slot)
 
 
-def store_pages(decoding: Decoding, pages: Int32[Array, " P"], values: list[KeyValues]) -> Decoding:
+def store_pages(decoding: Decoding, pages: Int32[Array, " P"], values: KeyValues) -> Decoding:
     """The inverse of `fetch_pages`; page -1 is left out."""
-    layers = _of(decoding, KeyValues)
-    to = dropped(pages, layers[0].keys.shape[0])
-    return _with(decoding, KeyValues, jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), layers, values))
+    return _put(decoding, KeyValues, dropped(pages, _of(decoding, KeyValues)[0].keys.shape[0]), values)
 
 
-def store_memory(decoding: Decoding, slot: Int32[Array, ""], values: list[DeltaState]) -> Decoding:
+def store_memory(decoding: Decoding, slot: Int32[Array, ""], values: DeltaState) -> Decoding:
     """The inverse of `fetch_memory`."""
-    return _with(decoding, DeltaState, jax.tree.map(lambda x, new: x.at[slot].set(new), _of(decoding, DeltaState), values))
+    return _put(decoding, DeltaState, slot, values)
+
+
+def _stacked(layers: list[Tree], at: Int32[Array, "..."]) -> Tree:
+    """These rows of all layers: one array on its way to the host where there were as many as layers."""
+    return jax.tree.map(lambda *arrays: jnp.stack([x[at] for x in arrays]), *layers)
+
+
+def _put(decoding: Decoding, kind: type, at: Int32[Array, "..."], values: Tree) -> Decoding:
+    """The inverse of `_stacked`, in the layers of a kind; rows past the last are dropped."""
+    new = [
+        jax.tree.map(lambda x, y, i=i: x.at[at].set(y[i], mode="drop"), layer, values)
+        for i, layer in enumerate(_of(decoding, kind))
+    ]
+    return _with(decoding, kind, new)
 
 
 def _of(decoding: Decoding, kind: type) -> list:
@@ -403,10 +417,11 @@ def _with(decoding: Decoding, kind: type, new: list) -> Decoding:
 
 
 def _groups(pages: Sequence[int]) -> list[Int32[np.ndarray, " P"]]:
-    """Pages in groups of COPY_PAGES, the last filled up with -1."""
-    padded = np.full(-(-len(pages) // COPY_PAGES) * COPY_PAGES, -1, np.int32)
-    padded[: len(pages)] = pages
-    return list(padded.reshape(-1, COPY_PAGES))
+    """Pages in groups of the largest size and a last one of the least that does, filled up with -1."""
+    largest = COPY_PAGES[-1]
+    parts = [pages[at : at + largest] for at in range(0, len(pages), largest)]
+    sizes = (next(size for size in COPY_PAGES if size >= len(part)) for part in parts)
+    return [np.array([*part, *[-1] * (size - len(part))], np.int32) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _columns(size: int, *fill: int) -> list[Int32[np.ndarray, " Q"]]:

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -42,7 +42,8 @@ from serve.work import Picture, Work, prepare
 log = logging.getLogger("serve")
 
 MAX_WAITING = 512  # requests that may wait, beyond those that run
-PREPARE_THREADS = 4  # hashing and copying let go of the GIL
+PREPARE_THREADS = 4  # hashing and laying out let go of the GIL
+MOST_LANDING = 8  # prefixes on their way to the host at once: each holds some 25 MB of the device's memory until it is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,9 @@ class Engine(Desk):
         self._choosing: list[Request] = []  # whose tokens are being chosen
         self._held: dict[Request, Answer] = {}  # whose scores the device keeps
         self.masks = Masks()
+        self._landing: list[Future] = []
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="lay")
+        self._lander = ThreadPoolExecutor(1, thread_name_prefix="land")  # apart: it waits for the device
         self.start()
 
     @property
@@ -132,6 +135,7 @@ class Engine(Desk):
     def close(self, timeout_s: float = 10.0) -> None:
         super().close(timeout_s)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._lander.shutdown(wait=False, cancel_futures=True)
         self.masks.close()
 
     def accept(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
@@ -245,11 +249,12 @@ class Engine(Desk):
             self._recover(error, list(itertools.chain.from_iterable(sent)), None)
 
     def _copy_to_host(self, node: Node) -> None:
-        """For the prefix cache: a snapshot is about to leave the device."""
-        if self.policy.host_bytes:
+        """For the prefix cache: a snapshot is about to leave the device; for good, if they leave faster than they are copied."""
+        self._landing = [copying for copying in self._landing if not copying.done()]
+        if self.policy.host_bytes and len(self._landing) < MOST_LANDING:
             copy = self._device.fetch([page.page for page in node.path()], node.snapshot)
             self.host.put(node.key, copy)
-            self._pool.submit(copy.land)
+            self._landing.append(self._lander.submit(copy.land))
 
     def _restore(self) -> None:
         """Puts back what requests that were just admitted will start from."""

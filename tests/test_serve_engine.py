@@ -4,13 +4,19 @@ things go wrong."""
 import asyncio
 import contextlib
 import dataclasses
+import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import serve.engine
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs, Video
+from minicpmv46_jax.state import KeyValues
+from serve.device import Copy
 from serve.engine import Engine
 from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
@@ -150,6 +156,54 @@ def test_what_left_the_device_comes_back_to_the_bit(demo, engine, photos, alone)
     assert engine.scheduler.restored_tokens - before == restored.blocks * PAGE > first[0].views[0].num_tokens
     state = engine._device._decoding.state
     assert [layer.memory[restored.node.snapshot].tobytes() for layer in _delta(state)] == cold
+
+
+def test_prefixes_do_not_wait_for_those_that_leave(demo, engine, monkeypatch):
+    """More leave than the host takes up: those go for good, and nobody waits for them."""
+    landing, landed = threading.Event(), []
+    land = Copy.land
+
+    def slow(copy):
+        assert landing.wait(60)
+        land(copy)
+        landed.append(copy)
+
+    monkeypatch.setattr(Copy, "land", slow)
+    monkeypatch.setattr(serve.engine, "MOST_LANDING", 2)
+    for i in range(SIZES.snapshots + 4):
+        run(ask(engine, *request(demo, text(f"{i}!" * 100), max_new_tokens=1)))
+    landing.set()
+    wait_until(lambda: all(copying.done() for copying in engine._landing))
+    assert len(landed) == 2
+
+
+@pytest.fixture(scope="module")
+def device(demo):
+    return device_of(demo, SIZES)
+
+
+@pytest.mark.parametrize("pages, first", [(3, 0), (8, 3), (20, 9), (75, 40)])
+def test_a_prefix_of_any_length_goes_to_the_host_and_back(device, pages, first):
+    """Into other pages and another slot, those before `first` left alone; and nothing else is touched."""
+    dice = np.random.default_rng()
+    fill = lambda x: jnp.asarray(dice.standard_normal(x.shape), x.dtype)  # noqa: E731
+    layers = tuple(jax.tree.map(fill, layer) for layer in device._decoding.state.layers)
+    before = jax.tree.map(np.asarray, layers)
+    state = dataclasses.replace(device._decoding.state, layers=layers)
+    device._decoding = dataclasses.replace(device._decoding, state=state)
+    places = dice.permutation(SIZES.pages)
+    source, to = places[:pages], places[pages : 2 * pages - first]
+    copy = device.fetch(source.tolist(), 5)
+    copy.land()
+    device.store(copy, first, to.tolist(), 2)
+    for old, new in zip(before, device._decoding.state.layers, strict=True):
+        wanted = jax.tree.map(np.copy, old)
+        for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(old), strict=True):
+            if isinstance(old, KeyValues):
+                x[to] = y[source[first:]]
+            else:
+                x[2] = y[5]
+        assert jax.tree.all(jax.tree.map(np.array_equal, wanted, new))
 
 
 def _keys(inputs):
