@@ -42,12 +42,12 @@ from minicpmv46_jax.processing.images import patchify, resize_pillow
 from minicpmv46_jax.train import BatchShape, TrainBatch, TrainState, computing, forward, make_step, new_state, split
 
 LONGEST = 320  # patches of a view; 224 x 224 has 256, other aspects a few more
-SHAPES = {  # a batch of each mode holds 60 to 90 conversations
-    "4x": BatchShape(rows=24, tokens=640, patches=28672, views=120, longest=LONGEST, downsample_mode="4x"),
-    "16x": BatchShape(rows=24, tokens=512, patches=32768, views=136, longest=LONGEST),
+SHAPES = {  # a batch of each mode holds 120 to 180 conversations
+    "4x": BatchShape(rows=48, tokens=640, patches=57344, views=240, longest=LONGEST, downsample_mode="4x"),
+    "16x": BatchShape(rows=48, tokens=512, patches=65536, views=272, longest=LONGEST),
 }
 SHARE_16X = 8  # one worker in so many draws for "16x"
-PEAK_RATE, WARMUP, WEIGHT_DECAY = 0.02, 300, 0.01  # of matrices; steps
+PEAK_RATE, WARMUP, WEIGHT_DECAY = 0.03, 300, 0.01  # of matrices; steps
 REST_RATE, PATCH_RATE = 0.1, 0.05  # of what is no matrix, against the matrices' rate; of the patches' embedding, against that
 RAMP, EASY_SHARE = 150_000, 0.1  # scenes over which the easy ones give way; what is left of them
 WHITENED, SIDE, MARKED, NOISE = 300, 224, 100, 0.03  # scenes, pixels a side, least range of bytes, variance that counts as none
@@ -276,7 +276,15 @@ class Run:
     def programs(self, state: TrainState, pool: ThreadPoolExecutor) -> dict[str, Future]:
         """The step for each mode, and the exam's marking, being compiled."""
         step = jax.jit(
-            make_step(self.config, self.optimizer, dtype=self.settings.dtype, z_loss=1e-4, remat="none", backend="reference"),
+            make_step(
+                self.config,
+                self.optimizer,
+                dtype=self.settings.dtype,
+                z_loss=1e-4,
+                remat="none",
+                scan_layers=False,  # which halves the bytes a step moves: a scan copies what its layers keep
+                backend="reference",
+            ),
             donate_argnums=0,
         )
         mark = jax.jit(lambda params, batch: hits(self.graph, params, batch, self.settings.dtype))

@@ -162,7 +162,7 @@ def add_engine_flags(group: argparse._ArgumentGroup) -> None:
         metavar="G",
         type=size,
         default=8.0,
-        help="host memory for beginnings of prompts that had to leave the device (default: %(default)s)",
+        help="host memory for long beginnings of prompts that had to leave the device (default: %(default)s)",
     )
     add("--no-prefix-cache", action="store_true", help="keep no beginnings of prompts for later ones")
 

@@ -16,13 +16,13 @@ from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs, Video
 from minicpmv46_jax.state import KeyValues
-from serve.device import Copy
+from serve.device import Copy, Device
 from serve.engine import Engine
 from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
 from serve.pages import PAGE
 from serve.work import prepare
 from tests.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
-from tests.small_engine import FEW_PAGES, SIZES, device_of
+from tests.small_engine import BUCKETS, FEW_PAGES, SIZES, device_of
 
 GREEDY_OPTIONS = generation_options(GenerationConfig())
 
@@ -171,10 +171,27 @@ def test_prefixes_do_not_wait_for_those_that_leave(demo, engine, monkeypatch):
     monkeypatch.setattr(Copy, "land", slow)
     monkeypatch.setattr(serve.engine, "MOST_LANDING", 2)
     for i in range(SIZES.snapshots + 4):
-        run(ask(engine, *request(demo, text(f"{i}!" * 100), max_new_tokens=1)))
+        run(ask(engine, *request(demo, text(f"{i}!" * 200), max_new_tokens=1)))
     landing.set()
     wait_until(lambda: all(copying.done() for copying in engine._landing))
     assert len(landed) == 2
+
+
+def test_what_is_soon_read_again_is_not_copied(demo, engine, monkeypatch):
+    """Prefixes that one step reads leave the device for good."""
+    copied, fetch = [], Device.fetch
+
+    def noted(device, pages, slot):
+        copied.append(len(pages) * PAGE)
+        return fetch(device, pages, slot)
+
+    monkeypatch.setattr(Device, "fetch", noted)
+    prompts = [request(demo, text(f"{i}?" * 50), max_new_tokens=1) for i in range(SIZES.snapshots * 2)]
+    for inputs, options in prompts:
+        assert PAGE < len(inputs.token_ids) < BUCKETS.prompts[-1][0]
+        run(ask(engine, inputs, options))
+    assert engine.prefixes.find(_keys(prompts[-1][0])).blocks and not engine.prefixes.find(_keys(prompts[0][0])).blocks
+    assert all(tokens >= BUCKETS.prompts[-1][0] for tokens in copied)  # those that were there before
 
 
 @pytest.fixture(scope="module")
