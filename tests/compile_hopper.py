@@ -129,20 +129,21 @@ def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
 
 def training() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
-    """As `programs`: the text's operations over packed rows of 4,096 tokens, and their gradients."""
+    """As `programs`: the text's operations over packed rows of 4,096 tokens, and their gradients.
+
+    No backend is named: the kernels in what ptxas says were chosen for the chip.
+    """
     rows = 8, 4096
     segments = like(*rows, dtype=jnp.int32)
 
     def rule(qkv, a, b, layer, segments, cotangent):
-        packed = functools.partial(gated_delta.packed, backend="gpu")
-        return jax.vjp(lambda *x: packed(*x, segments, WIDTH, WIDTH), qkv, a, b, layer)[1](cotangent)
+        return jax.vjp(lambda *x: gated_delta.packed(*x, segments, WIDTH, WIDTH), qkv, a, b, layer)[1](cotangent)
 
     projected = like(*rows, CHANNELS), like(*rows, HEADS), like(*rows, HEADS)
     yield "packed delta rule, gradients", rule, (*projected, layer(), segments, like(*rows, HEADS, WIDTH)), ()
 
     def attend(q, k, v, segments, cotangent):
-        attention = functools.partial(causal_attention.causal_attention, backend="gpu")
-        return jax.vjp(lambda *x: attention(*x, segments), q, k, v)[1](cotangent)
+        return jax.vjp(lambda *x: causal_attention.causal_attention(*x, segments), q, k, v)[1](cotangent)
 
     queries, keys = like(*rows, 8, 256), like(*rows, 2, 256)
     yield "causal attention, gradients", attend, (queries, keys, keys, segments, queries), ()

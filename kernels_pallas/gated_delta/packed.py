@@ -38,7 +38,7 @@ def packed(
       qkv, a, b, layer: as in `chunked`.
       segments: which sequence of its row a token belongs to; a sequence's tokens stand together. T is a multiple of 64.
       key_width, value_width: K and V.
-      backend: "reference", or "gpu"; None for plain XLA, until all of the kernels have run on a chip.
+      backend: "reference", or "gpu"; None for the fastest that serves.
 
     Returns:
       In qkv's dtype.
@@ -52,7 +52,7 @@ def packed(
         raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
     gaps = {REFERENCE: None, "gpu": gpu_packed.gap(qkv, layer.conv, N, key_width, value_width)}
-    if choose(backend or REFERENCE, gaps) == "gpu":
+    if choose(backend, gaps) == "gpu":
         return gpu_packed.rule(gpu_convolve.convolve(qkv, layer.conv, segments), g, beta, segments)
     channels = convolve_segments(qkv, layer.conv, segments)
     return rule(channels, g, beta, segments, key_width=key_width, value_width=value_width)

@@ -39,7 +39,7 @@ PEAK = {
     "TPU v5": 459e12,
     "TPU v6": 918e12,
 }
-PLANS = {"text": ("none:8:unrolled:gpu", "layer:8:gpu", "layer:8"), "pictures": ("layer:4:gpu",)}
+PLANS = {"text": ("none:8:unrolled", "layer:8", "layer:8:reference"), "pictures": ("layer:4",)}
 UNROLLED = "unrolled"
 WORDS = 128  # that follow a picture
 

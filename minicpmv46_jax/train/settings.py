@@ -92,7 +92,7 @@ class RunSection:
       dtype: to compute in, "bfloat16" or "float32".
       z_loss: weight of the squared log-sum-exp.
       remat, scan_layers: see `forward.loss`.
-      backend: who runs the operations of `kernels_pallas`: "reference", "gpu", or "" for the fastest that is proved.
+      backend: who runs the operations of `kernels_pallas`: "reference", "gpu", or "" for the fastest that serves.
     """
 
     folder: str
