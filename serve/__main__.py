@@ -113,6 +113,7 @@ def listen(listening: socket.socket) -> None:
 
 def start(args: argparse.Namespace, **fields: Any) -> "Service":
     """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
+    from minicpmv46_jax import demo
     from minicpmv46_jax.library import Loading
     from minicpmv46_jax.processing.cutting import cut_here
     from minicpmv46_jax.processing.video import Bounds
@@ -126,7 +127,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     platform = startup.choose_platform(args.platform, args.memory_fraction)
     place = startup.Place(platform, args.memory_fraction, startup.cache_folder())
     startup.keep_compilations(place)
-    source = startup.demo_checkpoint(place.cache) if args.model is None else args.model
+    source = demo.FOLDER if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)

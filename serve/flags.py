@@ -133,7 +133,10 @@ def json_list(text: str) -> list[str]:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What runs, and on what; what requests may name."""
     parser.add_argument(
-        "--model", "--model-path", metavar="FOLDER_OR_ID", help="released or converted folder, or hub id (default: a small demo)"
+        "--model",
+        "--model-path",
+        metavar="FOLDER_OR_ID",
+        help="released or converted folder, or hub id (default: the small model that comes along)",
     )
     parser.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
     platform = parser.add_mutually_exclusive_group()

@@ -5,11 +5,8 @@ Nothing here is imported before the command line has been read, and jax is told 
 
 import contextlib
 import dataclasses
-import hashlib
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +14,6 @@ from typing import Any
 
 import jax
 
-import convert.demo
-import minicpmv46_jax
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.library import DTYPES, Loading
@@ -109,30 +104,6 @@ def keep_compilations(place: Place) -> None:
     if place.platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(place.cache / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
-
-
-def demo_checkpoint(cache: Path) -> Path:
-    """The project's own small checkpoint, written on first use: beside, then renamed, so that none is ever half there."""
-    folder = cache / f"demo-{minicpmv46_jax.__version__}-{_fingerprint()}"
-    if folder.is_dir():
-        return folder
-    beside = Path(tempfile.mkdtemp(prefix=".demo-", dir=cache))
-    try:
-        with step("making the demo checkpoint (random weights)"):
-            written = convert.demo.write_demo_checkpoint(beside / "model")
-        with contextlib.suppress(FileExistsError if os.name == "nt" else OSError):
-            written.rename(folder)  # fails where another server was faster, and then its folder is as good
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} could not be written")
-    return folder
-
-
-def _fingerprint() -> str:
-    """Of the code and files that make the demo: other ones, another demo."""
-    files = (path for path in Path(convert.demo.__file__).parent.iterdir() if path.is_file())
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:8]
 
 
 def start(loading: Loading, place: Place, wishes: Wishes, policy: Policy) -> tuple[MiniCPMV, Engine]:

@@ -18,7 +18,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from minicpmv46_jax import demo
+from minicpmv46_jax.evaluate import read_questions
 from minicpmv46_jax.library import Loading
+from minicpmv46_jax.scenes.__main__ import write
 from serve import flags, startup
 from serve import server as server_module
 from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
@@ -28,7 +31,6 @@ from serve.server import Server, Tls, address
 from serve.sizes import Wishes
 from serve.startup import Place
 from tests.serial_engine import SerialEngine
-from tests.test_processing_images import PHOTOS
 from tests.test_serve_cutters import data_url
 from tests.test_serve_support import FakeModel, serving
 
@@ -241,7 +243,10 @@ def test_a_model_that_is_not_there(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
+def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
+    """A newcomer's: the model that comes along, and a picture it has never seen."""
+    (question,) = read_questions(write(tmp_path / "scene", 1, held_out=True, kinds=("shapes",), first=10**6))
+    words, picture = question.messages[0]["content"][-1]["text"], next((tmp_path / "scene").glob("*.png"))
     command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
     command += ["--picture-processes", "1"]
     with subprocess.Popen(
@@ -250,18 +255,18 @@ def test_from_nothing_to_an_answer_and_a_clean_stop(tmp_path):
         ready = server.stdout.readline()  # nothing is printed there before
         assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
         with httpx.Client(base_url=ready.split()[1], headers={"Authorization": "Bearer k"}, timeout=60) as http:
-            parts = [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": data_url(PHOTOS[0])}}]
-            content = {"model": "mine", "messages": [{"role": "user", "content": parts}], "max_tokens": 4}
+            parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "text", "text": words}]
+            content = {"model": "mine", "messages": [{"role": "user", "content": parts}], "max_tokens": 32}
             answer = http.post("chat/completions", json=content)
-        assert answer.json()["usage"]["completion_tokens"] <= 4
+        assert answer.json()["choices"][0]["message"]["content"] in question.answers
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=60)
     assert server.returncode == 0, err
     assert out == ""
-    assert "making the demo checkpoint" in err and "loading" in err and "compiling" in err
+    assert f"loading {demo.FOLDER}" in err and "compiling" in err
     assert err.endswith("stopped\n") and "Traceback" not in err
-    (cache,) = tmp_path.iterdir()
-    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"demo", "jax"}  # and nothing half-made
+    cache = next(path for path in tmp_path.iterdir() if path.name != "scene")
+    assert [path.name for path in cache.iterdir()] == ["jax"]
     assert any((cache / "jax").iterdir())
 
 
@@ -288,52 +293,6 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
     assert startup.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert startup.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
-
-
-def fake_writer(monkeypatch, during=lambda: None):
-    """In place of the demo's writer: it counts its calls."""
-    calls = []
-
-    def write(folder):
-        calls.append(folder)
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        during()
-        return folder
-
-    monkeypatch.setattr(startup.convert.demo, "write_demo_checkpoint", write)
-    return calls
-
-
-def test_the_demo_is_written_once(monkeypatch, tmp_path):
-    calls = fake_writer(monkeypatch)
-    first, second = startup.demo_checkpoint(tmp_path), startup.demo_checkpoint(tmp_path)
-    assert first == second and len(calls) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]
-
-
-def test_an_interrupted_demo_leaves_nothing(monkeypatch, tmp_path):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    fake_writer(monkeypatch, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        startup.demo_checkpoint(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_servers_that_make_the_demo_at_once(monkeypatch, tmp_path):
-    faster = []
-
-    def other_server():
-        if not faster:
-            faster.append(True)
-            startup.demo_checkpoint(tmp_path)
-
-    fake_writer(monkeypatch, other_server)
-    folder = startup.demo_checkpoint(tmp_path)
-    assert (folder / "config.json").is_file()
-    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""The small model that comes along: what it is, and that it sees; its scores by this project's engine and by transformers."""
+
+import collections
+
+import pytest
+import torch
+from transformers import MiniCPMV4_6ForConditionalGeneration
+
+from minicpmv46_jax import MiniCPMV, demo
+from minicpmv46_jax.evaluate import evaluate, mark, of_model, read_questions, report
+from minicpmv46_jax.scenes.__main__ import write
+from serve.offline import Offline
+from tests.oracle import Oracle
+
+LIMIT = 12_000_000  # bytes of the folder
+ASKED = 1200  # held-out questions for the scores
+LONGEST = 96  # tokens of an answer
+EXACT = {"what": 0.95, "where": 0.95, "count": 0.95, "colour": 0.95, "read": 0.9, "slices": 0.9, "two images": 0.9, "video": 0.9}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MiniCPMV.from_pretrained(demo.FOLDER, dtype="float32")
+
+
+def test_it_is_small_and_has_its_card():
+    assert sum(file.stat().st_size for file in demo.FOLDER.iterdir()) <= LIMIT
+    card = (demo.FOLDER / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "## Limits" in card
+
+
+def test_transformers_loads_it_whole():
+    model, faults = MiniCPMV4_6ForConditionalGeneration.from_pretrained(demo.FOLDER, output_loading_info=True)
+    assert not any(faults.values()), faults
+    assert model.dtype == torch.bfloat16
+
+
+def test_it_answers_held_out_scenes(model, tmp_path):
+    """A dozen questions about pictures and print it never saw; greedy in float32, so always the same answers."""
+    questions = read_questions(write(tmp_path, 12, held_out=True, kinds=("shapes", "lines"), first=10**6))
+    marked = list(evaluate(questions, of_model(model, LONGEST)))
+    assert sum(one.exact for one in marked) >= 10, report(marked)
+
+
+@pytest.mark.full
+def test_scores_by_the_engine_and_by_transformers(model, tmp_path):
+    """The card's numbers: every group's bar is met, and greedy answers of both are equal on 99 of 100 prompts."""
+    questions = read_questions(write(tmp_path, ASKED, held_out=True, first=2 * 10**6))
+    oracle = Oracle(demo.FOLDER)
+    by_engine, equal = [], 0
+    with Offline(model) as offline:
+        for question in questions:
+            options = dict(question.options) | ({"tools": list(question.tools)} if question.tools else {})
+            (said,) = offline.chat([question.messages], False, temperature=0.0, max_new_tokens=LONGEST, **options)
+            by_engine.append(mark(question, said))
+            equal += said == _by_transformers(oracle, model, question, options)
+    print("\n" + report(by_engine), f"\nequal to transformers': {equal} of {len(questions)}")
+    groups = collections.defaultdict(list)
+    for one in by_engine:
+        groups[one.question.group].append(one.exact)
+    assert equal >= 0.99 * len(questions)
+    assert {group: sum(groups[group]) / len(groups[group]) >= bar for group, bar in EXACT.items()} == dict.fromkeys(EXACT, True)
+
+
+def _by_transformers(oracle, model, question, options):
+    """transformers' greedy answer to the same prompt."""
+    inputs = model.process(question.messages, **options)
+    out = oracle.model.generate(**oracle.arguments(inputs), max_new_tokens=LONGEST, do_sample=False)
+    return model.processor.tokenizer.decode(out[0, len(inputs.token_ids) :], skip_special_tokens=True)
