@@ -145,7 +145,12 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
     media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
-    fields |= {"media_limits": media_limits, "restore_newlines": args.restore_newlines, "cutters": cutters}
+    fields |= {
+        "media_limits": media_limits,
+        "restore_newlines": args.restore_newlines,
+        "cutters": cutters,
+        "demo": args.model is None,
+    }
     return Service(model, engine, name, tuple(aliases), **fields)
 
 

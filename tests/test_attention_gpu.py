@@ -33,6 +33,10 @@ def packed(*, heads=16, width=72, dtype=jnp.bfloat16):
     return [like(200, heads, width, dtype=dtype)] * 3 + [like(3, dtype=jnp.int32)] * 2
 
 
+def rows():
+    return like(2, 256, 8, 256), like(2, 256, 2, 256), like(2, 256, 2, 256), like(2, 256, dtype=jnp.int32)
+
+
 @needs_mosaic
 @pytest.mark.parametrize(
     ("operation", "arguments", "kernels"),
@@ -41,6 +45,7 @@ def packed(*, heads=16, width=72, dtype=jnp.bfloat16):
         (functools.partial(paged_attention, longest=200), paged(200, 3), ("paged_attention_prefill",)),
         (functools.partial(packed_attention, longest=96), packed(), ("packed_attention",)),
         (functools.partial(window_attention, window=4), packed()[:3], ("packed_attention",)),
+        (causal_attention, rows(), ("causal_attention",)),
     ],
 )
 def test_the_kernels_are_in_the_program(operation, arguments, kernels):

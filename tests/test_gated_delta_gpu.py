@@ -177,7 +177,7 @@ def test_the_convolution_of_packed_rows_and_its_gradients_interpreted(rng):
 
 
 @needs_mosaic
-def test_packed_rows_take_the_kernels_where_they_are_asked_for():
+def test_the_kernels_of_packed_rows_are_in_the_program():
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     layer = gated_delta.Layer(like((768, 4)), like((2,)), like((2,)))
     arguments = like((1, 128, 768)), like((1, 128, 2)), like((1, 128, 2)), layer, jax.ShapeDtypeStruct((1, 128), jnp.int32)
@@ -186,10 +186,12 @@ def test_packed_rows_take_the_kernels_where_they_are_asked_for():
         return gated_delta.packed(*arguments, 128, 128, backend=backend).astype(jnp.float32).sum()
 
     with described_gpu():
-        program = exported(jax.grad(functools.partial(loss, backend="gpu")), *arguments)
-        for kernel in ("convolve", "convolve_back", "prepare", "hand_over", "hand_back", "gradients"):
-            assert f"gated_delta_{kernel}" in program
-        assert "mosaic_gpu" not in exported(functools.partial(loss, backend=None), *arguments)
+        for backend in ("gpu", None):
+            program = exported(jax.grad(functools.partial(loss, backend=backend)), *arguments)
+            for kernel in ("convolve", "convolve_back", "prepare", "hand_over", "hand_back", "gradients"):
+                assert f"gated_delta_{kernel}" in program
+        assert "mosaic_gpu" not in exported(functools.partial(loss, backend="reference"), *arguments)
+    assert "mosaic_gpu" not in exported(functools.partial(loss, backend=None), *arguments)  # this machine's device is a CPU
     narrow = gated_delta.Layer(like((512, 4)), like((2,)), like((2,)))
     arguments = like((1, 64, 512)), like((1, 64, 2)), like((1, 64, 2)), narrow, jax.ShapeDtypeStruct((1, 64), jnp.int32)
     with pytest.raises(NotImplementedError, match="heads have 64 keys and 128 values, and it takes 128 and 128"):

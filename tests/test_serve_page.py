@@ -14,7 +14,7 @@ from playwright.sync_api import expect, sync_playwright
 from minicpmv46_jax.generate import Token
 from minicpmv46_jax.library import Delta
 from serve.page import page as page_files
-from tests.test_serve_support import PATIENCE_S, FakeModel, live, serving
+from tests.test_serve_support import NAME, PATIENCE_S, FakeModel, live, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Without the flags on networking it asks its makers' hosts for updates, which has no place in a test.
@@ -138,6 +138,25 @@ def test_an_image_a_stream_a_stop_a_retry_a_reload(page, model, photo, demo):
     assert "It is a **temple**" in model.prompts[-1] and "And now?" in model.prompts[-1]
     page.get_by_role("button", name="New chat").click()
     expect(page.locator("#messages > li")).to_have_count(0)
+
+
+def test_the_demo_model_is_drawn_pictures(browser, model):
+    with serving(model, demo=True) as service, live(service) as address:
+        for page in opened(browser, address):
+            page.get_by_role("button", name="Draw").click()
+            expect(page.locator("#attached figcaption").first).to_contain_text("tokens")
+            asked, pictures = page.get_by_label("Message").input_value(), page.locator("#attached img").count()
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator(".assistant strong")).to_have_text("temple")
+            expect(page.locator(".user")).to_contain_text(asked)
+            assert asked in model.prompts[-1] and page.locator(".user img").count() == pictures >= 1
+            page.get_by_role("button", name="Draw").click()  # another one
+            expect(page.locator("#attached img").first).to_be_visible()
+
+
+def test_other_models_are_drawn_nothing(page):
+    expect(page).to_have_title(NAME)
+    expect(page.get_by_role("button", name="Draw")).to_be_hidden()
 
 
 def test_thinking_is_folded_and_calls_are_answered(page, model):

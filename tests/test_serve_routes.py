@@ -1,12 +1,15 @@
 """The small routes, the OpenAPI document, keys, pages of other origins, the log."""
 
 import asyncio
+import base64
+import io
 import json
 import logging
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 
 from serve import logs
 from serve.api import create_app
@@ -102,6 +105,24 @@ def test_keys_guard_what_costs_and_nothing_else(model):
         assert get(service, "/v1/models", Authorization="Bearer b").status_code == 200
         assert get(service, "/v1/models", **{"x-api-key": "a"}).status_code == 200
         assert get(service, "/v1/models", **{"x-api-key": "c"}).status_code == 401
+
+
+def test_the_demo_model_has_pictures_to_be_asked_about(model):
+    with serving(model, demo=True, api_keys=("a",)) as service:
+        assert get(service, "/scene").status_code == 401
+        offers = [get(service, "/scene", Authorization="Bearer a").json() for _ in range(4)]
+    for offer in offers:
+        assert offer["question"] and offer["pictures"]
+        for picture in offer["pictures"]:
+            kind, data = picture.split(",")
+            assert kind == "data:image/png;base64"
+            assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) >= 100
+    assert len({offer["pictures"][0] for offer in offers}) > 1
+
+
+def test_other_models_have_none(service):
+    answered = get(service, "/scene")
+    assert (answered.status_code, answered.content) == (204, b"")
 
 
 def test_pages_of_other_origins(model):

@@ -6,7 +6,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 import minicpmv46_jax
-from serve.api import chat, completions, docs, errors, health, home, messages, metrics, models, responses, tokens
+from serve.api import chat, completions, docs, errors, health, home, messages, metrics, models, responses, scene, tokens
 from serve.api.auth import require_key
 from serve.api.exchange import ExchangeMiddleware
 from serve.api.service import Service
@@ -23,7 +23,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(home.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    app.include_router(tokens.router, dependencies=[Depends(require_key)])
+    for router in (tokens.router, scene.router):
+        app.include_router(router, dependencies=[Depends(require_key)])
     for router in (models.router, chat.router, completions.router, responses.router, messages.router):
         app.include_router(router, prefix="/v1", dependencies=[Depends(require_key)])
     docs.install(app)

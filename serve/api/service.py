@@ -44,6 +44,7 @@ class Service:
       media_limits: most images and most videos of a request.
       cors: which web pages may ask; None for those of this server alone.
       restore_newlines: whether a written backslash-n becomes a line break where a request does not say.
+      demo: whether the model is the one that comes with the package; the page then offers pictures that it can answer about.
       log_prompts: whether the log has the text of prompts. They are the users' own, so it has not unless asked.
       created: when serving began, in seconds since 1970.
       pool: where requests are prepared, off the event loop.
@@ -59,6 +60,7 @@ class Service:
     media_limits: Mapping[str, int] = dataclasses.field(default_factory=lambda: MEDIA_LIMITS)
     cors: Cors | None = None
     restore_newlines: bool = False
+    demo: bool = False
     log_prompts: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = dataclasses.field(

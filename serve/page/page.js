@@ -8,6 +8,7 @@ let messages = []; // {role: user, content, media} | {role: assistant, content, 
 let attached = [];
 let running = null; // the AbortController of the answer that comes
 let model = "";
+let drawn = null; // pictures and a question for the demo model; null where another one answers
 
 const MEDIA_OPTIONS = ["max_slice_nums", "downsample_mode", "max_num_frames", "stack_frames"];
 const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "thinking_token_budget"];
@@ -147,6 +148,24 @@ async function price(medium) {
   renderAttached();
 }
 
+async function drawNext() {
+  const answered = await fetch("scene", { headers: headers() }).catch(() => null);
+  drawn = answered?.status === 200 ? await answered.json() : null;
+  at("draw").hidden = drawn === null;
+}
+
+function takeDrawn() {
+  if (!drawn) return;
+  attached = drawn.pictures.map((url, i) => ({ kind: "image", name: `drawn ${i + 1}`, url }));
+  at("words").value = drawn.question;
+  drawn = null;
+  grow();
+  renderAttached();
+  attached.forEach(price);
+  at("words").focus();
+  drawNext();
+}
+
 async function send() {
   await begun;
   const words = at("words").value.trim();
@@ -257,6 +276,7 @@ function otherTheme() {
 at("composer").onsubmit = (event) => { event.preventDefault(); send(); };
 at("stop").onclick = stop;
 at("attach").onclick = () => at("files").click();
+at("draw").onclick = takeDrawn;
 at("files").onchange = async (event) => { await attach(event.target.files); event.target.value = ""; };
 at("open-settings").onclick = () => openSettings(at("settings").hidden);
 at("close-settings").onclick = () => openSettings(false);
@@ -302,6 +322,7 @@ async function connect(signal) {
     model = (await answered.json()).data[0].id;
     at("model").textContent = document.title = model;
     if (!running) at("state").textContent = "";
+    drawNext();
   } else {
     at("state").textContent = answered?.status === 401 ? "this server asks for an API key" : "no connection";
     if (answered?.status === 401) openSettings(true, "key");
