@@ -150,8 +150,9 @@ def test_the_demo_model_is_drawn_pictures(browser, model):
             expect(page.locator(".assistant strong")).to_have_text("temple")
             expect(page.locator(".user")).to_contain_text(asked)
             assert asked in model.prompts[-1] and page.locator(".user img").count() == pictures >= 1
-            page.get_by_role("button", name="Draw").click()  # another one
+            page.get_by_role("button", name="Draw").click()  # another one, in a chat of its own
             expect(page.locator("#attached img").first).to_be_visible()
+            expect(page.locator("#messages > li")).to_have_count(0)
 
 
 def test_other_models_are_drawn_nothing(page):

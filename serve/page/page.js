@@ -154,15 +154,23 @@ async function drawNext() {
   at("draw").hidden = drawn === null;
 }
 
-function takeDrawn() {
+function startOver() {
+  stop();
+  messages = [];
+  renderAll();
+  keepChat(messages);
+  at("words").focus();
+}
+
+function takeDrawn() { // into a chat of its own: the demo model has been taught one scene at a time
   if (!drawn) return;
+  startOver();
   attached = drawn.pictures.map((url, i) => ({ kind: "image", name: `drawn ${i + 1}`, url }));
   at("words").value = drawn.question;
   drawn = null;
   grow();
   renderAttached();
   attached.forEach(price);
-  at("words").focus();
   drawNext();
 }
 
@@ -281,13 +289,7 @@ at("files").onchange = async (event) => { await attach(event.target.files); even
 at("open-settings").onclick = () => openSettings(at("settings").hidden);
 at("close-settings").onclick = () => openSettings(false);
 at("theme").onclick = otherTheme;
-at("fresh").onclick = () => {
-  stop();
-  messages = [];
-  renderAll();
-  keepChat(messages);
-  at("words").focus();
-};
+at("fresh").onclick = startOver;
 at("words").oninput = grow;
 at("words").onkeydown = (event) => {
   const phone = matchMedia("(pointer: coarse)").matches; // where Enter is the only way to a new line
