@@ -1,4 +1,7 @@
-"""Compiles the steps at the released size for a TPU and prints their memory and kernels as JSON; test_compile_tpu.py runs it."""
+"""Compiles the steps for a TPU, at the released size or the demo model's, and prints their memory and kernels as JSON.
+
+test_compile_tpu.py runs it: `python -m tests.compile_steps v5e:1x1 [demo]`.
+"""
 
 import functools
 import json
@@ -15,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from minicpmv46_jax import generate, model, packing
+from minicpmv46_jax import demo, generate, model, packing
 from minicpmv46_jax.batch import Chunks
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.decoding import decode, new_decoding
@@ -46,10 +49,10 @@ def state_like(state: TextState) -> TextState:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
 
-def main(topology: str) -> None:
+def main(topology: str, config: ModelConfig) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)).devices
     mesh = Mesh(np.array(devices), ("chip",))
-    config, dtype, shape = ModelConfig.from_dict(released_config()), jnp.bfloat16, jax.ShapeDtypeStruct
+    dtype, shape = jnp.bfloat16, jax.ShapeDtypeStruct
     graph = model.schema(config)  # on a TPU, None takes the kernels there are
     params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
     state = jax.eval_shape(lambda: empty_state(config.text, SLOTS, PAGES, dtype, longest=PAGES, snapshots=SLOTS))
@@ -88,4 +91,4 @@ def main(topology: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], ModelConfig.from_folder(demo.FOLDER) if "demo" in sys.argv else ModelConfig.from_dict(released_config()))

@@ -1,6 +1,7 @@
-"""The whole steps at the released size, compiled for TPUs that are not here: memory, donation, and which kernels are in them.
+"""The whole steps, compiled for TPUs that are not here: memory, donation, and which kernels are in them.
 
-libtpu's compiler needs no TPU, but a process of its own: its settings and the mesh are not the other tests'. Nothing runs.
+At the released size, and of the demo model. libtpu's compiler needs no TPU, but a process of its own: its settings and the mesh
+are not the other tests'. Nothing runs.
 """
 
 import importlib.util
@@ -23,15 +24,29 @@ TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=compile")
 
 
-@pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_the_steps_compile_and_fit(chip):
-    command = [sys.executable, "-m", "tests.compile_steps", TOPOLOGIES[chip]]
+def compiled(*arguments):
+    command = [sys.executable, "-m", "tests.compile_steps", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    steps = json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_the_steps_compile_and_fit(chip):
+    steps = compiled(TOPOLOGIES[chip])
     assert {name: set(step["kernels"]) for name, step in steps.items()} == KERNELS
     for name, step in steps.items():
         print(chip, name, step)
         assert step["arguments"] + step["temporary"] < HBM[chip], name
     for name in ("decode", "read"):
         assert steps[name]["aliased"] >= steps[name]["state"], f"{name} copies the state that it was given"
+
+
+def test_the_demo_models_steps_compile():
+    """What a newcomer with a TPU starts first; its heads are too narrow for the text's kernels."""
+    steps = compiled(TOPOLOGIES["v5e"], "demo")
+    assert {name: set(step["kernels"]) for name, step in steps.items()} == {
+        "decode": set(),
+        "read": set(),
+        "encode": {"packed_attention"},
+    }
