@@ -23,6 +23,9 @@ from tests import gated_delta_truth as truth
 from tests.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, relative_rms, rms
 
+STEPS, BACKEND = 30, "gpu"  # of training runs
+SAME_CURVE = 0.05  # relative; on a CPU two devices were 0.017 from one in bfloat16, and runs of another shuffle 0.15
+
 pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["gpu"]), reason="there is no Hopper GPU here")
 
 
@@ -259,15 +262,14 @@ def test_kernels_lowered_once_do_the_same(rng, snapshots):
     jax.tree.map(np.testing.assert_array_equal, together, apart)
 
 
-def test_a_training_run_that_was_broken_off_goes_on_to_the_same_curve(tmp_path, backend="gpu"):
-    """A small model with heads as wide as the kernels take; the last bits of a GPU's sums differ from run to run."""
+@pytest.fixture
+def runs(tmp_path):
+    """A small model with heads as wide as the kernels take, and sums to learn: a run's settings by its name, and its losses."""
     pytest.importorskip("grain")
     from convert.demo import demo_config, write_demo_checkpoint
     from minicpmv46_jax.train import log
-    from minicpmv46_jax.train.run import train
     from minicpmv46_jax.train.settings import Settings
 
-    steps, at = 30, random.randrange(1, 29)
     config = demo_config()
     config["text_config"] |= {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
     model = write_demo_checkpoint(tmp_path / "model", config=config)
@@ -275,19 +277,50 @@ def test_a_training_run_that_was_broken_off_goes_on_to_the_same_curve(tmp_path, 
     rows = [{"query": words.partition(" are")[0] + "?", "response": words} for words in said]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def settings(name):
-        run = {"folder": str(tmp_path / name), "steps": steps, "log_every": 1, "save_every": 10, "backend": backend}
-        data, batch = {"files": [str(tmp_path / "sums.jsonl")]}, {"rows": 2, "tokens": 256}
-        tables = {"model": {"source": str(model)}, "data": data, "batch": batch, "run": run}
-        return Settings.from_dict(tables | {"optimizer": {"rate": 3e-3, "warmup": 3}})
+    def settings(name, accumulation=1, mesh=None):
+        run = {"folder": str(tmp_path / name), "steps": STEPS, "log_every": 1, "save_every": 10}
+        return Settings.from_dict(
+            {
+                "model": {"source": str(model)},
+                "data": {"files": [str(tmp_path / "sums.jsonl")]},
+                "batch": {"rows": 1, "tokens": 256},
+                "optimizer": {"rate": 3e-3, "warmup": 3},
+                "mesh": mesh or {},
+                "run": run | {"backend": BACKEND, "accumulation": accumulation},
+            }
+        )
 
-    def losses(name):
-        return [line["loss"] for line in log.read(tmp_path / name / "metrics.jsonl")]
+    return settings, lambda name: [line["loss"] for line in log.read(tmp_path / name / "metrics.jsonl")]
 
+
+def apart(curve, other):
+    """Relative, as root mean square over the steps."""
+    return np.sqrt(np.mean((np.array(curve) / np.array(other) - 1) ** 2))
+
+
+def test_a_training_run_that_was_broken_off_goes_on_to_the_same_curve(runs):
+    """The last bits of a GPU's sums differ from run to run."""
+    from minicpmv46_jax.train.run import train
+
+    settings, losses = runs
+    at = random.randrange(1, STEPS - 1)
     train(settings("whole"))
     train(settings("broken"), stop=lambda step: step == at)
     assert len(losses("broken")) == at
     train(settings("broken"))
     print(f"broken off after step {at}:", *zip(losses("whole"), losses("broken"), strict=True), sep="\n")
-    assert losses("whole")[-1] < 0.8 * losses("whole")[0]
-    np.testing.assert_allclose(losses("broken"), losses("whole"), rtol=0.02)
+    assert losses("whole")[-1] < 0.2 * losses("whole")[0]
+    assert apart(losses("broken"), losses("whole")) < SAME_CURVE
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 1}, {"data": 1, "fsdp": 2}])
+def test_two_gpus_learn_what_one_does(runs, mesh):
+    from minicpmv46_jax.train.run import train
+
+    if jax.device_count() < 2:
+        pytest.skip("there is one device")
+    settings, losses = runs
+    train(settings("one", accumulation=2))
+    train(settings("two", mesh=mesh))
+    print(mesh, apart(losses("two"), losses("one")), *zip(losses("one"), losses("two"), strict=True), sep="\n")
+    assert apart(losses("two"), losses("one")) < SAME_CURVE
