@@ -18,7 +18,9 @@ import jax
 from jax.experimental import serialize_executable
 from tqdm import tqdm
 
+from kernels_pallas import tuning
 from kernels_pallas.once import lowered_once
+from serve import autotuned
 
 log = logging.getLogger("serve")
 
@@ -26,7 +28,8 @@ THREADS = max(8, os.cpu_count() or 1)  # XLA compiles outside of the GIL
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
 CHECK_S = 0.5  # how often somebody else's mistake is looked for while programs are compiled
 FORGOTTEN_S = 30 * 24 * 3600  # after which what no start has used is deleted: 170 MB for each version and size of the model
-SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code and data (how kernels are cut) decide what is compiled
+SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code decides what is compiled,
+DATA = (tuning.FILE, autotuned.FILE)  # and how kernels are cut and products computed
 
 
 class Store:
@@ -48,8 +51,8 @@ class Store:
         settings = sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
         said = hashlib.sha256(repr((machine, flags, settings, depends)).encode())
         top = Path(__file__).parent.parent
-        files = (path for source in SOURCES for path in (top / source).rglob("*") if path.suffix in (".py", ".json"))
-        for path in sorted(files):
+        code = (path for source in SOURCES for path in (top / source).rglob("*.py"))
+        for path in (*sorted(code), *DATA):
             said.update(path.read_bytes())
         self._folder = folder / said.hexdigest()[:16]
         if self._folder.is_dir():

@@ -1,6 +1,7 @@
 """The small model that comes along: what it is, and that it sees; its scores by this project's engine and by transformers."""
 
 import collections
+import dataclasses
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_scores_by_the_engine_and_by_transformers(model, tmp_path):
         groups[one.question.group].append(one.exact)
     assert equal >= 0.99 * len(questions)
     assert {group: sum(groups[group]) / len(groups[group]) >= bar for group, bar in EXACT.items()} == dict.fromkeys(EXACT, True)
+
+
+@pytest.mark.full
+def test_scores_in_16x(model, tmp_path):
+    """The card's other column, by the plain generator."""
+    questions = read_questions(write(tmp_path, 600, held_out=True, first=3 * 10**6))
+    coarse = [dataclasses.replace(one, options={**one.options, "downsample_mode": "16x"}) for one in questions]
+    marked = list(evaluate(coarse, of_model(model, LONGEST)))
+    print("\n" + report(marked))
+    assert sum(one.exact for one in marked) >= 0.9 * len(marked)
 
 
 def _by_transformers(oracle, model, question, options):

@@ -313,12 +313,11 @@ def test_a_training_run_that_was_broken_off_goes_on_to_the_same_curve(runs):
     assert apart(losses("broken"), losses("whole")) < SAME_CURVE
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="there is one GPU")
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 1}, {"data": 1, "fsdp": 2}])
 def test_two_gpus_learn_what_one_does(runs, mesh):
     from minicpmv46_jax.train.run import train
 
-    if jax.device_count() < 2:
-        pytest.skip("there is one device")
     settings, losses = runs
     train(settings("one", accumulation=2))
     train(settings("two", mesh=mesh))

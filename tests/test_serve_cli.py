@@ -249,8 +249,9 @@ def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
     words, picture = question.messages[0]["content"][-1]["text"], next((tmp_path / "scene").glob("*.png"))
     command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
     command += ["--picture-processes", "1"]
+    caches = tmp_path / "caches"
     with subprocess.Popen(
-        command, env=environment(XDG_CACHE_HOME=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(XDG_CACHE_HOME=str(caches)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
         ready = server.stdout.readline()  # nothing is printed there before
         assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
@@ -265,7 +266,7 @@ def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
     assert out == ""
     assert f"loading {demo.FOLDER}" in err and "compiling" in err
     assert err.endswith("stopped\n") and "Traceback" not in err
-    cache = next(path for path in tmp_path.iterdir() if path.name != "scene")
+    (cache,) = caches.iterdir()
     assert [path.name for path in cache.iterdir()] == ["jax"]
     assert any((cache / "jax").iterdir())
 

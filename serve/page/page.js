@@ -136,10 +136,12 @@ function busy(controller) {
 // ---- doing
 
 async function attach(files) {
-  for (const medium of await readMedia(files)) {
-    attached.push(medium);
-    price(medium);
-  }
+  add(await readMedia(files));
+}
+
+function add(media) {
+  attached.push(...media);
+  media.forEach(price);
   renderAttached();
 }
 
@@ -165,12 +167,11 @@ function startOver() {
 function takeDrawn() { // into a chat of its own: the demo model has been taught one scene at a time
   if (!drawn) return;
   startOver();
-  attached = drawn.pictures.map((url, i) => ({ kind: "image", name: `drawn ${i + 1}`, url }));
+  attached = [];
+  add(drawn.pictures.map((url, i) => ({ kind: "image", name: `drawn ${i + 1}`, url })));
   at("words").value = drawn.question;
   drawn = null;
   grow();
-  renderAttached();
-  attached.forEach(price);
   drawNext();
 }
 
