@@ -69,6 +69,7 @@ class Settings:
       shapes: of the batches of each mode; exams are in the first.
       peak_rate: of matrices; see `muon`.
       start: a folder to begin from, past the easy scenes; None for random weights.
+      share_16x: one worker in so many draws for the second mode.
       steps: no more than so many; None for as many as there is time for.
     """
 
@@ -78,6 +79,7 @@ class Settings:
     shapes: Mapping[str, BatchShape]
     peak_rate: float = PEAK_RATE
     start: Path | None = None
+    share_16x: int = SHARE_16X
     steps: int | None = None
     exam: int = EXAM
     seed: int = 0
@@ -222,9 +224,9 @@ def score(mark: Callable[[Params, TrainBatch], jax.Array], params: Params, exam:
     return {group: right[group] / asked[group] for group in sorted(asked)}
 
 
-def mode_of(worker: int) -> int:
+def mode_of(worker: int, share_16x: int) -> int:
     """Which mode a worker draws for: the second of a run if it is the second of so many workers, so that two are enough."""
-    return int(worker % SHARE_16X == 1)
+    return int(worker % share_16x == 1)
 
 
 class Run:
@@ -264,7 +266,10 @@ class Run:
         n, ramp = self.settings.workers, RAMP if self.settings.start is None else 0
         common = {"mix": dict(self.settings.mix), "step": n, "ramp": ramp, "easy": EASY_SHARE}
         first, shapes = self.settings.seed * drawing.SEEDS, list(self.settings.shapes.values())
-        return [Task(self.files, shapes[mode_of(i) % len(shapes)], first=first + i, **common) for i in range(n)]
+        return [
+            Task(self.files, shapes[mode_of(i, self.settings.share_16x) % len(shapes)], first=first + i, **common)
+            for i in range(n)
+        ]
 
     def start_state(self) -> TrainState:
         """Random weights, or those of a folder."""
@@ -383,10 +388,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="a folder to go on from")
     parser.add_argument("--peak-rate", type=float, default=PEAK_RATE, help="of learning (default: %(default)s)")
     parser.add_argument(
+        "--share-16x", type=int, default=SHARE_16X, help="one drawing process in so many draws for 16x (default: %(default)s)"
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of weights and scenes: another one, other scenes (default: %(default)s)"
     )
     args = parser.parse_args(arguments)
-    settings = Settings(60 * args.minutes, args.workers, scenes.MIX, SHAPES, args.peak_rate, args.start, seed=args.seed)
+    if args.share_16x < 2:
+        parser.error(f"--share-16x is {args.share_16x}, expected at least 2: one process in so many")
+    settings = Settings(
+        60 * args.minutes, args.workers, scenes.MIX, SHAPES, args.peak_rate, args.start, args.share_16x, seed=args.seed
+    )
     Run(settings, args.out).go()
     return 0
 

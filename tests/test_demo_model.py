@@ -135,7 +135,10 @@ def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
 
 
 def test_few_workers_draw_for_both_modes():
-    assert [sum(map(train_demo.mode_of, range(workers))) for workers in (1, 2, 8, 12)] == [0, 1, 1, 2]
+    shares = [
+        sum(train_demo.mode_of(worker, share) for worker in range(n)) for n, share in ((1, 8), (2, 8), (8, 8), (12, 8), (12, 2))
+    ]
+    assert shares == [0, 1, 1, 2, 6]
 
 
 def test_a_large_picture_asks_what_there_is_room_for(folder):
