@@ -1,9 +1,10 @@
-"""The demo model's recipe: draws scenes, trains, examines on held-out scenes, exports. One GPU and 16 cores, twice 8 minutes.
+"""The demo model's recipe: draws scenes, trains, examines on held-out scenes, exports. One GPU and 16 cores, 8 minutes a run.
 
     python -m convert.train_demo --out first --minutes 8
     python -m convert.train_demo --out trained --minutes 8.6 --start first/model --peak-rate 0.02 --seed 1
+    python -m convert.train_demo --out finished --minutes 7 --start trained/model --peak-rate 0.012 --seed 2 --share-16x 2
 
-`trained/model` is the folder to serve, written again every two minutes, so that a run that is cut short leaves a model too;
+`finished/model` is the folder to serve, written again every two minutes, so that a run that is cut short leaves a model too;
 `scores.json` says how many held-out questions it answered exactly, by group; `log.jsonl` how it went.
 """
 

@@ -70,7 +70,7 @@ def test_scores_in_16x(model, tmp_path):
     coarse = [dataclasses.replace(one, options={**one.options, "downsample_mode": "16x"}) for one in questions]
     marked = list(evaluate(coarse, of_model(model, LONGEST)))
     print("\n" + report(marked))
-    assert sum(one.exact for one in marked) >= 0.9 * len(marked)
+    assert sum(one.exact for one in marked) >= 0.95 * len(marked)
 
 
 def _by_transformers(oracle, model, question, options):
