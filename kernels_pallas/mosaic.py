@@ -81,6 +81,23 @@ def meet(barrier: object) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def meet_cluster(barrier: object) -> None:
+    """As `meet`, of all blocks of a cluster; what any thread has stored before it is there for all to read after it."""
+    arrive_cluster(barrier)
+    plgpu.barrier_wait(barrier)
+    fence_cluster()
+
+
+def arrive_cluster(barrier: object) -> None:
+    """Arrives at a cluster's barrier with all that the warpgroup has stored; who has waited for it needs a fence to read that.
+
+    One thread arrives for the others, at each block's barrier another one: they have to come together first.
+    """
+    plgpu.commit_smem()
+    fence_cluster()
+    plgpu.barrier_arrive(barrier)
+
+
 def fence_cluster() -> None:
     """Orders a thread's accesses to memory before and after it, as all blocks of its cluster see them; barriers alone do not."""
     from jax.experimental.mosaic.gpu.utils import inline_ptx  # jax 0.10 has none

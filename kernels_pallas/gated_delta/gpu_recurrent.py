@@ -19,7 +19,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
-from kernels_pallas.mosaic import PROCESSORS, fence_cluster, load, meet, params, sigmoid, silu, softplus, store, tiles
+from kernels_pallas.mosaic import (
+    PROCESSORS,
+    arrive_cluster,
+    fence_cluster,
+    load,
+    meet,
+    params,
+    sigmoid,
+    silu,
+    softplus,
+    store,
+    tiles,
+)
 from kernels_pallas.once import once
 from kernels_pallas.tuning import chosen
 
@@ -267,9 +279,10 @@ class _Block:
             for place in self.everywhere(self.out_s.at[t, self.mine]):
                 store(place, reads[-1])
         if self.parts > 1:
-            fence_cluster()
-        plgpu.barrier_arrive(self.read)
-        plgpu.commit_smem()
+            arrive_cluster(self.read)
+        else:
+            plgpu.barrier_arrive(self.read)
+            plgpu.commit_smem()
         return reads
 
     def everywhere(self, ref):
