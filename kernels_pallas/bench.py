@@ -93,10 +93,11 @@ def works() -> tuple[Work, ...]:
     from kernels_pallas.causal_attention import bench as causal_attention
     from kernels_pallas.gated_delta import bench as gated_delta
     from kernels_pallas.gated_delta import packed_bench as packed_rule
+    from kernels_pallas.nucleus import bench as nucleus
     from kernels_pallas.packed_attention import bench as packed_attention
     from kernels_pallas.paged_attention import bench as paged_attention
 
-    tables = gated_delta, packed_rule, packed_attention, paged_attention, causal_attention
+    tables = gated_delta, packed_rule, packed_attention, paged_attention, causal_attention, nucleus
     return tuple(work for table in tables for work in table.works())
 
 

@@ -7,14 +7,13 @@ Glossary: B sequences, S sequences that a history is kept of, V vocabulary, W wo
 K alternatives reported.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
-from kernels_pallas.backends import device_kind
+from kernels_pallas.nucleus import lowest_kept
 from minicpmv46_jax.trees import tree_dataclass
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
@@ -194,58 +193,5 @@ def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Floa
     """
     best = scores.max(axis=-1)
     kept = scores >= (best + jnp.log(params.min_p))[:, None]  # log 0 = -inf keeps all
-    kept &= _within_ranks(scores, best, params)
+    kept &= scores >= lowest_kept(scores, best, params.top_k, params.top_p)[:, None]
     return jnp.where(kept | (scores >= best[:, None]), scores, -jnp.inf)
-
-
-def _within_ranks(scores: Float32[Array, "B V"], best: Float32[Array, " B"], params: SamplingParams) -> Bool[Array, "B V"]:
-    """What top-k and top-p keep."""
-    V, cpu = scores.shape[-1], device_kind() == "cpu"
-    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, V), V)
-    kth = _least_score(scores, lambda found: jnp.ones_like(scores, jnp.int32), k, jnp.full_like(best, -jnp.inf))
-    whole = jnp.exp(scores - best[:, None])
-
-    def weights(found: UInt32[Array, " B"]) -> Float32[Array, "B V"]:
-        """The same in every pass; a chip computes them anew, for to read them takes as long as to read the scores."""
-        never = found == jnp.uint32(2**32 - 1)  # XLA does not know that: it would compute them once and keep them
-        return whole if cpu else jnp.exp(scores - jnp.where(never, 0.0, best)[:, None])
-
-    total = jnp.where(scores >= kth[:, None], whole, 0.0).sum(axis=-1)
-    last = _least_score(scores, weights, params.top_p * total, kth)
-    return scores >= jnp.where(params.top_p < 1.0, last, kth)[:, None]
-
-
-def _least_score(
-    scores: Float32[Array, "B V"],
-    weights: Callable[[UInt32[Array, " B"]], Int32[Array, "B V"] | Float32[Array, "B V"]],
-    least: Int32[Array, " B"] | Float32[Array, " B"],
-    floor: Float32[Array, " B"],
-) -> Float32[Array, " B"]:
-    """In each row the highest score from which on upwards the weights come to `least`, and no less than `floor`.
-
-    Found a few bits at a time, each by a pass over the row: top-k and top-p of 248,094 scores took two CPU cores 12 to 16 ms with
-    one bit, where sorting took 64 to 80. A chip adds up three sums in a pass for the price of one: 128 rows take an H200 1.5 ms,
-    2.1 with four bits.
-    """
-    bits = 1 if device_kind() == "cpu" else 2
-
-    def narrow(i: Int32[Array, ""], found: UInt32[Array, " B"]) -> UInt32[Array, " B"]:
-        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
-        marks = found[:, None] | (jnp.arange(1, 2**bits, dtype=jnp.uint32) << shift)[None]
-        levels, weight = jnp.maximum(_score(marks), floor[:, None]), weights(found)
-        above = [jnp.where(scores >= levels[:, i, None], weight, 0) for i in range(2**bits - 1)]
-        zeros = [jnp.zeros((), weight.dtype)] * len(above)
-        sums = jax.lax.reduce(above, zeros, lambda x, y: [a + b for a, b in zip(x, y, strict=True)], (1,))  # all in one pass
-        reached = jnp.stack(sums, axis=1) >= least[:, None]
-        return found | (reached.sum(axis=1).astype(jnp.uint32) << shift)
-
-    nothing = (least < 0).astype(jnp.uint32)  # 0, yet no constant: XLA would keep the first masks for the next search
-    found = jax.lax.fori_loop(0, 32 // bits, narrow, nothing, unroll=bits > 1)  # a loop compiles faster
-    return jnp.maximum(_score(found), floor)
-
-
-def _score(places: UInt32[Array, "..."]) -> Float32[Array, "..."]:
-    """The scores at these places in the order of all float32; -inf for what lies below it."""
-    sign, lowest = jnp.uint32(1 << 31), jnp.uint32(0x007FFFFF)
-    places = jnp.maximum(places, lowest)
-    return jax.lax.bitcast_convert_type(jnp.where(places >= sign, places ^ sign, ~places), jnp.float32)

@@ -21,9 +21,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from kernels_pallas import causal_attention, gated_delta, packed_attention, paged_attention, tuning
+from kernels_pallas import causal_attention, gated_delta, nucleus, packed_attention, paged_attention, tuning
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
+from kernels_pallas.nucleus.shapes import VOCABULARY
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention.shapes import PAGED
 from kernels_pallas.tune import TUNED
@@ -95,6 +96,8 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
+    single, wishes = functools.partial(like, dtype=jnp.float32), like(128, dtype=jnp.int32)
+    yield "nucleus of 128 rows", nucleus.lowest_kept, (single(128, VOCABULARY), single(128), wishes, single(128)), ()
     yield from training()
 
 

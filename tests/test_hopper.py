@@ -15,6 +15,8 @@ import pytest
 from kernels_pallas import gated_delta
 from kernels_pallas.backends import CHIPS, device_kind
 from kernels_pallas.causal_attention import causal_attention
+from kernels_pallas.nucleus import lowest_kept
+from kernels_pallas.nucleus.shapes import VOCABULARY
 from kernels_pallas.once import lowered_once
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
@@ -260,6 +262,26 @@ def test_kernels_lowered_once_do_the_same(rng, snapshots):
     with lowered_once():
         together = jax.jit(lambda *x, **given: step(*x, **given)).lower(*inputs, **named).compile()(*inputs, **named)
     jax.tree.map(np.testing.assert_array_equal, together, apart)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 128])
+@pytest.mark.parametrize("size", [1113, 100_003, VOCABULARY])
+def test_what_may_be_drawn_is_the_references(rng, rows, size):
+    """Row by row another wish, many ties, and tokens that may not come; again and again the same bits."""
+    scores = np.round(rng.standard_normal((rows, size), np.float32) * rng.uniform(1, 8, (rows, 1)), 3).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.1] = -np.inf
+    top_k = rng.choice([0, 1, 5, 50, 1000, size - 1, size], rows).astype(np.int32)
+    top_p = rng.choice([1.0, 0.999, 0.9, 0.5, 1e-6], rows).astype(np.float32)
+    arguments = [jnp.asarray(x) for x in (scores, scores.max(axis=1), top_k, top_p)]
+    run = jax.jit(lowest_kept, static_argnames="backend")
+    found = np.asarray(run(*arguments, backend="gpu"))
+    expected = np.asarray(run(*arguments, backend="reference"))
+    for row, low, target, p in zip(scores.astype(np.float64), found, expected, top_p, strict=True):
+        if low != target:  # the sums are rounded in another order
+            between = np.exp(row[(row >= min(low, target)) & (row < max(low, target))] - row.max()).sum()
+            assert p < 1 and between < 1e-4 * np.exp(row - row.max()).sum() + np.exp(max(low, target) - row.max())
+    for _ in range(20):
+        np.testing.assert_array_equal(run(*arguments, backend="gpu"), found)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from kernels_pallas.causal_attention.shapes import ROWS
 from kernels_pallas.gated_delta import bench as gated_delta
 from kernels_pallas.gated_delta import packed_bench as packed_rule
 from kernels_pallas.gated_delta import shapes
+from kernels_pallas.nucleus import bench as nucleus
+from kernels_pallas.nucleus.shapes import NUCLEUS
 from kernels_pallas.packed_attention import bench as packed
 from kernels_pallas.packed_attention.shapes import PACKED
 from kernels_pallas.paged_attention import bench as paged
@@ -54,6 +56,13 @@ def test_training_is_in_the_table():
     assert whole.flops == 4 * 8 * 8 * 256 * 4096 * 4097 / 2
     assert works["causal attention backward, 8 x 4,096"].flops == 2.5 * whole.flops
     assert {sum(rows.lengths) for rows in ROWS} == {4096}
+
+
+def test_sampling_is_in_the_table():
+    works = {work.name: work for work in nucleus.works()}
+    assert len(works) == len(NUCLEUS)
+    assert works["nucleus, top-p, 128 rows"].bytes == 128 * 248_094 * 4
+    assert works["nucleus, top-p, 1 row"].run("reference")().shape == (1,)
 
 
 def test_a_call_can_be_made_anywhere():

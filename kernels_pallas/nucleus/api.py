@@ -1,0 +1,31 @@
+"""The operation; `backend` says who runs it. Glossary: B rows, V scores of each."""
+
+from jaxtyping import Array, Float32, Int32
+
+from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.nucleus import gpu, reference
+
+
+def lowest_kept(
+    scores: Float32[Array, "B V"],
+    best: Float32[Array, " B"],
+    top_k: Int32[Array, " B"],
+    top_p: Float32[Array, " B"],
+    *,
+    backend: str | None = None,
+) -> Float32[Array, " B"]:
+    """The lowest score that top-k and then top-p keep; tokens that tie with it stay too.
+
+    Args:
+      scores: logits after temperature, of each row one finite at least; -inf for what may not come.
+      best: each row's largest score.
+      top_k: how many stay; 0, or V and more, for all.
+      top_p: the fewest of those stay whose probabilities, among those, come to it; 1 for all.
+      backend: "reference", "gpu", or None for the fastest that serves these arguments here.
+
+    Raises:
+      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+    """
+    gaps = {REFERENCE: None, "gpu": gpu.gap(scores)}
+    runs = {REFERENCE: reference.lowest_kept, "gpu": gpu.lowest_kept}
+    return runs[choose(backend, gaps)](scores, best, top_k, top_p)

@@ -1,0 +1,154 @@
+"""`lowest_kept` for Hopper: a row is read once, into the registers of a cluster of blocks, and stays there.
+
+The threshold is found two bits of the float at a time: each pass adds up what lies above three levels. What the blocks
+found they write into each other's shared memory, so that all go on from the same sums. Rows that ask for no top-k or no top-p
+do not search for it.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float32, Int32
+
+from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.mosaic import load, meet, meet_cluster, params, store
+from kernels_pallas.once import once
+
+PARTS, GROUPS = 8, 4  # blocks of a cluster, which has a row; warpgroups of a block
+BITS = 2  # found in a pass
+LANES = 128  # scores that a warpgroup loads at once, one a thread
+HELD = 64  # scores that a thread keeps in registers, at most
+LINE = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+# Sums of up to 16 levels over the threads: eight neighbouring threads have a level.
+LEVELS = 16
+BY_LEVEL = plgpu.Layout.TILED(plgpu.Tiling(((16, 16), (4, 16), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+LEVEL = BY_LEVEL.reduce(1)
+
+
+def gap(scores: jax.Array) -> str | None:
+    """What the kernel lacks for these arguments, or None."""
+    V, most = scores.shape[1], PARTS * GROUPS * LANES * HELD
+    if not LANES <= V <= most:
+        return f"a row has {V} scores, and it takes {LANES} to {most}"
+    return mosaic_gap()
+
+
+@once
+def lowest_kept(
+    scores: Float32[Array, "B V"], best: Float32[Array, " B"], top_k: Int32[Array, " B"], top_p: Float32[Array, " B"]
+) -> Float32[Array, " B"]:
+    """As `api.lowest_kept`."""
+    B, V = scores.shape
+    workers = PARTS * GROUPS
+    cluster = {"cluster": (PARTS,), "cluster_names": ("part",)} if PARTS > 1 else {}
+    across = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=GROUPS)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, held=-(-V // (workers * LANES))),
+        out_type=jax.ShapeDtypeStruct((B, LANES), jnp.float32),  # the same in every lane
+        grid=(B,),
+        grid_names=("row",),
+        num_threads=GROUPS,
+        thread_name="group",
+        scratch_types=[
+            plgpu.SMEM((GROUPS, LEVELS, LANES), jnp.float32),  # each thread's sums
+            plgpu.SMEM((2, workers, LEVELS), jnp.float32),  # each warpgroup's, of this pass and the one before
+            plgpu.SMEM((GROUPS, LEVELS), jnp.float32),  # all together, for each warpgroup to read
+            across if PARTS > 1 else plgpu.Barrier(num_arrivals=GROUPS),
+        ],
+        compiler_params=params(approximate=True),
+        kernel_name="lowest_kept",
+        **cluster,
+    )
+    return kernel(scores, best, top_k, top_p)[:, 0]
+
+
+def _kernel(scores, best, top_k, top_p, out, *scratch, held):
+    row, V = lax.axis_index("row"), scores.shape[1]
+    share = _Share(scores, *scratch, held)
+    k, p, peak = top_k[row], top_p[row], best[row]
+
+    def weigh(x):
+        return jnp.exp(x - peak)
+
+    def count():
+        return share.search(lambda x: 1.0, k.astype(jnp.float32), jnp.float32(-math.inf), jnp.int32(0))
+
+    def all_stay():
+        return jnp.float32(-math.inf), jnp.int32(0)
+
+    kth, turn = lax.cond((k > 0) & (k < V), count, all_stay)
+
+    def nucleus():
+        (total,) = share.above([kth], weigh, turn)
+        return share.search(weigh, p * total, kth, turn + 1)[0]
+
+    last = lax.cond(p < 1.0, nucleus, lambda: kth)
+
+    @pl.when(share.worker == 0)
+    def _():
+        store(out.at[row], jnp.where(share.lane >= 0, last, 0.0))
+
+
+class _Share:
+    """A warpgroup's share of its row, in registers; those of a row count as one line of workers."""
+
+    def __init__(self, scores, lanes_s, sums_s, totals_s, met, held):
+        self.lanes_s, self.sums_s, self.totals_s, self.met = lanes_s, sums_s, totals_s, met
+        self.group = lax.axis_index("group")
+        self.worker = (lax.axis_index("part") if PARTS > 1 else 0) * GROUPS + self.group
+        self.lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LINE)
+        begin = self.worker * held * LANES
+        first = jnp.minimum(begin, scores.shape[1] - held * LANES)  # the last read again what others have: that is no number
+        self.scores = []
+        for at in range(0, held * LANES, LANES):
+            x = load(scores.at[lax.axis_index("row"), pl.ds(first + at, LANES)], LINE)
+            self.scores.append(jnp.where(self.lane + (first + at) >= begin, x, math.nan))
+
+    def above(self, levels, weigh, turn):
+        """What the row's scores from each of these levels on weigh together. `turn`: how often that was asked before."""
+        found = [plgpu.layout_cast(jnp.zeros(LANES, jnp.float32), LINE)] * len(levels)
+        for x in self.scores:
+            weight = weigh(x)
+            found = [total + jnp.where(x >= level, weight, 0.0) for total, level in zip(found, levels, strict=True)]
+        for i, total in enumerate(found):
+            store(self.lanes_s.at[self.group, i], total)
+        plgpu.commit_smem()
+        own = jnp.sum(load(self.lanes_s.at[self.group], BY_LEVEL), axis=1)
+        sums = self.sums_s.at[lax.rem(turn, 2)]
+        for ref in self.everywhere(sums.at[self.worker]):
+            store(ref, own)
+        (meet_cluster if PARTS > 1 else meet)(self.met)
+        totals = [load(sums.at[worker], LEVEL) for worker in range(sums.shape[0])]
+        store(self.totals_s.at[self.group], functools.reduce(jnp.add, totals))
+        plgpu.commit_smem()
+        return [self.totals_s[self.group, i] for i in range(len(levels))]
+
+    def everywhere(self, ref):
+        """Shared memory of all blocks of the cluster."""
+        return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(PARTS)] if PARTS > 1 else [ref]
+
+    def search(self, weigh, least, floor, turn):
+        """The highest level from which on upwards the weights come to `least`, and no less than `floor`; the next turn."""
+
+        def narrow(i, carry):
+            found, turn = carry
+            shift = 32 - BITS * (i + 1)
+            levels = [jnp.maximum(score_at(found | (jnp.int32(j) << shift)), floor) for j in range(1, 2**BITS)]
+            reached = sum((total >= least).astype(jnp.int32) for total in self.above(levels, weigh, turn))
+            return found | (reached << shift), turn + 1
+
+        found, turn = lax.fori_loop(0, 32 // BITS, narrow, (jnp.int32(0), turn))
+        return jnp.maximum(score_at(found), floor), turn
+
+
+def score_at(place):
+    """As `reference.score_at`, of the bits of one unsigned integer."""
+    lowest, rest, normal = (jnp.int32(x) for x in (0x007FFFFF - 2**31, 2**31 - 1, 0x00800000))
+    key = jnp.maximum(place ^ jnp.int32(-(2**31)), lowest)  # the same order, of integers with a sign
+    bits = jnp.where(key >= 0, key, key ^ rest)
+    return jnp.where((bits & rest) < normal, 0.0, lax.bitcast_convert_type(bits, jnp.float32))

@@ -1,0 +1,24 @@
+"""This model's real workloads: one table for tests and benchmark."""
+
+from typing import NamedTuple
+
+VOCABULARY = 248_094
+
+
+class NucleusShape(NamedTuple):
+    """So many rows, which all ask for the same."""
+
+    name: str
+    rows: int
+    top_k: int
+    top_p: float
+
+
+NUCLEUS = (
+    NucleusShape("top-p, 1 row", 1, 0, 0.8),
+    NucleusShape("top-p, 8 rows", 8, 0, 0.8),
+    NucleusShape("top-p, 32 rows", 32, 0, 0.8),
+    NucleusShape("top-p, 128 rows", 128, 0, 0.8),
+    NucleusShape("top-k and top-p, 128 rows", 128, 50, 0.8),
+    NucleusShape("neither, 128 rows", 128, 0, 1.0),
+)

@@ -1,0 +1,60 @@
+"""From which score on tokens may be drawn: the search in XLA, and the Hopper kernel in Mosaic's interpreter, against sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import nucleus
+from kernels_pallas.nucleus import gpu, reference
+
+TOP_P = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
+
+
+def rows(size, rng):
+    """Scores with ties and tokens that may not come, and what rows ask for: nothing, one of the two, or both."""
+    scores = np.round(rng.standard_normal((6, size)) * 4, 1).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.2] = -np.inf
+    scores[0, 0], scores[1] = 0.0, np.where(scores[1] == 0, -0.0, scores[1])
+    top_k = rng.integers(0, 30, 6).astype(np.int32)
+    top_k[rng.integers(6)], top_k[rng.integers(6)] = 0, size
+    return scores, scores.max(axis=1), top_k, np.array(TOP_P, np.float32)
+
+
+def check(found, scores, best, top_k, top_p):
+    """What is kept is what sorting keeps, but where rounding decides."""
+    for row, low, k, p in zip(scores, np.asarray(found), top_k, top_p, strict=True):
+        ranked = np.sort(row[np.isfinite(row)])[::-1].astype(np.float64)
+        inside = ranked[ranked >= ranked[min(int(k), len(ranked)) - 1]] if k else ranked
+        weights = np.exp(inside - inside[0])
+        before = np.array([weights[inside > x].sum() for x in inside]) / weights.sum()
+        if np.abs(before - p).min() > 1e-5:
+            np.testing.assert_array_equal(ranked[ranked >= low], inside[(before < p) | (p >= 1)])
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA H200"])
+@pytest.mark.parametrize("size", [50, 1000])
+def test_the_search_keeps_what_sorting_keeps(monkeypatch, device, size):
+    monkeypatch.setattr(reference, "device_kind", lambda: device)
+    case = rows(size, np.random.default_rng())
+    check(jax.jit(lambda *x: reference.lowest_kept(*x))(*case), *case)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 has another Mosaic GPU, and no interpreter of it")
+@pytest.mark.parametrize("size", [512, 700, 1100])
+def test_the_kernel_interpreted(monkeypatch, size):
+    """In one block a row: the interpreter knows no clusters."""
+    monkeypatch.setattr(gpu, "PARTS", 1)
+    case = rows(size, np.random.default_rng())
+    with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
+        found = jax.jit(lambda *x: gpu.lowest_kept(*x))(*map(jnp.asarray, case))
+    check(found, *case)
+
+
+def test_it_is_refused_in_words():
+    case = [jnp.zeros((1, 50)), jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.ones(1)]
+    with pytest.raises(NotImplementedError, match="a row has 50 scores, and it takes 128 to 262144"):
+        nucleus.lowest_kept(*case, backend="gpu")
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        nucleus.lowest_kept(*case, backend="cuda")
