@@ -114,7 +114,7 @@ class _Share:
         found = [plgpu.layout_cast(jnp.zeros(LANES, jnp.float32), LINE)] * len(levels)
         for x in self.scores:
             weight = weigh(x)
-            found = [total + jnp.where(x >= level, weight, 0.0) for total, level in zip(found, levels, strict=True)]
+            found = [jnp.where(x >= level, total + weight, total) for total, level in zip(found, levels, strict=True)]
         for i, total in enumerate(found):
             store(self.lanes_s.at[self.group, i], total)
         plgpu.commit_smem()
