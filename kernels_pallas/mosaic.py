@@ -81,6 +81,23 @@ def meet(barrier: object) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def clustered(parts: int) -> dict[str, object]:
+    """What makes a kernel's blocks work in clusters of so many, along the axis "part"; nothing for one."""
+    return {"cluster": (parts,), "cluster_names": ("part",)} if parts > 1 else {}
+
+
+def barrier_of(parts: int, groups: int) -> object:
+    """A barrier of all warpgroups of a cluster, or of a block where a cluster is one."""
+    if parts > 1:
+        return plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=groups)
+    return plgpu.Barrier(num_arrivals=groups)
+
+
+def everywhere(ref: object, parts: int) -> list[object]:
+    """The same shared memory of all blocks of the cluster."""
+    return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(parts)] if parts > 1 else [ref]
+
+
 def meet_cluster(barrier: object) -> None:
     """As `meet`, of all blocks of a cluster; what any thread has stored before it is there for all to read after it."""
     arrive_cluster(barrier)

@@ -22,6 +22,9 @@ from kernels_pallas.gated_delta.reference import L2_EPS
 from kernels_pallas.mosaic import (
     PROCESSORS,
     arrive_cluster,
+    barrier_of,
+    clustered,
+    everywhere,
     fence_cluster,
     load,
     meet,
@@ -71,8 +74,6 @@ def recurrent(
     stages = min(cut.stages, -(-B * N // blocks))
     share = V // (cut.groups * cut.parts)
     memory, tail = jax.new_ref(memory), jax.new_ref(tail)
-    cluster = {"cluster": (cut.parts,), "cluster_names": ("part",)} if cut.parts > 1 else {}
-    across = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=cut.groups)
     kernel = plgpu.kernel(
         functools.partial(_kernel, eps=eps, blocks=blocks, stages=stages, groups=cut.groups, parts=cut.parts),
         out_type=jax.ShapeDtypeStruct(z.shape, z.dtype),
@@ -86,11 +87,11 @@ def recurrent(
             plgpu.SMEM((T, V), jnp.float32),  # what was read, for the norm over all of it
             plgpu.Barrier(num_barriers=cut.groups * stages),
             plgpu.Barrier(num_arrivals=cut.groups),
-            across if cut.parts > 1 else plgpu.Barrier(num_arrivals=cut.groups),
+            barrier_of(cut.parts, cut.groups),
         ],
         compiler_params=params(approximate=False),
         kernel_name="gated_delta_recurrent",
-        **cluster,
+        **clustered(cut.parts),
     )
     out = kernel(qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail)
     return out, jax.freeze(memory), jax.freeze(tail)
@@ -276,7 +277,7 @@ class _Block:
             _when(kept == t + 1 if self.T > 1 else True, functools.partial(store, self.state_s.at[at], state))
             scale = lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * self.K**-0.5
             reads.append(jnp.sum(state * q, axis=1) * scale)
-            for place in self.everywhere(self.out_s.at[t, self.mine]):
+            for place in everywhere(self.out_s.at[t, self.mine], self.parts):
                 store(place, reads[-1])
         if self.parts > 1:
             arrive_cluster(self.read)
@@ -284,10 +285,6 @@ class _Block:
             plgpu.barrier_arrive(self.read)
             plgpu.commit_smem()
         return reads
-
-    def everywhere(self, ref):
-        """Shared memory of all blocks that work on the head."""
-        return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(self.parts)] if self.parts > 1 else [ref]
 
     def keep_last(self, tail, window, kept):
         """Writes the last inputs of the tokens that are remembered."""

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 
 from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.mosaic import load, meet, meet_cluster, params, store
+from kernels_pallas.mosaic import barrier_of, clustered, everywhere, load, meet, meet_cluster, params, store
 from kernels_pallas.once import once
 
 PARTS, GROUPS = 8, 4  # blocks of a cluster, which has a row; warpgroups of a block
@@ -45,8 +45,6 @@ def lowest_kept(
     """As `api.lowest_kept`."""
     B, V = scores.shape
     workers = PARTS * GROUPS
-    cluster = {"cluster": (PARTS,), "cluster_names": ("part",)} if PARTS > 1 else {}
-    across = plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=GROUPS)
     kernel = plgpu.kernel(
         functools.partial(_kernel, held=-(-V // (workers * LANES))),
         out_type=jax.ShapeDtypeStruct((B, LANES), jnp.float32),  # the same in every lane
@@ -58,11 +56,11 @@ def lowest_kept(
             plgpu.SMEM((GROUPS, LEVELS, LANES), jnp.float32),  # each thread's sums
             plgpu.SMEM((2, workers, LEVELS), jnp.float32),  # each warpgroup's, of this pass and the one before
             plgpu.SMEM((GROUPS, LEVELS), jnp.float32),  # all together, for each warpgroup to read
-            across if PARTS > 1 else plgpu.Barrier(num_arrivals=GROUPS),
+            barrier_of(PARTS, GROUPS),
         ],
         compiler_params=params(approximate=True),
         kernel_name="lowest_kept",
-        **cluster,
+        **clustered(PARTS),
     )
     return kernel(scores, best, top_k, top_p)[:, 0]
 
@@ -120,17 +118,13 @@ class _Share:
         plgpu.commit_smem()
         own = jnp.sum(load(self.lanes_s.at[self.group], BY_LEVEL), axis=1)
         sums = self.sums_s.at[lax.rem(turn, 2)]
-        for ref in self.everywhere(sums.at[self.worker]):
+        for ref in everywhere(sums.at[self.worker], PARTS):
             store(ref, own)
         (meet_cluster if PARTS > 1 else meet)(self.met)
         totals = [load(sums.at[worker], LEVEL) for worker in range(sums.shape[0])]
         store(self.totals_s.at[self.group], functools.reduce(jnp.add, totals))
         plgpu.commit_smem()
         return [self.totals_s[self.group, i] for i in range(len(levels))]
-
-    def everywhere(self, ref):
-        """Shared memory of all blocks of the cluster."""
-        return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(PARTS)] if PARTS > 1 else [ref]
 
     def search(self, weigh, least, floor, turn):
         """The highest level from which on upwards the weights come to `least`, and no less than `floor`; the next turn."""
