@@ -1,13 +1,12 @@
-"""From which score on tokens may be drawn: the search in XLA, and the Hopper kernel in Mosaic's interpreter, against sorting."""
+"""From which score on tokens may be drawn: the search in XLA against sorting, and what no kernel serves."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import nucleus
-from kernels_pallas.nucleus import gpu, reference
+from kernels_pallas.nucleus import reference
 
 TOP_P = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
 
@@ -39,17 +38,6 @@ def test_the_search_keeps_what_sorting_keeps(monkeypatch, device, size):
     monkeypatch.setattr(reference, "device_kind", lambda: device)
     case = rows(size, np.random.default_rng())
     check(jax.jit(lambda *x: reference.lowest_kept(*x))(*case), *case)
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 has another Mosaic GPU, and no interpreter of it")
-@pytest.mark.parametrize("size", [512, 700, 1100])
-def test_the_kernel_interpreted(monkeypatch, size):
-    """In one block a row: the interpreter knows no clusters."""
-    monkeypatch.setattr(gpu, "PARTS", 1)
-    case = rows(size, np.random.default_rng())
-    with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
-        found = jax.jit(lambda *x: gpu.lowest_kept(*x))(*map(jnp.asarray, case))
-    check(found, *case)
 
 
 def test_it_is_refused_in_words():
