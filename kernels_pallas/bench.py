@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from kernels_pallas.backends import CHIPS
 
 RIVALS = {  # modules that measure another library, in a process of their own: two profilers cannot watch the chip from one
-    "fla": ("kernels_pallas.gated_delta.rivals",),
-    "fla-layer": ("kernels_pallas.gated_delta.rivals",),
-    "torch": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.paged_attention.rivals"),
-    "cudnn": ("kernels_pallas.packed_attention.rivals", "kernels_pallas.causal_attention.rivals"),
-    "cudnn-padded": ("kernels_pallas.packed_attention.rivals",),
+    "fla": ("kernels_pallas.gated_delta.baselines",),
+    "fla-layer": ("kernels_pallas.gated_delta.baselines",),
+    "torch": ("kernels_pallas.packed_attention.baselines", "kernels_pallas.paged_attention.baselines"),
+    "cudnn": ("kernels_pallas.packed_attention.baselines", "kernels_pallas.causal_attention.baselines"),
+    "cudnn-padded": ("kernels_pallas.packed_attention.baselines",),
 }
 CALLS = 10  # a measurement: the mean of so many calls on the device
 
@@ -93,9 +93,9 @@ def works() -> tuple[Work, ...]:
     from kernels_pallas.causal_attention import bench as causal_attention
     from kernels_pallas.gated_delta import bench as gated_delta
     from kernels_pallas.gated_delta import packed_bench as packed_rule
-    from kernels_pallas.nucleus import bench as nucleus
     from kernels_pallas.packed_attention import bench as packed_attention
     from kernels_pallas.paged_attention import bench as paged_attention
+    from kernels_pallas.top_k_top_p import bench as nucleus
 
     tables = gated_delta, packed_rule, packed_attention, paged_attention, causal_attention, nucleus
     return tuple(work for table in tables for work in table.works())

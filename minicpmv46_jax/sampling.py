@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
-from kernels_pallas.nucleus import lowest_kept
+from kernels_pallas.top_k_top_p import lowest_kept
 from minicpmv46_jax.trees import tree_dataclass
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API

@@ -19,7 +19,7 @@ from jax.experimental import serialize_executable
 from tqdm import tqdm
 
 from kernels_pallas import tuning
-from kernels_pallas.once import lowered_once
+from kernels_pallas.gpu.export_cache import lowered_once
 from serve import autotuned
 
 log = logging.getLogger("serve")

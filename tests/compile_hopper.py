@@ -21,12 +21,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from kernels_pallas import causal_attention, gated_delta, nucleus, packed_attention, paged_attention, tuning
+from kernels_pallas import causal_attention, gated_delta, packed_attention, paged_attention, tuning
+from kernels_pallas import top_k_top_p as nucleus
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
-from kernels_pallas.nucleus.shapes import VOCABULARY
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention.shapes import PAGED
+from kernels_pallas.top_k_top_p.shapes import VOCABULARY
 from kernels_pallas.tune import TUNED
 
 TUNED_IN = {  # the program to try a kernel's cuts in

@@ -13,7 +13,8 @@ from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.causal_attention import gpu as causal_gpu
 from kernels_pallas.causal_attention import gpu_backward as causal_backward
 from kernels_pallas.causal_attention import gpu_forward as causal_forward
-from kernels_pallas.packed_attention import gpu_backward, gpu_forward, gpu_walks, packed_attention, window_attention
+from kernels_pallas.gpu import tile_ranges as gpu_walks
+from kernels_pallas.packed_attention import gpu_backward, gpu_forward, packed_attention, window_attention
 from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_attention
 from tests.mosaic_interpreted import product
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic

@@ -9,16 +9,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gated_delta, tuning
-from kernels_pallas.gated_delta import (
-    gpu,
-    gpu_backward,
-    gpu_chunked,
-    gpu_convolve,
-    gpu_handover,
-    gpu_packed,
-    gpu_recurrent,
-    reference,
-)
+from kernels_pallas.gated_delta import gpu, gpu_backward, gpu_chunked, gpu_convolve, gpu_packed, gpu_recurrent, reference
+from kernels_pallas.gated_delta import gpu_state_scan as gpu_handover
 from kernels_pallas.gated_delta.packed import convolve_segments
 from kernels_pallas.gated_delta.packed import rule as rule_in_xla
 from tests import gated_delta_truth as truth

@@ -15,12 +15,12 @@ import pytest
 from kernels_pallas import gated_delta
 from kernels_pallas.backends import CHIPS, device_kind
 from kernels_pallas.causal_attention import causal_attention
-from kernels_pallas.nucleus import lowest_kept
-from kernels_pallas.nucleus.shapes import VOCABULARY
-from kernels_pallas.once import lowered_once
+from kernels_pallas.gpu.export_cache import lowered_once
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
+from kernels_pallas.top_k_top_p import lowest_kept
+from kernels_pallas.top_k_top_p.shapes import VOCABULARY
 from tests import gated_delta_truth as truth
 from tests.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, relative_rms, rms

@@ -14,12 +14,12 @@ from kernels_pallas.causal_attention.shapes import ROWS
 from kernels_pallas.gated_delta import bench as gated_delta
 from kernels_pallas.gated_delta import packed_bench as packed_rule
 from kernels_pallas.gated_delta import shapes
-from kernels_pallas.nucleus import bench as nucleus
-from kernels_pallas.nucleus.shapes import NUCLEUS
 from kernels_pallas.packed_attention import bench as packed
 from kernels_pallas.packed_attention.shapes import PACKED
 from kernels_pallas.paged_attention import bench as paged
 from kernels_pallas.paged_attention.shapes import PAGED
+from kernels_pallas.top_k_top_p import bench as nucleus
+from kernels_pallas.top_k_top_p.shapes import NUCLEUS
 
 
 def test_every_shape_is_in_the_table():

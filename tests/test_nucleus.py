@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import nucleus
-from kernels_pallas.nucleus import reference
+from kernels_pallas import top_k_top_p as nucleus
+from kernels_pallas.top_k_top_p import reference
 
 TOP_P = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
 

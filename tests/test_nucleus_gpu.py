@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.nucleus import gpu
+from kernels_pallas.top_k_top_p import gpu
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.decoding import sampling_params
 from minicpmv46_jax.options import generation_options

@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas import gated_delta
 from kernels_pallas.gated_delta import gpu_recurrent
-from kernels_pallas.once import lowered_once, once
+from kernels_pallas.gpu.export_cache import lowered_once, once
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.shapes import HEADS, KEY_HEADS, WIDTH
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic, step

@@ -142,7 +142,7 @@ def test_each_request_is_served_by_the_least_that_does(options, mode):
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "filtered", "full"])
 def test_nothing_is_decided_on_the_device(monkeypatch, mode):
     """The host would wait for a GPU at each conditional."""
-    monkeypatch.setattr("kernels_pallas.nucleus.reference.device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr("kernels_pallas.top_k_top_p.reference.device_kind", lambda: "NVIDIA H200")
     program = jax.jit(lambda scores: drawn(scores, params(top_k=5, top_p=0.5), mode)).lower(jnp.asarray(logits(1))).as_text()
     assert "stablehlo.case" not in program and "stablehlo.if" not in program
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.mosaic import (
     ACROSS,
     COL,
     MATRIX,
@@ -34,7 +34,7 @@ from kernels_pallas.mosaic import (
     product,
     tiles,
 )
-from kernels_pallas.packed_attention.gpu_walks import plan, seen
+from kernels_pallas.gpu.tile_ranges import plan, seen
 
 TILE = 64
 GROUPS = 2  # of queries in a block of the queries' kernel

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.mosaic import (
     ACROSS,
     ROWS,
     accumulate,
@@ -29,7 +29,7 @@ from kernels_pallas.mosaic import (
     tiles,
     weigh,
 )
-from kernels_pallas.packed_attention.gpu_walks import plan, seen
+from kernels_pallas.gpu.tile_ranges import plan, seen
 
 GROUPS = 2  # warpgroups that compute
 TILE = 64  # keys

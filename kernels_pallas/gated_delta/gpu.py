@@ -9,7 +9,7 @@ from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta.gpu_backward import backward
 from kernels_pallas.gated_delta.gpu_chunked import TAIL, forward
 from kernels_pallas.gated_delta.gpu_recurrent import recurrent
-from kernels_pallas.once import once
+from kernels_pallas.gpu.export_cache import once
 
 __all__ = ["chunked", "gap", "recurrent"]
 

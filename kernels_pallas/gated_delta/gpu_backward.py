@@ -40,7 +40,7 @@ from kernels_pallas.gated_delta.gpu_chunked import (
 )
 from kernels_pallas.gated_delta.packing import Chunks, chunk_table, snapshot_of_chunk
 from kernels_pallas.gated_delta.reference import chunk_gates, gates
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.mosaic import (
     ACROSS,
     COL,
     MATRIX,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
 from kernels_pallas.gated_delta.reference import L2_EPS, chunk_gates
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.mosaic import (
     ACROSS,
     COL,
     MATRIX,

@@ -16,7 +16,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from kernels_pallas.gated_delta.gpu_chunked import by_rows
 from kernels_pallas.gated_delta.packing import CHUNK
-from kernels_pallas.mosaic import along_columns, along_rows, load, params, sigmoid, tiles
+from kernels_pallas.gpu.mosaic import along_columns, along_rows, load, params, sigmoid, tiles
 
 L, D = CHUNK, 128
 TAPS = 4

@@ -31,9 +31,9 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta.gpu_chunked import inverse_length, invert, put, send
 from kernels_pallas.gated_delta.gpu_convolve import TAPS
-from kernels_pallas.gated_delta.gpu_handover import hand_back, hand_over
+from kernels_pallas.gated_delta.gpu_state_scan import hand_back, hand_over
 from kernels_pallas.gated_delta.packing import CHUNK
-from kernels_pallas.mosaic import ACROSS, COL, ROW, accumulate, along_columns, along_rows, iota, load, params, product, tiles
+from kernels_pallas.gpu.mosaic import ACROSS, COL, ROW, accumulate, along_columns, along_rows, iota, load, params, product, tiles
 
 L = CHUNK
 WIDTH = 128  # of keys and of values

@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.export_cache import once
+from kernels_pallas.gpu.mosaic import (
     PROCESSORS,
     arrive_cluster,
     barrier_of,
@@ -35,7 +36,6 @@ from kernels_pallas.mosaic import (
     store,
     tiles,
 )
-from kernels_pallas.once import once
 from kernels_pallas.tuning import chosen
 
 SIDES = 3  # queries, keys and values

@@ -8,9 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.gpu.tile_ranges import views, windows
 from kernels_pallas.packed_attention.gpu_backward import backward
 from kernels_pallas.packed_attention.gpu_forward import forward
-from kernels_pallas.packed_attention.gpu_walks import views, windows
 from kernels_pallas.remat import KEPT
 
 WIDTH = 72  # of a head

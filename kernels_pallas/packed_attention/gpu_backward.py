@@ -20,8 +20,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import ACROSS, COL, MATRIX, ROWS, accumulate, along_columns, along_rows, load, params, product, tiles
-from kernels_pallas.packed_attention.gpu_walks import SLACK, columns, keep_own, leave, plan, seen
+from kernels_pallas.gpu.mosaic import (
+    ACROSS,
+    COL,
+    MATRIX,
+    ROWS,
+    accumulate,
+    along_columns,
+    along_rows,
+    load,
+    params,
+    product,
+    tiles,
+)
+from kernels_pallas.gpu.tile_ranges import SLACK, columns, keep_own, leave, plan, seen
 from kernels_pallas.tuning import chosen
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.mosaic import (
     ACROSS,
     PROCESSORS,
     ROWS,
@@ -29,7 +29,7 @@ from kernels_pallas.mosaic import (
     tiles,
     weigh,
 )
-from kernels_pallas.packed_attention.gpu_walks import SLACK, columns, keep_own, leave, plan, seen
+from kernels_pallas.gpu.tile_ranges import SLACK, columns, keep_own, leave, plan, seen
 from kernels_pallas.tuning import chosen
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.packed_attention import tpu_backward, tpu_forward
 from kernels_pallas.packed_attention.tpu_views import ALIGNED, NOWHERE, bounds
-from kernels_pallas.tpu_stream import LANES
+from kernels_pallas.tpu.stream import LANES
 
 DTYPES = ("float32", "bfloat16")
 WIDEST = 1152  # of all heads together: what is kept on chip was laid out for it

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.packed_attention.tpu_forward import TILE, Plan, for_heads, overlaps, split, window_rows
 from kernels_pallas.packed_attention.tpu_views import column, cut, strangers, window
-from kernels_pallas.tpu_stream import LANES, LOG2_E, block_index, dot, grid, visit_all
+from kernels_pallas.tpu.stream import LANES, LOG2_E, block_index, dot, grid, visit_all
 
 
 def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.packed_attention.tpu_views import ALIGNED, column, cut, strangers, window
-from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
+from kernels_pallas.tpu.stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
 from kernels_pallas.tuning import chosen
 
 TILE = 128  # rows computed at once

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.mosaic import ROWS
-from kernels_pallas.once import once
+from kernels_pallas.gpu.export_cache import once
+from kernels_pallas.gpu.mosaic import ROWS
 from kernels_pallas.paged_attention.gpu_decode import decode
 from kernels_pallas.paged_attention.gpu_prefill import prefill
 

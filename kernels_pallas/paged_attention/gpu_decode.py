@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.mosaic import (
+from kernels_pallas.gpu.mosaic import (
     ACROSS,
     FLOOR,
     PROCESSORS,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention import tpu_kernel
 from kernels_pallas.paged_attention.reference import places, query_blocks
-from kernels_pallas.tpu_stream import LANES
+from kernels_pallas.tpu.stream import LANES
 
 DTYPES = ("float32", "bfloat16")
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.paged_attention.reference import Blocks
-from kernels_pallas.tpu_stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
+from kernels_pallas.tpu.stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
 from kernels_pallas.tuning import chosen
 
 JOINT = 8  # queries of a block, up to which one product serves all heads

@@ -18,7 +18,7 @@ def torch(lengths: tuple[int, ...]) -> float:
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    from kernels_pallas.gated_delta.rivals import microseconds
+    from kernels_pallas.gated_delta.baselines import microseconds
 
     q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)

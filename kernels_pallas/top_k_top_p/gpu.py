@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 
 from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.mosaic import barrier_of, clustered, everywhere, load, meet, meet_cluster, params, store
-from kernels_pallas.once import once
+from kernels_pallas.gpu.export_cache import once
+from kernels_pallas.gpu.mosaic import barrier_of, clustered, everywhere, load, meet, meet_cluster, params, store
 
 PARTS, GROUPS = 8, 4  # blocks of a cluster, which has a row; warpgroups of a block
 BITS = 2  # found in a pass

@@ -17,7 +17,7 @@ def flash(shape: PagedShape) -> float:
     from torch.nn.attention.bias import causal_lower_right
     from torch.nn.functional import scaled_dot_product_attention
 
-    from kernels_pallas.gated_delta.rivals import microseconds
+    from kernels_pallas.gated_delta.baselines import microseconds
 
     rows, queries, context = len(shape.lengths), shape.lengths[0], shape.contexts[0]
     # With a causal bias it knows no groups of heads: the keys and values stand there four times, to be read from the cache.

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from kernels_pallas.mosaic import ROWS, along_rows, iota
+from kernels_pallas.gpu.mosaic import ROWS, along_rows, iota
 
 SLACK = 8  # columns of a neighbouring head
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float32, Int32
 
 from kernels_pallas.backends import REFERENCE, choose
-from kernels_pallas.nucleus import gpu, reference
+from kernels_pallas.top_k_top_p import gpu, reference
 
 
 def lowest_kept(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.bench import Work
-from kernels_pallas.nucleus import lowest_kept, shapes
-from kernels_pallas.nucleus.shapes import VOCABULARY, NucleusShape
+from kernels_pallas.top_k_top_p import lowest_kept, shapes
+from kernels_pallas.top_k_top_p.shapes import VOCABULARY, NucleusShape
 
 
 def works() -> Iterator[Work]:

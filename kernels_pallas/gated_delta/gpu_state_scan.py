@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from kernels_pallas.gated_delta.packing import CHUNK
-from kernels_pallas.mosaic import ACROSS, MATRIX, accumulate, params, product, tiles
+from kernels_pallas.gpu.mosaic import ACROSS, MATRIX, accumulate, params, product, tiles
 
 L = CHUNK
 SLICE = 64  # value channels of a warpgroup
