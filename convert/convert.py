@@ -11,7 +11,9 @@ import tqdm
 
 from convert.folder import building, copy_side_files
 from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import Slot, manifest, released, store
+from minicpmv46_jax.checkpoint import Slot, manifest
+from minicpmv46_jax.checkpoint import hf_folder as released
+from minicpmv46_jax.checkpoint import orbax_folder as store
 from minicpmv46_jax.config import ModelConfig
 
 

@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from convert.folder import building, copy_side_files
 from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import Slot, manifest, names, released
+from minicpmv46_jax.checkpoint import Slot, manifest, names
+from minicpmv46_jax.checkpoint import hf_folder as released
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params
 

@@ -36,10 +36,10 @@ from convert.drawing import Batches, Task
 from convert.export import export_hf
 from convert.muon import muon
 from minicpmv46_jax import checkpoint, model, scenes
-from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.checkpoint import names
 from minicpmv46_jax.config import ModelConfig, VisionConfig
 from minicpmv46_jax.model import Params, Schema
+from minicpmv46_jax.model.batch import Packed
 from minicpmv46_jax.processing.images import patchify, resize_pillow
 from minicpmv46_jax.train import BatchShape, TrainBatch, TrainState, computing, forward, make_step, new_state, split
 

@@ -21,14 +21,15 @@ from flax import nnx
 
 from kernels_pallas.bench import device_microseconds, kernels, limits
 from kernels_pallas.paged_attention import PAGE
-from minicpmv46_jax import checkpoint, model, packing
-from minicpmv46_jax.attention import Attention, write
+from minicpmv46_jax import checkpoint, model
 from minicpmv46_jax.config import GenerationConfig, ModelConfig, TextConfig, VisionConfig
-from minicpmv46_jax.generate import Generator
-from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.packing import MERGES
+from minicpmv46_jax.generation.generate import Generator
+from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.model import packing
+from minicpmv46_jax.model.attention import Attention, write
+from minicpmv46_jax.model.packing import MERGES
+from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, View
-from minicpmv46_jax.state import KeyValues
 
 PHOTO = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 picture: its source view and 2 x 3 slices
 

@@ -15,10 +15,10 @@ from jaxtyping import Float32
 
 from minicpmv46_jax import checkpoint, model
 from minicpmv46_jax.config import GenerationConfig, ModelConfig
-from minicpmv46_jax.detokenize import Detokenizer
-from minicpmv46_jax.generate import Generator, Token
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Generator, Token
+from minicpmv46_jax.generation.options import GenerationOptions, generation_options
 from minicpmv46_jax.model import Params
-from minicpmv46_jax.options import GenerationOptions, generation_options
 from minicpmv46_jax.processing import Fetch, Inputs, Processor, fetch
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}

@@ -115,7 +115,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
     from minicpmv46_jax import demo
     from minicpmv46_jax.library import Loading
-    from minicpmv46_jax.processing.cutting import cut_here
+    from minicpmv46_jax.processing.media_job import cut_here
     from minicpmv46_jax.processing.video import Bounds
     from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service

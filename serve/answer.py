@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minicpmv46_jax.decoding import mode_of
-from minicpmv46_jax.detokenize import Detokenizer
-from minicpmv46_jax.generate import Token
+from minicpmv46_jax.generation.decoding import mode_of
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
 from serve.features import Entry, FeatureCache
 from serve.jobs import Job

@@ -15,7 +15,7 @@ import llguidance
 import numpy as np
 from jaxtyping import UInt32
 
-from minicpmv46_jax.detokenize import Detokenizer
+from minicpmv46_jax.generation.detokenize import Detokenizer
 from serve.parsers.reasoning import ReasoningParser
 
 # White space that a document may have between its parts: enough to lay it out, too little to fill an answer with.

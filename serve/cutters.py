@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minicpmv46_jax.processing.cutting import Cutting, cut_here
 from minicpmv46_jax.processing.images import Crop, Cut
+from minicpmv46_jax.processing.media_job import Cutting, cut_here
 
 log = logging.getLogger("serve")
 

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from minicpmv46_jax import model, packing
-from minicpmv46_jax.batch import Chunks, dropped
+from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.decoding import (
+from minicpmv46_jax.generation.decoding import (
     DEVICE_STOPS,
     Decoding,
     Start,
@@ -32,11 +31,12 @@ from minicpmv46_jax.decoding import (
     set_bias,
     start,
 )
-from minicpmv46_jax.model import Params, Pieces
-from minicpmv46_jax.options import GenerationOptions
-from minicpmv46_jax.packing import Laid, PackedViews
-from minicpmv46_jax.sampling import Mode, Sampled, note
-from minicpmv46_jax.state import DeltaState, KeyValues, Layers, empty_state
+from minicpmv46_jax.generation.options import GenerationOptions
+from minicpmv46_jax.generation.sampling import Mode, Sampled, note
+from minicpmv46_jax.model import Params, Pieces, packing
+from minicpmv46_jax.model.batch import Chunks, dropped
+from minicpmv46_jax.model.packing import Laid, PackedViews
+from minicpmv46_jax.model.state import DeltaState, KeyValues, Layers, empty_state
 from serve.pages import pages_of
 from serve.programs import Programs, Store
 from serve.scheduler import Piece, Plan

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from minicpmv46_jax import MiniCPMV
-from minicpmv46_jax.decoding import penalises
-from minicpmv46_jax.generate import row_tokens
+from minicpmv46_jax.generation.decoding import penalises
+from minicpmv46_jax.generation.generate import row_tokens
+from minicpmv46_jax.generation.options import GenerationOptions
+from minicpmv46_jax.generation.sampling import Sampled
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
-from minicpmv46_jax.sampling import Sampled
 from serve.answer import Answer
 from serve.device import MODES, Device, Reading
 from serve.features import FeatureCache

@@ -20,8 +20,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterable
 
+from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from minicpmv46_jax.config import TextConfig, VisionConfig
-from minicpmv46_jax.options import MAX_BIASED
+from minicpmv46_jax.generation.options import MAX_BIASED
 from serve.pages import PAGE, pages_of
 
 GIB = 2**30

@@ -9,8 +9,8 @@ import secrets
 
 import numpy as np
 
-from minicpmv46_jax import packing
-from minicpmv46_jax.options import GenerationOptions
+from minicpmv46_jax.generation.options import GenerationOptions
+from minicpmv46_jax.model import packing
 from minicpmv46_jax.processing import Inputs, View
 from minicpmv46_jax.processing.threads import pool
 from serve.pages import PAGE

@@ -18,11 +18,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from minicpmv46_jax import demo, generate, model, packing
-from minicpmv46_jax.batch import Chunks
+from minicpmv46_jax import demo, model
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.decoding import decode, new_decoding
-from minicpmv46_jax.state import TextState, empty_state
+from minicpmv46_jax.generation import generate
+from minicpmv46_jax.generation.decoding import decode, new_decoding
+from minicpmv46_jax.model import packing
+from minicpmv46_jax.model.batch import Chunks
+from minicpmv46_jax.model.state import TextState, empty_state
 from tests.released import released_config
 
 SLOTS, PAGES, BLOCK, PIECES, PATCHES, VIEWS = 8, 64, 256, 4, 7168, 8

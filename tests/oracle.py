@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
-from minicpmv46_jax import MiniCPMV, model, packing
-from minicpmv46_jax.generate import token_block
+from minicpmv46_jax import MiniCPMV, model
+from minicpmv46_jax.generation.generate import token_block
+from minicpmv46_jax.model import packing
 from minicpmv46_jax.processing import Inputs
 from tests.tolerances import rms
 

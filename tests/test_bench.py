@@ -5,9 +5,10 @@ import functools
 import jax
 import pytest
 
-from minicpmv46_jax import model, packing
+from minicpmv46_jax import model
 from minicpmv46_jax.bench import PHOTO, main, photo_inputs, tower_flops
 from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.model import packing
 from tests.released import released_config
 
 

@@ -22,7 +22,8 @@ from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
 from convert.demo import demo_config
 from minicpmv46_jax import checkpoint, model
-from minicpmv46_jax.checkpoint import names, store
+from minicpmv46_jax.checkpoint import names
+from minicpmv46_jax.checkpoint import orbax_folder as store
 from minicpmv46_jax.config import ModelConfig
 
 EMBEDDING, HEAD = names.EMBEDDING, names.HEAD

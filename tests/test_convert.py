@@ -26,7 +26,8 @@ from convert import convert, export_converted, export_hf, folder
 from convert.__main__ import main
 from convert.convert import default_out
 from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import manifest, store
+from minicpmv46_jax.checkpoint import manifest
+from minicpmv46_jax.checkpoint import orbax_folder as store
 from minicpmv46_jax.config import ModelConfig
 
 A_LOG = "model.language_model.layers.0.linear_attn.A_log"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicpmv46_jax.detokenize import Detokenizer
+from minicpmv46_jax.generation.detokenize import Detokenizer
 
 
 @pytest.fixture(scope="module")

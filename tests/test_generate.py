@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from kernels_pallas.paged_attention import PAGE
-from minicpmv46_jax import MiniCPMV, decoding, generate, model
-from minicpmv46_jax.batch import Chunks
-from minicpmv46_jax.generate import Generator, blocks, grow
+from minicpmv46_jax import MiniCPMV, model
+from minicpmv46_jax.generation import decoding, generate
+from minicpmv46_jax.generation.generate import Generator, blocks, grow
 from minicpmv46_jax.model import Pieces
+from minicpmv46_jax.model.batch import Chunks
+from minicpmv46_jax.model.state import empty_state
 from minicpmv46_jax.processing import Inputs
-from minicpmv46_jax.state import empty_state
 from tests.tolerances import CACHED_FORWARD, relative_rms
 
 

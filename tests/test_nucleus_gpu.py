@@ -8,9 +8,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.top_k_top_p import gpu
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.decoding import sampling_params
-from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.sampling import filter_scores
+from minicpmv46_jax.generation.decoding import sampling_params
+from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.generation.sampling import filter_scores
 from tests.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
 from tests.test_nucleus import check, rows
 

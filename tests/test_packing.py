@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_nearest_position_ids, get_vision_window_index
 
-from minicpmv46_jax import packing
+from minicpmv46_jax.model import packing
+from minicpmv46_jax.model.vision import pixel_values
 from minicpmv46_jax.processing import View
-from minicpmv46_jax.vision import pixel_values
 
 
 @given(h=st.integers(1, 8), w=st.integers(1, 8), merges=st.integers(1, 3))

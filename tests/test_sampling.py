@@ -18,9 +18,19 @@ from transformers import (
 )
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.decoding import mode_of, sampling_params
-from minicpmv46_jax.options import generation_options
-from minicpmv46_jax.sampling import MAX_LOGPROBS, Bias, count, filter_scores, new_bias, new_history, note, penalise, sample
+from minicpmv46_jax.generation.decoding import mode_of, sampling_params
+from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.generation.sampling import (
+    MAX_LOGPROBS,
+    Bias,
+    count,
+    filter_scores,
+    new_bias,
+    new_history,
+    note,
+    penalise,
+    sample,
+)
 
 V = 50
 draw = jax.jit(sample, static_argnames="mode")

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from minicpmv46_jax.processing import MediaConfig, Processor
-from minicpmv46_jax.processing.cutting import Cutting, cut_here
+from minicpmv46_jax.processing.media_job import Cutting, cut_here
 from minicpmv46_jax.processing.video import UNBOUNDED
 from serve.cutters import MOST, Cutters, processes_for
 from tests.test_processing_images import PHOTOS

@@ -13,9 +13,9 @@ import pytest
 
 import serve.engine
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.options import generation_options
+from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, Video
-from minicpmv46_jax.state import KeyValues
 from serve.device import Copy, Device
 from serve.engine import Engine
 from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.options import generation_options
+from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.processing import Inputs
 from serve.features import FeatureCache
 from serve.pages import PAGE

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from minicpmv46_jax.generate import Token
+from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
 from serve.page import page as page_files
 from tests.test_serve_support import NAME, PATIENCE_S, FakeModel, live, serving

@@ -15,10 +15,10 @@ import numpy as np
 import uvicorn
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.detokenize import Detokenizer
-from minicpmv46_jax.generate import Token
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Token
+from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.options import generation_options
 from minicpmv46_jax.processing import Inputs
 from serve.api import Service, create_app
 from tests.serial_engine import SerialEngine

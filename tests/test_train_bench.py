@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax import model
-from minicpmv46_jax.batch import Whole
 from minicpmv46_jax.config import ModelConfig
+from minicpmv46_jax.model.batch import Whole
 from minicpmv46_jax.train import bench
 from tests.released import released_config
 from tests.train_compile import QUICK

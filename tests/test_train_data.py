@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax.train import BatchShape, Marks
+from minicpmv46_jax.train.chat_formats import read_row
 from minicpmv46_jax.train.data import Lines, Reader, batches
-from minicpmv46_jax.train.rows import read_row
 
 SHAPE = BatchShape(rows=2, tokens=128)
 ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

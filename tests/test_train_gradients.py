@@ -14,9 +14,10 @@ import torch
 from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.checkpoint import slots
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train import BatchShape, Conversation, Marks, answers, pack
+from minicpmv46_jax.train import BatchShape, Conversation, Marks, pack
+from minicpmv46_jax.train import loss_mask as answers
+from minicpmv46_jax.train.chat_formats import read_row
 from minicpmv46_jax.train.forward import loss
-from minicpmv46_jax.train.rows import read_row
 from tests.oracle import Oracle, write_checkpoint
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
 from tests.train_compile import QUICK

@@ -10,7 +10,7 @@ import pytest
 from kernels_pallas import gated_delta
 from kernels_pallas.causal_attention import causal_attention, reference
 from kernels_pallas.gated_delta.packed import unit_lower_inverse
-from minicpmv46_jax.batch import Packed
+from minicpmv46_jax.model.batch import Packed
 from tests import gated_delta_truth as truth
 from tests.tolerances import FLOAT32_ONE_OP, GATED_DELTA, relative_rms
 from tests.train_compile import QUICK

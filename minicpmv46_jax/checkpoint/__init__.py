@@ -18,7 +18,8 @@ import tqdm
 from jax.typing import DTypeLike
 
 from minicpmv46_jax import model
-from minicpmv46_jax.checkpoint import manifest, released
+from minicpmv46_jax.checkpoint import hf_folder as released
+from minicpmv46_jax.checkpoint import manifest
 from minicpmv46_jax.checkpoint.names import Slot, slots
 from minicpmv46_jax.checkpoint.source import SIDE_FILES, resolve
 from minicpmv46_jax.config import ModelConfig, read_json
@@ -92,7 +93,9 @@ def _cast(tensors: Iterator[tuple[Slot, np.ndarray]], dtype: np.dtype) -> Iterat
 
 
 def _converted_tensors(folder: Path, wanted: tuple[Slot, ...]) -> Iterator[tuple[Slot, np.ndarray]]:
-    from minicpmv46_jax.checkpoint import store  # Orbax takes a second to import, and a released folder needs none of it
+    from minicpmv46_jax.checkpoint import (
+        orbax_folder as store,  # Orbax takes a second to import, and a released folder needs none of it
+    )
 
     manifest.Manifest.read(folder)
     found = store.contents(folder / PARAMS)

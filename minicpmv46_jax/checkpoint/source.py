@@ -6,7 +6,7 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import validate_repo_id
 
-from minicpmv46_jax.checkpoint.released import INDEX, WEIGHTS
+from minicpmv46_jax.checkpoint.hf_folder import INDEX, WEIGHTS
 
 # Everything of a released folder that is not weights, and that a converted folder keeps byte for byte.
 SIDE_FILES = (

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from minicpmv46_jax.processing.cutting import Cutter, Cutting, cut_here
 from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, image_table
 from minicpmv46_jax.processing.inputs import Inputs, View
+from minicpmv46_jax.processing.media_job import Cutter, Cutting, cut_here
 from minicpmv46_jax.processing.messages import Medium, check_choices, normalise
 from minicpmv46_jax.processing.options import MediaConfig, Options, read_configs
 from minicpmv46_jax.processing.sources import Fetch, describe, fetch, is_data_url, read

@@ -17,9 +17,9 @@ state, metrics = step(state, batch)                       # metrics.loss, .z_los
 params = join(state.trained, state.frozen)                # the model's tree again, for convert.export.export_hf
 """
 
-from minicpmv46_jax.train.answers import Marks, conversation
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, fill, pack, stack
 from minicpmv46_jax.train.loss import summed_loss
+from minicpmv46_jax.train.loss_mask import Marks, conversation
 from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, place, split
 
 __all__ = [

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
-from minicpmv46_jax import packing
 from minicpmv46_jax.config import VisionConfig
-from minicpmv46_jax.packing import PackedViews
+from minicpmv46_jax.model import packing
+from minicpmv46_jax.model.packing import PackedViews
 from minicpmv46_jax.processing import Inputs
 from minicpmv46_jax.trees import tree_dataclass
 

@@ -17,9 +17,9 @@ from absl import flags
 
 from minicpmv46_jax.config import VisionConfig
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train.answers import Marks, conversation
 from minicpmv46_jax.train.batch import BatchShape, Conversation, Filling, TrainBatch, pack, stack
-from minicpmv46_jax.train.rows import read_row
+from minicpmv46_jax.train.chat_formats import read_row
+from minicpmv46_jax.train.loss_mask import Marks, conversation
 
 log = logging.getLogger(__name__)
 ERRORS = ("fatal", "skip")

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Float32
 
 from kernels_pallas.remat import KEPT
 from minicpmv46_jax import model
-from minicpmv46_jax.batch import Packed
 from minicpmv46_jax.model import Params, Schema
-from minicpmv46_jax.packing import PackedViews
+from minicpmv46_jax.model.batch import Packed
+from minicpmv46_jax.model.packing import PackedViews
 from minicpmv46_jax.train.batch import TrainBatch
 from minicpmv46_jax.train.loss import summed_loss
 

@@ -20,11 +20,11 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import lora
-from minicpmv46_jax.train.answers import Marks
 from minicpmv46_jax.train.batch import TrainBatch
 from minicpmv46_jax.train.checkpoints import Checkpoints
 from minicpmv46_jax.train.data import Batches, Reader, batches
 from minicpmv46_jax.train.log import Log
+from minicpmv46_jax.train.loss_mask import Marks
 from minicpmv46_jax.train.optimizer import make_optimizer, make_schedule
 from minicpmv46_jax.train.settings import Settings
 from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, place, split

@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from minicpmv46_jax.detokenize import Detokenizer
-from minicpmv46_jax.generate import Token
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Token
 from serve.api.choices import Whole
 from serve.api.exchange import Exchange
 from serve.parsers import Content, Part, Reasoning

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import Request
 
-from minicpmv46_jax.options import GenerationOptions
+from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
 from minicpmv46_jax.processing.messages import check_choices
 from serve.api.choices import Step, steps
@@ -31,7 +31,7 @@ from serve.parsers import OutputParser
 
 log = logging.getLogger("serve")
 
-SAME_NAMES = (  # here and in `minicpmv46_jax.options`
+SAME_NAMES = (  # here and in `minicpmv46_jax.generation.options`
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop stop_token_ids ignore_eos"
 ).split()
 

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import AsyncIterator
 
-from minicpmv46_jax.detokenize import Detokenizer
-from minicpmv46_jax.generate import Token
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
 from serve.parsers import Call, Content, OutputParser, Part, Reasoning
 from serve.parsers.reasoning import CLOSE

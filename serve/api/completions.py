@@ -16,8 +16,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
 from serve.api.answers import usage
 from serve.api.asking import check_model

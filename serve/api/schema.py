@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from minicpmv46_jax.sampling import MAX_LOGPROBS
+from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
 from serve.api.errors import ApiError
 
 # Bookkeeping of OpenAI's and vLLM's clients: no answer depends on it.

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import AsyncIterator
 
 from minicpmv46_jax import MiniCPMV
+from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
 from serve.api.prompt import extended
 from serve.engine import Job

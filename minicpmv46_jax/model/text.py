@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from minicpmv46_jax.attention import Attention
-from minicpmv46_jax.batch import Batch
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.gated_delta_net import GatedDeltaNet
-from minicpmv46_jax.layers import Embedding, RMSNorm, SwiGLU, Taps, precise, tap
-from minicpmv46_jax.state import DeltaState, KeyValues, Layers
+from minicpmv46_jax.model.attention import Attention
+from minicpmv46_jax.model.batch import Batch
+from minicpmv46_jax.model.gated_delta_net import GatedDeltaNet
+from minicpmv46_jax.model.layers import Embedding, RMSNorm, SwiGLU, Taps, precise, tap
+from minicpmv46_jax.model.state import DeltaState, KeyValues, Layers
 
 
 class Block(nnx.Module):

@@ -12,10 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas import gated_delta
-from minicpmv46_jax.batch import Batch, Chunks, Packed, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.layers import Linear, normal_init
-from minicpmv46_jax.state import DeltaState
+from minicpmv46_jax.model.batch import Batch, Chunks, Packed, Rows, Whole, dropped
+from minicpmv46_jax.model.layers import Linear, normal_init
+from minicpmv46_jax.model.state import DeltaState
 
 
 class GatedDeltaNet(nnx.Module):

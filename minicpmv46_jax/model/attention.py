@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.paged_attention import PAGE, paged_attention
-from minicpmv46_jax.batch import Batch, Chunks, Packed, Rows, Whole, dropped
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.layers import Linear, RMSNorm, precise
-from minicpmv46_jax.state import KeyValues
+from minicpmv46_jax.model.batch import Batch, Chunks, Packed, Rows, Whole, dropped
+from minicpmv46_jax.model.layers import Linear, RMSNorm, precise
+from minicpmv46_jax.model.state import KeyValues
 
 QUERY_BLOCK = 128  # queries scored at once in whole sequences: 2,048 of them at 262,144 tokens would make 17 GB of scores
 

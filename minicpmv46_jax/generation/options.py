@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.sampling import MAX_BIASED, MAX_LOGPROBS
+from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
 
 
 @typing.runtime_checkable

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key
 
-from minicpmv46_jax.batch import Chunks, Rows, Whole, dropped
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.layers import Taps, tap
-from minicpmv46_jax.packing import PackedViews
-from minicpmv46_jax.state import Layers, TextState
-from minicpmv46_jax.text import TextModel
+from minicpmv46_jax.model.batch import Chunks, Rows, Whole, dropped
+from minicpmv46_jax.model.layers import Taps, tap
+from minicpmv46_jax.model.packing import PackedViews
+from minicpmv46_jax.model.state import Layers, TextState
+from minicpmv46_jax.model.text import TextModel
+from minicpmv46_jax.model.vision import VisionTower
 from minicpmv46_jax.trees import tree_dataclass
-from minicpmv46_jax.vision import VisionTower
 
 Params = dict[str, Any]
 

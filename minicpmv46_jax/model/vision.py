@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from minicpmv46_jax.config import VisionConfig
-from minicpmv46_jax.layers import Embedding, LayerNorm, Linear, Taps, tap
-from minicpmv46_jax.packing import PackedViews
+from minicpmv46_jax.model.layers import Embedding, LayerNorm, Linear, Taps, tap
+from minicpmv46_jax.model.packing import PackedViews
 from minicpmv46_jax.trees import tree_dataclass
 
 WINDOW = 4  # a 2x2 window

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from minicpmv46_jax import model, packing, sampling
-from minicpmv46_jax.batch import Chunks
+from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.decoding import (
+from minicpmv46_jax.generation import sampling
+from minicpmv46_jax.generation.decoding import (
     Decoding,
     Start,
     bias_row,
@@ -32,11 +32,12 @@ from minicpmv46_jax.decoding import (
     set_bias,
     start,
 )
-from minicpmv46_jax.model import Params, Pieces, TokenBlock
-from minicpmv46_jax.options import Constraint, GenerationOptions
+from minicpmv46_jax.generation.options import Constraint, GenerationOptions
+from minicpmv46_jax.generation.sampling import Mode, Sampled
+from minicpmv46_jax.model import Params, Pieces, TokenBlock, packing
+from minicpmv46_jax.model.batch import Chunks
+from minicpmv46_jax.model.state import KeyValues, TextState, empty_state, pages_of
 from minicpmv46_jax.processing import Inputs, View
-from minicpmv46_jax.sampling import Mode, Sampled
-from minicpmv46_jax.state import KeyValues, TextState, empty_state, pages_of
 
 PREFILL_BUCKETS = (64, 256, 1024)  # tokens a block; multiples of the gated delta chunk
 SMALLEST_CAPACITY = 512  # tokens; doubled as an answer grows

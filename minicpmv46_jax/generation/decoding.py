@@ -16,10 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from minicpmv46_jax import model
-from minicpmv46_jax.batch import Rows, dropped
-from minicpmv46_jax.model import Params
-from minicpmv46_jax.options import GenerationOptions
-from minicpmv46_jax.sampling import (
+from minicpmv46_jax.generation.options import GenerationOptions
+from minicpmv46_jax.generation.sampling import (
     MAX_BIASED,
     Bias,
     History,
@@ -32,7 +30,9 @@ from minicpmv46_jax.sampling import (
     new_history,
     sample,
 )
-from minicpmv46_jax.state import Layers, TextState
+from minicpmv46_jax.model import Params
+from minicpmv46_jax.model.batch import Rows, dropped
+from minicpmv46_jax.model.state import Layers, TextState
 from minicpmv46_jax.trees import tree_dataclass
 
 DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all

@@ -1,0 +1,35 @@
+"""The model: layers, state and batches, and the pure functions that run it on plain trees."""
+
+from minicpmv46_jax.model.model import (
+    MiniCPMV46,
+    Params,
+    Pieces,
+    Schema,
+    TokenBlock,
+    embed,
+    encode,
+    forward,
+    init_params,
+    merge,
+    parameter_shapes,
+    read,
+    schema,
+    step,
+)
+
+__all__ = [
+    "MiniCPMV46",
+    "Params",
+    "Pieces",
+    "Schema",
+    "TokenBlock",
+    "embed",
+    "encode",
+    "forward",
+    "init_params",
+    "merge",
+    "parameter_shapes",
+    "read",
+    "schema",
+    "step",
+]
