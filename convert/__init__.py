@@ -6,7 +6,7 @@ python -m convert --demo demo
 """
 
 from convert.convert import convert
-from convert.demo import write_demo_checkpoint
+from convert.demo.random_checkpoint import write_demo_checkpoint
 from convert.export import export_converted, export_hf, export_run
 
 __all__ = ["convert", "export_converted", "export_hf", "export_run", "write_demo_checkpoint"]

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve import flags
+from serve.cli import args as flags
 
 if TYPE_CHECKING:
     from serve.api import Service
-    from serve.api.service import Cors
-    from serve.media import MediaFetcher
+    from serve.api.common.service import Cors
+    from serve.multimodal.media_fetcher import MediaFetcher
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    from serve.server import Tls, run
+    from serve.runtime.server import Tls, run
 
     tls = None if args.ssl_certfile is None else Tls(args.ssl_certfile, args.ssl_keyfile, args.ssl_keyfile_password)
     run(service, listening, tls, args.log_format)
@@ -117,15 +117,16 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     from minicpmv46_jax.library import Loading
     from minicpmv46_jax.processing.media_job import cut_here
     from minicpmv46_jax.processing.video import Bounds
-    from serve import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.api import Service
-    from serve.api.service import MEDIA_LIMITS
-    from serve.cutters import Cutters, processes_for
-    from serve.engine import Policy
-    from serve.sizes import Wishes
+    from serve.api.common.service import MEDIA_LIMITS
+    from serve.engine.engine import Policy
+    from serve.engine.memory_plan import Wishes
+    from serve.multimodal.image_workers import Cutters, processes_for
+    from serve.runtime import startup  # jax, transformers and all: seconds, and none of it for --help
+    from serve.runtime.cache_dir import cache_folder
 
     platform = startup.choose_platform(args.platform, args.memory_fraction)
-    place = startup.Place(platform, args.memory_fraction, startup.cache_folder())
+    place = startup.Place(platform, args.memory_fraction, cache_folder())
     startup.keep_compilations(place)
     source = demo.FOLDER if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
@@ -156,7 +157,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
 
 def cors(args: argparse.Namespace) -> "Cors | None":
     """Which web pages of other origins may ask."""
-    from serve.api.service import Cors
+    from serve.api.common.service import Cors
 
     if not args.allowed_origins:
         return None
@@ -166,7 +167,7 @@ def cors(args: argparse.Namespace) -> "Cors | None":
 
 def media_fetcher(args: argparse.Namespace) -> "MediaFetcher":
     """The rules for pictures and videos that requests name."""
-    from serve.media import Limits, MediaFetcher, Reach
+    from serve.multimodal.media_fetcher import Limits, MediaFetcher, Reach
 
     domains = frozenset(domain.lower().rstrip(".") for domain in args.allowed_media_domains)
     reach = Reach(tuple(args.allowed_media_networks), domains)

@@ -16,11 +16,12 @@ import jax
 from tqdm import tqdm
 
 from minicpmv46_jax import MiniCPMV
-from serve.api.service import PREPARE_THREADS
-from serve.engine import Policy
-from serve.jobs import Desk
-from serve.sizes import Wishes
-from serve.startup import MEMORY_FRACTION, Place, cache_folder, make_engine
+from serve.api.common.service import PREPARE_THREADS
+from serve.engine.engine import Policy
+from serve.engine.engine_client import Desk
+from serve.engine.memory_plan import Wishes
+from serve.runtime.cache_dir import cache_folder
+from serve.runtime.startup import MEMORY_FRACTION, Place, make_engine
 
 AT_ONCE = 32  # conversations being prepared or answered; their pictures are in memory
 

@@ -46,7 +46,7 @@ def pytest_report_header():
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """The project's own small checkpoint, in the released format."""
-    from convert.demo import write_demo_checkpoint
+    from convert.demo.random_checkpoint import write_demo_checkpoint
 
     return write_demo_checkpoint(tmp_path_factory.mktemp("demo") / "model")
 
@@ -62,7 +62,7 @@ def demo(demo_folder):
 @pytest.fixture(scope="session")
 def demo_engine(demo):
     """An engine over the small checkpoint."""
-    from serve.engine import Engine, Policy
+    from serve.engine.engine import Engine, Policy
     from tests.small_engine import SIZES, device_of
 
     with Engine(demo, device_of(demo, SIZES), Policy(host_bytes=64 * 2**20)) as engine:
@@ -72,7 +72,7 @@ def demo_engine(demo):
 @pytest.fixture(scope="session")
 def tight_engine(demo):
     """Another, in which pages run out."""
-    from serve.engine import Engine
+    from serve.engine.engine import Engine
     from tests.small_engine import FEW_PAGES, device_of
 
     with Engine(demo, device_of(demo, FEW_PAGES)) as engine:

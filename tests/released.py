@@ -1,6 +1,6 @@
 """The released checkpoint's sizes, for tests of the whole model's shape."""
 
-from convert.demo import demo_config
+from convert.demo.random_checkpoint import demo_config
 
 TEXT = {
     "hidden_size": 1024,

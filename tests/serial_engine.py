@@ -4,7 +4,7 @@ import contextlib
 import types
 from collections import deque
 
-from serve.jobs import Cancelled, Desk, EngineStopped, tell
+from serve.engine.engine_client import Cancelled, Desk, EngineStopped, tell
 
 
 class SerialEngine(Desk):

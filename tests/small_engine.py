@@ -1,8 +1,8 @@
 """An engine of few, small shapes for tests: it compiles in half a minute, and its pages, slots and passes run out soon."""
 
 from minicpmv46_jax import MiniCPMV
-from serve.device import Device
-from serve.sizes import Buckets, Pass, Sizes
+from serve.engine.memory_plan import Buckets, Pass, Sizes
+from serve.engine.model_runner import Device
 
 BUCKETS = Buckets(rows=(), steps=2, prompts=((256, 4),), passes=(Pass(1152, 1, 1152), Pass(4608, 4, 1152)))
 SIZES = Sizes(running=8, snapshots=8, pages=160, longest=2048, features=2048, buckets=BUCKETS)

@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
-from convert.demo import demo_config
+from convert.demo.random_checkpoint import demo_config
 from minicpmv46_jax import checkpoint, model
 from minicpmv46_jax.checkpoint import names
 from minicpmv46_jax.checkpoint import orbax_folder as store

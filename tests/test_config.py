@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from convert.demo import demo_config
+from convert.demo.random_checkpoint import demo_config
 from minicpmv46_jax.config import GenerationConfig, ModelConfig
 
 

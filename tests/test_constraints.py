@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from serve.constraints import Constraints, Wanted
+from serve.structured_output.grammar import Constraints, Wanted
 from tests.test_serve_support import FakeDetokenizer
 
 EOS = 0

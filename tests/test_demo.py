@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, MiniCPMV4_6ForConditionalGeneration
 
 from convert.__main__ import main
-from convert.demo import ADDED, IDS, ROLES, SPECIAL, VISIBLE, demo_config, write_demo_checkpoint
+from convert.demo.random_checkpoint import ADDED, IDS, ROLES, SPECIAL, VISIBLE, demo_config, write_demo_checkpoint
 
 USER = {"role": "user", "content": "Hi"}
 ASKED = "<|im_start|>user\nHi<|im_end|>\n"

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from convert import drawing, train_demo
-from convert.demo import write_files
-from convert.demo_model import MEAN, MODE, model_config, model_files
-from convert.drawing import Task
-from convert.vocabulary import BARE, merges, scene_words
+from convert.demo import drawing
+from convert.demo import train as train_demo
+from convert.demo.drawing import Task
+from convert.demo.model_shape import MEAN, MODE, model_config, model_files
+from convert.demo.random_checkpoint import write_files
+from convert.demo.vocabulary import BARE, merges, scene_words
 from minicpmv46_jax import scenes
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor

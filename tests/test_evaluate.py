@@ -20,7 +20,7 @@ from minicpmv46_jax.evaluate import (
     report,
 )
 from minicpmv46_jax.scenes.__main__ import write
-from serve.api.service import Service
+from serve.api.common.service import Service
 from tests.test_serve_support import live
 
 LINE = {"image": "a.png", "question": "What is it?", "answers": ["A cat."], "group": "animals", "id": 7}

@@ -288,7 +288,7 @@ def test_what_may_be_drawn_is_the_references(rng, rows, size):
 def runs(tmp_path):
     """A small model with heads as wide as the kernels take, and sums to learn: a run's settings by its name, and its losses."""
     pytest.importorskip("grain")
-    from convert.demo import demo_config, write_demo_checkpoint
+    from convert.demo.random_checkpoint import demo_config, write_demo_checkpoint
     from minicpmv46_jax.train import log
     from minicpmv46_jax.train.settings import Settings
 

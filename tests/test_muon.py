@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from convert.muon import MOMENTUM, is_matrix, muon, orthogonal, orthogonalised
+from convert.demo.muon import MOMENTUM, is_matrix, muon, orthogonal, orthogonalised
 
 
 def drawn(*shape, seed=0):

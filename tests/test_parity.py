@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert.demo import demo_config
+from convert.demo.random_checkpoint import demo_config
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.processing import Video
 from tests.oracle import Oracle, assert_same_greedy, our_taps, write_checkpoint

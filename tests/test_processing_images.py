@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 from transformers.image_utils import load_image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-from convert.demo import preprocessor_config
+from convert.demo.random_checkpoint import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Options, fetch, images
 from minicpmv46_jax.processing.images import cut, image_table, load_rgb, resize_pillow
 from minicpmv46_jax.processing.options import read_configs

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from convert.demo import preprocessor_config
+from convert.demo.random_checkpoint import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Video, fetch
 from minicpmv46_jax.processing.images import Cut
 from minicpmv46_jax.processing.resize import resize_bicubic

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.demo_model import MAX_SLICES, RESOLUTION
+from convert.demo.model_shape import MAX_SLICES, RESOLUTION
 from minicpmv46_jax.processing.slicing import slice_grid
 from minicpmv46_jax.processing.video import decode
 from minicpmv46_jax.scenes import EASY, KINDS, MIX, Clip, Picture, draw, messages

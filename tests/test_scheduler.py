@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas.paged_attention
-from serve.host import HostCache
-from serve.pages import PAGE, Pages, Slots, pages_of
-from serve.prefix import PrefixCache
-from serve.scheduler import PATIENCE_S, Limits, Request, Scheduler, Stage
+from serve.engine.host_prefix_cache import HostCache
+from serve.engine.page_pool import PAGE, Pages, Slots, pages_of
+from serve.engine.prefix_cache import PrefixCache
+from serve.engine.scheduler import PATIENCE_S, Limits, Request, Scheduler, Stage
 
 VOCABULARY = 97
 LIMITS = Limits(tokens=256, prompts=4, steps=4)

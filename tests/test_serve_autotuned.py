@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from serve import autotuned
+from serve.runtime import xla_autotune_cache as autotuned
 
 READ = "AUTOTUNE_CACHE_MODE_READ"
 

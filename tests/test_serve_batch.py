@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.batch import _parser, answer_all, done_already, locked, main, read_requests
+from serve.cli.batch import _parser, answer_all, done_already, locked, main, read_requests
 from tests.test_serve_support import NAME, FakeModel, body, serving
 
 ROOT = Path(__file__).parent.parent

@@ -22,14 +22,15 @@ from minicpmv46_jax import demo
 from minicpmv46_jax.evaluate import read_questions
 from minicpmv46_jax.library import Loading
 from minicpmv46_jax.scenes.__main__ import write
-from serve import flags, startup
-from serve import server as server_module
 from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
-from serve.engine import Policy
-from serve.programs import Programs
-from serve.server import Server, Tls, address
-from serve.sizes import Wishes
-from serve.startup import Place
+from serve.cli import args as flags
+from serve.engine.engine import Policy
+from serve.engine.memory_plan import Wishes
+from serve.runtime import cache_dir, startup
+from serve.runtime import server as server_module
+from serve.runtime.program_cache import Programs
+from serve.runtime.server import Server, Tls, address
+from serve.runtime.startup import Place
 from tests.serial_engine import SerialEngine
 from tests.test_serve_cutters import data_url
 from tests.test_serve_support import FakeModel, serving
@@ -288,12 +289,12 @@ def test_what_the_start_has_made_is_not_looked_through_again_while_answers_run(m
 def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert startup.cache_folder() == tmp_path / "xdg" / "minicpmv46-jax"
+    assert cache_dir.cache_folder() == tmp_path / "xdg" / "minicpmv46-jax"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     monkeypatch.setattr(sys, "platform", "linux")
-    assert startup.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
+    assert cache_dir.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert startup.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
+    assert cache_dir.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from serve.api import Service
-from serve.api.prompt import opens_thinking
-from serve.media import MediaFetcher
+from serve.api.common.prompt import opens_thinking
+from serve.multimodal.media_fetcher import MediaFetcher
 from tests.small_engine import SIZES
 from tests.test_serve_support import NAME, live
 

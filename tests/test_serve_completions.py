@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax.processing import Inputs
-from serve import bench
+from serve.cli import bench
 from tests.small_engine import SIZES
 from tests.test_serve_support import NAME, events
 

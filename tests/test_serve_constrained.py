@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from serve import masks
-from serve.constraints import Constraints, Wanted
+from serve.engine import grammar_masks as masks
+from serve.structured_output.grammar import Constraints, Wanted
 from tests.engine_client import answer, request, run, submitted, text, wait_until
 from tests.small_engine import BUCKETS
 

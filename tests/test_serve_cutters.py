@@ -19,7 +19,7 @@ from PIL import Image
 from minicpmv46_jax.processing import MediaConfig, Processor
 from minicpmv46_jax.processing.media_job import Cutting, cut_here
 from minicpmv46_jax.processing.video import UNBOUNDED
-from serve.cutters import MOST, Cutters, processes_for
+from serve.multimodal.image_workers import MOST, Cutters, processes_for
 from tests.test_processing_images import PHOTOS
 from tests.test_serve_clients import clip
 
@@ -141,7 +141,7 @@ def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_pa
     own, wanted = Cutters(1), cutting(processor, PHOTOS[0])
     try:
         with monkeypatch.context() as crashing, pytest.raises(BrokenProcessPool):
-            crashing.setattr("serve.cutters._work", importlib.import_module("decoder_that_crashes").work)
+            crashing.setattr("serve.multimodal.image_workers._work", importlib.import_module("decoder_that_crashes").work)
             own(wanted)
         assert_equal(own(wanted), cut_here(wanted))
     finally:
@@ -151,7 +151,8 @@ def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_pa
 @pytest.mark.parametrize("end", ["cutters.close()", "os.kill(os.getpid(), 9)"])
 def test_processes_end_with_their_server(end):
     lines = (
-        "import os; from serve.cutters import Cutters; cutters = Cutters(2); list(cutters._pool.map(abs, range(4)))",
+        "import os; from serve.multimodal.image_workers import Cutters",
+        "cutters = Cutters(2); list(cutters._pool.map(abs, range(4)))",
         "print(*cutters._pool._processes, flush=True)",
         end,
     )

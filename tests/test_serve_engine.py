@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import serve.engine
+import serve.engine.engine
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, Video
-from serve.device import Copy, Device
-from serve.engine import Engine
-from serve.jobs import Cancelled, EngineFull, EngineStopped, Refused
-from serve.pages import PAGE
-from serve.work import prepare
+from serve.engine.engine import Engine
+from serve.engine.engine_client import Cancelled, EngineFull, EngineStopped, Refused
+from serve.engine.model_runner import Copy, Device
+from serve.engine.page_pool import PAGE
+from serve.engine.request import prepare
 from tests.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
 from tests.small_engine import BUCKETS, FEW_PAGES, SIZES, device_of
 
@@ -169,7 +169,7 @@ def test_prefixes_do_not_wait_for_those_that_leave(demo, engine, monkeypatch):
         landed.append(copy)
 
     monkeypatch.setattr(Copy, "land", slow)
-    monkeypatch.setattr(serve.engine, "MOST_LANDING", 2)
+    monkeypatch.setattr(serve.engine.engine, "MOST_LANDING", 2)
     for i in range(SIZES.snapshots + 4):
         run(ask(engine, *request(demo, text(f"{i}!" * 200), max_new_tokens=1)))
     landing.set()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.api.asking import generation_choices
-from serve.api.errors import ApiError
-from serve.api.schema import FIELDS, ONLY, parse
+from serve.api.common.errors import ApiError
+from serve.api.common.request_pipeline import generation_choices
+from serve.api.common.schema import FIELDS, ONLY, parse
 from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, body, client, content_of, events, prompt, serving
 
 

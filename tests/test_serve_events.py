@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.events import Lines
+from serve.cli.sse_client import Lines
 
 UNICODE_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.processing import Inputs
-from serve.features import FeatureCache
-from serve.pages import PAGE
-from serve.work import picture_key, prepare
+from serve.engine.encoder_cache import FeatureCache
+from serve.engine.page_pool import PAGE
+from serve.engine.request import picture_key, prepare
 from tests.test_packing import view
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from serve.jobs import Job
+from serve.engine.engine_client import Job
 from tests.test_serve_support import PATIENCE_S, FakeModel, body, live, serving
 
 LONG = "x" * 150

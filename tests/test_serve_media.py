@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.addresses import allowed, resolve
-from serve.media import Limits, MediaFetcher, Reach
+from serve.multimodal.ip_rules import allowed, resolve
+from serve.multimodal.media_fetcher import Limits, MediaFetcher, Reach
 
 PICTURE = b"a picture's bytes" * 100
 HERE = Reach(networks=(ipaddress.ip_network("127.0.0.1/32"),))  # where the tests' own site is

@@ -13,7 +13,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
-from serve.page import page as page_files
+from serve.web import page as page_files
 from tests.test_serve_support import NAME, PATIENCE_S, FakeModel, live, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax.trees import tree_dataclass
-from serve.programs import Compilations, Programs, Store
+from serve.runtime.program_cache import Compilations, Programs, Store
 
 
 @tree_dataclass

@@ -11,9 +11,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-from serve import logs
 from serve.api import create_app
-from serve.api.service import Cors
+from serve.api.common.service import Cors
+from serve.runtime import logs
 from tests.test_serve_support import CONTEXT, NAME, FakeModel, ask, client, serving
 
 

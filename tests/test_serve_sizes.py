@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minicpmv46_jax.config import ModelConfig
-from serve.pages import PAGE, pages_of
-from serve.sizes import ACCELERATOR, CPU, GIB, Wishes, fit, page_bytes, sampling_bytes, slot_bytes
+from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, Wishes, fit, page_bytes, sampling_bytes, slot_bytes
+from serve.engine.page_pool import PAGE, pages_of
 from tests.released import released_config
 
 TEXT = ModelConfig.from_dict(released_config()).text

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 
-from serve import bench, table
+from serve.cli import bench
+from serve.cli import bench_suite as table
 
 
 @pytest.mark.parametrize("load", table.LOADS, ids=lambda load: load[0])

@@ -4,7 +4,7 @@ import builtins
 
 import pytest
 
-from serve.chat import main
+from serve.cli.chat import main
 from tests.test_serve_support import FakeModel, live, serving
 
 OPENED = "<|im_start|>assistant\n<think>\n"

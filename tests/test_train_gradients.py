@@ -27,7 +27,7 @@ SHAPE = BatchShape(rows=2, tokens=320, patches=256, views=4, longest=96)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, demo_folder):
-    from convert.demo import demo_config
+    from convert.demo.random_checkpoint import demo_config
 
     return write_checkpoint(tmp_path_factory.mktemp("train") / "model", demo_config(), demo_folder)
 

@@ -11,6 +11,6 @@
 """
 
 from serve.api.app import create_app
-from serve.api.service import Service
+from serve.api.common.service import Service
 
 __all__ = ["Service", "create_app"]

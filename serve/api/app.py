@@ -6,10 +6,13 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 import minicpmv46_jax
-from serve.api import chat, completions, docs, errors, health, home, messages, metrics, models, responses, scene, tokens
-from serve.api.auth import require_key
-from serve.api.exchange import ExchangeMiddleware
-from serve.api.service import Service
+from serve.api.anthropic import messages
+from serve.api.common import errors
+from serve.api.common.auth import require_key
+from serve.api.common.middleware import ExchangeMiddleware
+from serve.api.common.service import Service
+from serve.api.openai import chat, completions, responses
+from serve.api.routes import docs, health, home, metrics, models, scene, tokens
 
 
 def create_app(service: Service) -> FastAPI:

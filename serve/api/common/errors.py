@@ -1,0 +1,118 @@
+"""OpenAI's error object (Anthropic's on its routes), and which status goes with which mistake."""
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serve.engine.engine import EngineFull, EngineStopped, Refused
+
+RETRY_AFTER_S = 1  # places come free one by one, so the client may knock soon
+INTERNAL = "the server failed to answer; its log has the details under this request's X-Request-Id"
+
+ANTHROPIC_ROUTES = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+_PATH = re.compile(r"([a-z_]+)(?:\[\d+\]|\.[a-z_]+)*")  # messages[0].content[1]
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        type_: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.content = {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+    def response(self, path: str) -> JSONResponse:
+        """As HTTP, in the words of the API that the path belongs to."""
+        content = anthropic_content(self) if path.startswith(ANTHROPIC_ROUTES) else self.content
+        return JSONResponse(content, self.status, self.headers)
+
+
+def anthropic_content(error: ApiError) -> dict[str, Any]:
+    """Anthropic's error object, which has no room for the field at fault: the message names it."""
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.content["error"]["message"]}}
+
+
+def internal_error() -> ApiError:
+    """For a fault of ours: what happened stands in the log, not in the answer."""
+    return ApiError(500, INTERNAL, type_="server_error", code="internal_error")
+
+
+def stopped_error() -> ApiError:
+    """For what a stopping server gives up."""
+    return ApiError(503, str(EngineStopped()), code="shutting_down", type_="server_error")
+
+
+@contextmanager
+def user_mistakes(fields: Collection[str], param: str | None = None) -> Iterator[None]:
+    """Turns the library's ValueErrors into status 400.
+
+    Args:
+      fields: the request's. A message that starts with one of them, or a path into one, says what `param` is.
+      param: the field at fault where the message does not say.
+    """
+    try:
+        yield
+    except ValueError as error:
+        path = _PATH.match(str(error))
+        named = path is not None and path[1] in fields
+        raise ApiError(400, str(error), path[0] if named else param) from error
+
+
+def install(app: FastAPI) -> None:
+    """Has the app answer every kind of failure with an error object."""
+
+    @app.exception_handler(ApiError)
+    async def of_ours(request: Request, error: ApiError) -> JSONResponse:
+        return error.response(request.url.path)
+
+    @app.exception_handler(EngineFull)
+    async def full(request: Request, error: EngineFull) -> JSONResponse:
+        headers = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(429, str(error), None, "rate_limit_exceeded", "rate_limit_error", headers).response(request.url.path)
+
+    @app.exception_handler(EngineStopped)
+    async def stopped(request: Request, _: EngineStopped) -> JSONResponse:
+        return stopped_error().response(request.url.path)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return ApiError(400, str(error)).response(request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}"
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return ApiError(error.status_code, message, code=code, headers=_headers(error)).response(request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return ApiError(400, first["msg"], ".".join(map(str, first["loc"]))).response(request.url.path)
+
+
+def _headers(error: HTTPException) -> dict[str, Any] | None:
+    return None if error.headers is None else dict(error.headers)

@@ -1,0 +1,256 @@
+"""What a chat request may say.
+
+A field that would change the answer and is not served is refused by name, never passed over; one that is null was not said.
+"""
+
+import difflib
+import json
+import re
+import reprlib
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
+from serve.api.common.errors import ApiError
+
+# Bookkeeping of OpenAI's and vLLM's clients: no answer depends on it.
+HARMLESS = frozenset(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention cache_salt".split()
+)
+
+# Fields of OpenAI's and vLLM's of which one value is served.
+ONLY: dict[str, Any] = {
+    "best_of": 1,
+    "modalities": ["text"],
+    "echo": False,
+    "use_beam_search": False,
+    "min_tokens": 0,
+    "add_special_tokens": False,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+}
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+MAX_CHOICES = 16  # answers to one request; each takes a place of the engine
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # OpenAI's; those from the third on make this model think
+
+M = TypeVar("M", bound=BaseModel)
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Strict(BaseModel):
+    """Types as they are, and no field that is not known."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(Strict):
+    """Whether a last chunk tells the usage, or every one (vLLM's). Obfuscation pads OpenAI's chunks; there is none here."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(Strict):
+    """POST /v1/chat/completions: OpenAI's fields, and vLLM's from top_k on. What is left open is the checkpoint's to decide."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Annotated[list[str], BeforeValidator(_listed)] = []
+    logit_bias: dict[str, float] = {}
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal[EFFORTS] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[TokenId] = []
+    ignore_eos: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    mm_processor_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    include_reasoning: bool = True
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    thinking_token_budget: int | None = Field(None, ge=0)
+    restore_newlines: bool | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for i, tool in enumerate(tools or ()):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
+            if not isinstance(function.get("parameters") or {}, dict):
+                raise ValueError(
+                    f"tools[{i}].function.parameters must be a JSON schema, got {reprlib.repr(function['parameters'])}"
+                )
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _known_choice(cls, choice: Any) -> Any:
+        function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        if choice not in ("none", "auto", "required") and not (
+            isinstance(function, dict) and isinstance(function.get("name"), str)
+        ):
+            raise ValueError('expected \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}')
+        return choice
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, biases: dict[str, float]) -> dict[str, float]:
+        for token in biases:
+            if not (token.isascii() and token.isdigit()):
+                raise ValueError(f"{token[:50]!r} is no token id")
+        return biases
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}, but max_completion_tokens is {self.max_completion_tokens}")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        self._check_choice()
+        return self
+
+    def _check_choice(self) -> None:
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice is 'required', but there are no tools")
+        if isinstance(self.tool_choice, dict) and (name := self.tool_choice["function"]["name"]) not in self.functions:
+            raise ValueError(f"tool_choice names {name[:64]!r}, but tools has {', '.join(self.functions) or 'none'}"[:500])
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The most tokens to answer with, under whichever name they were asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """The functions that may be called: their parameters' schemas by name."""
+        tools = () if self.tool_choice == "none" else self.tools or ()
+        return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """For the chat template. An effort says whether to think; `enable_thinking` itself goes before it."""
+        effort = {} if self.reasoning_effort is None else {"enable_thinking": EFFORTS.index(self.reasoning_effort) >= 2}
+        return {**effort, **self.chat_template_kwargs}
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that tells the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+FIELDS = frozenset(ChatRequest.model_fields)
+
+
+def parse(body: bytes) -> ChatRequest:
+    """A checked request. Raises ApiError 400 that names the field."""
+    return checked(json_object(body))
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A body's JSON. Raises ApiError 400."""
+    raw = _json(body)
+    if not isinstance(raw, dict):
+        raise ApiError(400, f"the body is a JSON {_json_type(raw)}, expected an object")
+    return raw
+
+
+def checked(raw: dict[str, Any]) -> ChatRequest:
+    """A request from its fields. Raises ApiError 400 that names the field."""
+    said = {name: value for name, value in raw.items() if value is not None and name not in HARMLESS}
+    for name in [name for name in said if name not in FIELDS]:
+        _check_unserved(name, said.pop(name))
+    return validated(ChatRequest, said)
+
+
+def validated(model: type[M], said: dict[str, Any]) -> M:
+    """Fields as a model. Raises ApiError 400 that names the field."""
+    try:
+        return model.model_validate(said)
+    except ValidationError as error:
+        raise _mistake(error) from None
+
+
+def _check_unserved(name: str, value: Any) -> None:
+    """Raises unless the field says what is done anyway."""
+    if name in ONLY:
+        if type(value) is not type(ONLY[name]) or value != ONLY[name]:
+            raise ApiError(400, f"{name} is {reprlib.repr(value)}, but only {ONLY[name]!r} is served", name, "unsupported_value")
+        return
+    near = difflib.get_close_matches(name, FIELDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ApiError(400, f"{reprlib.repr(name)} is not a field that this server serves{hint}", name[:64], "unsupported_parameter")
+
+
+def _json(body: bytes) -> Any:
+    try:
+        raw = json.loads(body.decode(), parse_constant=_refuse_constant)
+        if _SURROGATE.search(body):
+            json.dumps(raw, ensure_ascii=False).encode()  # half a character (a lone surrogate) has no bytes, thus no tokens
+        return raw
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body has half a character in it: a \\ud800 to \\udfff escape without its partner") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _mistake(error: ValidationError) -> ApiError:
+    """The first thing wrong, in the words of the others here: field, value, what it may be."""
+    first = error.errors(include_url=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return ApiError(400, reason, reason.split()[0])
+    path = _path(first["loc"])
+    if first["type"] == "missing":
+        return ApiError(400, f"{path} is missing", path)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{path} is not a field that this server serves", path, "unsupported_parameter")
+    return ApiError(400, f"{path} is {reprlib.repr(first['input'])}: {reason}", path)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
