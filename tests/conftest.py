@@ -35,7 +35,9 @@ NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|tests\.oracle)\b", re.MULTIL
 
 # Where the oracle is not installed, the files that compare with it are left out, and the header says so.
 collect_ignore = [
-    path.name for path in Path(__file__).parent.glob("test_*.py") if not HAVE_TORCH and NEEDS_TORCH.search(path.read_text())
+    path.relative_to(Path(__file__).parent).as_posix()
+    for path in Path(__file__).parent.rglob("test_*.py")
+    if not HAVE_TORCH and NEEDS_TORCH.search(path.read_text())
 ]
 
 
@@ -63,7 +65,7 @@ def demo(demo_folder):
 def demo_engine(demo):
     """An engine over the small checkpoint."""
     from serve.engine.engine import Engine, Policy
-    from tests.small_engine import SIZES, device_of
+    from tests.serve.engine.small_engine import SIZES, device_of
 
     with Engine(demo, device_of(demo, SIZES), Policy(host_bytes=64 * 2**20)) as engine:
         yield engine
@@ -73,7 +75,7 @@ def demo_engine(demo):
 def tight_engine(demo):
     """Another, in which pages run out."""
     from serve.engine.engine import Engine
-    from tests.small_engine import FEW_PAGES, device_of
+    from tests.serve.engine.small_engine import FEW_PAGES, device_of
 
     with Engine(demo, device_of(demo, FEW_PAGES)) as engine:
         yield engine
@@ -83,7 +85,7 @@ def tight_engine(demo):
 def demo_address(demo, demo_engine):
     """Where the small model is served over HTTP."""
     from serve.api import Service
-    from tests.test_serve_support import NAME, live
+    from tests.serve.support import NAME, live
 
     service = Service(demo, demo_engine, NAME)
     with live(service) as address:
@@ -94,7 +96,7 @@ def demo_address(demo, demo_engine):
 @pytest.fixture
 def model():
     """A model whose answers are known beforehand."""
-    from tests.test_serve_support import FakeModel
+    from tests.serve.support import FakeModel
 
     return FakeModel()
 
@@ -102,7 +104,7 @@ def model():
 @pytest.fixture
 def service(model):
     """A service around it; every place has been given back at the end."""
-    from tests.test_serve_support import serving
+    from tests.serve.support import serving
 
     with serving(model) as service:
         yield service

@@ -1,0 +1,481 @@
+"""Converting and exporting: byte-identical there and back, whole or not at all, and one clear line for every mistake."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, MiniCPMV4_6ForConditionalGeneration
+
+from convert import convert, export_converted, export_hf, folder
+from convert.__main__ import main
+from convert.convert import default_out
+from minicpmv46_jax import checkpoint
+from minicpmv46_jax.checkpoint import manifest
+from minicpmv46_jax.checkpoint import orbax_folder as store
+from minicpmv46_jax.config import ModelConfig
+from tests import ROOT
+
+A_LOG = "model.language_model.layers.0.linear_attn.A_log"
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(demo_folder, tmp_path_factory):
+    """The demo in bfloat16, but for one float16 and some float32 tensors."""
+    out = tmp_path_factory.mktemp("mixed") / "released"
+    shutil.copytree(demo_folder, out)
+    tensors = safetensors.numpy.load_file(out / "model.safetensors")
+    for i, (name, tensor) in enumerate(tensors.items()):
+        dtype = np.float32 if name.endswith("A_log") else np.float16 if i == 20 else ml_dtypes.bfloat16
+        tensors[name] = tensor.astype(dtype)
+    safetensors.numpy.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def converted(demo_folder, tmp_path_factory):
+    return convert(demo_folder, tmp_path_factory.mktemp("converted") / "model")
+
+
+@pytest.fixture
+def damaged(converted, tmp_path):
+    """A copy of the converted folder, to spoil."""
+    return shutil.copytree(converted, tmp_path / "damaged")
+
+
+def raw_tensors(file):
+    """Name -> dtype, shape and bytes, by the format's definition: a length, a JSON header, the data."""
+    data = Path(file).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    body = data[8 + size :]
+    return {name: (t["dtype"], t["shape"], body[slice(*t["data_offsets"])]) for name, t in header.items()}
+
+
+def file_bytes(path):
+    return {file.name: file.read_bytes() for file in Path(path).iterdir() if file.name != "model.safetensors"}
+
+
+def no_leftovers(parent, *expected):
+    return sorted(path.name for path in parent.iterdir()) == sorted(expected)
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("which", ["demo_folder", "mixed_folder"])
+def test_round_trip_is_byte_identical(which, request, tmp_path):
+    source = request.getfixturevalue(which)
+    back = export_converted(convert(source, tmp_path / "converted"), tmp_path / "back")
+    assert raw_tensors(back / "model.safetensors") == raw_tensors(source / "model.safetensors")
+    assert file_bytes(back) == file_bytes(source)
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert no_leftovers(tmp_path, "converted", "back")
+
+
+def test_shards_and_a_repeated_head_come_back_as_one_file(demo_folder, tmp_path):
+    source = shutil.copytree(demo_folder, tmp_path / "shards")
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
+    (source / "model.safetensors").unlink()
+    items = list(tensors.items())
+    weight_map = {}
+    for i, part in enumerate((items[::2], items[1::2])):
+        safetensors.numpy.save_file(dict(part), source / f"part{i}.safetensors")
+        weight_map |= {name: f"part{i}.safetensors" for name, _ in part}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    back = export_converted(convert(source, tmp_path / "converted"), tmp_path / "back")
+    assert raw_tensors(back / "model.safetensors") == raw_tensors(demo_folder / "model.safetensors")
+    recorded = manifest.Manifest.read(tmp_path / "converted").files
+    assert {"part0.safetensors", "part1.safetensors"} <= set(recorded)
+
+
+def test_a_converted_folder_loads_as_its_source_does(mixed_folder, tmp_path):
+    config = ModelConfig.from_folder(mixed_folder)
+    out = convert(mixed_folder, tmp_path / "converted")
+    for dtype in (None, jnp.float32):
+        ours, theirs = checkpoint.load_params(out, config, dtype), checkpoint.load_params(mixed_folder, config, dtype)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_array_equal(a, b, strict=True)
+            assert isinstance(a, jax.Array)
+
+
+def test_a_stranger_restores_the_weights_with_plain_orbax(converted, demo_folder):
+    tree = ocp.StandardCheckpointer().restore(converted / "params")
+    weights = safetensors.numpy.load_file(demo_folder / "model.safetensors")
+    assert len(jax.tree.leaves(tree)) == len(weights)
+    up_proj = tree["text"]["layers"]["2"]["mlp"]["up_proj"]["weight"]
+    np.testing.assert_array_equal(up_proj, weights["model.language_model.layers.2.mlp.up_proj.weight"], strict=True)
+
+
+def test_a_stranger_restores_onto_devices_of_their_choice(converted):
+    """Sharded over eight devices at once, as one would on a pod; the checkpoint itself names no device."""
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        ocp.StandardCheckpointer().restore(converted / "params"),
+    )
+    tree = ocp.StandardCheckpointer().restore(converted / "params", shapes)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(tree))
+
+
+def test_transformers_loads_an_export(converted, demo_folder, tmp_path):
+    back = export_converted(converted, tmp_path / "back")
+    ours, report = MiniCPMV4_6ForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not any(report.values()), report
+    theirs = AutoModelForImageTextToText.from_pretrained(demo_folder).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+    assert AutoTokenizer.from_pretrained(back).encode("abc<|im_end|>") == [97, 98, 99, 258]
+
+
+# Dtypes.
+
+
+def test_dtype_casts_every_tensor(mixed_folder, tmp_path):
+    back = export_converted(convert(mixed_folder, tmp_path / "converted", "float32"), tmp_path / "back")
+    source = safetensors.numpy.load_file(mixed_folder / "model.safetensors")
+    for name, tensor in safetensors.numpy.load_file(back / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, source[name].astype(np.float32), strict=True)
+
+
+def test_a_cast_checkpoint_is_not_cast_back_by_transformers(demo_folder, tmp_path):
+    """transformers takes the dtype that config.json names; a cast checkpoint must not name the old one."""
+    source = shutil.copytree(demo_folder, tmp_path / "source")
+    raw = json.loads((source / "config.json").read_text()) | {"dtype": "float32"}
+    raw["text_config"]["dtype"] = "float32"
+    (source / "config.json").write_text(json.dumps(raw))
+    back = export_converted(convert(source, tmp_path / "converted", "bfloat16"), tmp_path / "back")
+    assert MiniCPMV4_6ForConditionalGeneration.from_pretrained(back).dtype == torch.bfloat16
+    raw["dtype"] = raw["text_config"]["dtype"] = "bfloat16"
+    assert json.loads((back / "config.json").read_text()) == raw
+    same = convert(source, tmp_path / "same", "float32")
+    assert (same / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+# The manifest.
+
+
+def test_manifest_records_what_went_in_and_out(converted, demo_folder):
+    held = manifest.Manifest.read(converted)
+    source = raw_tensors(demo_folder / "model.safetensors")
+    assert held.files == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in demo_folder.iterdir()}
+    assert (held.source, held.revision, held.dtype) == (str(demo_folder), None, None)
+    assert (held.jax, held.orbax) == (jax.__version__, ocp.__version__)
+    assert held.parameters == sum(int(np.prod(shape)) for _, shape, _ in source.values())
+    assert {row["released"]: row["sha256"] for row in held.tensors.values()} == {
+        name: hashlib.sha256(data).hexdigest() for name, (_, _, data) in source.items()
+    }
+
+
+# Live parameters.
+
+
+def test_live_parameters_are_written_as_they_are(demo_folder, tmp_path):
+    config = ModelConfig.from_folder(demo_folder)
+    params = checkpoint.load_params(demo_folder, config)
+    params["text"]["layers"][0]["mixer"]["A_log"] = (params["text"]["layers"][0]["mixer"]["A_log"] + 1).astype(jnp.bfloat16)
+    out = export_hf(params, demo_folder, tmp_path / "trained")
+    ours, theirs = raw_tensors(out / "model.safetensors"), raw_tensors(demo_folder / "model.safetensors")
+    assert [name for name in ours if ours[name] != theirs[name]] == [A_LOG]
+    again = checkpoint.load_params(out, config)["text"]["layers"][0]["mixer"]["A_log"]
+    np.testing.assert_array_equal(again, params["text"]["layers"][0]["mixer"]["A_log"], strict=True)
+
+
+def test_weights_are_as_readable_as_their_config(demo_folder, converted, tmp_path):
+    """safetensors makes its files readable by their owner alone."""
+    out = export_converted(converted, tmp_path / "back")
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_live_parameters_of_another_model_are_refused(demo_folder, tmp_path):
+    params = checkpoint.load_params(demo_folder, ModelConfig.from_folder(demo_folder))
+    del params["text"]["norm"]
+    params["vision"]["post_norm"]["bias"] = jnp.zeros(3)
+    params["text"]["step"] = jnp.zeros((), jnp.int32)
+    with pytest.raises(ValueError) as error:
+        export_hf(params, demo_folder, tmp_path / "out")
+    for fault in ("missing: text.norm.weight", "shape: vision.post_norm.bias is [3], expected [48]", "extra: text.step"):
+        assert fault in str(error.value)
+    assert no_leftovers(tmp_path)
+
+
+# Whole or not at all.
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_existing_out_is_left_alone(demo_folder, tmp_path, kind, capsys):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+        (out / "precious").write_text("data")
+    elif kind == "file":
+        out.write_text("data")
+    else:
+        out.symlink_to("nowhere")
+    assert main(["--hf", str(demo_folder), "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {out} exists")
+    assert no_leftovers(tmp_path, "out")
+    assert kind != "folder" or (out / "precious").read_text() == "data"
+
+
+def test_an_empty_folder_may_be_filled(demo_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert checkpoint.is_converted(convert(demo_folder, tmp_path / "out"))
+    assert no_leftovers(tmp_path, "out")
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_fault_leaves_nothing_and_shows_its_traceback(demo_folder, converted, tmp_path, command, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("a fault in the code")
+
+    monkeypatch.setattr(store.partial, "finalize", broken)
+    monkeypatch.setattr(safetensors.numpy, "save_file", broken)
+    words = ["--hf", str(demo_folder), "--out"] if command == "convert" else ["--model", str(converted), "--export-hf"]
+    with pytest.raises(RuntimeError):
+        main([*words, str(tmp_path / "out")])
+    assert no_leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_one_line(demo_folder, tmp_path, monkeypatch, capsys, wrapped):
+    def full(*args, **options):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise ValueError("RESOURCE_EXHAUSTED") if wrapped else error from error
+
+    monkeypatch.setattr(store.partial, "save", full)
+    assert main(["--hf", str(demo_folder), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"error: no space left on the disk of {tmp_path}: nothing was written\n"
+    assert no_leftovers(tmp_path)
+
+
+@contextlib.contextmanager
+def small_disk(path, size):
+    path.mkdir()
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path]).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_disk_that_fills_up_is_one_line(demo_folder, converted, tmp_path, command):
+    """Another process may take the space that was there at the start: the check before writing is switched off here."""
+    words = ["--hf", demo_folder, "--out"] if command == "convert" else ["--model", converted, "--export-hf"]
+    script = "import runpy, shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**9)"
+    script += "; runpy.run_module('convert', run_name='__main__')"
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        command = [sys.executable, "-c", script, *map(str, words), str(disk / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.stderr == f"error: no space left on the disk of {disk}: nothing was written\n"
+        assert done.returncode == 1
+        assert no_leftovers(disk)
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_disk_too_small_is_told_before_writing(demo_folder, converted, tmp_path, monkeypatch, capsys, command):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(store, "write", None)
+    words = ["--hf", str(demo_folder), "--out"] if command == "convert" else ["--model", str(converted), "--export-hf"]
+    assert main([*words, str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'} takes 3 MB, but its disk has 2 MB left\n"
+    assert no_leftovers(tmp_path)
+
+
+def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_path, monkeypatch, capsys):
+    save, finished = store.partial.save, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+        finished.append(True)
+
+    monkeypatch.setattr(store.partial, "save", interrupted)
+    assert main(["--hf", str(demo_folder), "--out", str(tmp_path / "out")]) == 130
+    assert finished == [True]
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert no_leftovers(tmp_path)
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_others_are_not(demo_folder, tmp_path):
+    here = socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = tmp_path / f"out.partial-{here}-{dead.pid}"
+    others = [f"out.partial-{here}-{os.getppid()}", f"out.partial-elsewhere-{dead.pid}", f"another.partial-{here}-{dead.pid}"]
+    for path in (stale, *(tmp_path / name for name in others)):
+        path.mkdir()
+        (path / "half").write_text("")
+    convert(demo_folder, tmp_path / "out")
+    assert no_leftovers(tmp_path, "out", *others)
+
+
+def test_a_place_that_may_not_be_written(demo_folder, tmp_path, monkeypatch, capsys):
+    def refused(self, *args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(folder.Path, "mkdir", refused)  # root, which tests may run as, is refused nothing
+    assert main(["--hf", str(demo_folder), "--out", str(tmp_path / "out")]) == 1
+    assert "may not be written" in capsys.readouterr().err
+
+
+# Damaged converted folders.
+
+
+def refusal(function, *args):
+    with pytest.raises(ValueError) as error:
+        function(*args)
+    return str(error.value)
+
+
+def load(folder):
+    return checkpoint.load_params(folder, ModelConfig.from_folder(folder))
+
+
+def test_a_lost_data_file_is_reported(damaged):
+    biggest = max((damaged / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    biggest.unlink()
+    message = refusal(load, damaged)
+    assert str(damaged / "params") in message and "\n" not in message
+
+
+def test_a_lost_params_folder_is_reported(damaged):
+    shutil.rmtree(damaged / "params")
+    assert f"{damaged / 'params'} is not an Orbax checkpoint" in refusal(load, damaged)
+
+
+def test_changed_values_are_caught_on_export(damaged, tmp_path):
+    raw = json.loads((damaged / "manifest.json").read_text())
+    raw["tensors"]["text.norm.weight"]["sha256"] = "0" * 64
+    (damaged / "manifest.json").write_text(json.dumps(raw))
+    assert "tensor text.norm.weight is not the one" in refusal(export_converted, damaged, tmp_path / "back")
+    assert no_leftovers(tmp_path, "damaged")
+
+
+def test_another_model_than_config_json_says(damaged):
+    raw = json.loads((damaged / "config.json").read_text())
+    raw["text_config"]["intermediate_size"] = 64
+    (damaged / "config.json").write_text(json.dumps(raw))
+    assert refusal(load, damaged).count("shape: ") == 3 * 4
+
+
+@pytest.mark.parametrize(
+    "change, words", [({"version": 2}, "format version is 2"), ({"extra": 1}, "extra"), ({"format": "x"}, "format")]
+)
+def test_a_manifest_of_another_kind(damaged, change, words):
+    raw = json.loads((damaged / "manifest.json").read_text()) | change
+    (damaged / "manifest.json").write_text(json.dumps(raw))
+    assert words in refusal(manifest.Manifest.read, damaged)
+
+
+# The command line.
+
+
+def run(*words, **options):
+    command = [sys.executable, "-m", "convert", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+
+
+def test_command_line_converts_and_exports_quietly(mixed_folder, tmp_path):
+    done = run("--hf", mixed_folder, "--out", tmp_path / "converted")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {tmp_path / 'converted'}\n", "")
+    done = run("--export-hf", tmp_path / "back", "--model", tmp_path / "converted")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {tmp_path / 'back'}\n", "")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (mixed_folder / "model.safetensors").read_bytes()
+
+
+def test_command_line_shows_a_mistake_in_one_line(tmp_path):
+    done = run("--hf", tmp_path / "nothing")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'nothing'} is neither a folder nor a hub id of the form owner/name\n"
+
+
+def test_default_out_comes_from_the_name_and_is_printed(demo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--hf", str(demo_folder)]) == 0
+    assert capsys.readouterr().out == "wrote model-jax\n"
+    assert checkpoint.is_converted(tmp_path / "model-jax")
+    assert default_out("openbmb/MiniCPM-V-4_6", "float32") == Path("MiniCPM-V-4_6-jax-float32")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--demo", "x", "--dtype", "float32"], "--dtype does not go with --demo"),
+        (["--hf", "x", "--model", "y"], "--model does not go with --hf"),
+        (["--export-hf", "x", "--model", "y", "--out", "z"], "--out does not go with --export-hf"),
+        (["--export-hf", "x"], "--export-hf needs --model"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(words, expected, capsys):
+    assert main(words) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_wrong_kinds_of_folder_are_refused(demo_folder, converted, tmp_path, capsys):
+    assert main(["--hf", str(converted), "--out", str(tmp_path / "a")]) == 1
+    assert "converted already" in capsys.readouterr().err
+    assert main(["--export-hf", str(tmp_path / "b"), "--model", str(demo_folder)]) == 1
+    assert "is not a converted folder" in capsys.readouterr().err
+    assert no_leftovers(tmp_path)
+
+
+def test_another_models_checkpoint_is_refused_by_name(demo_folder, tmp_path, capsys):
+    other = shutil.copytree(demo_folder, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert main(["--hf", str(other), "--out", str(tmp_path / "out")]) == 1
+    assert "llama" in capsys.readouterr().err
+
+
+# The real size.
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_full_size_stays_small_in_memory_and_comes_back_the_same(full_size_folder, tmp_path, dtype):
+    """Peak memory is at most 1.3 times the weights, imports included."""
+    source = full_size_folder
+    weights = source / "model.safetensors"
+    options = [] if dtype is None else ["--dtype", dtype]
+    peak = peak_of("--hf", source, "--out", tmp_path / "converted", *options)
+    print(f"convert {dtype}: peak {peak / weights.stat().st_size:.3f} x the checkpoint")
+    assert peak <= 1.3 * weights.stat().st_size
+    if dtype is None:
+        peak = peak_of("--export-hf", tmp_path / "back", "--model", tmp_path / "converted")
+        print(f"export: peak {peak / weights.stat().st_size:.3f} x the checkpoint")
+        assert peak <= 1.3 * weights.stat().st_size
+        assert manifest.file_sha256(tmp_path / "back" / "model.safetensors") == manifest.file_sha256(weights)
+
+
+def peak_of(*words):
+    """Bytes of memory that one run of the command line held at most: measured by a process of its own, whose only child it is."""
+    command = json.dumps([sys.executable, "-m", "convert", *map(str, words)])
+    script = f"import resource, subprocess; subprocess.run({command}, check=True, stdout=2)"
+    script += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)

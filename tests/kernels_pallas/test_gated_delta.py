@@ -1,0 +1,154 @@
+"""The gated delta rule's reference against the naive recurrence in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas import backends, gated_delta
+from tests.kernels_pallas import gated_delta_truth as truth
+from tests.tolerances import GATED_DELTA, relative_rms
+
+chunked = jax.jit(functools.partial(gated_delta.chunked, backend="reference"))
+recurrent = jax.jit(functools.partial(gated_delta.recurrent, backend="reference"), static_argnames="eps")
+
+LENGTHS = [0, 1, 2, 3, 63, 64, 65, 128, 150, 200]
+
+
+@pytest.mark.parametrize("decay", truth.DECAYS)
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.sampled_from(LENGTHS), min_size=3, max_size=3), seed=st.integers(0, 2**31))
+def test_chunked_follows_the_recurrence(decay, lengths, seed):
+    case = truth.draw(np.random.default_rng(seed), lengths, heads=4, key_heads=2, K=16, V=24, decay=decay)
+    found = chunked(*case.arguments())
+    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+        end = memories[-1] if lengths[s] else case.memory[s]
+        assert relative_rms(found.memory[s], end) < GATED_DELTA["reference"]
+        tail = np.concatenate([case.tail[s], case.qkv[own]])[-3:]
+        np.testing.assert_array_equal(found.tail[s], tail)
+        if lengths[s]:
+            assert relative_rms(found.out[own], out) < GATED_DELTA["reference"]
+
+
+def test_snapshots_are_the_memories_at_chunk_ends():
+    lengths = [200, 0, 128, 70]
+    case = truth.draw(np.random.default_rng(7), lengths)
+    wanted = [(0, 1), (2, 2), (0, 3), (3, 1), (0, 4), (1, 1), (2, 0)]  # the last three ask for chunks that are not there
+    found = chunked(*case.arguments(), jnp.asarray(wanted, jnp.int32))
+    expected = list(truth.sequences(case))
+    for i, (s, chunks) in enumerate(wanted[:4]):
+        own, _, memories = expected[s]
+        end = 64 * chunks
+        assert relative_rms(found.snapshots[i], memories[end - 1]) < GATED_DELTA["reference"]
+        np.testing.assert_array_equal(found.snapshot_tails[i], case.qkv[own][end - 3 : end])
+    assert not np.asarray(found.snapshots[4:]).any()
+    assert not np.asarray(found.snapshot_tails[4:]).any()
+
+
+def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
+    case = truth.draw(np.random.default_rng(1), [256], gaps=False)
+    whole = chunked(*case.arguments(), jnp.array([[0, 2]], jnp.int32))
+    qkv, a, b, layer, *_ = case.arguments()
+    start, length = jnp.zeros(1, jnp.int32), jnp.full(1, 128, jnp.int32)
+    first = chunked(qkv[:128], a[:128], b[:128], layer, case.memory, case.tail, start, length)
+    second = chunked(qkv[128:], a[128:], b[128:], layer, first.memory, first.tail, start, length)
+    np.testing.assert_array_equal(first.memory, whole.snapshots)
+    np.testing.assert_array_equal(first.tail, whole.snapshot_tails)
+    np.testing.assert_array_equal(jnp.concatenate([first.out, second.out]), whole.out)
+    np.testing.assert_array_equal(second.memory, whole.memory)
+
+
+def step_inputs(rng, rows, tokens, slots, *, heads=4, K=16, V=24, decay="usual", dtype=jnp.float32):
+    """A case of `rows` sequences of `tokens` tokens as `recurrent` takes it, with slots to spare in random order."""
+    case = truth.draw(rng, [tokens] * rows, heads=heads, K=K, V=V, decay=decay, dtype=dtype, gaps=False)
+    order = np.argsort(np.asarray(case.starts))  # sequences stand in the row in another order than in the batch
+    qkv, a, b = (x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b))
+    spare = truth.draw(rng, [1] * slots, heads=heads, K=K, V=V, dtype=dtype)
+    z = jnp.asarray(rng.standard_normal((rows, tokens, heads, V)), dtype)
+    norm = jnp.asarray(rng.standard_normal(V), dtype)
+    slot = rng.permutation(slots)[:rows]
+    memory = spare.memory.at[slot].set(case.memory[order])
+    tail = spare.tail.at[slot].set(case.tail[order])
+    return qkv, a, b, z, case.layer, norm, memory, tail, jnp.asarray(slot, jnp.int32)
+
+
+def expected_step(qkv, a, b, z, layer, norm, memory, tail, slot, keep, eps):
+    """(outputs, memory and tail after `keep` tokens) of each row, float64."""
+    for r, s in enumerate(np.asarray(slot)):
+        out, memories = truth.naive(qkv[r], a[r], b[r], layer, memory[s], tail[s])
+        end = memories[keep[r] - 1] if keep[r] else np.asarray(memory[s])
+        yield truth.gated_norm(out, z[r], norm, eps), end, np.concatenate([tail[s], qkv[r]])[keep[r] : keep[r] + 3]
+
+
+@pytest.mark.parametrize("decay", truth.DECAYS)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(decay, tokens):
+    rng = np.random.default_rng([tokens, len(decay)])
+    *inputs, slot = step_inputs(rng, 5, tokens, 8, decay=decay)
+    slot, idle = slot.at[2].set(-1), 2
+    keep = rng.integers(0, tokens + 1, 5)
+    out, memory, tail = recurrent(*inputs[:6], 1e-6, *inputs[6:], slot, jnp.asarray(keep, jnp.int32))
+    untouched = np.setdiff1d(np.arange(8), np.asarray(slot))
+    for r, expected in enumerate(expected_step(*inputs, slot, keep, 1e-6)):
+        if r == idle:
+            assert not np.asarray(out[r]).any()
+            continue
+        for found, value in zip((out[r], memory[slot[r]], tail[slot[r]]), expected, strict=True):
+            assert relative_rms(found, value) < GATED_DELTA["reference"]
+    np.testing.assert_array_equal(memory[untouched], inputs[6][untouched])
+    np.testing.assert_array_equal(tail[untouched], inputs[7][untouched])
+
+
+def test_a_draft_that_is_taken_back_leaves_nothing_behind():
+    *inputs, slot = step_inputs(np.random.default_rng(3), 3, 4, 4)
+    qkv, a, b, z, layer, norm, memory, tail = inputs
+    keep = jnp.array([2, 0, 4], jnp.int32)
+    drafted = recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slot, keep)
+    for r in range(3):
+        one_by_one, own = (memory, tail), slot[r : r + 1]
+        for t in range(int(keep[r])):
+            token = (x[r : r + 1, t : t + 1] for x in (qkv, a, b, z))
+            _, *one_by_one = recurrent(*token, layer, norm, 1e-6, *one_by_one, own, jnp.ones(1, jnp.int32))
+        np.testing.assert_array_equal(drafted[1][own], one_by_one[0][own])
+        np.testing.assert_array_equal(drafted[2][own], one_by_one[1][own])
+
+
+def test_gradients_agree_with_finite_differences():
+    case = truth.draw(np.random.default_rng(3), [70, 40], heads=1, K=4, V=4)
+    *continuous, starts, lengths = case.arguments()
+
+    @jax.jit
+    def loss(continuous):
+        found = gated_delta.chunked(*continuous, starts, lengths, backend="reference")
+        return jnp.sum(found.out**2) + jnp.sum(jnp.sin(found.memory))
+
+    gradient = jax.jit(jax.grad(loss))(continuous)
+    rng = np.random.default_rng(4)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), continuous)
+    analytic = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    step = 1e-2
+    ahead, behind = (loss(jax.tree.map(lambda x, d, s=s: x + s * d, continuous, direction)) for s in (step, -step))
+    assert float(analytic) == pytest.approx(float((ahead - behind) / (2 * step)), rel=2e-2)
+
+
+def test_what_cannot_be_served_is_refused_in_one_line():
+    case = truth.draw(np.random.default_rng(0), [3])
+    with pytest.raises(ValueError, match="backend is 'cuda', and this operation has 'reference'"):
+        gated_delta.chunked(*case.arguments(), backend="cuda")
+    layer = case.layer._replace(conv=case.layer.conv[:-1])
+    narrow = dataclasses.replace(case, qkv=case.qkv[:, :-1], layer=layer, tail=case.tail[..., :-1])
+    with pytest.raises(ValueError, match=r"qkv has 95 channels, expected 2 x key heads x 16 \+ 2 x 16"):
+        gated_delta.chunked(*narrow.arguments())
+
+
+def test_none_falls_back_and_a_name_does_not():
+    assert backends.choose(None, {"reference": None, "gpu": None}) == "reference"  # no such chip here
+    with pytest.raises(ValueError, match=r"backend 'gpu' is for NVIDIA H100.* and the device is 'cpu'"):
+        backends.choose("gpu", {"reference": None, "gpu": None})
+    with pytest.raises(NotImplementedError, match="K is 16, and it takes 128; backend 'reference' serves it"):
+        backends.choose("gpu", {"reference": None, "gpu": "K is 16, and it takes 128"})

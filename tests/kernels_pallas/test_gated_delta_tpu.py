@@ -1,0 +1,221 @@
+"""The TPU kernels, interpreted on the CPU, against the naive recurrence in float64.
+
+Interpretation fills all memory that nobody wrote with NaN, raises when two accesses race, and runs a transfer either as it
+starts or as it is waited for: each case says which. Inputs are new in each run; a failure prints the seed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import backends, gated_delta
+from tests.kernels_pallas import gated_delta_truth as truth
+from tests.kernels_pallas.test_gated_delta import expected_step, step_inputs
+from tests.tolerances import GATED_DELTA, relative_rms
+
+ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "memory", "tail")
+HOW = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
+LENGTHS = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 190)
+draw = functools.partial(truth.draw, heads=2, K=128, V=128)
+
+
+def tolerance(dtype):
+    return GATED_DELTA[f"tpu {jnp.dtype(dtype)}"]
+
+
+@pytest.mark.parametrize(
+    ("decay", "dtype", "mode"), [(d, *how) for d, how in zip([*truth.DECAYS] * 2, HOW + HOW[2:], strict=True)]
+)
+def test_chunked_follows_the_recurrence(decay, dtype, mode, rng, tpu):
+    lengths = [0, 190, *rng.choice(LENGTHS, 3)]
+    case = draw(rng, lengths, decay=decay, dtype=dtype)
+    wanted = [(1, 2), (0, 1), (1, 3), (1, 1)]  # two of them are no whole chunks
+    found = tpu(gated_delta.chunked, *case.arguments(), jnp.asarray(wanted, jnp.int32), mode=mode)
+    nobody, expected = np.ones(len(case.qkv), bool), list(truth.sequences(case))
+    usual = truth.usual_output(expected) if dtype == jnp.bfloat16 else 0.0
+    for s, (own, out, memories) in enumerate(expected):
+        nobody[own] = False
+        if lengths[s]:
+            assert relative_rms(found.out[own], out, usual) < tolerance(dtype)
+            assert relative_rms(found.memory[s], memories[-1]) < tolerance(dtype)
+        else:
+            np.testing.assert_array_equal(found.memory[s], case.memory[s])
+        if s == 1:
+            assert relative_rms(found.snapshots[0], memories[127]) < tolerance(dtype)
+            assert relative_rms(found.snapshots[3], memories[63]) < tolerance(dtype)
+    assert nobody.any()
+    assert not np.asarray(found.out)[nobody].any()
+    assert not np.asarray(found.snapshots[1:3]).any()
+
+
+def test_many_short_sequences_share_tiles(rng, tpu):
+    lengths = rng.integers(0, 9, 24)
+    case = draw(rng, lengths)
+    found = tpu(gated_delta.chunked, *case.arguments())
+    expected = np.zeros(found.out.shape)
+    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+        expected[own] = out
+        assert relative_rms(found.memory[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
+    assert relative_rms(found.out, expected) < tolerance("float32")
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [5]])
+def test_next_to_nothing(lengths, rng, tpu):
+    case = draw(rng, lengths)
+    found = tpu(gated_delta.chunked, *case.arguments())
+    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+        assert relative_rms(found.memory[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
+        assert not lengths[s] or relative_rms(found.out[own], out) < tolerance("float32")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit(dtype, rng, tpu):
+    case = draw(rng, [200], dtype=dtype)
+    start, length = case.starts, case.lengths
+    whole = tpu(gated_delta.chunked, *case.arguments(), jnp.array([[0, 2]], jnp.int32))
+    first = tpu(gated_delta.chunked, *dataclasses.replace(case, lengths=length - 72).arguments())
+    rest = dataclasses.replace(case, memory=first.memory, tail=first.tail, starts=start + 128, lengths=length - 128)
+    second = tpu(gated_delta.chunked, *rest.arguments())
+    np.testing.assert_array_equal(first.memory, whole.snapshots)
+    np.testing.assert_array_equal(first.tail, whole.snapshot_tails)
+    np.testing.assert_array_equal(second.memory, whole.memory)
+    np.testing.assert_array_equal(first.out + second.out, whole.out)  # each is zero where the other's tokens are
+
+
+@pytest.mark.parametrize(("dtype", "mode"), HOW)
+@pytest.mark.parametrize(("tokens", "idle"), [(1, [0, 2]), (4, [1, 4]), (1, [0, 1, 2, 3, 4])])
+def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(idle, tokens, dtype, mode, rng, tpu):
+    decay = rng.choice(list(truth.DECAYS))
+    *inputs, slot = step_inputs(rng, 5, tokens, 8, heads=2, K=128, V=128, decay=decay, dtype=dtype)
+    slot = slot.at[jnp.array(idle, jnp.int32)].set(-1)
+    keep = rng.integers(0, tokens + 1, 5)
+    arguments = *inputs[:6], *inputs[6:], slot, jnp.asarray(keep, jnp.int32)
+    out, memory, tail = tpu(recurrent, *arguments, mode=mode)
+    untouched = np.setdiff1d(np.arange(8), np.asarray(slot))
+    for r, expected in enumerate(expected_step(*inputs, slot, keep, 1e-6)):
+        if r in idle:
+            assert not np.asarray(out[r]).any()
+            continue
+        assert relative_rms(out[r], expected[0]) < tolerance(dtype)
+        assert relative_rms(memory[slot[r]], expected[1]) < tolerance("float32")  # no product of bfloat16 on the way to it
+        np.testing.assert_array_equal(tail[slot[r]], expected[2])
+    np.testing.assert_array_equal(memory[untouched], inputs[6][untouched])
+    np.testing.assert_array_equal(tail[untouched], inputs[7][untouched])
+
+
+@pytest.mark.parametrize(("decay", "dtype", "mode"), [(d, *how) for d, how in zip(truth.DECAYS, HOW, strict=False)])
+def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
+    """The reference differentiates itself, in float32; all outputs, of which two snapshots, and all arguments take part."""
+    case = draw(rng, [int(rng.integers(128, 140)), 0, 65], heads=1, decay=decay, dtype=dtype)
+    *arguments, starts, lengths = case.arguments()
+    wanted = jnp.array([[0, 1], [0, 2], [1, 1]], jnp.int32)  # the last is no whole chunk
+
+    def outputs(arguments, **options):
+        found = gated_delta.chunked(*arguments, starts, lengths, wanted, **options)
+        return found.out, found.memory, found.snapshots, found.tail
+
+    bars = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in jax.eval_shape(outputs, arguments)]
+
+    def gradients(arguments, backend):
+        out, pull = jax.vjp(functools.partial(outputs, backend=backend), arguments)
+        return pull(tuple(bar.astype(x.dtype) for bar, x in zip(bars, out, strict=True)))
+
+    found = jax.tree.leaves(tpu(gradients, arguments, mode=mode))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+    expected = jax.tree.leaves(jax.jit(functools.partial(gradients, backend="reference"))(exact))
+    for name, gradient, value, argument in zip(ARGUMENTS, found, expected, jax.tree.leaves(arguments), strict=True):
+        assert gradient.dtype == argument.dtype
+        # Where a head forgets quickly the gates' gradients come from few pairs of tokens, whose products may all be small by
+        # chance, and their error is that of usual ones: of cotangents of standard deviation 1 those are about this large.
+        usual = {"a": 1.0, "a_log": 1.0, "dt_bias": 1.0, "b": 2.0}.get(name, 0.0)
+        error = float(jnp.linalg.norm((gradient.astype(jnp.float32) - value).ravel()))
+        size = float(jnp.linalg.norm(value.ravel()))
+        assert error < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"] * max(size, usual), f"{name}: {error} of {size}"
+
+
+def recurrent(qkv, a, b, z, layer, norm, memory, tail, slots, keep, backend):
+    return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slots, keep, backend=backend)
+
+
+def test_a_draft_that_is_taken_back_leaves_nothing_behind(rng, tpu):
+    *inputs, slot = step_inputs(rng, 3, 4, 4, heads=2, K=128, V=128)
+    qkv, a, b, z, layer, norm, *start = inputs
+    keep = np.array([2, 0, 4])
+    _, *drafted = tpu(recurrent, *inputs, slot, jnp.asarray(keep, jnp.int32))
+    one_by_one = start
+    for t in range(4):
+        own = jnp.where(t < keep, slot, -1)
+        token = (x[:, t : t + 1] for x in (qkv, a, b, z))
+        _, *one_by_one = tpu(recurrent, *token, layer, norm, *one_by_one, own, jnp.ones(3, jnp.int32))
+    np.testing.assert_array_equal(drafted[1], one_by_one[1])
+    assert relative_rms(drafted[0], one_by_one[0]) < 1e-7
+    np.testing.assert_array_equal(drafted[0][slot[1]], start[0][slot[1]])
+
+
+def described_tpu():
+    """A mesh that says what to compile for; no such device is needed."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device))
+
+
+def exported(f, *args):
+    """The program as it is sent to a TPU's compiler."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    return jax.export.export(jax.jit(f), platforms=["tpu"])(*shapes).mlir_module()
+
+
+def test_the_kernels_are_in_the_program(rng):
+    case = draw(rng, [70]).arguments()
+    step = *step_inputs(rng, 2, 1, 2, heads=2, K=128, V=128), jnp.ones(2, jnp.int32)
+    for name, f, args in (("chunked", gated_delta.chunked, case), ("recurrent", recurrent, step)):
+        with described_tpu():
+            for backend in ("tpu", None):
+                program = exported(functools.partial(f, backend=backend), *args)
+                assert program.count("@tpu_custom_call") == 1
+                assert f"gated_delta_{name}" in program
+            assert "tpu_custom_call" not in exported(functools.partial(f, backend="reference"), *args)
+        assert "tpu_custom_call" not in exported(functools.partial(f, backend=None), *args)  # this machine's device is a CPU
+
+
+def test_the_backward_kernel_is_in_the_program(rng):
+    qkv, *others = draw(rng, [70]).arguments()
+
+    def loss(qkv):
+        return jnp.sum(gated_delta.chunked(qkv, *others, backend="tpu").out)
+
+    with described_tpu():
+        program = exported(jax.grad(loss), qkv)
+    assert "gated_delta_chunked" in program
+    assert "gated_delta_backward" in program
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"K": 16}, r"memory's widths K and V are \(16, 128\), and it takes \(128, 128\)"),
+        ({"key_heads": 1}, "qkv has 1 key heads to 2 value heads, and it takes as many of each"),
+        ({"heads": 65}, "memory has 65 heads, and it takes up to 64"),
+        ({"dtype": jnp.float16}, "qkv is float16 and tail float16, and it takes float32 or bfloat16 for both"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(options, message, rng, monkeypatch):
+    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
+    case = truth.draw(rng, [3], **{"heads": 2, "K": 128, "V": 128, **options})
+    with pytest.raises(NotImplementedError, match=f"backend 'tpu': {message}; backend 'reference' serves it"):
+        gated_delta.chunked(*case.arguments(), backend="tpu")
+
+
+def test_too_many_drafts_are_refused(rng, monkeypatch):
+    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
+    step = step_inputs(rng, 1, 9, 1, heads=1, K=128, V=128)
+    with pytest.raises(NotImplementedError, match="qkv has 9 tokens a row, and it takes up to 8; backend 'reference'"):
+        recurrent(*step, jnp.ones(1, jnp.int32), backend="tpu")
+
+
+def test_the_name_is_refused_where_there_is_no_tpu(rng):
+    with pytest.raises(ValueError, match="backend 'tpu' is for TPU v5, TPU v6, TPU7, and the device is 'cpu'"):
+        gated_delta.chunked(*draw(rng, [3]).arguments(), backend="tpu")

@@ -1,0 +1,124 @@
+"""The TPU kernel, interpreted on the CPU, against dense attention of each sequence alone in float64.
+
+Interpretation fills all memory that nobody wrote with NaN, raises when two accesses race, and makes a copy either as it starts or
+as it is waited for: each case says which. Pages of nobody, and what lies past a context, are NaN. Inputs are new in each run; a
+failure prints the seed.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import backends
+from kernels_pallas.paged_attention import paged_attention
+from tests.kernels_pallas.test_gated_delta_tpu import described_tpu, exported
+from tests.kernels_pallas.test_paged_attention import alone, draw
+from tests.tolerances import PAGED_ATTENTION, relative_rms
+
+# How numbers are kept and when copies are made; half of it, a minute's worth, in `make test-full` alone.
+FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
+HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
+WIDTH, KEY_HEADS = 128, 2
+poisoned = functools.partial(draw, heads=4, key_heads=KEY_HEADS, width=WIDTH, unseen=np.nan)
+
+
+@pytest.fixture
+def tpu(tpu):
+    """Of paged attention."""
+    return lambda *args, longest, mode="on_wait": tpu(functools.partial(paged_attention, longest=longest), *args, mode=mode)
+
+
+def arguments(drawn, lengths, contexts, dtype=jnp.float32):
+    *floats, tables, starts = drawn
+    ints = (np.asarray(x, np.int32) for x in (tables, starts, lengths, contexts))
+    return *(jnp.asarray(x, dtype) for x in floats), *map(jnp.asarray, ints)
+
+
+def follows(out, q, keys, values, tables, starts, lengths, contexts):
+    """Each sequence's rows against dense attention over what the kernel was given; zeros elsewhere."""
+    tolerance, nobody = PAGED_ATTENTION[f"tpu {q.dtype}"], np.ones(len(q), bool)
+    assert out.dtype == q.dtype
+    for s, (start, length, context) in enumerate(zip(starts, lengths, contexts, strict=True)):
+        own = slice(int(start), int(start + length))
+        nobody[own] = False
+        if length:
+            k, v = (np.asarray(x)[np.asarray(tables)[s]].reshape(-1, KEY_HEADS, WIDTH)[: int(context)] for x in (keys, values))
+            assert relative_rms(out[own], alone(np.asarray(q[own]), k, v)) < tolerance
+    assert not np.asarray(out)[nobody].any()
+
+
+@pytest.mark.parametrize(("dtype", "mode"), HOW)
+def test_pieces_of_prompts(dtype, mode, rng, tpu):
+    lengths = [int(n) for n in rng.permutation([0, 1, int(rng.integers(2, 65)), int(rng.integers(65, 140))])]
+    contexts = [max(n + int(rng.choice([0, 1, 63, 64, 300, 511])), 1) for n in lengths]
+    given = arguments(poisoned(rng, lengths, contexts, 220), lengths, contexts, dtype)
+    follows(tpu(*given, longest=220, mode=mode), *given)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), HOW)
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_decoding(drafts, dtype, mode, rng, tpu):
+    lengths = [drafts, 0, int(rng.integers(1, drafts + 1)), drafts, 0]
+    contexts = [int(n) for n in rng.choice([drafts, 63, 64, 65, 512, 513, 700], 5)]
+    drawn = poisoned(rng, lengths, contexts, 5 * drafts + 20)
+    seen = np.where(lengths, contexts, 0)
+    given = arguments(drawn, lengths, seen, dtype)
+    follows(tpu(*given, longest=drafts, mode=mode), *given)
+
+
+def test_nobody_asks(rng, tpu):
+    given = arguments(poisoned(rng, [0, 0], [5, 70], 8), [0, 0], [0, 0])
+    follows(tpu(*given, longest=1), *given)
+
+
+def test_sequences_share_pages(rng, tpu):
+    lengths, contexts = [1, 1, 70], [200, 321, 270]
+    *floats, tables, starts = poisoned(rng, lengths, [321, 1, 1], 90)
+    tables[1:] = tables[0]
+    given = arguments((*floats, tables, starts), lengths, contexts)
+    follows(tpu(*given, longest=90), *given)
+
+
+def test_a_result_does_not_depend_on_the_others_to_the_bit(rng, tpu):
+    contexts = [600, 70, 1, 300]
+    q, keys, values, tables, starts, lengths, contexts = arguments(poisoned(rng, [1] * 4, contexts, 20), [1] * 4, contexts)
+    together = tpu(q, keys, values, tables, starts, lengths, contexts, longest=1)
+    alone = jnp.array([0, 1, 0, 0], jnp.int32)
+    np.testing.assert_array_equal(
+        tpu(q, keys, values, tables, starts, alone, alone * contexts, longest=1)[starts[1]], together[starts[1]]
+    )
+
+
+@pytest.mark.parametrize("longest", [1, 128])
+def test_the_kernel_is_in_the_program(longest, rng):
+    given = arguments(poisoned(rng, [1, 1], [5, 70], 8), [1, 1], [5, 70])
+    call = functools.partial(paged_attention, longest=longest)
+    with described_tpu():
+        for backend in ("tpu", None):
+            program = exported(functools.partial(call, backend=backend), *given)
+            assert program.count("@tpu_custom_call") == 1
+            assert "paged_attention" in program
+        assert "tpu_custom_call" not in exported(functools.partial(call, backend="reference"), *given)
+    assert "tpu_custom_call" not in exported(functools.partial(call, backend=None), *given)  # this machine's device is a CPU
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "message"),
+    [
+        (16, jnp.float32, "q's heads are 16 wide, and it takes multiples of 128"),
+        (128, jnp.float16, "q is float16 and keys float16, and it takes float32 or bfloat16 for both"),
+    ],
+)
+def test_what_the_kernel_does_not_serve_is_refused(width, dtype, message, rng, monkeypatch):
+    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
+    given = arguments(draw(rng, [1], [5], 1, width=width, unseen=0.0), [1], [5], dtype)
+    with pytest.raises(NotImplementedError, match=f"backend 'tpu': {message}; backend 'reference' serves it"):
+        paged_attention(*given, longest=1, backend="tpu")
+
+
+def test_the_name_is_refused_where_there_is_no_tpu(rng):
+    given = arguments(poisoned(rng, [1], [5], 1 + 3), [1], [5])
+    with pytest.raises(ValueError, match="backend 'tpu' is for TPU v5, TPU v6, TPU7, and the device is 'cpu'"):
+        paged_attention(*given, longest=1, backend="tpu")

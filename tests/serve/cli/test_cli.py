@@ -1,0 +1,329 @@
+"""`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
+
+import contextlib
+import gc
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from minicpmv46_jax import demo
+from minicpmv46_jax.evaluate import read_questions
+from minicpmv46_jax.library import Loading
+from minicpmv46_jax.scenes.__main__ import write
+from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
+from serve.cli import args as flags
+from serve.engine.engine import Policy
+from serve.engine.memory_plan import Wishes
+from serve.runtime import cache_dir, startup
+from serve.runtime import server as server_module
+from serve.runtime.program_cache import Programs
+from serve.runtime.server import Server, Tls, address
+from serve.runtime.startup import Place
+from tests import ROOT
+from tests.serve.engine.serial_engine import SerialEngine
+from tests.serve.multimodal.test_image_workers import data_url
+from tests.serve.support import FakeModel, serving
+
+
+def environment(**changes):
+    """Of a user, not of pytest: one device, and no word about the platform."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    return {**kept, "PYTHONPATH": str(ROOT), **changes}
+
+
+def run(*arguments, **changes):
+    command = [sys.executable, "-m", "serve", *map(str, arguments)]
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=120)
+
+
+def mistake(capsys, *arguments):
+    """The one line of a mistake that is found before anything is loaded."""
+    assert main([str(argument) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_help_comes_at_once():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "--allowed-local-media-path" in done.stdout
+    imported = subprocess.run(
+        [sys.executable, "-c", "import serve.__main__, sys; print('jax' in sys.modules)"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert imported.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--cpu --tpu", "--port 70000", "--port x", "--dtype int8", "--prot 1", "--api 1", "--max-model-length 5", "folder"],
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    assert "usage: python -m serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--served-model 5", "--served-model is no flag of this server; did you mean --served-model-name?"),
+        ("--alowed-media-domains x", "did you mean --allowed-media-domains?"),
+        ("--tool-call-parser=hermes", "--tool-call-parser is no flag of this server, and not needed: both formats"),
+        ("--limit-mm-per-prompt x", "'x' is not like"),
+        ("--limit-mm-per-prompt [5]", "'[5]' is not like"),
+        ('--limit-mm-per-prompt {"audio":1}', "'audio' is none of image, video"),
+        ("--limit_mm_per_prompt image=-1", "image is -1, expected 0 or more"),
+        ("--allowed-media-networks 10.0.0.1/8", "host bits set"),
+        ("--max-pixels 0", "0 is less than 1"),
+    ],
+)
+def test_flags_with_mistakes(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ['{"image": 5, "video": 2}', "image=5,video=2"])
+def test_media_limits(text):
+    assert flags.media_limits(text) == {"image": 5, "video": 2}
+
+
+def test_the_media_flags_make_the_rules():
+    arguments = "--allowed-media-domains Good.test. other.test --allowed-media-networks 10.0.0.0/8 ::1 --max-media-bytes 5"
+    fetch = media_fetcher(_parser().parse_args(arguments.split()))
+    assert fetch._reach.domains == {"good.test", "other.test"}
+    assert [str(network) for network in fetch._reach.networks] == ["10.0.0.0/8", "::1/128"]
+    assert fetch._limits.max_bytes == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--memory-fraction 1.5", "1.5 is not between 0 and 1"),
+        ("--max-running 0", "0 is less than 1"),
+        ("--max-wait 0", "0.0 is not more than 0"),
+    ],
+)
+def test_engine_flags_out_of_range(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    assert said in capsys.readouterr().err
+
+
+def test_a_port_in_use(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = mistake(capsys, "--port", port)
+    assert "'127.0.0.1'" in line and str(port) in line and "in use" in line
+
+
+def test_hosts_that_are_not_ours(capsys):
+    assert "'no.such.host.invalid'" in mistake(capsys, "--host", "no.such.host.invalid")
+    assert "'192.0.2.1'" in mistake(capsys, "--host", "192.0.2.1")  # a documentation address
+
+
+def test_another_server_was_faster():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bind("127.0.0.1", port) as second:  # allowed as long as nobody listens
+            listen(first)
+            with pytest.raises(ValueError, match=f"port {port}: .*in use"):
+                listen(second)
+
+
+def test_flags_that_make_no_sense(capsys, tmp_path):
+    assert "--revision" in mistake(capsys, "--revision", "main")
+    assert "--api-key is empty" in mistake(capsys, "--api-key", "")
+    assert f"{tmp_path / 'none'}, which is not a folder" in mistake(capsys, "--allowed-local-media-path", tmp_path / "none")
+
+
+def test_keys_from_the_flag_and_from_a_file(tmp_path, capsys):
+    file = tmp_path / "keys"
+    file.write_text("# whose they are\n two \n\nthree\n")
+    assert api_keys(["one"], file) == ("one", "two", "three")
+    assert api_keys([], None) == ()
+    file.write_text("# nobody's\n")
+    assert f"--api-key-file is {file}, which has no key" in mistake(capsys, "--api-key-file", file)
+    assert "nothing.txt" in mistake(capsys, "--api-key-file", tmp_path / "nothing.txt")
+
+
+def test_certificates_that_do_not_work(tmp_path, capsys):
+    assert "--ssl-keyfile goes with an --ssl-certfile" in mistake(capsys, "--ssl-keyfile", "x")
+    file = tmp_path / "cert.pem"
+    assert "cannot be used" in mistake(capsys, "--ssl-certfile", file)
+    file.write_text("hello")
+    assert f"{file} cannot be used" in mistake(capsys, "--ssl-certfile", file)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https(tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    check_tls(_parser().parse_args(["--ssl-certfile", str(cert), "--ssl-keyfile", str(key)]))
+    with serving(FakeModel()) as service, bind("127.0.0.1", 0) as listening:
+        server = Server(service, Tls(str(cert), str(key)))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            url = f"{address(listening, 'https')}/health"
+            trusted = ssl.create_default_context(cafile=cert)
+            for _ in range(200):
+                with contextlib.suppress(httpx.ConnectError):
+                    assert httpx.get(url, verify=trusted).json() == {"status": "ok"}
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail("no answer over https")
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_flag_for_newlines(monkeypatch, demo_folder, wanted):
+    model = FakeModel()
+    for name, value in {"choose_platform": "cpu", "start": (model, SerialEngine(model))}.items():
+        monkeypatch.setattr(startup, name, lambda *_, value=value: value)
+    service = start(_parser().parse_args(["--model", str(demo_folder), *["--restore-newlines"] * wanted]))
+    assert service.restore_newlines == wanted
+    service.close()
+
+
+def test_the_flags_for_pages_of_other_origins():
+    assert cors(_parser().parse_args([])) is None
+    found = cors(_parser().parse_args(["--allowed-origins", '["https://a.example"]', "--allow-credentials"]))
+    assert (found.allow_origins, found.allow_methods, found.allow_credentials) == (("https://a.example",), ("*",), True)
+
+
+def test_both_internet_protocols():
+    for host in ("127.0.0.1", "::1"):
+        with bind(host, 0) as listening:
+            assert listening.getsockname()[0] == host
+
+
+@pytest.mark.parametrize("kind, plugin", [("gpu", "jax_cuda13_plugin"), ("tpu", "libtpu")])
+def test_a_chip_where_there_is_none(kind, plugin, tmp_path):
+    if importlib.util.find_spec(plugin) is not None:
+        pytest.skip(f"with {plugin} installed there may be one")
+    done = run(f"--{kind}", "--port", 0, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: --{kind}: jax finds no {kind.upper()} here, it found: ")
+    assert f'pip install "minicpmv46-jax[{kind}]"' in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    done = run("--cpu", "--port", 0, "--model", tmp_path / "none", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and str(tmp_path / "none") in line
+    assert "Traceback" not in done.stderr
+
+
+def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
+    """A newcomer's: the model that comes along, and a picture it has never seen."""
+    (question,) = read_questions(write(tmp_path / "scene", 1, held_out=True, kinds=("shapes",), first=10**6))
+    words, picture = question.messages[0]["content"][-1]["text"], next((tmp_path / "scene").glob("*.png"))
+    command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
+    command += ["--picture-processes", "1"]
+    caches = tmp_path / "caches"
+    with subprocess.Popen(
+        command, env=environment(XDG_CACHE_HOME=str(caches)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        ready = server.stdout.readline()  # nothing is printed there before
+        assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
+        with httpx.Client(base_url=ready.split()[1], headers={"Authorization": "Bearer k"}, timeout=60) as http:
+            parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "text", "text": words}]
+            content = {"model": "mine", "messages": [{"role": "user", "content": parts}], "max_tokens": 32}
+            answer = http.post("chat/completions", json=content)
+        assert answer.json()["choices"][0]["message"]["content"] in question.answers
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=60)
+    assert server.returncode == 0, err
+    assert out == ""
+    assert f"loading {demo.FOLDER}" in err and "compiling" in err
+    assert err.endswith("stopped\n") and "Traceback" not in err
+    (cache,) = caches.iterdir()
+    assert [path.name for path in cache.iterdir()] == ["jax"]
+    assert any((cache / "jax").iterdir())
+
+
+def test_what_the_start_has_made_is_not_looked_through_again_while_answers_run(monkeypatch):
+    """A garbage collection over a whole server holds up every stream for a fifth of a second."""
+    frozen, interval = [], sys.getswitchinterval()
+    served = SimpleNamespace(run=lambda sockets: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(server_module, "Server", lambda *_: served)
+    monkeypatch.setattr(server_module.logs, "configure", lambda _: None)
+    try:
+        server_module.run(SimpleNamespace(close=lambda: None), None)
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(interval)
+    assert frozen[0] > 10_000
+
+
+def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir.cache_folder() == tmp_path / "xdg" / "minicpmv46-jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert cache_dir.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_dir.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
+
+
+@pytest.mark.parametrize(
+    "file, told", [("tokenizer.json", "the tokenizer cannot be read"), ("model.safetensors", "model.safetensors")]
+)
+def test_a_damaged_checkpoint_is_told_while_steps_are_compiled(demo_folder, tmp_path, monkeypatch, file, told):
+    folder = shutil.copytree(demo_folder, tmp_path / "model")
+    (folder / file).write_bytes((folder / file).read_bytes()[:1000])
+    finish, over, late = Programs._finish, threading.Event(), []
+
+    def slow(self, key, *rest):
+        if key != "new" and not over.wait(60):
+            late.append(key)
+        return finish(self, key, *rest)
+
+    monkeypatch.setattr(Programs, "_finish", slow)
+    with pytest.raises(ValueError, match=told), Loading(folder, "float32") as loading:
+        startup.start(loading, Place("cpu", 0.9, tmp_path), Wishes(), Policy())
+    assert not late
+    over.set()
+
+
+def test_a_model_that_the_device_has_no_room_for(demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "free_memory", lambda place: 2**20)
+    told = r"take \d\.\d\d GiB in float32, and .* has 0\.00 GiB free"
+    with pytest.raises(ValueError, match=told), Loading(demo_folder, "float32") as loading:
+        startup.start(loading, Place("gpu", 0.9, tmp_path), Wishes(), Policy())
+
+
+def test_what_clients_call_the_model(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    assert served_name(None, "demo") == "demo"
+    assert served_name(str(tmp_path / "my-model") + "/", "demo") == "my-model"
+    assert served_name("openbmb/MiniCPM-V-4.6", "demo") == "openbmb/MiniCPM-V-4.6"

@@ -1,0 +1,85 @@
+"""Rows of picture features, and the keys that pictures and prompts are known by."""
+
+import dataclasses
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minicpmv46_jax.config import GenerationConfig
+from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.processing import Inputs
+from serve.engine.encoder_cache import FeatureCache
+from serve.engine.page_pool import PAGE
+from serve.engine.request import picture_key, prepare
+from tests.minicpmv46_jax.model.test_packing import view
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=60))
+def test_no_row_has_two_pictures_and_pinned_ones_stay(asked):
+    """Picture i has 2 i + 1 rows of 40."""
+    cache, pinned = FeatureCache(40), []
+    for i, keep in asked:
+        key, rows = bytes([i]), 2 * i + 1
+        entry = cache.find(key) or cache.reserve(key, rows)
+        if entry is None:
+            assert sum(len(e.rows) for e in {id(e): e for e in pinned}.values()) > 40 - rows
+            continue
+        assert len(entry.rows) == rows
+        if keep:
+            pinned.append(entry)
+        else:
+            cache.unpin(entry)
+        held = np.concatenate([e.rows for e in cache._entries.values()])
+        assert len(set(held.tolist())) == len(held) == cache.used
+        assert all(any(e is p for e in cache._entries.values()) for p in pinned)
+
+
+def test_the_least_recently_used_goes_first():
+    cache = FeatureCache(10)
+    for key in (b"a", b"b"):
+        cache.unpin(cache.reserve(key, 5))
+    cache.unpin(cache.find(b"a"))
+    cache.unpin(cache.reserve(b"c", 5))
+    assert cache.find(b"b") is None and cache.find(b"a") is not None
+    assert (cache.hits, cache.misses) == (2, 3)
+
+
+def test_a_pictures_key_has_all_that_decides_its_features():
+    one = view(8, 8, value=1)
+    others = [view(8, 8, value=2), view(4, 16, value=1), dataclasses.replace(one, downsample_mode="4x")]
+    others.append(dataclasses.replace(one, table=one.table * 2))
+    assert len({picture_key(v) for v in (one, *others)}) == 5
+    assert picture_key(dataclasses.replace(one, start=77)) == picture_key(one)
+
+
+def keys(ids, views=()):
+    return prepare(Inputs(np.array(ids, np.int32), tuple(views)), OPTIONS, 70).keys
+
+
+OPTIONS = generation_options(GenerationConfig(), seed=0)
+
+
+def test_a_prompts_keys_stand_for_all_before_them():
+    base = list(range(200))
+    assert len(keys(base)) == 3
+    assert keys(base)[:2] == keys([*base[:128], *base[:72]])[:2]
+    changed = [99, *base[1:]]
+    assert not set(keys(changed)) & set(keys(base))
+
+
+def test_a_prompts_keys_have_its_pictures_in_their_places():
+    ids, picture = [7] * 200, view(8, 8, value=1)
+    at = dataclasses.replace(picture, start=70)
+    other = dataclasses.replace(view(8, 8, value=2), start=70)
+    shifted = dataclasses.replace(picture, start=71)
+    found = [keys(ids, [v]) for v in (at, other, shifted)] + [keys(ids)]
+    assert len({k[0] for k in found}) == 1  # the first page ends before it
+    assert len({k[1] for k in found}) == len({k[2] for k in found}) == 4
+    assert 70 // PAGE == 1
+
+
+def test_a_seed_is_drawn_once():
+    inputs = Inputs(np.arange(3, dtype=np.int32), ())
+    drawn = {prepare(inputs, dataclasses.replace(OPTIONS, seed=None), 70).seed for _ in range(4)}
+    assert len(drawn) == 4 and prepare(inputs, OPTIONS, 70).seed == 0

@@ -1,0 +1,255 @@
+"""Constrained and biased answers in the engine's batch: each is the one its request has alone; nobody waits for their masks."""
+
+import asyncio
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+
+from serve.engine import grammar_masks as masks
+from serve.structured_output.grammar import Constraints, Wanted
+from tests.serve.engine.engine_client import answer, request, run, submitted, text, wait_until
+from tests.serve.engine.small_engine import BUCKETS
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 9},
+        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["name", "ages"],
+    "additionalProperties": False,
+}
+DRAWN = {"temperature": 1.0, "top_p": 0.95}
+
+
+@pytest.fixture(scope="module")
+def make(demo):
+    """A constraint of the small model's."""
+    tokenize = lambda words: demo.processor.tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
+    stops = demo.generation_config.stop_token_ids
+    constraints = Constraints(demo.detokenizer, tokenize, demo.config.text.vocab_size, stops)
+    return lambda thinking=False, **wanted: constraints.make(Wanted(**wanted), thinking)
+
+
+@pytest.fixture(scope="module")
+def steered(demo, make, photos):
+    """Forms, thoughts before one, penalties, log probabilities, seeds, a picture, biases."""
+
+    def form(words, constraint, *parts, **options):
+        fields = {"ignore_eos": False, "max_new_tokens": 40, "constraint": constraint, **options}
+        return request(demo, *parts, text(words), **fields)
+
+    flower = {"type": "image", "image": photos[1].resize((120, 90))}
+    return [
+        form("Words.", make(regex="[a-z ]{1,30}")),
+        form("Who?", make(schema=SCHEMA), **DRAWN, seed=3),
+        form("Yes?", make(choice=("yes", "no"))),
+        form("Think.", make(thinking=True, choice=("yes",)), max_new_tokens=12),
+        form("Letters.", make(grammar='start: ("a" | "b" | "cd"){20}'), repetition_penalty=1.5, frequency_penalty=0.7),
+        form("Digits.", make(regex="[0-9]{3,25}"), logprobs=3, **DRAWN, seed=4),
+        form("What?", make(schema=SCHEMA), flower, max_slice_nums=1),
+        form("Biased.", make(regex="[a-z]{12}"), logit_bias={demo.processor.tokenizer("q")["input_ids"][0]: 100}),
+        request(demo, text("Bias alone."), logit_bias=dict.fromkeys(range(40, 90), 30), **DRAWN, seed=5),
+    ]
+
+
+@pytest.fixture(scope="module")
+def free(demo):
+    """Requests as all others."""
+    return [
+        request(demo, text("Why is the sky blue? " * 30), max_new_tokens=60),
+        request(demo, text("Sample this."), **DRAWN, seed=7, max_new_tokens=30),
+        request(demo, text("x" * 700), max_new_tokens=9),
+    ]
+
+
+def fresh(one):
+    """The same request once more: a constraint serves one answer."""
+    inputs, options = one
+    constraint = options.constraint and options.constraint.fresh()
+    return inputs, dataclasses.replace(options, constraint=constraint)
+
+
+@pytest.fixture(scope="module")
+def alone(demo):
+    """A request's tokens, and whether they end before they must, from the plain generator."""
+
+    def answered(one):
+        inputs, options = fresh(one)
+        tokens = list(demo.generator.tokens(inputs, options))
+        stopped = tokens[-1].id in options.stop_token_ids
+        return tokens[:-1] if stopped else tokens, "stop" if stopped else "length"
+
+    return answered
+
+
+@pytest.fixture(scope="module")
+def expected(steered, free, alone):
+    return [alone(one) for one in [*steered, *free]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held(demo_engine):
+    yield
+    wait_until(lambda: demo_engine.taken == 0)
+    assert demo_engine.slots.free == demo_engine.slots.count and not demo_engine._held
+
+
+async def together(engine, requests):
+    return await asyncio.gather(*(answer(engine, *fresh(one)) for one in requests), return_exceptions=True)
+
+
+def same(found, right):
+    """Token for token, and the log probabilities where they were asked for."""
+    (tokens, reason), (expected, why) = found, right
+    assert ([token.id for token in tokens], reason) == ([token.id for token in expected], why)
+    assert [[i for i, _ in token.top] for token in tokens] == [[i for i, _ in token.top] for token in expected]
+    if expected and expected[0].logprob is not None:
+        np.testing.assert_allclose([t.logprob for t in tokens], [t.logprob for t in expected], rtol=1e-4, atol=1e-5)
+    return True
+
+
+def test_all_together_answer_as_each_alone(demo_engine, steered, free, expected):
+    compiled = demo_engine.compilations.count
+    found = run(together(demo_engine, [*steered, *free]))  # four more than there are slots
+    assert all(same(*pair) for pair in zip(found, expected, strict=True))
+    assert demo_engine.compilations.count == compiled
+
+
+def test_the_answers_have_their_forms(demo, steered, expected):
+    texts = [demo.detokenizer.decode([token.id for token in tokens]) for tokens, _ in expected]
+    assert texts[2] in ("yes", "no") and texts[7] == "q" * 12 and set(texts[5]) <= set("0123456789")
+    assert all(40 <= token.id < 90 for token in expected[8][0])
+
+
+def test_preempted_ones_go_on_as_if_nothing_had_been(demo, tight_engine, make, alone):
+    """19 pages for answers that want 5 to 8 each: they are put back between their scores and the choice of a token, too."""
+    options = {"ignore_eos": False, "max_new_tokens": 200, **DRAWN}
+    long = [
+        request(demo, text(f"{i} " * 60), constraint=make(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
+        for i in range(4)
+    ]
+    requests = [*long, request(demo, text("free " * 30), max_new_tokens=200)]
+    preemptions = tight_engine.scheduler.preemptions
+    found = run(together(tight_engine, requests))
+    assert tight_engine.scheduler.preemptions > preemptions and tight_engine.pages.free == tight_engine.pages.count
+    assert all(same(*pair) for pair in zip(found, map(alone, requests), strict=True))
+
+
+class Fails:
+    """A constraint that gives up: at once, or after some tokens."""
+
+    def __init__(self, vocabulary, after, where):
+        self._free, self._left, self._where = np.full(-(-vocabulary // 32), 0xFFFFFFFF, np.uint32), after, where
+
+    def mask(self):
+        if self._left == 0 and self._where == "mask":
+            raise RuntimeError("the parser gave up")
+        return self._free
+
+    def advance(self, token):
+        self._left -= 1
+        if self._left == 0 and self._where == "advance":
+            raise RuntimeError("the parser gave up")
+
+    def fresh(self):
+        return self
+
+
+@pytest.mark.parametrize(("after", "where"), [(0, "mask"), (3, "mask"), (3, "advance")])
+def test_a_constraint_that_breaks_fails_its_request_alone(demo, demo_engine, steered, free, expected, after, where):
+    broken = request(demo, text("broken"), constraint=Fails(demo.config.text.vocab_size, after, where), max_new_tokens=50)
+    *found, error = run(together(demo_engine, [*steered[:3], *free, broken]))
+    assert all(same(*pair) for pair in zip(found, [*expected[:3], *expected[-3:]], strict=True))
+    assert isinstance(error, RuntimeError) and str(error) == "the parser gave up"
+
+
+def test_a_step_that_fails_is_its_own_requests_alone(demo_engine, steered, free, expected, monkeypatch, caplog):
+    choose, calls = demo_engine._device.choose, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise RuntimeError("device on fire")
+        return choose(*arguments)
+
+    monkeypatch.setattr(demo_engine._device, "choose", failing)
+    found = run(together(demo_engine, [*steered[:4], *free]))
+    failed = [one for one in found if isinstance(one, Exception)]
+    assert failed and {str(error) for error in failed} == {"device on fire"}
+    rights = [*expected[:4], *expected[-3:]]
+    assert all(isinstance(one, Exception) or same(one, right) for one, right in zip(found, rights, strict=True))
+    assert not any(isinstance(one, Exception) for one in found[-3:])  # nobody chooses for these
+    assert "device on fire" in caplog.text
+
+
+class Slow(Fails):
+    """A constraint whose third mask takes as long as the test likes."""
+
+    def __init__(self, vocabulary, gate):
+        super().__init__(vocabulary, -1, "never")
+        self._gate, self._masks = gate, 0
+
+    def mask(self):
+        self._masks += 1
+        if self._masks == 3:
+            assert self._gate.wait(60)
+        return super().mask()
+
+
+def test_nobody_waits_for_a_mask(demo, demo_engine, alone, free, expected):
+    gate = threading.Event()
+    slow = request(demo, text("slow"), constraint=Slow(demo.config.text.vocab_size, gate), max_new_tokens=6)
+
+    async def scenario():
+        with submitted(demo_engine, *slow) as job:
+            deltas = job.deltas()
+            await anext(deltas)
+            others = await together(demo_engine, free)
+            gate.set()
+            return others, [delta async for delta in deltas]
+
+    late = demo_engine.metrics.late_masks._value.get()
+    others, rest = run(scenario())
+    assert all(same(*pair) for pair in zip(others, expected[-3:], strict=True))
+    assert rest[-1].finish_reason == "length"
+    assert demo_engine.metrics.late_masks._value.get() > late
+
+
+def test_steps_are_sent_ahead_and_shared(demo, demo_engine, make, monkeypatch):
+    """A constrained and a free stream get a token each from every dispatch, sent before anybody looks at the last one's."""
+    engine, events = demo_engine, []
+    monkeypatch.setattr(masks, "PATIENCE_S", 30.0)  # masks are never late
+    for name in ("decode", "choose"):
+        call = getattr(engine._device, name)
+        monkeypatch.setattr(engine._device, name, lambda *given, c=call, n=name: (events.append((n, given)), c(*given))[1])
+    for name in ("_take", "_receive"):
+        call = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda what, c=call, n=name: (what and events.append((n, what)), c(what))[1])
+    options = {"ignore_eos": False, "max_new_tokens": 40, "temperature": 0.0}
+    constrained = request(demo, text("a"), constraint=make(regex="[a-z]{100}"), **options)
+    found = run(together(engine, [constrained, request(demo, text("b"), max_new_tokens=90)]))
+    assert [len(tokens) for tokens, _ in found] == [40, 90]
+
+    decodes = [given[0] for name, given in events if name == "decode"]
+    shared = [plan for plan in decodes if plan.held.any()]
+    assert len(shared) == 39 == sum(name == "choose" for name, _ in events)  # a token for each dispatch
+    assert sum(len(plan.rows) == 2 for plan in shared) >= 36  # but for the turns between the two prompts
+    assert all(plan.steps == 1 for plan in shared)
+    assert sum(plan.steps for plan in decodes if not plan.held.all()) <= 90 + BUCKETS.steps
+    assert any(plan.steps == BUCKETS.steps for plan in decodes)  # afterwards, and before
+    names = [name for name, _ in events]
+    ahead = ["choose", "decode", "_take", "_receive"]
+    assert sum(names[i : i + 4] == ahead for i in range(len(names))) >= 36
+
+
+def test_biases_of_others_are_not_mine(demo, demo_engine, alone):
+    """A slot that had a bias is given to an answer in whose step biases are added, too."""
+    bias = request(demo, text("bias"), logit_bias={77: 100.0}, max_new_tokens=4)
+    plain = request(demo, text("plain"), logprobs=1, max_new_tokens=4)
+    rights = alone(bias), alone(plain)
+    for one, right in zip((bias, plain), rights, strict=True):
+        assert all(same(found, right) for found in run(together(demo_engine, [one] * demo_engine.slots.count)))
+    assert {token.id for token in rights[0][0]} == {77}

@@ -1,0 +1,176 @@
+"""Pictures and videos cut in processes of their own: the same cuts, the same mistakes, and no process left behind."""
+
+import base64
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicpmv46_jax.processing import MediaConfig, Processor
+from minicpmv46_jax.processing.media_job import Cutting, cut_here
+from minicpmv46_jax.processing.video import UNBOUNDED
+from serve.multimodal.image_workers import MOST, Cutters, processes_for
+from tests import ROOT
+from tests.minicpmv46_jax.processing.test_images import PHOTOS
+from tests.serve.api.test_clients import clip
+
+
+@pytest.fixture(scope="module")
+def cutters():
+    made = Cutters(2)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def processor(demo_folder):
+    return Processor.from_folder(demo_folder)
+
+
+def cutting(processor, source, kind="image", **changes):
+    config: MediaConfig = processor.images if kind == "image" else processor.videos
+    made = Cutting(kind, source, "its name", config, config.options, 10**8, UNBOUNDED)
+    return dataclasses.replace(made, **changes)
+
+
+def assert_equal(found, expected):
+    assert [cut.grid for cut in found] == [cut.grid for cut in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [crop.grid for crop in ours.crops] == [crop.grid for crop in theirs.crops]
+        for one, other in zip(ours.crops, theirs.crops, strict=True):
+            np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
+def data_url(path):
+    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+@pytest.mark.parametrize("source", [PHOTOS[0], PHOTOS[1].read_bytes(), bytearray(PHOTOS[0].read_bytes()), data_url(PHOTOS[1])])
+def test_pictures_are_cut_as_they_are_here(cutters, processor, source):
+    wanted = cutting(processor, source)
+    found = cutters(wanted)
+    assert len(found[0].crops) > 1
+    assert_equal(found, cut_here(wanted))
+
+
+def test_videos_are_cut_as_they_are_here(cutters, processor):
+    wanted = cutting(processor, clip(6), "video")
+    found = cutters(wanted)
+    assert len(found) > 1
+    assert_equal(found, cut_here(wanted))
+
+
+def test_many_at_once(cutters, processor):
+    wanted = [cutting(processor, path) for path in PHOTOS] * 10
+    with ThreadPoolExecutor(8) as pool:
+        for found, expected in zip(pool.map(cutters, wanted), [cut_here(one) for one in wanted[:2]] * 10, strict=True):
+            assert_equal(found, expected)
+
+
+def test_mistakes_are_told_as_they_are_here(cutters, processor):
+    for wanted in (
+        cutting(processor, b"no picture"),
+        cutting(processor, b""),
+        cutting(processor, "data:image/png;base64,???"),
+        cutting(processor, ROOT / "no such file"),
+        cutting(processor, PHOTOS[0], max_pixels=1000),
+        cutting(processor, b"no video", "video"),
+    ):
+        with pytest.raises(ValueError) as here:
+            cut_here(wanted)
+        with pytest.raises(ValueError) as there:
+            cutters(wanted)
+        assert str(there.value) == str(here.value)
+
+
+def test_a_url_that_nobody_has_fetched_is_our_fault_and_not_fetched(cutters, processor):
+    for cutter in (cut_here, cutters):
+        for kind in ("image", "video"):
+            with pytest.raises(AssertionError, match=r"http://127\.0\.0\.1:9/x should have been fetched"):
+                cutter(cutting(processor, "http://127.0.0.1:9/x", kind))
+
+
+def test_what_is_decoded_already_stays_here(cutters, processor):
+    picture = Image.open(PHOTOS[0])
+    assert_equal(cutters(cutting(processor, picture)), cut_here(cutting(processor, picture)))
+
+
+def test_its_processes_have_no_jax(cutters, processor):
+    """Which would cost each of them seconds and hundreds of megabytes."""
+    cutters(cutting(processor, PHOTOS[0]))
+    imported = "[name for name in ('jax', 'transformers', 'fastapi') if name in __import__('sys').modules]"
+    assert cutters._pool.submit(eval, imported).result() == []
+
+
+def test_a_picture_that_waits_holds_no_file(cutters, processor):
+    """Hundreds may wait, and a process may have a thousand files."""
+    before = len(os.listdir("/proc/self/fd"))
+    found = [cutters(cutting(processor, PHOTOS[0])) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(found) == 5
+
+
+def test_a_process_that_dies_is_replaced(processor, caplog):
+    own = Cutters(1)
+    try:
+        wanted = cutting(processor, PHOTOS[0])
+        expected = own(wanted)
+        (process,) = own._pool._processes.values()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert_equal(own(wanted), expected)
+        assert "all of them are started anew" in caplog.text
+    finally:
+        own.close()
+
+
+def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_path, processor):
+    (tmp_path / "decoder_that_crashes.py").write_text("import os\n\n\ndef work(*_):\n    os.abort()\n")
+    monkeypatch.syspath_prepend(tmp_path)  # the processes have it too
+    own, wanted = Cutters(1), cutting(processor, PHOTOS[0])
+    try:
+        with monkeypatch.context() as crashing, pytest.raises(BrokenProcessPool):
+            crashing.setattr("serve.multimodal.image_workers._work", importlib.import_module("decoder_that_crashes").work)
+            own(wanted)
+        assert_equal(own(wanted), cut_here(wanted))
+    finally:
+        own.close()
+
+
+@pytest.mark.parametrize("end", ["cutters.close()", "os.kill(os.getpid(), 9)"])
+def test_processes_end_with_their_server(end):
+    lines = (
+        "import os; from serve.multimodal.image_workers import Cutters",
+        "cutters = Cutters(2); list(cutters._pool.map(abs, range(4)))",
+        "print(*cutters._pool._processes, flush=True)",
+        end,
+    )
+    code = "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in lines)
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, timeout=60)
+    pids = done.stdout.split()
+    assert len(pids) in (1, 2), done.stderr  # one may have been quick enough for both
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_how_many(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    assert (processes_for(True), processes_for(False)) == (MOST, 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5))
+    assert processes_for(True) == 2
+    monkeypatch.delattr(os, "memfd_create")
+    assert processes_for(True) == 0
+    with pytest.raises(ValueError, match="--picture-processes is 3, which needs Linux"):
+        Cutters(3)

@@ -1,0 +1,205 @@
+"""What the server's tests share: a model whose answers are known beforehand, and ways to talk to a server around it.
+
+The fake model answers a prompt with the same text in capitals, or with what a test has it say, one token (a byte) a step.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import uvicorn
+
+from minicpmv46_jax.config import GenerationConfig
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Token
+from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.library import Delta
+from minicpmv46_jax.processing import Inputs
+from serve.api import Service, create_app
+from tests.serve.engine.serial_engine import SerialEngine
+
+NAME = "fake"
+CONTEXT = 200
+PATIENCE_S = 20  # for events that come at once unless something is broken
+
+
+class FakeDetokenizer(Detokenizer):
+    """A token is a byte."""
+
+    def __init__(self):
+        self.special = frozenset()
+
+    def token_bytes(self, token_id):
+        return bytes([token_id])
+
+
+class FakeTokenizer:
+    """The way back."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+
+class FakeModel:
+    """Has the methods of MiniCPMV that the server calls, and switches for tests.
+
+    Attributes:
+      gate: if not None, each step waits for one release of it.
+      fault: if not None, raised by the third step.
+      opening: what the template puts behind the last message.
+      say: from a prompt's text to the answer's.
+      calls: the options of each `process`.
+      started, ended: the prompts whose generation has begun and has been let go of, in order; `changed` guards them.
+    """
+
+    def __init__(self):
+        self.config = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=256))
+        self.generation_config = GenerationConfig(stop_token_ids=(0,))
+        self.detokenizer = FakeDetokenizer()
+        self.processor = SimpleNamespace(tokenizer=FakeTokenizer())
+        self.opening, self.say = "", str.upper
+        self.gate: threading.Semaphore | None = None
+        self.fault: Exception | None = None
+        self.process_fault: Exception | None = None
+        self.calls, self.started, self.ended = [], [], []
+        self.changed = threading.Condition()
+
+    def process(self, messages, **options):
+        if self.process_fault is not None:
+            raise self.process_fault
+        self.calls.append(options)
+        if not messages:
+            raise ValueError("messages is empty")
+        return prompt(messages[-1]["content"] + self.opening)
+
+    def options(self, **options):
+        return generation_options(self.generation_config, **options)
+
+    def generate(self, inputs, options):
+        text = bytes(inputs.token_ids.tolist()).decode()
+        self._note(self.started, text)
+        answer = constrained(self.say(text).encode(), options.constraint)
+        limit = options.max_new_tokens or len(answer)
+        try:
+            for i, byte in enumerate(answer[:limit]):
+                if self.gate is not None:
+                    self.gate.acquire()
+                if self.fault is not None and i == 2:
+                    raise self.fault
+                top = tuple((byte + k, -1.0 - k) for k in range(options.logprobs or 0))
+                yield Delta(chr(byte), (Token(byte, -1.0, top),))
+            yield Delta("", (), "stop" if limit >= len(answer) else "length")
+        finally:
+            self._note(self.ended, text)
+
+    def wait_for(self, notes, text):
+        """Blocks until `text` stands in `notes` (`started` or `ended`)."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: text in notes, PATIENCE_S), f"{text!r} did not come; {notes}"
+
+    def _note(self, notes, text):
+        with self.changed:
+            notes.append(text)
+            self.changed.notify_all()
+
+
+def constrained(wish, constraint):
+    """What a model says that wishes for these bytes and may say others."""
+    if constraint is None:
+        return wish
+    said = bytearray()
+    while len(said) < 500:
+        mask = constraint.mask()
+        tokens = [i for i in range(256) if mask[i // 32] >> (i % 32) & 1]
+        likely = [*wish[len(said) : len(said) + 1], *b'\0}"]:0 ', *tokens]  # what it wants, then what ends a document soonest
+        token = next(i for i in likely if i in tokens)
+        if token == 0:
+            break
+        constraint.advance(token)
+        said.append(token)
+    return bytes(said)
+
+
+def prompt(text):
+    return Inputs(np.frombuffer(text.encode(), np.uint8).astype(np.int32), ())
+
+
+@contextlib.contextmanager
+def serving(model, max_waiting=16, **fields):
+    """A service around a model."""
+    service = Service(model, SerialEngine(model, max_waiting), NAME, **fields)
+    try:
+        yield service
+    finally:
+        if getattr(model, "gate", None) is not None:
+            model.gate.release(10_000)  # nothing may keep the worker from ending
+        service.close()
+        assert not service.engine.alive
+
+
+def client(service, **options):
+    """An httpx client of the application, in this event loop."""
+    transport = httpx.ASGITransport(create_app(service))
+    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE_S, **options)
+
+
+def body(text="hello", **fields):
+    return {"model": NAME, "messages": [{"role": "user", "content": text}], **fields}
+
+
+def ask(service, content=None, path="/v1/chat/completions", headers=None, **fields):
+    """One request. `content`: raw bytes instead of a body made of fields."""
+
+    async def post():
+        async with client(service) as http:
+            data = json.dumps({**body(), **fields}) if content is None else content
+            return await http.post(path, content=data, headers=headers)
+
+    return asyncio.run(post())
+
+
+def events(text):
+    """The objects of a stream that ended properly."""
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines), lines
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def content_of(chunks):
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
+
+
+class _Announcing(uvicorn.Server):
+    """Sets an event once connections are taken."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.ready = threading.Event()
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        self.ready.set()
+
+
+@contextlib.contextmanager
+def live(service):
+    """A real server on a loopback port; gives its address."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        server = _Announcing(config)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        assert server.ready.wait(PATIENCE_S)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()

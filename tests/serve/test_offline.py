@@ -1,0 +1,45 @@
+"""Many conversations at once: each as alone, in order; one mistake is named and leaves nothing running."""
+
+import pytest
+
+from serve.offline import Offline
+from tests.serve.engine.serial_engine import SerialEngine
+from tests.serve.support import FakeModel
+
+
+def conversation(text):
+    return [{"role": "user", "content": text}]
+
+
+class Model(FakeModel):
+    """`prepare`, as the library has it."""
+
+    def prepare(self, messages, options):
+        return self.process(messages), self.options(**options)
+
+
+def offline_fake():
+    model = Model()
+    return Offline(model, SerialEngine(model, max_waiting=64))
+
+
+def test_answers_come_in_order():
+    texts = [f"question {i}" for i in range(100)]
+    with offline_fake() as offline:
+        assert offline.chat(map(conversation, texts)) == [text.upper() for text in texts]
+        assert offline.chat(map(conversation, texts[:2]), max_new_tokens=3, progress=False) == ["QUE", "QUE"]
+        assert offline.chat([]) == []
+
+
+def test_each_as_alone(demo, demo_engine):
+    offline = Offline(demo, demo_engine)  # not closed: others use the engine
+    conversations = [conversation(f"Question {i}") for i in range(3)]
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    assert offline.chat(conversations, **options) == [demo.chat(messages, **options) for messages in conversations]
+
+
+def test_a_mistake_is_named():
+    with offline_fake() as offline:
+        with pytest.raises(ValueError, match="conversation 1: messages is empty"):
+            offline.chat([conversation("a"), []])
+        assert offline.chat([conversation("b")]) == ["B"]
