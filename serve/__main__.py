@@ -115,13 +115,13 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
     from minicpmv46_jax import demo
     from minicpmv46_jax.library import Loading
-    from minicpmv46_jax.processing.media_job import cut_here
+    from minicpmv46_jax.processing.media_job import process_media
     from minicpmv46_jax.processing.video import Bounds
     from serve.api import Service
     from serve.api.common.service import MEDIA_LIMITS
-    from serve.engine.engine import Policy
-    from serve.engine.memory_plan import Wishes
-    from serve.multimodal.image_workers import Cutters, processes_for
+    from serve.engine.engine import QueuePolicy
+    from serve.engine.memory_plan import EngineConfig
+    from serve.multimodal.image_workers import ImageWorkerPool, processes_for
     from serve.runtime import startup  # jax, transformers and all: seconds, and none of it for --help
     from serve.runtime.cache_dir import cache_folder
 
@@ -131,17 +131,17 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     source = demo.FOLDER if args.model is None else args.model
     # On a CPU XLA multiplies slowly in bfloat16: 1.2 to 2.8 s a token of the full model on 2 cores, in float32 0.2 s.
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    wishes = Wishes(args.max_running, args.max_model_len, not args.no_prefix_cache)
-    policy = Policy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
+    wishes = EngineConfig(args.max_running, args.max_model_len, not args.no_prefix_cache)
+    policy = QueuePolicy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
     processes = processes_for(platform != "cpu") if args.picture_processes is None else args.picture_processes
-    cutters = Cutters(processes) if processes else None
+    image_workers = ImageWorkerPool(processes) if processes else None
     with contextlib.ExitStack() as on_failure:
-        if cutters is not None:
-            on_failure.callback(cutters.close)
+        if image_workers is not None:
+            on_failure.callback(image_workers.close)
         with Loading(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
             model, engine = startup.start(loading, place, wishes, policy)
         on_failure.pop_all()
-    model.processor.cutter = cutters or cut_here
+    model.processor.media_worker = image_workers or process_media
     model.processor.max_pixels = args.max_pixels
     model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
@@ -149,7 +149,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     fields |= {
         "media_limits": media_limits,
         "restore_newlines": args.restore_newlines,
-        "cutters": cutters,
+        "image_workers": image_workers,
         "demo": args.model is None,
     }
     return Service(model, engine, name, tuple(aliases), **fields)

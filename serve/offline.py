@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from minicpmv46_jax import MiniCPMV
 from serve.api.common.service import PREPARE_THREADS
-from serve.engine.engine import Policy
-from serve.engine.engine_client import Desk
-from serve.engine.memory_plan import Wishes
+from serve.engine.engine import QueuePolicy
+from serve.engine.engine_client import EngineClient
+from serve.engine.memory_plan import EngineConfig
 from serve.runtime.cache_dir import cache_folder
 from serve.runtime.startup import MEMORY_FRACTION, Place, make_engine
 
@@ -36,13 +36,13 @@ class Offline:
       engine: an engine over it; None makes one of the size that the device has room for.
     """
 
-    def __init__(self, model: MiniCPMV, engine: Desk | None = None):
+    def __init__(self, model: MiniCPMV, engine: EngineClient | None = None):
         self._model, self._engine = model, engine or self._fitting(model)
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
 
     @staticmethod
-    def _fitting(model: MiniCPMV) -> Desk:
-        return make_engine(model, Place(jax.default_backend(), MEMORY_FRACTION, cache_folder()), Wishes(), Policy())
+    def _fitting(model: MiniCPMV) -> EngineClient:
+        return make_engine(model, Place(jax.default_backend(), MEMORY_FRACTION, cache_folder()), EngineConfig(), QueuePolicy())
 
     def __enter__(self) -> "Offline":
         return self

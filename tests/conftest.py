@@ -64,10 +64,10 @@ def demo(demo_folder):
 @pytest.fixture(scope="session")
 def demo_engine(demo):
     """An engine over the small checkpoint."""
-    from serve.engine.engine import Engine, Policy
+    from serve.engine.engine import Engine, QueuePolicy
     from tests.serve.engine.small_engine import SIZES, device_of
 
-    with Engine(demo, device_of(demo, SIZES), Policy(host_bytes=64 * 2**20)) as engine:
+    with Engine(demo, device_of(demo, SIZES), QueuePolicy(host_bytes=64 * 2**20)) as engine:
         yield engine
 
 
@@ -108,7 +108,7 @@ def service(model):
 
     with serving(model) as service:
         yield service
-    assert service.engine.taken == 0
+    assert service.engine.num_reserved == 0
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from minicpmv46_jax import checkpoint, model, scenes
 from minicpmv46_jax.checkpoint import names
 from minicpmv46_jax.config import ModelConfig, VisionConfig
 from minicpmv46_jax.model import Params, Schema
-from minicpmv46_jax.model.batch import Packed
+from minicpmv46_jax.model.batch import PackedBatch
 from minicpmv46_jax.processing.images import patchify, resize_pillow
 from minicpmv46_jax.train import BatchShape, TrainBatch, TrainState, computing, forward, make_step, new_state, split
 
@@ -189,7 +189,7 @@ def hits(graph: Schema, trained: Params, batch: TrainBatch, dtype: Any) -> jax.A
     identity = lambda part, path: part  # noqa: E731
     features = forward.encode(graph.vision, params["vision"], own.views, remat="layer", gather=identity)
     x = model.embed(params["text"]["embed"], own.ids.reshape(-1), own.feature_rows.reshape(-1), features)
-    hidden = forward.read(graph.text, params["text"], x, Packed(own.segments), remat="layer", gather=identity)
+    hidden = forward.read(graph.text, params["text"], x, PackedBatch(own.segments), remat="layer", gather=identity)
     logits = jnp.einsum("td,vd->tv", hidden, params["text"]["embed"]["weight"], preferred_element_type=jnp.float32)
     return logits.argmax(-1).reshape(own.labels.shape) == own.labels
 

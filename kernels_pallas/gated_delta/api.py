@@ -34,10 +34,10 @@ class Chunked(NamedTuple):
     """What `chunked` returns."""
 
     out: Float[Array, "T N V"]
-    memory: Float32[Array, "S N V K"]
-    tail: Float[Array, "S tail C"]
+    recurrent_state: Float32[Array, "S N V K"]
+    conv_state: Float[Array, "S tail C"]
     snapshots: Float32[Array, "P N V K"]
-    snapshot_tails: Float[Array, "P tail C"]
+    snapshot_conv_states: Float[Array, "P tail C"]
 
 
 def chunked(
@@ -45,8 +45,8 @@ def chunked(
     a: Float[Array, "T N"],
     b: Float[Array, "T N"],
     layer: Layer,
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S tail C"],
     starts: Int32[Array, " S"],
     lengths: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"] | None = None,
@@ -59,8 +59,8 @@ def chunked(
       qkv: queries, keys and values as projected, in one row of tokens.
       a, b: the gates as projected: decay `-exp(a_log) softplus(a + dt_bias)`, writing strength `sigmoid(b)`.
       layer: the layer's own parameters.
-      memory: each sequence's memory before its first token here.
-      tail: the W - 1 rows of `qkv` before each sequence's first token here.
+      recurrent_state: each sequence's memory before its first token here.
+      conv_state: the W - 1 rows of `qkv` before each sequence's first token here.
       starts, lengths: sequence s is the tokens `starts[s] : starts[s] + lengths[s]`. They must not overlap; they may be empty.
       snapshots: (sequence, chunks): return that sequence's memory and tail after its first `chunks` chunks of 64 as well.
       backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
@@ -72,15 +72,21 @@ def chunked(
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
-    _check(qkv.shape[-1], layer, memory, tail)
+    _check(qkv.shape[-1], layer, recurrent_state, conv_state)
     snapshots = jnp.zeros((0, 2), jnp.int32) if snapshots is None else snapshots
-    gaps = {REFERENCE: None, "gpu": gpu.gap(qkv, layer.conv, memory), "tpu": tpu.gap(qkv, layer.conv, memory, tail)}
+    gaps = {
+        REFERENCE: None,
+        "gpu": gpu.gap(qkv, layer.conv, recurrent_state),
+        "tpu": tpu.gap(qkv, layer.conv, recurrent_state, conv_state),
+    }
     run = {REFERENCE: reference.chunked, "gpu": gpu.chunked, "tpu": tpu.chunked}[choose(backend, gaps)]
-    out, ends, kept = run(qkv, a, b, *layer, memory, tail, starts, lengths, snapshots)
+    out, ends, kept = run(qkv, a, b, *layer, recurrent_state, conv_state, starts, lengths, snapshots)
     sequence, tokens = snapshots[:, 0], snapshots[:, 1] * CHUNK
     whole = (tokens > 0) & (tokens <= lengths[sequence])
-    kept_tails = jnp.where(whole[:, None, None], _tails(qkv, tail[sequence], starts[sequence], tokens), jnp.zeros((), tail.dtype))
-    return Chunked(out, ends, _tails(qkv, tail, starts, lengths), kept, kept_tails)
+    kept_tails = jnp.where(
+        whole[:, None, None], _conv_states(qkv, conv_state[sequence], starts[sequence], tokens), jnp.zeros((), conv_state.dtype)
+    )
+    return Chunked(out, ends, _conv_states(qkv, conv_state, starts, lengths), kept, kept_tails)
 
 
 def recurrent(
@@ -91,8 +97,8 @@ def recurrent(
     layer: Layer,
     norm: Float[Array, " V"],
     eps: float,
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S tail C"],
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
     *,
@@ -107,7 +113,7 @@ def recurrent(
       qkv, a, b, layer: as in `chunked`, for T tokens of each row.
       z: the output gate as projected.
       norm, eps: the output is `out / rms(out) * norm * silu(z)`, per head.
-      memory, tail: of all slots.
+      recurrent_state, conv_state: of all slots.
       slots: each row's slot, or -1: such a row reads zeros and writes nothing. No slot may stand in two rows.
       keep: of each row's tokens, how many leave their mark on memory and tail; 0 to T.
       backend: as in `chunked`.
@@ -118,27 +124,31 @@ def recurrent(
     Raises:
       ValueError, NotImplementedError: as in `chunked`.
     """
-    _check(qkv.shape[-1], layer, memory, tail)
-    gaps = {REFERENCE: None, "gpu": gpu.gap(qkv, layer.conv, memory), "tpu": tpu.step_gap(qkv, layer.conv, memory, tail)}
+    _check(qkv.shape[-1], layer, recurrent_state, conv_state)
+    gaps = {
+        REFERENCE: None,
+        "gpu": gpu.gap(qkv, layer.conv, recurrent_state),
+        "tpu": tpu.step_gap(qkv, layer.conv, recurrent_state, conv_state),
+    }
     run = {REFERENCE: reference.recurrent, "gpu": gpu.recurrent, "tpu": tpu.recurrent}[choose(backend, gaps)]
-    return run(qkv, a, b, z, *layer, norm, eps, memory, tail, slots, keep)
+    return run(qkv, a, b, z, *layer, norm, eps, recurrent_state, conv_state, slots, keep)
 
 
-def _check(C: int, layer: Layer, memory: Array, tail: Array) -> None:
-    _, N, V, K = memory.shape
+def _check(C: int, layer: Layer, recurrent_state: Array, conv_state: Array) -> None:
+    _, N, V, K = recurrent_state.shape
     keys, rest = divmod(C - N * V, 2 * K)
     if rest or keys < 1 or N % keys:
         raise ValueError(f"qkv has {C} channels, expected 2 x key heads x {K} + {N} x {V}, by memory's {(N, V, K)}")
-    if layer.conv.shape[0] != C or tail.shape[1:] != (layer.conv.shape[1] - 1, C):
-        raise ValueError(f"layer.conv is {layer.conv.shape} and tail {tail.shape}, and qkv has {C} channels")
+    if layer.conv.shape[0] != C or conv_state.shape[1:] != (layer.conv.shape[1] - 1, C):
+        raise ValueError(f"layer.conv is {layer.conv.shape} and tail {conv_state.shape}, and qkv has {C} channels")
 
 
-def _tails(
-    qkv: Float[Array, "T C"], tail: Float[Array, "S tail C"], starts: Int32[Array, " S"], tokens: Int32[Array, " S"]
+def _conv_states(
+    qkv: Float[Array, "T C"], conv_state: Float[Array, "S tail C"], starts: Int32[Array, " S"], tokens: Int32[Array, " S"]
 ) -> Float[Array, "S tail C"]:
-    """The last rows of `tail` followed by the sequence's first `tokens` rows of `qkv`."""
-    inputs = tail.shape[1]
+    """The last rows of `conv_state` followed by the sequence's first `tokens` rows of `qkv`."""
+    inputs = conv_state.shape[1]
     back = tokens[:, None] - inputs + jnp.arange(inputs, dtype=jnp.int32)[None]  # counted from the sequence's start
-    new = qkv[jnp.clip(starts[:, None] + back, 0, qkv.shape[0] - 1)].astype(tail.dtype)
-    old = jnp.take_along_axis(tail, jnp.clip(back + inputs, 0, inputs - 1)[..., None], axis=1)
+    new = qkv[jnp.clip(starts[:, None] + back, 0, qkv.shape[0] - 1)].astype(conv_state.dtype)
+    old = jnp.take_along_axis(conv_state, jnp.clip(back + inputs, 0, inputs - 1)[..., None], axis=1)
     return jnp.where((back >= 0)[..., None], new, old)

@@ -20,23 +20,23 @@ def paged_attention(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    contexts: Int32[Array, " S"],
+    block_tables: Int32[Array, "S M"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
+    context_lens: Int32[Array, " S"],
     *,
-    longest: int,
+    max_query_len: int,
     backend: str | None = None,
 ) -> Float[Array, "T N H"]:
     """Each query over its sequence's tokens up to and with its own; softmax in float32, scaled by H^-1/2.
 
     Args:
-      q: sequence s has the queries `starts[s] : starts[s] + lengths[s]`; they are its last tokens.
+      q: sequence s has the queries `query_starts[s] : query_starts[s] + query_lens[s]`; they are its last tokens.
       keys, values: all pages, a token's K heads side by side; those of the queries' own tokens are written already.
-      tables: each sequence's pages; what lies past a sequence's context is never read into a result.
-      starts, lengths: may leave gaps and may be empty, must not overlap.
-      contexts: tokens of each sequence, its queries counted in.
-      longest: static bound of `lengths`; 1 in decoding.
+      block_tables: each sequence's pages; what lies past a sequence's context is never read into a result.
+      query_starts, query_lens: may leave gaps and may be empty, must not overlap.
+      context_lens: tokens of each sequence, its queries counted in.
+      max_query_len: static bound of `query_lens`; 1 in decoding.
       backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
@@ -52,4 +52,4 @@ def paged_attention(
         raise ValueError(f"values are {values.dtype} {values.shape} and keys {keys.dtype} {keys.shape}, expected them alike")
     gaps = {REFERENCE: None, "gpu": gpu.gap(q, keys), "tpu": tpu.gap(q, keys)}
     runs = {REFERENCE: reference.paged_attention, "gpu": gpu.paged_attention, "tpu": tpu.paged_attention}
-    return runs[choose(backend, gaps)](q, keys, values, tables, starts, lengths, contexts, longest)
+    return runs[choose(backend, gaps)](q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len)

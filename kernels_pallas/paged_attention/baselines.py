@@ -19,7 +19,7 @@ def flash(shape: PagedShape) -> float:
 
     from kernels_pallas.gated_delta.baselines import microseconds
 
-    rows, queries, context = len(shape.lengths), shape.lengths[0], shape.contexts[0]
+    rows, queries, context = len(shape.query_lens), shape.query_lens[0], shape.context_lens[0]
     # With a causal bias it knows no groups of heads: the keys and values stand there four times, to be read from the cache.
     heads = KEY_HEADS if queries == 1 else HEADS
     q = torch.randn(rows, HEADS, queries, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -31,7 +31,7 @@ def flash(shape: PagedShape) -> float:
 
 def main(only: str) -> None:
     """By the names that `bench` gives its lines."""
-    even = [shape for shape in shapes.PAGED if len({*zip(shape.lengths, shape.contexts, strict=True)}) == 1]
+    even = [shape for shape in shapes.PAGED if len({*zip(shape.query_lens, shape.context_lens, strict=True)}) == 1]
     names = {f"paged attention, {shape.name}": shape for shape in even}
     print(json.dumps({name: flash(shape) for name, shape in names.items() if only in name}))
 

@@ -18,26 +18,26 @@ TOKEN = 2 * KEY_HEADS * WIDTH * 2  # bytes of a token's keys and values
 def works() -> Iterator[Work]:
     """The table. A query's operations are those over the tokens that it sees."""
     for shape in shapes.PAGED:
-        moved = sum(shape.contexts) * TOKEN + 2 * sum(shape.lengths) * HEADS * WIDTH * 2
+        moved = sum(shape.context_lens) * TOKEN + 2 * sum(shape.query_lens) * HEADS * WIDTH * 2
         yield Work(f"paged attention, {shape.name}", functools.partial(_paged, shape), moved, flops(shape))
 
 
 def flops(shape: PagedShape) -> float:
     """Operations over the tokens that each query sees."""
-    seen = sum(n * c - n * (n - 1) / 2 for n, c in zip(shape.lengths, shape.contexts, strict=True))
+    seen = sum(n * c - n * (n - 1) / 2 for n, c in zip(shape.query_lens, shape.context_lens, strict=True))
     return 4 * HEADS * WIDTH * seen
 
 
 def _paged(shape: PagedShape, backend: str) -> Callable[[], Any]:
-    counts = [-(-context // PAGE) for context in shape.contexts]
+    counts = [-(-context // PAGE) for context in shape.context_lens]
     order, at = np.random.default_rng(0).permutation(sum(counts)), 0
-    tables = np.zeros((len(counts), max(counts)), np.int32)
-    for row, count in zip(tables, counts, strict=True):
+    block_tables = np.zeros((len(counts), max(counts)), np.int32)
+    for row, count in zip(block_tables, counts, strict=True):
         row[:count], at = order[at : at + count], at + count
     pool = (2, sum(counts), PAGE, KEY_HEADS * WIDTH)
     keys, values = jax.random.normal(jax.random.key(0), pool, jnp.bfloat16)
-    q = jax.random.normal(jax.random.key(1), (sum(shape.lengths), HEADS, WIDTH), jnp.bfloat16)
-    starts = np.cumsum([0, *shape.lengths[:-1]])
-    where = [jnp.asarray(x, jnp.int32) for x in (tables, starts, shape.lengths, shape.contexts)]
-    call = jax.jit(functools.partial(paged_attention, longest=shape.longest, backend=backend))
+    q = jax.random.normal(jax.random.key(1), (sum(shape.query_lens), HEADS, WIDTH), jnp.bfloat16)
+    query_starts = np.cumsum([0, *shape.query_lens[:-1]])
+    where = [jnp.asarray(x, jnp.int32) for x in (block_tables, query_starts, shape.query_lens, shape.context_lens)]
+    call = jax.jit(functools.partial(paged_attention, max_query_len=shape.max_query_len, backend=backend))
     return lambda: call(q, keys, values, *where)

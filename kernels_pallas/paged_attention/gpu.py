@@ -30,12 +30,12 @@ def paged_attention(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    contexts: Int32[Array, " S"],
-    longest: int,
+    block_tables: Int32[Array, "S M"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
+    context_lens: Int32[Array, " S"],
+    max_query_len: int,
 ) -> Float[Array, "T N H"]:
     """As `reference.paged_attention`."""
-    run = decode if longest * q.shape[1] <= ROWS else prefill
-    return run(q, keys, values, tables, starts, lengths, contexts, longest)
+    run = decode if max_query_len * q.shape[1] <= ROWS else prefill
+    return run(q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len)

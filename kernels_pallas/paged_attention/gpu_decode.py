@@ -60,9 +60,9 @@ class Shares(NamedTuple):
     count: Int32[Array, " blocks"]
 
 
-def shares(contexts: Int32[Array, " S"]) -> Shares:
+def shares(context_lens: Int32[Array, " S"]) -> Shares:
     """Shares out the pages evenly."""
-    pages = (contexts + PAGE - 1) // PAGE
+    pages = (context_lens + PAGE - 1) // PAGE
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pages)]).astype(jnp.int32)
     total = before[-1]
     share = jnp.maximum((total + PROCESSORS - 1) // PROCESSORS, 1)
@@ -79,21 +79,21 @@ def decode(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    contexts: Int32[Array, " S"],
-    longest: int,
+    block_tables: Int32[Array, "S M"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
+    context_lens: Int32[Array, " S"],
+    max_query_len: int,
 ) -> Float[Array, "T N H"]:
     """As `reference.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
-    S, R = contexts.shape[0], longest * N
+    S, R = context_lens.shape[0], max_query_len * N
     cut = chosen("gpu", "paged_attention_decode", S)
-    contexts = jnp.where(lengths > 0, contexts, 0)
-    plan = shares(contexts)
+    context_lens = jnp.where(query_lens > 0, context_lens, 0)
+    plan = shares(context_lens)
     slots = PROCESSORS + S
     flat = (x.reshape(-1, K * H) for x in (keys, values))
-    rows = jnp.pad(q, ((0, longest - 1), (0, 0), (0, 0))).reshape(-1, H)
+    rows = jnp.pad(q, ((0, max_query_len - 1), (0, 0), (0, 0))).reshape(-1, H)
     read = plgpu.kernel(
         functools.partial(_read, N=N, K=K, H=H, R=R, stages=cut.stages),
         out_type=[jax.ShapeDtypeStruct((slots, K, R, H), jnp.float32), jax.ShapeDtypeStruct((slots, K, ROWS), jnp.float32)],
@@ -110,7 +110,7 @@ def decode(
         compiler_params=params(approximate=True),
         kernel_name="paged_attention_decode",
     )
-    partial, weights = read(rows, *flat, tables, starts, lengths, contexts, *plan)
+    partial, weights = read(rows, *flat, block_tables, query_starts, query_lens, context_lens, *plan)
     join = plgpu.kernel(
         functools.partial(_join, N=N, K=K, at_once=cut.at_once),
         out_type=jax.ShapeDtypeStruct((S, R, H), q.dtype),
@@ -119,16 +119,31 @@ def decode(
         compiler_params=params(approximate=True),
         kernel_name="paged_attention_join",
     )
-    out = join(partial, weights, plan.before, plan.share).reshape(S, longest, N, H)
-    if longest == 1 and T == S:
+    out = join(partial, weights, plan.before, plan.share).reshape(S, max_query_len, N, H)
+    if max_query_len == 1 and T == S:
         return out.reshape(q.shape)
-    within = jnp.arange(longest, dtype=jnp.int32)[None]
-    places = jnp.where(within < lengths[:, None], starts[:, None] + within, T)
+    within = jnp.arange(max_query_len, dtype=jnp.int32)[None]
+    places = jnp.where(within < query_lens[:, None], query_starts[:, None] + within, T)
     return jnp.zeros_like(q).at[places].set(out, mode="drop")
 
 
 def _read(*refs, N, K, H, R, stages):
-    q, keys, values, tables, starts, lengths, contexts, before, share, first, count, partial, weights, *scratch = refs
+    (
+        q,
+        keys,
+        values,
+        block_tables,
+        query_starts,
+        query_lens,
+        context_lens,
+        before,
+        share,
+        first,
+        count,
+        partial,
+        weights,
+        *scratch,
+    ) = refs
     q_s, (tile_s, out_s), q_ready, q_free, ready, free = scratch
     block, group = lax.axis_index("block"), lax.axis_index("group")
     begin, G = block * share[0], N // K
@@ -150,10 +165,10 @@ def _read(*refs, N, K, H, R, stages):
             @pl.when(high > low)
             def _queries():
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(q_free))
-                plgpu.copy_gmem_to_smem(q.at[pl.ds(starts[s] * N, R)], q_s.at[pl.ds(0, R)], q_ready)
+                plgpu.copy_gmem_to_smem(q.at[pl.ds(query_starts[s] * N, R)], q_s.at[pl.ds(0, R)], q_ready)
 
             def page(i, t):
-                rows = pl.ds(tables[s, i] * PAGE, PAGE)
+                rows = pl.ds(block_tables[s, i] * PAGE, PAGE)
                 for source in (keys, values):
                     for head in range(K):
                         slot = head * stages + lax.rem(t, stages)
@@ -174,7 +189,7 @@ def _read(*refs, N, K, H, R, stages):
 
         def sequence(n, ring):
             s, low, high = part(n)
-            context, length = contexts[s], lengths[s]
+            context, length = context_lens[s], query_lens[s]
             pl.when(high > low)(lambda: plgpu.barrier_wait(q_ready))
 
             def page(i, carry):

@@ -46,11 +46,11 @@ def prefill(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    contexts: Int32[Array, " S"],
-    longest: int,
+    block_tables: Int32[Array, "S M"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
+    context_lens: Int32[Array, " S"],
+    max_query_len: int,
     *,
     splits: int | None = None,
 ) -> Float[Array, "T N H"]:
@@ -58,7 +58,7 @@ def prefill(
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
     G = N // K
     L = GROUPS * ROWS // G
-    blocks = query_blocks(starts, lengths, contexts, T, L)
+    blocks = query_blocks(query_starts, query_lens, context_lens, T, L)
     C = blocks.sequence.shape[0]
     splits = splits or max(PROCESSORS // (C * K), 1)
     real = blocks.real.sum(axis=1, dtype=jnp.int32)
@@ -84,17 +84,17 @@ def prefill(
         kernel_name="paged_attention_prefill",
     )
     flat = (x.reshape(-1, K * H) for x in (keys, values))
-    out, logs = kernel(rows, *flat, tables, blocks.sequence, first, real)
+    out, logs = kernel(rows, *flat, block_tables, blocks.sequence, first, real)
     if splits > 1:
         shares = jnp.exp2(logs - logs.max(axis=0, keepdims=True))
         out = jnp.sum(out * (shares / shares.sum(axis=0, keepdims=True))[..., None], axis=0).astype(q.dtype)
     out = out.reshape(C, K, L, G, H).swapaxes(1, 2).reshape(C * L, N, H)
-    place, owned = places(starts, lengths, T, L)
+    place, owned = places(query_starts, query_lens, T, L)
     return jnp.where(owned[:, None, None], out[place], jnp.zeros((), q.dtype))
 
 
 def _kernel(*refs, K, G, H, splits):
-    q, keys, values, tables, sequences, firsts, reals, out, logs, *scratch = refs
+    q, keys, values, block_tables, sequences, firsts, reals, out, logs, *scratch = refs
     q_s, k_s, v_s, q_ready, k_ready, k_free, v_ready, v_free, turn = scratch
     block, head, split, group = (lax.axis_index(name) for name in ("block", "head", "split", "group"))
     sequence, first, real = sequences[block], firsts[block], reals[block]
@@ -111,7 +111,7 @@ def _kernel(*refs, K, G, H, splits):
         @pl.loop(low, high)
         def _(i):
             n = i - low
-            slot, rows = lax.rem(n, STAGES), pl.ds(tables[sequence, i] * PAGE, PAGE)
+            slot, rows = lax.rem(n, STAGES), pl.ds(block_tables[sequence, i] * PAGE, PAGE)
             for source, place, ready, free in ((keys, k_s, k_ready, k_free), (values, v_s, v_ready, v_free)):
                 pl.when(n >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
                 plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], place.at[slot], ready.at[slot])

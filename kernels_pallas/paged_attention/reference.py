@@ -39,23 +39,23 @@ def paged_attention(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    contexts: Int32[Array, " S"],
-    longest: int,
+    block_tables: Int32[Array, "S M"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
+    context_lens: Int32[Array, " S"],
+    max_query_len: int,
 ) -> Float[Array, "T N H"]:
     """`api.paged_attention`."""
     (T, N, H), page = q.shape, keys.shape[1]
     K = keys.shape[2] // H
-    blocks = query_blocks(starts, lengths, contexts, T, min(longest, QUERY_BLOCK))
+    blocks = query_blocks(query_starts, query_lens, context_lens, T, min(max_query_len, QUERY_BLOCK))
     C, L = blocks.rows.shape
     q_CLKGH = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, K, N // K, H)
-    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % PAGES_AT_ONCE)))[blocks.sequence]
-    visits = -(-jnp.max(contexts, initial=0) // (PAGES_AT_ONCE * page))
+    block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % PAGES_AT_ONCE)))[blocks.sequence]
+    visits = -(-jnp.max(context_lens, initial=0) // (PAGES_AT_ONCE * page))
 
     def visit(i: Array, running: Running) -> Running:
-        table = jax.lax.dynamic_slice_in_dim(tables, i * PAGES_AT_ONCE, PAGES_AT_ONCE, axis=1)
+        table = jax.lax.dynamic_slice_in_dim(block_tables, i * PAGES_AT_ONCE, PAGES_AT_ONCE, axis=1)
         k, v = (x[jnp.clip(table, 0, None)].reshape(C, -1, K, H) for x in (keys, values))
         position_W = i * PAGES_AT_ONCE * page + jnp.arange(k.shape[1], dtype=jnp.int32)
         seen_CLW = (position_W[None, None] <= blocks.positions[..., None]) & blocks.real[..., None]
@@ -70,30 +70,30 @@ def paged_attention(
 
 
 def query_blocks(
-    starts: Int32[Array, " S"], lengths: Int32[Array, " S"], contexts: Int32[Array, " S"], tokens: int, size: int
+    query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"], context_lens: Int32[Array, " S"], tokens: int, size: int
 ) -> Blocks:
     """Cuts every sequence's queries into blocks of `size`; as many blocks as there can be."""
-    sequences = starts.shape[0]
-    ends = jnp.cumsum((lengths + size - 1) // size)
+    sequences = query_starts.shape[0]
+    ends = jnp.cumsum((query_lens + size - 1) // size)
     block = jnp.arange((tokens + (size - 1) * sequences) // size, dtype=jnp.int32)
     sequence = jnp.searchsorted(ends, block, side="right", method="compare_all").astype(jnp.int32)
     before = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[sequence]
     own = jnp.minimum(sequence, sequences - 1)
     within = (size * (block - before))[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-    real = (sequence < sequences)[:, None] & (within < lengths[own][:, None])
-    return Blocks(own, starts[own][:, None] + within, (contexts - lengths)[own][:, None] + within, real)
+    real = (sequence < sequences)[:, None] & (within < query_lens[own][:, None])
+    return Blocks(own, query_starts[own][:, None] + within, (context_lens - query_lens)[own][:, None] + within, real)
 
 
 def places(
-    starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens: int, size: int
+    query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"], tokens: int, size: int
 ) -> tuple[Int32[Array, " T"], Bool[Array, " T"]]:
     """The way back from `query_blocks`: each token's row among the blocks' rows, and whether it is any sequence's."""
     token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
-    inside_TS = (token >= starts[None]) & (token < (starts + lengths)[None])
+    inside_TS = (token >= query_starts[None]) & (token < (query_starts + query_lens)[None])
     sequence = jnp.argmax(inside_TS, axis=1)
-    own = -(-lengths // size)
+    own = -(-query_lens // size)
     first_block = jnp.cumsum(own) - own
-    row = first_block[sequence] * size + token[:, 0] - starts[sequence]
+    row = first_block[sequence] * size + token[:, 0] - query_starts[sequence]
     return row, inside_TS.any(axis=1)
 
 

@@ -8,12 +8,12 @@ HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # query heads, key-value heads, width of ei
 
 
 class PagedShape(NamedTuple):
-    """Sequences with so many queries, the last of contexts so long; `longest` bounds the queries of one."""
+    """Sequences with so many queries, the last of contexts so long; `max_query_len` bounds the queries of one."""
 
     name: str
-    lengths: tuple[int, ...]
-    contexts: tuple[int, ...]
-    longest: int
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    max_query_len: int
 
 
 PAGED = (
@@ -32,7 +32,7 @@ PAGED = (
     ),
 )
 
-DECODE = tuple(f"paged attention, {shape.name}" for shape in PAGED if shape.longest == 1)
+DECODE = tuple(f"paged attention, {shape.name}" for shape in PAGED if shape.max_query_len == 1)
 TUNED = (
     Tuned(
         "gpu",

@@ -26,21 +26,21 @@ def paged_attention(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
-    contexts: Int32[Array, " S"],
-    longest: int,
+    block_tables: Int32[Array, "S M"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
+    context_lens: Int32[Array, " S"],
+    max_query_len: int,
 ) -> Float[Array, "T N H"]:
     """`api.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
-    plan = tpu_kernel.plan(N, K, longest, q.dtype)
-    blocks = query_blocks(starts, lengths, contexts, T, plan.queries)
+    plan = tpu_kernel.plan(N, K, max_query_len, q.dtype)
+    blocks = query_blocks(query_starts, query_lens, context_lens, T, plan.queries)
     C, L = blocks.rows.shape
     groups = 1 if plan.joint else K
     q_CLKGH = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, groups, N // groups, H)
     q_CKRH = q_CLKGH.swapaxes(1, 2).reshape(C, groups, -1, H)
-    out_CKRH = tpu_kernel.forward(q_CKRH, keys, values, tables, blocks, plan)
+    out_CKRH = tpu_kernel.forward(q_CKRH, keys, values, block_tables, blocks, plan)
     out_RNH = out_CKRH.reshape(-1, groups, L, N // groups, H).swapaxes(1, 2).reshape(-1, N, H)
-    row_T, real_T = places(starts, lengths, T, L)
+    row_T, real_T = places(query_starts, query_lens, T, L)
     return jnp.where(real_T[:, None, None], out_RNH[row_T], jnp.zeros((), q.dtype))

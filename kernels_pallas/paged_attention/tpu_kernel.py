@@ -48,30 +48,30 @@ class Plan(NamedTuple):
         return self.heads if self.joint else self.heads // self.key_heads
 
 
-def plan(N: int, K: int, longest: int, dtype: jnp.dtype) -> Plan:
-    """The cut for calls of at most `longest` queries a sequence."""
+def plan(N: int, K: int, max_query_len: int, dtype: jnp.dtype) -> Plan:
+    """The cut for calls of at most `max_query_len` queries a sequence."""
     halves = 2 if dtype == jnp.float32 else 1
-    cut = chosen("tpu", "paged_attention", longest)
-    if longest <= JOINT:
-        return Plan(N, K, longest, longest, cut.pages // halves, True)
-    return Plan(N, K, min(cut.queries, -(-longest // TILE) * TILE), TILE, cut.pages // halves, False)
+    cut = chosen("tpu", "paged_attention", max_query_len)
+    if max_query_len <= JOINT:
+        return Plan(N, K, max_query_len, max_query_len, cut.pages // halves, True)
+    return Plan(N, K, min(cut.queries, -(-max_query_len // TILE) * TILE), TILE, cut.pages // halves, False)
 
 
 def forward(
     q: Float[Array, "C groups R H"],
     keys: Float[Array, "P page KH"],
     values: Float[Array, "P page KH"],
-    tables: Int32[Array, "S M"],
+    block_tables: Int32[Array, "S M"],
     blocks: Blocks,
     plan: Plan,
 ) -> Float[Array, "C groups R H"]:
     """The kernel over all blocks; rows of queries that are not real hold anything at all."""
-    (C, groups, R, H), (_, page, KH), M = q.shape, keys.shape, tables.shape[1]
+    (C, groups, R, H), (_, page, KH), M = q.shape, keys.shape, block_tables.shape[1]
     cores, steps = grid(C)
     padding = cores * (steps + 1) - C  # a step looks at the next one
     real = jnp.pad(blocks.real.sum(axis=1, dtype=jnp.int32), (0, padding))
     sequence, first = (jnp.pad(x, (0, padding)) for x in (blocks.sequence, blocks.positions[:, 0]))
-    begins = jnp.pad(tables[:, : plan.pages], ((0, 0), (0, max(plan.pages - M, 0))))[sequence].reshape(-1)
+    begins = jnp.pad(block_tables[:, : plan.pages], ((0, 0), (0, max(plan.pages - M, 0))))[sequence].reshape(-1)
 
     def table_index(core, step, sequence, *_):
         return sequence[block_index(core, step, C)], 0, 0
@@ -100,7 +100,7 @@ def forward(
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="paged_attention",
-    )(sequence, first, real, begins, q, tables[:, None], keys, values)
+    )(sequence, first, real, begins, q, block_tables[:, None], keys, values)
 
 
 def _kernel(

@@ -6,7 +6,7 @@ from kernels_pallas.backends import REFERENCE, choose
 from kernels_pallas.top_k_top_p import gpu, reference
 
 
-def lowest_kept(
+def sampling_threshold(
     scores: Float32[Array, "B V"],
     best: Float32[Array, " B"],
     top_k: Int32[Array, " B"],
@@ -27,5 +27,5 @@ def lowest_kept(
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
     gaps = {REFERENCE: None, "gpu": gpu.gap(scores)}
-    runs = {REFERENCE: reference.lowest_kept, "gpu": gpu.lowest_kept}
+    runs = {REFERENCE: reference.sampling_threshold, "gpu": gpu.sampling_threshold}
     return runs[choose(backend, gaps)](scores, best, top_k, top_p)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.bench import Work
-from kernels_pallas.top_k_top_p import lowest_kept, shapes
+from kernels_pallas.top_k_top_p import sampling_threshold, shapes
 from kernels_pallas.top_k_top_p.shapes import VOCABULARY, NucleusShape
 
 
@@ -26,5 +26,5 @@ def inputs(shape: NucleusShape) -> list[jax.Array]:
 
 
 def _nucleus(shape: NucleusShape, backend: str) -> Callable[[], Any]:
-    arguments, call = inputs(shape), jax.jit(functools.partial(lowest_kept, backend=backend))
+    arguments, call = inputs(shape), jax.jit(functools.partial(sampling_threshold, backend=backend))
     return lambda: call(*arguments)

@@ -1,4 +1,4 @@
-"""`lowest_kept` for Hopper: a row is read once, into the registers of a cluster of blocks, and stays there.
+"""`sampling_threshold` for Hopper: a row is read once, into the registers of a cluster of blocks, and stays there.
 
 The threshold is found two bits of the float at a time: each pass adds up what lies above three levels. What the blocks
 found they write into each other's shared memory, so that all go on from the same sums. Rows that ask for no top-k or no top-p
@@ -39,10 +39,10 @@ def gap(scores: jax.Array) -> str | None:
 
 
 @once
-def lowest_kept(
+def sampling_threshold(
     scores: Float32[Array, "B V"], best: Float32[Array, " B"], top_k: Int32[Array, " B"], top_p: Float32[Array, " B"]
 ) -> Float32[Array, " B"]:
-    """As `api.lowest_kept`."""
+    """As `api.sampling_threshold`."""
     B, V = scores.shape
     workers = PARTS * GROUPS
     kernel = plgpu.kernel(

@@ -1,4 +1,4 @@
-"""`lowest_kept` in plain XLA: nothing is sorted, a row is gone over again and again."""
+"""`sampling_threshold` in plain XLA: nothing is sorted, a row is gone over again and again."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from jaxtyping import Array, Float32, Int32, UInt32
 from kernels_pallas.backends import device_kind
 
 
-def lowest_kept(
+def sampling_threshold(
     scores: Float32[Array, "B V"], best: Float32[Array, " B"], top_k: Int32[Array, " B"], top_p: Float32[Array, " B"]
 ) -> Float32[Array, " B"]:
-    """As `api.lowest_kept`."""
+    """As `api.sampling_threshold`."""
     V, cpu = scores.shape[-1], device_kind() == "cpu"
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
     kth = _least_score(scores, lambda found: jnp.ones_like(scores, jnp.int32), k, jnp.full_like(best, -jnp.inf))

@@ -4,7 +4,7 @@ All that a step needs of a sequence lies on the device by its slot: pages, sampl
 more than which slots take part and which pages they have been given, so that it may be a step behind in what it knows.
 
 Where the host has a say in a token (a mask that depends on the one before), a step is taken apart: `decode` computes the scores,
-which needs no mask, and keeps them; `choose` samples from them. The mask is made in between, while the device computes.
+which needs no mask, and keeps them; `sample_held` samples from them. The mask is made in between, while the device computes.
 Glossary: S slots, B rows of a step, E stop tokens watched, N steps of a dispatch, T tokens, V vocabulary, W words of a mask.
 """
 
@@ -24,14 +24,14 @@ from minicpmv46_jax.generation.sampling import (
     Mode,
     Sampled,
     SamplingParams,
-    count,
-    looks_back,
     new_bias,
     new_history,
+    record_token,
     sample,
+    uses_history,
 )
 from minicpmv46_jax.model import Params
-from minicpmv46_jax.model.batch import Rows, dropped
+from minicpmv46_jax.model.batch import DecodeBatch, dropped
 from minicpmv46_jax.model.state import Layers, TextState
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -39,10 +39,10 @@ DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out fo
 
 
 @tree_dataclass
-class Decoding:
-    """All slots. `left` is how many tokens an answer may still get; at 0 its row rests, as it does after a stop token.
+class DecodeState:
+    """All slots. `tokens_left` is how many tokens an answer may still get; at 0 its row rests, as it does after a stop token.
 
-    `kept`: scores of rows whose token is still to be chosen.
+    `held_logits`: scores of rows whose token is still to be chosen.
     """
 
     state: TextState
@@ -50,116 +50,127 @@ class Decoding:
     stops: Int32[Array, "S E"]
     history: History
     bias: Bias
-    kept: Float32[Array, "S V"]
+    held_logits: Float32[Array, "S V"]
     last: Int32[Array, " S"]
-    answered: Int32[Array, " S"]
-    left: Int32[Array, " S"]
+    num_output_tokens: Int32[Array, " S"]
+    tokens_left: Int32[Array, " S"]
 
 
 @tree_dataclass
 class Start:
     """Answers that begin, or go on after they were interrupted: their slots (-1: no row), and what is to be known of each.
 
-    `answered` counts the tokens the answer has already, `left` those it may still get.
+    `num_output_tokens` counts the tokens the answer has already, `tokens_left` those it may still get.
     """
 
     slots: Int32[Array, " B"]
     sampling: SamplingParams
     stops: Int32[Array, "B E"]
-    answered: Int32[Array, " B"]
-    left: Int32[Array, " B"]
+    num_output_tokens: Int32[Array, " B"]
+    tokens_left: Int32[Array, " B"]
 
 
-def new_decoding(state: TextState, vocabulary: int) -> Decoding:
+def new_decode_state(state: TextState, vocabulary: int) -> DecodeState:
     """Slots in which no answer is."""
-    S = state.lengths.shape[0]
+    S = state.seq_lens.shape[0]
     zeros = jnp.zeros(S, jnp.int32)
     params = SamplingParams(*[jnp.zeros(S, kind) for kind in _KINDS], seed=jnp.zeros((S, 2), jnp.uint32))
     stops = jnp.full((S, DEVICE_STOPS), -1, jnp.int32)
-    kept = jnp.zeros((S, vocabulary), jnp.float32)
-    return Decoding(state, params, stops, new_history(S, vocabulary), new_bias(S), kept, zeros, zeros, zeros)
+    held_logits = jnp.zeros((S, vocabulary), jnp.float32)
+    return DecodeState(state, params, stops, new_history(S, vocabulary), new_bias(S), held_logits, zeros, zeros, zeros)
 
 
 def start(
-    decoding: Decoding,
+    decode_state: DecodeState,
     logits: Float32[Array, "B V"],
     begin: Start,
     allowed: UInt32[Array, "B W"] | None = None,
     *,
     mode: Mode,
-) -> tuple[Decoding, Sampled]:
+) -> tuple[DecodeState, Sampled]:
     """Samples the next token of answers whose prompts have been read.
 
     Args:
-      decoding: donated.
+      decode_state: donated.
       logits: after each prompt's last token.
       begin: whose they are; rows without a slot sample too, for nothing.
       allowed: which tokens may come, see `sampling.sample`; None for all.
       mode: what to sample (static).
     """
-    slots = dropped(begin.slots, decoding.last.shape[0])
-    table = (decoding.sampling, decoding.stops, decoding.answered, decoding.left)
-    new = (begin.sampling, begin.stops, begin.answered, begin.left)
-    params, stops, answered, left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
-    begun = dataclasses.replace(decoding, sampling=params, stops=stops, answered=answered, left=left)
+    slots = dropped(begin.slots, decode_state.last.shape[0])
+    table = (decode_state.sampling, decode_state.stops, decode_state.num_output_tokens, decode_state.tokens_left)
+    new = (begin.sampling, begin.stops, begin.num_output_tokens, begin.tokens_left)
+    params, stops, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
+    begun = dataclasses.replace(
+        decode_state, sampling=params, stops=stops, num_output_tokens=num_output_tokens, tokens_left=tokens_left
+    )
     return _sample(begun, logits, slots, allowed, mode)
 
 
-def choose(
-    decoding: Decoding, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: Mode
-) -> tuple[Decoding, Sampled]:
+def sample_held(
+    decode_state: DecodeState, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: Mode
+) -> tuple[DecodeState, Sampled]:
     """Samples the tokens of rows that `decode` has held: from the scores that it kept, those that are allowed.
 
     Args:
-      decoding: donated.
+      decode_state: donated.
       slots: whose rows they are, -1 for none.
       allowed: which tokens may come, see `sampling.sample`.
       mode: what to sample (static).
     """
-    rows = dropped(slots, decoding.last.shape[0])
-    return _sample(decoding, _rows(decoding.kept, rows), rows, allowed, mode)
+    rows = dropped(slots, decode_state.last.shape[0])
+    return _sample(decode_state, _rows(decode_state.held_logits, rows), rows, allowed, mode)
 
 
 def _sample(
-    decoding: Decoding,
+    decode_state: DecodeState,
     logits: Float32[Array, "B V"],
     slots: Int32[Array, " B"],
     allowed: UInt32[Array, "B W"] | None,
     mode: Mode,
-) -> tuple[Decoding, Sampled]:
+) -> tuple[DecodeState, Sampled]:
     """A token for each of these slots, entered."""
-    known = (decoding.sampling, decoding.stops, decoding.history, decoding.bias, decoding.answered, decoding.left)
-    params, stops, history, bias, answered, left = _rows(known, slots)
-    sampled = sample(logits, params, history, answered, mode, bias, allowed)
-    history = count(decoding.history, slots, sampled.ids) if looks_back(mode) else decoding.history
-    table = (decoding.last, decoding.answered, decoding.left)
-    new = (sampled.ids, answered + 1, jnp.where(is_stop(sampled.ids, stops), 0, left - 1))
-    last, answered, left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
-    return dataclasses.replace(decoding, history=history, last=last, answered=answered, left=left), sampled
+    known = (
+        decode_state.sampling,
+        decode_state.stops,
+        decode_state.history,
+        decode_state.bias,
+        decode_state.num_output_tokens,
+        decode_state.tokens_left,
+    )
+    params, stops, history, bias, num_output_tokens, tokens_left = _rows(known, slots)
+    sampled = sample(logits, params, history, num_output_tokens, mode, bias, allowed)
+    history = record_token(decode_state.history, slots, sampled.ids) if uses_history(mode) else decode_state.history
+    table = (decode_state.last, decode_state.num_output_tokens, decode_state.tokens_left)
+    new = (sampled.ids, num_output_tokens + 1, jnp.where(is_stop(sampled.ids, stops), 0, tokens_left - 1))
+    last, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
+    return dataclasses.replace(
+        decode_state, history=history, last=last, num_output_tokens=num_output_tokens, tokens_left=tokens_left
+    ), sampled
 
 
 def decode(
     graph,
     params: Params,
-    decoding: Decoding,
+    decode_state: DecodeState,
     slots: Int32[Array, " B"],
     pages: Int32[Array, "B 2"],
     held: Bool[Array, " B"] | None = None,
     *,
     steps: int,
     mode: Mode,
-) -> tuple[Decoding, Sampled]:
+) -> tuple[DecodeState, Sampled]:
     """The next `steps` tokens of some rows, in one loop on the device.
 
     The number of steps is static: on an H200 a loop that looks each time whether to go on took 1.53 ms a step, this one 1.46.
 
     Args:
       graph, params: the text backbone.
-      decoding: donated.
+      decode_state: donated.
       slots: whose rows they are, -1 for none. A row that has ended rests and repeats its last token.
       pages: for each row (place in its table, page) of a page it is given before the first step; page -1 for none.
-      held: rows that get no token here: their scores are kept for `choose`, before which they may not come again. None: no row
-        is, and `steps` may be more than 1.
+      held: rows that get no token here; `sample_held` draws it from their held logits, before the next `decode` of that row.
+        None: no row is held, and `steps` may be more than 1.
       steps: static number N of tokens.
       mode: what to sample (static).
 
@@ -167,35 +178,43 @@ def decode(
       The slots after it, and what was sampled, [B, N, ...]; of held rows it means nothing.
     """
     assert held is None or steps == 1
-    rows = dropped(slots, decoding.last.shape[0])
-    given = jnp.where(pages[:, 1] >= 0, rows, decoding.last.shape[0])
-    tables = decoding.state.tables.at[given, pages[:, 0]].set(pages[:, 1], mode="drop")
-    sampling, stops, bias, table = _rows((decoding.sampling, decoding.stops, decoding.bias, tables), rows)
+    rows = dropped(slots, decode_state.last.shape[0])
+    given = jnp.where(pages[:, 1] >= 0, rows, decode_state.last.shape[0])
+    tables = decode_state.state.block_tables.at[given, pages[:, 0]].set(pages[:, 1], mode="drop")
+    sampling, stops, bias, table = _rows((decode_state.sampling, decode_state.stops, decode_state.bias, tables), rows)
     if held is not None:  # nothing is drawn for them
         sampling = dataclasses.replace(sampling, temperature=jnp.where(held, 0.0, sampling.temperature))
 
     def step(at: _At, _: None) -> tuple[_At, Sampled]:
-        active = (slots >= 0) & (at.left > 0)
-        batch = Rows(jnp.where(active, slots, -1), at.length, table)
-        logits, layers = model.step(graph, params, at.layers, at.last, batch)
+        active = (slots >= 0) & (at.tokens_left > 0)
+        batch = DecodeBatch(jnp.where(active, slots, -1), at.length, table)
+        logits, layers = model.decode_step(graph, params, at.layers, at.last, batch)
         gets = active if held is None else active & ~held
-        kept = at.kept if held is None else _at_rows(at.kept, rows, active & held, logits)
-        sampled = sample(logits, sampling, _rows(at.history, rows), at.answered, mode, bias)
+        held_logits = at.held_logits if held is None else _at_rows(at.held_logits, rows, active & held, logits)
+        sampled = sample(logits, sampling, _rows(at.history, rows), at.num_output_tokens, mode, bias)
         ids = jnp.where(gets, sampled.ids, at.last)
-        history = count(at.history, jnp.where(gets, rows, decoding.last.shape[0]), ids) if looks_back(mode) else at.history
+        history = (
+            record_token(at.history, jnp.where(gets, rows, decode_state.last.shape[0]), ids) if uses_history(mode) else at.history
+        )
         more = gets.astype(jnp.int32)
-        left = jnp.where(gets & is_stop(ids, stops), 0, at.left - more)
+        tokens_left = jnp.where(gets & is_stop(ids, stops), 0, at.tokens_left - more)
         length = at.length + active.astype(jnp.int32)
-        return _At(layers, history, kept, ids, length, at.answered + more, left), sampled._replace(ids=ids)
+        return _At(layers, history, held_logits, ids, length, at.num_output_tokens + more, tokens_left), sampled._replace(ids=ids)
 
-    carried = (decoding.last, decoding.state.lengths, decoding.answered, decoding.left)
-    at = _At(decoding.state.layers, decoding.history, decoding.kept, *_rows(carried, rows))
+    carried = (decode_state.last, decode_state.state.seq_lens, decode_state.num_output_tokens, decode_state.tokens_left)
+    at = _At(decode_state.state.layers, decode_state.history, decode_state.held_logits, *_rows(carried, rows))
     at, sampled = jax.lax.scan(step, at, None, length=steps)
-    new = (at.last, at.length, at.answered, at.left)
-    last, lengths, answered, left = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), carried, new)
-    changed = {"history": at.history, "kept": at.kept, "last": last, "answered": answered, "left": left}
-    decoding = dataclasses.replace(decoding, state=TextState(at.layers, tables, lengths), **changed)
-    return decoding, jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)
+    new = (at.last, at.length, at.num_output_tokens, at.tokens_left)
+    last, lengths, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), carried, new)
+    changed = {
+        "history": at.history,
+        "held_logits": at.held_logits,
+        "last": last,
+        "num_output_tokens": num_output_tokens,
+        "tokens_left": tokens_left,
+    }
+    decode_state = dataclasses.replace(decode_state, state=TextState(at.layers, tables, lengths), **changed)
+    return decode_state, jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)
 
 
 @tree_dataclass
@@ -204,11 +223,11 @@ class _At:
 
     layers: Layers
     history: History
-    kept: Float32[Array, "S V"]
+    held_logits: Float32[Array, "S V"]
     last: Int32[Array, " B"]
     length: Int32[Array, " B"]
-    answered: Int32[Array, " B"]
-    left: Int32[Array, " B"]
+    num_output_tokens: Int32[Array, " B"]
+    tokens_left: Int32[Array, " B"]
 
 
 def _rows(tree, slots: Int32[Array, " B"]):
@@ -217,10 +236,10 @@ def _rows(tree, slots: Int32[Array, " B"]):
 
 
 def _at_rows(
-    kept: Float32[Array, "S V"], slots: Int32[Array, " B"], which: Bool[Array, " B"], new: Float32[Array, "B V"]
+    held_logits: Float32[Array, "S V"], slots: Int32[Array, " B"], which: Bool[Array, " B"], new: Float32[Array, "B V"]
 ) -> Float32[Array, "S V"]:
     """With some of these rows at their slots."""
-    return kept.at[jnp.where(which, slots, kept.shape[0])].set(new, mode="drop")
+    return held_logits.at[jnp.where(which, slots, held_logits.shape[0])].set(new, mode="drop")
 
 
 def is_stop(ids: Int32[Array, " B"], stops: Int32[Array, "B E"]) -> Bool[Array, " B"]:

@@ -19,23 +19,23 @@ from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.generation import sampling
 from minicpmv46_jax.generation.decoding import (
-    Decoding,
+    DecodeState,
     Start,
     bias_row,
-    choose,
     decode,
     device_stops,
     mode_of,
-    new_decoding,
+    new_decode_state,
     penalises,
+    sample_held,
     sampling_params,
     set_bias,
     start,
 )
 from minicpmv46_jax.generation.options import Constraint, GenerationOptions
 from minicpmv46_jax.generation.sampling import Mode, Sampled
-from minicpmv46_jax.model import Params, Pieces, TokenBlock, packing
-from minicpmv46_jax.model.batch import Chunks
+from minicpmv46_jax.model import Params, PrefillInput, TokenBlock, packing
+from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import KeyValues, TextState, empty_state, pages_of
 from minicpmv46_jax.processing import Inputs, View
 
@@ -65,19 +65,19 @@ class Generator:
         self.dtype = params["text"]["embed"]["weight"].dtype
         self.steps = STEPS_PER_DISPATCH_CPU if jax.default_backend() == "cpu" else STEPS_PER_DISPATCH
         self._encode = jax.jit(functools.partial(model.encode, graph.vision))
-        self._read = jax.jit(functools.partial(model.read, graph.text), donate_argnums=1)
+        self._read = jax.jit(functools.partial(model.prefill, graph.text), donate_argnums=1)
         self._forward = jax.jit(functools.partial(model.forward, graph))
         self._decode = jax.jit(
-            functools.partial(decode, graph.text), static_argnames=("steps", "mode"), donate_argnames="decoding"
+            functools.partial(decode, graph.text), static_argnames=("steps", "mode"), donate_argnames="decode_state"
         )
-        self._empty = jax.jit(lambda pages: empty_state(config.text, 1, pages, self.dtype, longest=pages), static_argnums=0)
+        self._empty = jax.jit(lambda pages: empty_state(config.text, 1, pages, self.dtype, max_pages=pages), static_argnums=0)
         # Partials of bare functions too: jax shares a bare function's compilations among all who jit it; `programs` counts ours.
         self._grow = jax.jit(functools.partial(grow), static_argnums=1)
         self._place = jax.jit(functools.partial(place), donate_argnums=0)
-        self._new = jax.jit(functools.partial(new_decoding), static_argnums=1, donate_argnums=0)
+        self._new = jax.jit(functools.partial(new_decode_state), static_argnums=1, donate_argnums=0)
         self._start = jax.jit(functools.partial(start), static_argnames="mode", donate_argnums=0)
-        self._choose = jax.jit(functools.partial(choose), static_argnames="mode", donate_argnums=0)
-        self._note = jax.jit(functools.partial(sampling.note), donate_argnums=0)
+        self._sample_held = jax.jit(functools.partial(sample_held), static_argnames="mode", donate_argnums=0)
+        self._record_prompt = jax.jit(functools.partial(sampling.record_prompt), donate_argnums=0)
         self._set_bias = jax.jit(functools.partial(set_bias), donate_argnums=0)
 
     def programs(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class Generator:
         state = self._empty(self.pages(total + 1))
         for begin, size, block in blocks(total):
             part = slice(begin, begin + size)
-            piece = one_piece(inputs.token_ids[part], rows[part], block, begin, state.tables.shape[1])
+            piece = one_piece(inputs.token_ids[part], rows[part], block, begin, state.block_tables.shape[1])
             logits, state = self._read(self.params["text"], state, piece, features)
         return logits, state
 
@@ -144,9 +144,9 @@ class Generator:
         logits, state = self.prefill(inputs)
         room = self.config.text.max_position_embeddings - total
         left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
-        decoding = self._begin(state, inputs, options)
+        decode_state = self._begin(state, inputs, options)
         allowed = None if constraint is None else constraint.mask()[None]
-        decoding, sampled = self._start(decoding, logits, one_start(options, left), allowed, mode=mode)
+        decode_state, sampled = self._start(decode_state, logits, one_start(options, left), allowed, mode=mode)
         sampled, total = _step_of(sampled), total + 1
         while True:
             for token in row_tokens(sampled, 0, options.logprobs)[:left]:
@@ -158,45 +158,49 @@ class Generator:
                 return
             steps = self.steps if constraint is None else 1
             total += steps
-            decoding = self._fit(decoding, total)
+            decode_state = self._fit(decode_state, total)
             if constraint is None:
-                decoding, sampled = self._decode(self.params["text"], decoding, *ONE_ROW, steps=steps, mode=mode)
+                decode_state, sampled = self._decode(self.params["text"], decode_state, *ONE_ROW, steps=steps, mode=mode)
                 sampled = jax.device_get(sampled)
             else:
-                decoding, sampled = self._decode_constrained(decoding, constraint, token.id, mode)
+                decode_state, sampled = self._decode_constrained(decode_state, constraint, token.id, mode)
 
-    def _begin(self, state: TextState, inputs: Inputs, options: GenerationOptions) -> Decoding:
+    def _begin(self, state: TextState, inputs: Inputs, options: GenerationOptions) -> DecodeState:
         """What is to be known before the first token is sampled."""
-        decoding = self._new(state, self.config.text.vocab_size)
+        decode_state = self._new(state, self.config.text.vocab_size)
         if penalises(options):
-            decoding = dataclasses.replace(decoding, history=self._noted(decoding.history, inputs.token_ids))
+            decode_state = dataclasses.replace(decode_state, history=self._with_prompt(decode_state.history, inputs.token_ids))
         if options.logit_bias:
-            decoding = dataclasses.replace(decoding, bias=self._set_bias(decoding.bias, np.int32(0), *bias_row(options)))
-        return decoding
+            decode_state = dataclasses.replace(
+                decode_state, bias=self._set_bias(decode_state.bias, np.int32(0), *bias_row(options))
+            )
+        return decode_state
 
-    def _decode_constrained(self, decoding: Decoding, constraint: Constraint, token: int, mode: Mode) -> tuple[Decoding, Sampled]:
+    def _decode_constrained(
+        self, decode_state: DecodeState, constraint: Constraint, token: int, mode: Mode
+    ) -> tuple[DecodeState, Sampled]:
         """One token more; the mask is made while the device computes the scores."""
-        decoding, _ = self._decode(self.params["text"], decoding, *ONE_ROW, np.ones(1, bool), steps=1, mode=mode)
+        decode_state, _ = self._decode(self.params["text"], decode_state, *ONE_ROW, np.ones(1, bool), steps=1, mode=mode)
         constraint.advance(token)
-        decoding, sampled = self._choose(decoding, np.zeros(1, np.int32), constraint.mask()[None], mode=mode)
-        return decoding, _step_of(sampled)
+        decode_state, sampled = self._sample_held(decode_state, np.zeros(1, np.int32), constraint.mask()[None], mode=mode)
+        return decode_state, _step_of(sampled)
 
     def pages(self, tokens: int) -> int:
         """Pages that hold this many tokens: a power of two, or the whole context."""
         return pages_of(min(max(_power_of_two(tokens), SMALLEST_CAPACITY), self.config.text.max_position_embeddings))
 
-    def _fit(self, decoding: Decoding, tokens: int) -> Decoding:
+    def _fit(self, decode_state: DecodeState, tokens: int) -> DecodeState:
         """With room for this many tokens, or for the whole context."""
-        pages = max(self.pages(tokens), decoding.state.tables.shape[1])
-        if pages == decoding.state.tables.shape[1]:
-            return decoding
-        return dataclasses.replace(decoding, state=self._grow(decoding.state, pages))
+        pages = max(self.pages(tokens), decode_state.state.block_tables.shape[1])
+        if pages == decode_state.state.block_tables.shape[1]:
+            return decode_state
+        return dataclasses.replace(decode_state, state=self._grow(decode_state.state, pages))
 
-    def _noted(self, history: sampling.History, prompt: Int32[np.ndarray, " T"]) -> sampling.History:
+    def _with_prompt(self, history: sampling.History, prompt: Int32[np.ndarray, " T"]) -> sampling.History:
         for at in range(0, len(prompt), NOTE_TOKENS):
             ids, size = np.zeros(NOTE_TOKENS, np.int32), np.int32(min(NOTE_TOKENS, len(prompt) - at))
             ids[:size] = prompt[at : at + size]
-            history = self._note(history, np.int32(0), ids, size, size, np.bool_(at == 0))
+            history = self._record_prompt(history, np.int32(0), ids, size, size, np.bool_(at == 0))
         return history
 
 
@@ -207,7 +211,7 @@ def grow(state: TextState, pages: int) -> TextState:
         return jnp.pad(x, [(0, pages - x.shape[0]), (0, 0), (0, 0)])
 
     layers = (KeyValues(grown(x.keys), grown(x.values)) if isinstance(x, KeyValues) else x for x in state.layers)
-    return TextState(tuple(layers), jnp.arange(pages, dtype=jnp.int32)[None], state.lengths)
+    return TextState(tuple(layers), jnp.arange(pages, dtype=jnp.int32)[None], state.seq_lens)
 
 
 def place(bank: Float[Array, "R D"], features: Float[Array, "r D"], at: Int32[Array, ""]) -> Float[Array, "R D"]:
@@ -231,21 +235,21 @@ def token_block(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], pad
     return block
 
 
-def one_piece(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], padded: int, before: int, pages: int) -> Pieces:
+def one_piece(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], padded: int, before: int, pages: int) -> PrefillInput:
     """A piece of the prompt in slot 0, which has all pages in order; `before` are the tokens that came earlier."""
     one = functools.partial(np.array, dtype=np.int32)
-    chunks = Chunks(
-        starts=one([0]),
-        lengths=one([len(ids)]),
-        before=one([before]),
+    chunks = PrefillBatch(
+        query_starts=one([0]),
+        query_lens=one([len(ids)]),
+        num_computed=one([before]),
         slots=one([0]),
-        sources=one([0 if before else -1]),
-        tables=np.arange(pages, dtype=np.int32)[None],
+        source_slots=one([0 if before else -1]),
+        block_tables=np.arange(pages, dtype=np.int32)[None],
         snapshots=np.zeros((0, 2), np.int32),
         snapshot_slots=np.zeros(0, np.int32),
     )
     block = token_block(ids, rows, padded)
-    return Pieces(block.ids[0], block.feature_rows[0], chunks)
+    return PrefillInput(block.ids[0], block.feature_rows[0], chunks)
 
 
 def one_start(options: GenerationOptions, left: int) -> Start:
@@ -256,8 +260,8 @@ def one_start(options: GenerationOptions, left: int) -> Start:
         slots=one([0]),
         sampling=sampling_params([options], [seed]),
         stops=device_stops(options.stop_token_ids)[None],
-        answered=one([0]),
-        left=one([left]),
+        num_output_tokens=one([0]),
+        tokens_left=one([left]),
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
-from kernels_pallas.top_k_top_p import lowest_kept
+from kernels_pallas.top_k_top_p import sampling_threshold
 from minicpmv46_jax.trees import tree_dataclass
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as OpenAI's API
@@ -48,7 +48,7 @@ class SamplingParams:
 class History:
     """What penalties look at: which tokens the prompt held, and how often the answer has used each.
 
-    Only rows with penalties are kept up to date: see `note` and `count`.
+    Only rows with penalties are kept up to date: see `record_prompt` and `record_token`.
     """
 
     in_prompt: Bool[Array, "S V"]
@@ -83,7 +83,7 @@ def new_bias(sequences: int) -> Bias:
     return Bias(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
-def note(
+def record_prompt(
     history: History,
     slot: Int32[Array, ""],
     ids: Int32[Array, " T"],
@@ -98,12 +98,12 @@ def note(
     place, V = jnp.arange(ids.shape[0], dtype=jnp.int32), history.counts.shape[1]
     kept = jnp.where(fresh, 0, 1).astype(jnp.int32)
     in_prompt = (history.in_prompt[slot] & ~fresh).at[jnp.where(place < prompt, ids, V)].set(True, mode="drop")
-    answered = (place >= prompt) & (place < total)
-    counts = (history.counts[slot] * kept).at[jnp.where(answered, ids, V)].add(1, mode="drop")
+    num_output_tokens = (place >= prompt) & (place < total)
+    counts = (history.counts[slot] * kept).at[jnp.where(num_output_tokens, ids, V)].add(1, mode="drop")
     return History(history.in_prompt.at[slot].set(in_prompt), history.counts.at[slot].set(counts))
 
 
-def count(history: History, slots: Int32[Array, " B"], ids: Int32[Array, " B"]) -> History:
+def record_token(history: History, slots: Int32[Array, " B"], ids: Int32[Array, " B"]) -> History:
     """Counts a token for each row; rows whose slot is past the last are left out."""
     return History(history.in_prompt, history.counts.at[slots, ids].add(1, mode="drop"))
 
@@ -112,7 +112,7 @@ def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,
     history: History,
-    answered: Int32[Array, " B"],
+    num_output_tokens: Int32[Array, " B"],
     mode: Mode,
     bias: Bias | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
@@ -125,7 +125,7 @@ def sample(
       logits: the model's scores.
       params: how to sample.
       history: what penalties look at, of these rows.
-      answered: tokens each row's answer has.
+      num_output_tokens: tokens each row's answer has.
       mode: what to compute (static), at least what the rows' `decoding.mode_of` asks for; more gives the same tokens.
       bias: of these rows; needed in mode "full".
       allowed: which tokens may come: bit i % 32 of word i // 32 is token i's. None for all.
@@ -133,12 +133,12 @@ def sample(
     if mode == "greedy":
         assert allowed is None
         return Sampled(_best(logits))
-    scores = penalise(logits, params, history) if looks_back(mode) else logits
+    scores = penalise(logits, params, history) if uses_history(mode) else logits
     scores = add_bias(scores, bias, params.biased) if mode == "full" else scores
     scores = scores if allowed is None else rule_out(scores, allowed)
     kept = scores / jnp.maximum(params.temperature, 1e-6)[:, None]
     kept = kept if mode == "sampled" else filter_scores(kept, params)
-    keys = jax.vmap(jax.random.fold_in)(_keys(params.seed), answered)
+    keys = jax.vmap(jax.random.fold_in)(_keys(params.seed), num_output_tokens)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)  # whose largest sum is a draw
     ids = _best(jnp.where(params.temperature[:, None] > 0, kept + noise, scores))
     if mode != "full":
@@ -149,7 +149,7 @@ def sample(
     return Sampled(ids, own, top_ids.astype(jnp.int32), top_logprobs)
 
 
-def looks_back(mode: Mode) -> bool:
+def uses_history(mode: Mode) -> bool:
     """Whether a step of that mode reads and writes histories; of rows that have penalties every step is."""
     return mode in ("filtered", "full")
 
@@ -193,5 +193,5 @@ def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Floa
     """
     best = scores.max(axis=-1)
     kept = scores >= (best + jnp.log(params.min_p))[:, None]  # log 0 = -inf keeps all
-    kept &= scores >= lowest_kept(scores, best, params.top_k, params.top_p)[:, None]
+    kept &= scores >= sampling_threshold(scores, best, params.top_k, params.top_p)[:, None]
     return jnp.where(kept | (scores >= best[:, None]), scores, -jnp.inf)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.paged_attention import PAGE, paged_attention
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.model.batch import Batch, Chunks, Packed, Rows, Whole, dropped
+from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, dropped
 from minicpmv46_jax.model.layers import Linear, RMSNorm, precise
 from minicpmv46_jax.model.state import KeyValues
 
@@ -43,9 +43,9 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         q, k = self.turned(q, k, positions)
-        if isinstance(batch, Whole):
-            out = causal(q, k, v, batch.lengths.shape[0])
-        elif isinstance(batch, Packed):
+        if isinstance(batch, FullBatch):
+            out = causal(q, k, v, batch.query_lens.shape[0])
+        elif isinstance(batch, PackedBatch):
             rows = (x.reshape(*batch.segments.shape, *x.shape[1:]) for x in (q, k, v))
             out = causal_attention(*rows, batch.segments, backend=self.backend).reshape(q.shape)
         else:
@@ -60,10 +60,12 @@ class Attention(nnx.Module):
         place = positions, self.config.rotary_dim, self.config.rope_theta
         return rotate(self.q_norm(q), *place), rotate(self.k_norm(k), *place)
 
-    def remembered(self, q: Float[Array, "T N H"], state: KeyValues, batch: Chunks | Rows) -> Float[Array, "T N H"]:
+    def remembered(self, q: Float[Array, "T N H"], state: KeyValues, batch: PrefillBatch | DecodeBatch) -> Float[Array, "T N H"]:
         """Each query over all of its sequence so far."""
-        where = batch.tables, batch.starts, batch.lengths, batch.contexts
-        return paged_attention(q, state.keys, state.values, *where, longest=batch.longest(q.shape[0]), backend=self.backend)
+        where = batch.block_tables, batch.query_starts, batch.query_lens, batch.context_lens
+        return paged_attention(
+            q, state.keys, state.values, *where, max_query_len=batch.max_query_len(q.shape[0]), backend=self.backend
+        )
 
 
 def rotate(x: Float[Array, "T N H"], positions: Int32[Array, " T"], rotary_dim: int, theta: float) -> Float[Array, "T N H"]:

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import gated_delta
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.model.batch import Batch, Chunks, Packed, Rows, Whole, dropped
+from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, dropped
 from minicpmv46_jax.model.layers import Linear, normal_init
-from minicpmv46_jax.model.state import DeltaState
+from minicpmv46_jax.model.state import GatedDeltaState
 
 
 class GatedDeltaNet(nnx.Module):
@@ -38,33 +38,35 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Linear(config.linear_value_dim, D, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "T D"], state: DeltaState | None, batch: Batch
-    ) -> tuple[Float[Array, "T D"], DeltaState | None]:
+        self, x: Float[Array, "T D"], state: GatedDeltaState | None, batch: Batch
+    ) -> tuple[Float[Array, "T D"], GatedDeltaState | None]:
         T = x.shape[0]
         z = self.in_proj_z(x).reshape(T, self.config.linear_num_value_heads, -1)
         projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
-        if isinstance(batch, Rows):
+        if isinstance(batch, DecodeBatch):
             out, state = self.step(*projected, z, state, batch)
-        elif isinstance(batch, Packed):
+        elif isinstance(batch, PackedBatch):
             out = self.norm(self.packed(*projected, batch), z)
         else:
-            out, state = self.whole(*projected, batch) if isinstance(batch, Whole) else self.read(*projected, state, batch)
+            out, state = self.whole(*projected, batch) if isinstance(batch, FullBatch) else self.read(*projected, state, batch)
             real = batch.real(T)[:, None, None]  # other tokens' outputs may be anything, NaN too
             out = self.norm(jnp.where(real, out, jnp.zeros((), out.dtype)), z)
         return self.out_proj(out.reshape(T, -1)), state
 
     def whole(
-        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: Whole
+        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: FullBatch
     ) -> tuple[Float[Array, "T N V"], None]:
         """Sequences from nothing, and nothing kept."""
-        c, S = self.config, batch.lengths.shape[0]
-        memory = jnp.zeros((S, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim))
-        tail = jnp.zeros((S, c.linear_conv_kernel_dim - 1, c.linear_conv_dim), qkv.dtype)
-        starts = qkv.shape[0] // S * jnp.arange(S, dtype=jnp.int32)
-        return gated_delta.chunked(qkv, a, b, self.layer, memory, tail, starts, batch.lengths, backend=self.backend).out, None
+        c, S = self.config, batch.query_lens.shape[0]
+        recurrent_state = jnp.zeros((S, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim))
+        conv_state = jnp.zeros((S, c.linear_conv_kernel_dim - 1, c.linear_conv_dim), qkv.dtype)
+        query_starts = qkv.shape[0] // S * jnp.arange(S, dtype=jnp.int32)
+        return gated_delta.chunked(
+            qkv, a, b, self.layer, recurrent_state, conv_state, query_starts, batch.query_lens, backend=self.backend
+        ).out, None
 
     def packed(
-        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: Packed
+        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: PackedBatch
     ) -> Float[Array, "T N V"]:
         """Sequences from nothing, several in a row, and nothing kept."""
         c, rows = self.config, batch.segments.shape
@@ -74,19 +76,24 @@ class GatedDeltaNet(nnx.Module):
         return out.reshape(-1, *out.shape[2:])
 
     def read(
-        self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], state: DeltaState, batch: Chunks
-    ) -> tuple[Float[Array, "T N V"], DeltaState]:
+        self,
+        qkv: Float[Array, "T C"],
+        a: Float[Array, "T N"],
+        b: Float[Array, "T N"],
+        state: GatedDeltaState,
+        batch: PrefillBatch,
+    ) -> tuple[Float[Array, "T N V"], GatedDeltaState]:
         """Pieces of prompts, each from where its source left off; ends and snapshots go to their slots."""
-        begun = (batch.sources >= 0)[:, None, None]
-        source = jnp.maximum(batch.sources, 0)
-        memory = jnp.where(begun[..., None], state.memory[source], 0.0)
-        tail = jnp.where(begun, state.conv_tail[source], jnp.zeros((), state.conv_tail.dtype))
-        where = batch.starts, batch.lengths, batch.snapshots
-        read = gated_delta.chunked(qkv, a, b, self.layer, memory, tail, *where, backend=self.backend)
-        kept = dropped(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.memory.shape[0])
-        return read.out, DeltaState(
-            state.memory.at[kept].set(jnp.concatenate([read.memory, read.snapshots]), mode="drop"),
-            state.conv_tail.at[kept].set(jnp.concatenate([read.tail, read.snapshot_tails]), mode="drop"),
+        begun = (batch.source_slots >= 0)[:, None, None]
+        source = jnp.maximum(batch.source_slots, 0)
+        recurrent_state = jnp.where(begun[..., None], state.recurrent_state[source], 0.0)
+        conv_state = jnp.where(begun, state.conv_state[source], jnp.zeros((), state.conv_state.dtype))
+        where = batch.query_starts, batch.query_lens, batch.snapshots
+        read = gated_delta.chunked(qkv, a, b, self.layer, recurrent_state, conv_state, *where, backend=self.backend)
+        kept = dropped(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.recurrent_state.shape[0])
+        return read.out, GatedDeltaState(
+            state.recurrent_state.at[kept].set(jnp.concatenate([read.recurrent_state, read.snapshots]), mode="drop"),
+            state.conv_state.at[kept].set(jnp.concatenate([read.conv_state, read.snapshot_conv_states]), mode="drop"),
         )
 
     def step(
@@ -95,16 +102,16 @@ class GatedDeltaNet(nnx.Module):
         a: Float[Array, "T N"],
         b: Float[Array, "T N"],
         z: Float[Array, "T N V"],
-        state: DeltaState,
-        batch: Rows,
-    ) -> tuple[Float[Array, "T N V"], DeltaState]:
+        state: GatedDeltaState,
+        batch: DecodeBatch,
+    ) -> tuple[Float[Array, "T N V"], GatedDeltaState]:
         """One token of each sequence."""
         qkv, a, b, z = (x[:, None] for x in (qkv, a, b, z))
         norm, keep = (self.norm.weight[...], self.norm.eps), jnp.ones_like(batch.slots)
-        out, memory, tail = gated_delta.recurrent(
-            qkv, a, b, z, self.layer, *norm, state.memory, state.conv_tail, batch.slots, keep, backend=self.backend
+        out, recurrent_state, conv_state = gated_delta.recurrent(
+            qkv, a, b, z, self.layer, *norm, state.recurrent_state, state.conv_state, batch.slots, keep, backend=self.backend
         )
-        return out[:, 0], DeltaState(memory, tail)
+        return out[:, 0], GatedDeltaState(recurrent_state, conv_state)
 
     @property
     def layer(self) -> gated_delta.Layer:

@@ -3,8 +3,8 @@
     graph = schema(config)                                              # static: which modules there are
     params = checkpoint.load_params(folder, config)                     # nested dicts of arrays
     features = encode(graph.vision, params["vision"], packed_views)     # pictures, once
-    logits, state = read(graph.text, params["text"], state, pieces, features)  # pieces of prompts
-    logits, layers = step(graph.text, params["text"], layers, last, rows)      # one token of each sequence
+    logits, state = prefill(graph.text, params["text"], state, pieces, features)  # pieces of prompts
+    logits, layers = decode_step(graph.text, params["text"], layers, last, rows)      # one token of each sequence
 
 A Module never crosses `jit`: the functions take a graph (bind it with functools.partial) and parameters, and merge them while
 tracing; a Module as an argument costs 18.6 ms a call on the host, a plain tree 0.3 ms. Each function takes only the part it
@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.model.batch import Chunks, Rows, Whole, dropped
+from minicpmv46_jax.model.batch import DecodeBatch, FullBatch, PrefillBatch, dropped
 from minicpmv46_jax.model.layers import Taps, tap
 from minicpmv46_jax.model.packing import PackedViews
 from minicpmv46_jax.model.state import Layers, TextState
@@ -59,12 +59,12 @@ class TokenBlock:
 
 
 @tree_dataclass
-class Pieces:
+class PrefillInput:
     """Pieces of prompts in one row; `feature_rows` as in `TokenBlock`. A piece may end anywhere, inside a picture too."""
 
     ids: Int32[Array, " T"]
     feature_rows: Int32[Array, " T"]
-    chunks: Chunks
+    chunks: PrefillBatch
 
 
 def schema(config: ModelConfig, backend: str | None = None) -> Schema:
@@ -121,22 +121,22 @@ def embed(
     return jnp.where((feature_rows >= 0)[:, None], pictures, table["weight"][ids])
 
 
-def read(
-    graph: nnx.GraphDef, params: Params, state: TextState, pieces: Pieces, features: Float[Array, "R D"]
+def prefill(
+    graph: nnx.GraphDef, params: Params, state: TextState, pieces: PrefillInput, features: Float[Array, "R D"]
 ) -> tuple[Float32[Array, "S V"], TextState]:
     """The backbone over pieces of prompts: logits after each piece's last token, and the state after them."""
     text, chunks = merge(graph, params), pieces.chunks
     x = embed(params["embed"], pieces.ids, pieces.feature_rows, features)
     hidden, layers = text(x, state.layers, chunks)
-    ends = jnp.clip(chunks.starts + chunks.lengths - 1, 0, x.shape[0] - 1)
-    slots = dropped(chunks.slots, state.lengths.shape[0])
-    tables = state.tables.at[slots].set(chunks.tables, mode="drop")
-    lengths = state.lengths.at[slots].set(chunks.contexts, mode="drop")
+    ends = jnp.clip(chunks.query_starts + chunks.query_lens - 1, 0, x.shape[0] - 1)
+    slots = dropped(chunks.slots, state.seq_lens.shape[0])
+    tables = state.block_tables.at[slots].set(chunks.block_tables, mode="drop")
+    lengths = state.seq_lens.at[slots].set(chunks.context_lens, mode="drop")
     return text.logits(hidden[ends]), TextState(layers, tables, lengths)
 
 
-def step(
-    graph: nnx.GraphDef, params: Params, layers: Layers, last: Int32[Array, " S"], rows: Rows
+def decode_step(
+    graph: nnx.GraphDef, params: Params, layers: Layers, last: Int32[Array, " S"], rows: DecodeBatch
 ) -> tuple[Float32[Array, "S V"], Layers]:
     """The backbone over one token of each sequence: logits after it, and the layers' state."""
     text = merge(graph, params)
@@ -163,6 +163,6 @@ def forward(
     B, T = tokens.ids.shape
     x = embed(params["text"]["embed"], tokens.ids.reshape(-1), tokens.feature_rows.reshape(-1), features)
     tap(taps, "text.embeddings", x)
-    hidden, _ = text(x, None, Whole(tokens.num_valid), taps)
+    hidden, _ = text(x, None, FullBatch(tokens.num_valid), taps)
     tap(taps, "text.norm", hidden)
     return text.logits(hidden).reshape(B, T, -1)

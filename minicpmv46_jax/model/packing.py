@@ -39,7 +39,7 @@ class PackedViews:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Laid:
+class PackedView:
     """A view in the order the tower takes its patches; `scale` and `offset` are one for each channel."""
 
     patches: UInt8[np.ndarray, "P patch_dim"]
@@ -109,14 +109,14 @@ def pack(views: Sequence, positions_per_side: int, limit: int = PACK_PATCHES) ->
         yield group, _pack_group([views[j] for j in group], positions_per_side)
 
 
-def lay(view, positions_per_side: int) -> Laid:
+def pack_view(view, positions_per_side: int) -> PackedView:
     """A view (`processing.View`) as the tower takes it."""
     order, positions = _places(view.grid, MERGES[view.downsample_mode], positions_per_side)
     scale, offset = (view.table[:, 255] - view.table[:, 0]) / 255, view.table[:, 0]
-    return Laid(view.pixels[order], scale, offset, positions, view.downsample_mode, view.num_tokens)
+    return PackedView(view.pixels[order], scale, offset, positions, view.downsample_mode, view.num_tokens)
 
 
-def join(views: Sequence[Laid], patches: int, slots: int, longest: int) -> PackedViews:
+def pack_views(views: Sequence[PackedView], patches: int, slots: int, longest: int) -> PackedViews:
     """Views of one mode as one pass, padded to so many patches and views."""
     lengths = np.array([len(view.patches) for view in views], np.int32)
     ends = np.cumsum(lengths)
@@ -133,10 +133,10 @@ def join(views: Sequence[Laid], patches: int, slots: int, longest: int) -> Packe
 
 
 def _pack_group(views: Sequence, positions_per_side: int) -> PackedViews:
-    laid = [lay(view, positions_per_side) for view in views]
+    laid = [pack_view(view, positions_per_side) for view in views]
     lengths = [len(view.patches) for view in laid]
     longest = next((bound for bound in LONGEST if bound >= max(lengths)), bucket(max(lengths)))
-    return join(laid, bucket(sum(lengths)), _view_slots(len(views)), longest)
+    return pack_views(laid, bucket(sum(lengths)), _view_slots(len(views)), longest)
 
 
 @functools.lru_cache(maxsize=256)  # few shapes: a slice's sides are those of 448 x 448 in some aspect

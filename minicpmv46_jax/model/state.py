@@ -1,7 +1,7 @@
 """What sequences remember between calls: keys and values in pages, gated-delta memory in slots.
 
-A sequence holds a slot, and as many pages of 64 tokens as it has need of; its row of `tables` names them. There may be more slots
-of memory than sequences: the others keep snapshots, from which a sequence with the same beginning may start.
+A sequence holds a slot and as many pages of 64 tokens as it needs; its row of `block_tables` names the pages. There may be more
+slots than sequences: the others keep snapshots, from which a sequence with the same prefix may start.
 Frozen; every function returns a new one. The jitted steps donate the old one, so the arrays are updated in place.
 Glossary: S sequences, s slots of memory (at least S), P pages, M pages a sequence may have.
 """
@@ -23,14 +23,14 @@ class KeyValues:
 
 
 @tree_dataclass
-class DeltaState:
+class GatedDeltaState:
     """Memory of one gated-delta layer: its size does not depend on the length of the sequence."""
 
-    memory: Float32[Array, "s N V K"]
-    conv_tail: Float[Array, "s tail C"]
+    recurrent_state: Float32[Array, "s N V K"]
+    conv_state: Float[Array, "s tail C"]
 
 
-Layers = tuple[KeyValues | DeltaState, ...]
+Layers = tuple[KeyValues | GatedDeltaState, ...]
 
 
 @tree_dataclass
@@ -38,12 +38,12 @@ class TextState:
     """All sequences: `layers` in the model's order, each sequence's pages (-1: none), and how many tokens it has seen."""
 
     layers: Layers
-    tables: Int32[Array, "S M"]
-    lengths: Int32[Array, " S"]
+    block_tables: Int32[Array, "S M"]
+    seq_lens: Int32[Array, " S"]
 
 
 def empty_state(
-    config: TextConfig, sequences: int, pages: int, dtype: jnp.dtype, *, longest: int, snapshots: int = 0
+    config: TextConfig, sequences: int, pages: int, dtype: jnp.dtype, *, max_pages: int, snapshots: int = 0
 ) -> TextState:
     """Sequences that have seen nothing.
 
@@ -52,21 +52,21 @@ def empty_state(
       sequences: S.
       pages: P, shared by all sequences.
       dtype: of keys, values and convolution inputs; the gated-delta memory is float32 always.
-      longest: M, pages of one sequence.
+      max_pages: M, pages of one sequence.
       snapshots: slots of memory beyond those of the sequences.
     """
 
-    def layer(kind: str) -> KeyValues | DeltaState:
+    def layer(kind: str) -> KeyValues | GatedDeltaState:
         if kind == "full_attention":
             shape = (pages, PAGE, config.num_key_value_heads * config.head_dim)
             return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         slots = sequences + snapshots
         heads = (slots, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
-        tail = (slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
-        return DeltaState(jnp.zeros(heads, jnp.float32), jnp.zeros(tail, dtype))
+        conv_state = (slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
+        return GatedDeltaState(jnp.zeros(heads, jnp.float32), jnp.zeros(conv_state, dtype))
 
-    tables = jnp.full((sequences, longest), -1, jnp.int32)
-    return TextState(tuple(layer(kind) for kind in config.layer_types), tables, jnp.zeros(sequences, jnp.int32))
+    block_tables = jnp.full((sequences, max_pages), -1, jnp.int32)
+    return TextState(tuple(layer(kind) for kind in config.layer_types), block_tables, jnp.zeros(sequences, jnp.int32))
 
 
 def pages_of(tokens: int) -> int:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, image_table
+from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, image_table
 from minicpmv46_jax.processing.inputs import Inputs, View
-from minicpmv46_jax.processing.media_job import Cutter, Cutting, cut_here
+from minicpmv46_jax.processing.media_job import MediaJob, MediaWorker, process_media
 from minicpmv46_jax.processing.messages import Medium, check_choices, normalise
 from minicpmv46_jax.processing.options import MediaConfig, Options, read_configs
 from minicpmv46_jax.processing.sources import Fetch, describe, fetch, is_data_url, read
@@ -55,7 +55,7 @@ class _Loaded(NamedTuple):
     """An image (one cut) or a video (one cut for each frame or composite), and the options it was cut with."""
 
     kind: str
-    cuts: tuple[Cut, ...]
+    cuts: tuple[SlicedImage, ...]
     options: Options
 
 
@@ -69,7 +69,7 @@ class Processor:
             to decide what may be opened; `pathlib.Path` objects come from the program itself and are opened without it.
         max_pixels: most pixels of an image or of a video's frame.
         video_bounds: what reading a video may cost.
-        cutter: opens images and videos and cuts them; a server has processes for it.
+        media_worker: opens images and videos and cuts them; a server has processes for it.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Processor:
         fetch: Fetch = fetch,
         max_pixels: int = MAX_PIXELS,
         video_bounds: Bounds = UNBOUNDED,
-        cutter: Cutter = cut_here,
+        media_worker: MediaWorker = process_media,
     ) -> None:
         self.tokenizer = tokenizer
         self.images = images
@@ -89,7 +89,7 @@ class Processor:
         self.fetch = fetch
         self.max_pixels = max_pixels
         self.video_bounds = video_bounds
-        self.cutter = cutter
+        self.media_worker = media_worker
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; expected chat_template.jinja in the checkpoint folder")
         if missing := [role for role in _ROLES if not getattr(tokenizer, role, None)]:
@@ -217,8 +217,8 @@ class Processor:
         try:
             if isinstance(source, str) and not is_data_url(source):
                 source = read(source, self.fetch)
-            cutting = Cutting(medium.kind, source, name, config, options, self.max_pixels, self.video_bounds)
-            return _Loaded(medium.kind, self.cutter(cutting), options)
+            cutting = MediaJob(medium.kind, source, name, config, options, self.max_pixels, self.video_bounds)
+            return _Loaded(medium.kind, self.media_worker(cutting), options)
         except ValueError as error:
             raise ValueError(f"{medium.where}: {error}") from error
 

@@ -39,17 +39,17 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom."""
 
 
-class Crop(NamedTuple):
+class ImageSlice(NamedTuple):
     """One view before it has a place in a prompt. pixels: uint8 [h*w, 3*patch*patch]; grid: (h, w) in patches."""
 
     pixels: np.ndarray
     grid: tuple[int, int]
 
 
-class Cut(NamedTuple):
+class SlicedImage(NamedTuple):
     """One picture, cut: its source view, then its slices row by row. grid: slices' (rows, columns), (0, 0) for none."""
 
-    crops: tuple[Crop, ...]
+    crops: tuple[ImageSlice, ...]
     grid: tuple[int, int]
 
 
@@ -164,14 +164,14 @@ def _bands(size: int) -> list[tuple[int, int]]:
     return [(start, end) for start, end in itertools.pairwise(ends) if end > start]
 
 
-def patchify(picture: np.ndarray, patch: int) -> Crop:
+def patchify(picture: np.ndarray, patch: int) -> ImageSlice:
     """uint8 [h*patch, w*patch, 3] -> patches [h*w, 3*patch*patch], each in (channel, y, x) order."""
     h, w = picture.shape[0] // patch, picture.shape[1] // patch
     patches = picture.reshape(h, patch, w, patch, 3).transpose(0, 2, 4, 1, 3)
-    return Crop(patches.reshape(h * w, 3 * patch * patch), (h, w))
+    return ImageSlice(patches.reshape(h * w, 3 * patch * patch), (h, w))
 
 
-def cut(picture: np.ndarray, config: MediaConfig, options: Options, resize: Resize) -> Cut:
+def cut(picture: np.ndarray, config: MediaConfig, options: Options, resize: Resize) -> SlicedImage:
     """Resize a uint8 picture [height, width, 3] to its source view and, if it is large, to a grid of slices."""
     height, width, _ = picture.shape
     patch, resolution = config.patch_size, config.scale_resolution
@@ -179,12 +179,12 @@ def cut(picture: np.ndarray, config: MediaConfig, options: Options, resize: Resi
     grid = slice_grid(height, width, options.max_slice_nums, resolution) if config.slice_mode else None
     view = view_size(height, width, resolution, multiple, enlarge=grid is None)
     if grid is None:
-        return Cut((patchify(resize(picture, *view), patch),), (0, 0))
+        return SlicedImage((patchify(resize(picture, *view), patch),), (0, 0))
     with ThreadPoolExecutor(1) as beside:
         first = beside.submit(lambda: patchify(resize(picture, *view), patch))
         rows = np.split(resize(picture, *sliced_size(height, width, grid, resolution, multiple)), grid[0], axis=0)
         slices = [patchify(part, patch) for row in rows for part in np.split(row, grid[1], axis=1)]
-    return Cut((first.result(), *slices), grid)
+    return SlicedImage((first.result(), *slices), grid)
 
 
 def image_table(config: MediaConfig) -> np.ndarray:

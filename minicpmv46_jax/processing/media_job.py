@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from minicpmv46_jax.processing.images import Cut, cut, load_rgb, resize_pillow
+from minicpmv46_jax.processing.images import SlicedImage, cut, load_rgb, resize_pillow
 from minicpmv46_jax.processing.options import MediaConfig, Options
 from minicpmv46_jax.processing.sources import describe
 from minicpmv46_jax.processing.video import Bounds, load_video
 
 
 @dataclasses.dataclass(frozen=True)
-class Cutting:
+class MediaJob:
     """What is to be cut, and how.
 
     Attributes:
@@ -33,11 +33,11 @@ class Cutting:
     bounds: Bounds
 
 
-Cutter = Callable[[Cutting], tuple[Cut, ...]]
+MediaWorker = Callable[[MediaJob], tuple[SlicedImage, ...]]
 """One cut of an image, one of each frame or composite of a video. Raises ValueError for a source that is broken or too large."""
 
 
-def cut_here(cutting: Cutting) -> tuple[Cut, ...]:
+def process_media(cutting: MediaJob) -> tuple[SlicedImage, ...]:
     """In this thread."""
     source, config, options, name = cutting.source, cutting.config, cutting.options, cutting.name
     if cutting.kind == "video":

@@ -25,7 +25,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from minicpmv46_jax.processing.images import MAX_PIXELS, Cut, check_size, cut, load_rgb
+from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, check_size, cut, load_rgb
 from minicpmv46_jax.processing.options import MediaConfig, Options
 from minicpmv46_jax.processing.resize import resize_bicubic
 from minicpmv46_jax.processing.sources import Fetch, describe, read
@@ -175,7 +175,9 @@ def _layout(number: int, height: int, width: int) -> tuple[int, int]:
     return (1, number) if row < column else (number, 1)
 
 
-def cut_units(frames: Iterable[tuple[int, np.ndarray]], units: list[Unit], make: Callable[[np.ndarray], Cut]) -> list[Cut]:
+def cut_units(
+    frames: Iterable[tuple[int, np.ndarray]], units: list[Unit], make: Callable[[np.ndarray], SlicedImage]
+) -> list[SlicedImage]:
     """Cut each unit as soon as its frames are there; a frame is let go after its last unit, so that few are held.
 
     Args:
@@ -186,7 +188,7 @@ def cut_units(frames: Iterable[tuple[int, np.ndarray]], units: list[Unit], make:
         ready.setdefault(max(unit), []).append(unit)
     last_use = {frame: max(unit) for unit in sorted(set(units), key=max) for frame in unit}
     held: dict[int, np.ndarray] = {}
-    done: dict[Unit, Cut] = {}
+    done: dict[Unit, SlicedImage] = {}
     for index, frame in frames:
         held[index] = frame
         for unit in ready.get(index, []):
@@ -203,7 +205,7 @@ def load_video(
     max_pixels: int = MAX_PIXELS,
     bounds: Bounds = UNBOUNDED,
     name: str | None = None,
-) -> tuple[Cut, ...]:
+) -> tuple[SlicedImage, ...]:
     """Sample a video and cut each of its frames and composites.
 
     Args:
@@ -217,7 +219,7 @@ def load_video(
     """
     name = name or describe(source)
 
-    def make(picture: np.ndarray) -> Cut:
+    def make(picture: np.ndarray) -> SlicedImage:
         check_size(picture.shape[0], picture.shape[1], max_pixels, name)  # a composite is as large as its frames together
         return cut(picture, config, options, resize_bicubic)
 
@@ -233,8 +235,8 @@ def load_video(
 
 
 def _cut_frames(
-    video: Video, options: Options, make: Callable[[np.ndarray], Cut], fetch: Fetch, max_pixels: int
-) -> tuple[Cut, ...]:
+    video: Video, options: Options, make: Callable[[np.ndarray], SlicedImage], fetch: Fetch, max_pixels: int
+) -> tuple[SlicedImage, ...]:
     name, fps = "Video", video.fps
     if not isinstance(video.frames, (np.ndarray, list, tuple)):
         raise ValueError(f"{name}: frames must be an array or a list, got {type(video.frames).__name__}")
@@ -267,9 +269,9 @@ def _of_one_size(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterato
 
 
 def _cut_file(
-    data: bytes | Path, options: Options, make: Callable[[np.ndarray], Cut], max_pixels: int, name: str, bounds: Bounds
-) -> tuple[Cut, ...]:
-    def cut_all(timing: Timing) -> tuple[list[Unit], list[Cut]]:
+    data: bytes | Path, options: Options, make: Callable[[np.ndarray], SlicedImage], max_pixels: int, name: str, bounds: Bounds
+) -> tuple[SlicedImage, ...]:
+    def cut_all(timing: Timing) -> tuple[list[Unit], list[SlicedImage]]:
         units = plan(timing, options)
         bounds.check(timing, units, name)
         return units, cut_units(_of_one_size(decode(data, units, name, bounds), name), units, make)

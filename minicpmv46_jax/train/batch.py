@@ -171,16 +171,16 @@ def pack(rows: Sequence[Sequence[Conversation]], shape: BatchShape, vision: Visi
                 start = at + view.start
                 feature_rows[r, start : start + view.num_tokens] = np.arange(features, features + view.num_tokens)
                 features += view.num_tokens
-                views.append(packing.lay(view, vision.positions_per_side))
+                views.append(packing.pack_view(view, vision.positions_per_side))
             at = end
     return TrainBatch(ids, labels, weights, segments, feature_rows, _pass(views, shape, vision))
 
 
-def _pass(views: Sequence[packing.Laid], shape: BatchShape, vision: VisionConfig) -> PackedViews | None:
+def _pass(views: Sequence[packing.PackedView], shape: BatchShape, vision: VisionConfig) -> PackedViews | None:
     if shape.views == 0:
         return None
     if views:
-        return packing.join(views, shape.patches, shape.views, shape.longest)
+        return packing.pack_views(views, shape.patches, shape.views, shape.longest)
     row, channels = (
         np.zeros((shape.patches, vision.patch_dim), np.uint8),
         np.zeros((shape.patches, vision.num_channels), np.float32),

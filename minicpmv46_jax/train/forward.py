@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32
 from kernels_pallas.remat import KEPT
 from minicpmv46_jax import model
 from minicpmv46_jax.model import Params, Schema
-from minicpmv46_jax.model.batch import Packed
+from minicpmv46_jax.model.batch import PackedBatch
 from minicpmv46_jax.model.packing import PackedViews
 from minicpmv46_jax.train.batch import TrainBatch
 from minicpmv46_jax.train.loss import summed_loss
@@ -67,7 +67,7 @@ def loss(
         features = encode(graph.vision, params["vision"], batch.views, remat=remat, scan_layers=scan_layers, gather=gather)
     x = model.embed(table, batch.ids.reshape(-1), batch.feature_rows.reshape(-1), features)
     text = {"embed": table, "norm": gather(params["text"]["norm"], ("text", "norm")), "layers": params["text"]["layers"]}
-    x = read(graph.text, text, x, Packed(batch.segments), remat=remat, scan_layers=scan_layers, gather=gather)
+    x = read(graph.text, text, x, PackedBatch(batch.segments), remat=remat, scan_layers=scan_layers, gather=gather)
     total, *found = summed_loss(x, table["weight"], batch.labels.reshape(-1), batch.weights.reshape(-1), z_loss, chunk)
     return total, *(value.reshape(batch.ids.shape) for value in found)
 
@@ -76,7 +76,7 @@ def read(
     graph: nnx.GraphDef,
     params: Params,
     x: Float[Array, "T D"],
-    batch: Packed,
+    batch: PackedBatch,
     *,
     remat: str,
     scan_layers: bool = True,

@@ -17,7 +17,7 @@ class Entry:
         self.pins = 0
 
 
-class FeatureCache:
+class EncoderCache:
     """The bank's `rows` rows."""
 
     def __init__(self, rows: int):

@@ -26,17 +26,25 @@ from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.generation.sampling import Sampled
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs
-from serve.engine.encoder_cache import FeatureCache
-from serve.engine.engine_client import Cancelled, Desk, EngineFull, EngineStopped, Job, Refused, tell
-from serve.engine.grammar_masks import Masks
-from serve.engine.host_prefix_cache import HostCache
+from serve.engine.encoder_cache import EncoderCache
+from serve.engine.engine_client import (
+    Cancelled,
+    EngineClient,
+    EngineFull,
+    EngineStopped,
+    RequestHandle,
+    RequestRejected,
+    notify_readers,
+)
+from serve.engine.grammar_masks import GrammarMasks
+from serve.engine.host_prefix_cache import HostPrefixCache
 from serve.engine.metrics import Metrics
-from serve.engine.model_runner import MODES, Device, Reading
-from serve.engine.page_pool import PAGE, Pages, Slots
+from serve.engine.model_runner import MODES, ModelRunner, PrefillRow
+from serve.engine.page_pool import PAGE, PagePool, SlotPool
 from serve.engine.prefix_cache import Node, PrefixCache
-from serve.engine.request import Picture, Work, prepare
-from serve.engine.request_state import Answer
-from serve.engine.scheduler import Limits, Piece, Plan, Request, Scheduler
+from serve.engine.request import EngineRequest, MultimodalItem, prepare
+from serve.engine.request_state import RequestState
+from serve.engine.scheduler import Limits, PrefillChunk, Request, Scheduler, SchedulerOutput
 from serve.runtime.program_cache import Compilations
 
 log = logging.getLogger("serve")
@@ -47,7 +55,7 @@ MOST_LANDING = 8  # prefixes on their way to the host at once: each holds 43 MB 
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class QueuePolicy:
     """What the engine takes on.
 
     Attributes:
@@ -62,10 +70,10 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
+class InFlightStep:
     """A step under way: what was planned, and what the device will have sampled."""
 
-    plan: Plan
+    plan: SchedulerOutput
     started: Sampled | None
     decoded: Sampled | None
 
@@ -81,14 +89,14 @@ class Flight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class PendingGrammarSample:
     """Tokens of constrained answers under way: whose they are, and what the device will have sampled."""
 
     requests: list[Request]
     sampled: Sampled
 
 
-class Engine(Desk):
+class Engine(EngineClient):
     """A model that answers many requests at once.
 
     Args:
@@ -97,31 +105,31 @@ class Engine(Desk):
       policy: whom to take on.
     """
 
-    def __init__(self, model: MiniCPMV, device: Device, policy: Policy | None = None):
-        self.policy = policy or Policy()
+    def __init__(self, model: MiniCPMV, device: ModelRunner, policy: QueuePolicy | None = None):
+        self.policy = policy or QueuePolicy()
         self.sizes = sizes = device.sizes
         super().__init__(sizes.running + self.policy.max_waiting)
         self._model, self._device = model, device
         self.programs = device.programs
         self.compilations = Compilations()
-        self.features = FeatureCache(sizes.features)
-        self.pages, self.slots = Pages(sizes.pages), Slots(sizes.running)
-        self.snapshots = Slots(sizes.snapshots, first=sizes.running)
+        self.features = EncoderCache(sizes.features)
+        self.pages, self.slots = PagePool(sizes.pages), SlotPool(sizes.running)
+        self.snapshots = SlotPool(sizes.snapshots, first=sizes.running)
         self.prefixes = PrefixCache(self.pages, self.snapshots, self._copy_to_host) if sizes.snapshots else None
-        self.host = HostCache(self.policy.host_bytes)
+        self.host = HostPrefixCache(self.policy.host_bytes)
         tokens, prompts = sizes.buckets.prompts[-1]
         limits = Limits(tokens, prompts, sizes.buckets.steps)
         self.scheduler = Scheduler(limits, self.pages, self.slots, self.prefixes, self.host if sizes.snapshots else None)
         self.metrics = Metrics(self)
-        self._answers: dict[Request, Answer] = {}
-        self._of_job: dict[Job, Answer] = {}
-        self._inbox: list[tuple[Job, Work]] = []
-        self._gone: list[Job] = []
-        self._flight: Flight | None = None
+        self._answers: dict[Request, RequestState] = {}
+        self._of_job: dict[RequestHandle, RequestState] = {}
+        self._inbox: list[tuple[RequestHandle, EngineRequest]] = []
+        self._gone: list[RequestHandle] = []
+        self._flight: InFlightStep | None = None
         self._encoding: list[Request] = []  # whose pictures are in the pass being sent
         self._choosing: list[Request] = []  # whose tokens are being chosen
-        self._held: dict[Request, Answer] = {}  # whose scores the device keeps
-        self.masks = Masks()
+        self._held: dict[Request, RequestState] = {}  # whose scores the device keeps
+        self.masks = GrammarMasks()
         self._landing: list[Future] = []
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="lay")
         self._lander = ThreadPoolExecutor(1, thread_name_prefix="land")  # apart: it waits for the device
@@ -138,14 +146,14 @@ class Engine(Desk):
         self._lander.shutdown(wait=False, cancel_futures=True)
         self.masks.close()
 
-    def accept(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
+    def add_request(self, job: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
         self._check(inputs)
         with self.changed:
             if self.stopping:
                 raise EngineStopped
         self._pool.submit(self._prepare, job, inputs, options)
 
-    def withdraw(self, job: Job) -> None:
+    def abort_request(self, job: RequestHandle) -> None:
         with self.changed:
             self._gone.append(job)
             self.changed.notify_all()
@@ -153,25 +161,27 @@ class Engine(Desk):
     def _check(self, inputs: Inputs) -> None:
         total, limit = len(inputs.token_ids), self.max_model_len
         if total >= limit:
-            raise Refused(f"the prompt has {total} tokens, and this server holds {limit}, at least one of them the answer's")
+            raise RequestRejected(
+                f"the prompt has {total} tokens, and this server holds {limit}, at least one of them the answer's"
+            )
         for view in inputs.views:
             if self._device.pass_for([len(view.pixels)]) is None:
                 longest = self.sizes.buckets.passes[-1].longest
                 h, w = view.grid
-                raise Refused(f"a picture has a view of {h} x {w} patches, and this server encodes {longest} at most")
+                raise RequestRejected(f"a picture has a view of {h} x {w} patches, and this server encodes {longest} at most")
 
-    def _prepare(self, job: Job, inputs: Inputs, options: GenerationOptions) -> None:
+    def _prepare(self, job: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
         try:
             work = prepare(inputs, options, self._model.config.vision.positions_per_side)
         except Exception as error:
-            self.leave(job, error)
+            self.finish_request(job, error)
             return
         with self.changed:
             if not self.stopping:
                 self._inbox.append((job, work))
                 self.changed.notify_all()
                 return
-        self.leave(job, EngineStopped())
+        self.finish_request(job, EngineStopped())
 
     def work(self) -> None:
         """The thread's: steps, as long as there is anything to do."""
@@ -186,7 +196,7 @@ class Engine(Desk):
             self.stopping = True
             jobs = [*self._of_job, *(job for job, _ in self._inbox)]
         for job in jobs:
-            self.leave(job, outcome)
+            self.finish_request(job, outcome)
 
     def _take_news(self) -> bool:
         """Waits for something to do; False if there will be no more."""
@@ -197,7 +207,7 @@ class Engine(Desk):
             (inbox, self._inbox), (gone, self._gone) = (self._inbox, []), (self._gone, [])
         for job, work in inbox:
             if job.cancelled:
-                self.leave(job, Cancelled())
+                self.finish_request(job, Cancelled())
             else:
                 self._enter(job, work)
         for job in gone:
@@ -205,8 +215,8 @@ class Engine(Desk):
                 self._end(self._of_job[job], Cancelled())
         return True
 
-    def _enter(self, job: Job, work: Work) -> None:
-        answer = Answer(job, work, self.max_model_len, self._model.detokenizer)
+    def _enter(self, job: RequestHandle, work: EngineRequest) -> None:
+        answer = RequestState(job, work, self.max_model_len, self._model.detokenizer)
         if self.policy.max_wait_s is not None:
             answer.request.deadline = job.reserved_at + self.policy.max_wait_s
         self._answers[answer.request] = self._of_job[job] = answer
@@ -238,7 +248,7 @@ class Engine(Desk):
             self._flight = self._send(plan)
         except Exception as error:
             before_plan = self._encoding or self._choosing or self.scheduler.reading
-            self._recover(error, before_plan if plan is None else Flight(plan, None, None).requests, previous)
+            self._recover(error, before_plan if plan is None else InFlightStep(plan, None, None).requests, previous)
             return
         self.metrics.host.inc(time.perf_counter() - begun)
         try:
@@ -270,7 +280,7 @@ class Engine(Desk):
 
     def _encode(self) -> None:
         """Sends one pass of the tower with the pictures that are needed first, of one mode and of any requests."""
-        views: list[Picture] = []
+        views: list[MultimodalItem] = []
         rows: list[np.ndarray] = []
         self._encoding = []
         for request in sorted(self.scheduler.reading, key=lambda request: request.rank):
@@ -292,13 +302,13 @@ class Engine(Desk):
             self.metrics.encoded.inc(len(views))
         self._encoding = []
 
-    def _fits(self, views: list[Picture], picture: Picture) -> bool:
+    def _fits(self, views: list[MultimodalItem], picture: MultimodalItem) -> bool:
         """Whether the picture may join the pass."""
         if views and views[0].laid.mode != picture.laid.mode:
             return False
         return self._device.pass_for([len(view.laid.patches) for view in (*views, picture)]) is not None
 
-    def _choose(self) -> Choice | None:
+    def _choose(self) -> PendingGrammarSample | None:
         """Sends the choice of tokens for which the device has kept the scores and whose masks are there."""
         for answer, error in self.masks.settle():
             if answer.request in self._answers:
@@ -309,14 +319,14 @@ class Engine(Desk):
             return None
         self._choosing = list(ready)
         slots, masks = [request.slot for request in ready], [answer.mask for answer in ready.values()]
-        choice = Choice(self._choosing, self._device.choose(slots, masks, self._mode(ready)))
+        choice = PendingGrammarSample(self._choosing, self._device.choose(slots, masks, self._mode(ready)))
         for request in ready:
             del self._held[request]
             self.scheduler.go_on(request)
         self._choosing = []
         return choice
 
-    def _send(self, plan: Plan) -> Flight | None:
+    def _send(self, plan: SchedulerOutput) -> InFlightStep | None:
         if plan.empty:
             return None
         started = decoded = None
@@ -328,17 +338,17 @@ class Engine(Desk):
         if plan.rows:
             decoded = self._device.decode(plan, self._mode(plan.rows))
             self._held |= {row: self._answers[row] for row, held in zip(plan.rows, plan.held, strict=True) if held}
-        return Flight(plan, started, decoded)
+        return InFlightStep(plan, started, decoded)
 
-    def _reading(self, piece: Piece) -> Reading:
+    def _reading(self, piece: PrefillChunk) -> PrefillRow:
         answer, end = self._answers[piece.request], piece.start + piece.count
         work = answer.work
         if piece.source != piece.request.slot:  # its first piece
             self._enter_own(answer)
         ids, rows = answer.ids(piece.start, end), answer.feature_rows(piece.start, end)
-        return Reading(piece, work, ids, rows, piece.request.known, answer.mask if piece.last else None)
+        return PrefillRow(piece, work, ids, rows, piece.request.known, answer.mask if piece.last else None)
 
-    def _enter_own(self, answer: Answer) -> None:
+    def _enter_own(self, answer: RequestState) -> None:
         """What the device is to know of an answer's own before it samples."""
         request, options = answer.request, answer.work.options
         if penalises(options):
@@ -350,17 +360,17 @@ class Engine(Desk):
         """The least that serves them all."""
         return max((self._answers[request].mode for request in requests), key=MODES.index, default=MODES[0])
 
-    def _take(self, choice: Choice | None) -> None:
+    def _take(self, choice: PendingGrammarSample | None) -> None:
         """Hands out the tokens that were chosen, and begins with the masks of the next ones. Waits for the device if it must."""
         if choice is None:
             return
         chosen = _column(jax.device_get(choice.sampled))
         begun = time.perf_counter()
-        tell(self._hand_out_all((chosen, i, request) for i, request in enumerate(choice.requests)))
+        notify_readers(self._hand_out_all((chosen, i, request) for i, request in enumerate(choice.requests)))
         self._next_masks(choice.requests)
         self.metrics.host.inc(time.perf_counter() - begun)
 
-    def _receive(self, flight: Flight | None) -> None:
+    def _receive(self, flight: InFlightStep | None) -> None:
         """Hands out what a step has sampled. Waits for the device if it must."""
         if flight is None:
             return
@@ -369,12 +379,12 @@ class Engine(Desk):
         columns = _column(started)
         ends = [(columns, i, piece.request) for i, piece in enumerate(plan.pieces) if piece.last]
         rows = [(decoded, i, row) for i, row in enumerate(plan.rows) if not plan.held[i]]
-        tell(self._hand_out_all([*ends, *rows]))
+        notify_readers(self._hand_out_all([*ends, *rows]))
         self._next_masks(request for _, _, request in ends)
         self.metrics.steps.inc()
         self.metrics.host.inc(time.perf_counter() - begun)
 
-    def _hand_out_all(self, rows: Iterable[tuple[Sampled, int, Request]]) -> list[Job]:
+    def _hand_out_all(self, rows: Iterable[tuple[Sampled, int, Request]]) -> list[RequestHandle]:
         """Rows' tokens to their readers; returns who is to be told."""
         return [job for row in rows if (job := self._hand_out(*row)) is not None]
 
@@ -382,7 +392,7 @@ class Engine(Desk):
         """Begins with those of the constrained among them that have not ended."""
         self.masks.make([self._answers[request] for request in requests if request.constrained and request in self._answers])
 
-    def _hand_out(self, sampled: Sampled, row: int, request: Request) -> Job | None:
+    def _hand_out(self, sampled: Sampled, row: int, request: Request) -> RequestHandle | None:
         """A row's tokens to its reader, who is returned if he is to be told."""
         answer = self._answers.get(request)
         if answer is None:  # it ended while this step was under way
@@ -394,19 +404,19 @@ class Engine(Desk):
             return None
         return answer.job if answer.job.deliver(delta) else None
 
-    def _end(self, answer: Answer, outcome: Delta | Exception) -> None:
+    def _end(self, answer: RequestState, outcome: Delta | Exception) -> None:
         """Of an answer, however it comes: all it held is free."""
         self._forget(answer)
         self.scheduler.end(answer.request)
         self.metrics.ended(outcome)
-        self.leave(answer.job, outcome)
+        self.finish_request(answer.job, outcome)
 
-    def _forget(self, answer: Answer) -> None:
+    def _forget(self, answer: RequestState) -> None:
         answer.unpin(self.features, everything=True)
         self._held.pop(answer.request, None)
         del self._answers[answer.request], self._of_job[answer.job]
 
-    def _recover(self, error: Exception, requests: list[Request], previous: Flight | None) -> None:
+    def _recover(self, error: Exception, requests: list[Request], previous: InFlightStep | None) -> None:
         """After a step that failed: its requests fail, all others are read again, for the state is lost.
 
         `previous` is the step before; what it sampled is good unless it failed too.

@@ -29,7 +29,7 @@ class EngineFull(Exception):
     """Every place is taken, or the wait was too long; worth trying again later."""
 
 
-class Refused(ValueError):
+class RequestRejected(ValueError):
     """The engine cannot serve this request, however long it waits; the message says why."""
 
 
@@ -44,21 +44,21 @@ class EngineStopped(Exception):
         super().__init__("the server is shutting down")
 
 
-class Desk:
+class EngineClient:
     """Places, and a thread that works: subclasses say how. `close` it, or use it as a context manager.
 
     Args:
-      places: requests that may be prepared, wait or run at once.
+      capacity: requests that may be prepared, wait or run at once.
     """
 
-    def __init__(self, places: int):
-        self.places = places
-        self.taken = 0  # places held
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.num_reserved = 0  # places held
         self.stopping = False
         self.changed = threading.Condition()  # guards all of this; notified of news for the thread
         self._thread = threading.Thread(target=self.work, name="engine", daemon=True)
 
-    def __enter__(self) -> "Desk":
+    def __enter__(self) -> "EngineClient":
         return self
 
     def __exit__(self, *_) -> None:
@@ -72,17 +72,17 @@ class Desk:
     @property
     def full(self) -> bool:
         """Whether `reserve` would say so."""
-        return self.taken == self.places
+        return self.num_reserved == self.capacity
 
-    def reserve(self) -> "Job":
+    def reserve(self) -> "RequestHandle":
         """A place for a request of the calling event loop. Raises EngineFull or EngineStopped."""
         with self.changed:
             if self.stopping:
                 raise EngineStopped
-            if self.taken == self.places:
-                raise EngineFull(f"{self.places} requests are being worked on or wait, and no more may")
-            self.taken += 1
-        return Job(self, asyncio.get_running_loop())
+            if self.num_reserved == self.capacity:
+                raise EngineFull(f"{self.capacity} requests are being worked on or wait, and no more may")
+            self.num_reserved += 1
+        return RequestHandle(self, asyncio.get_running_loop())
 
     def start(self) -> None:
         """Has the thread begin."""
@@ -99,10 +99,10 @@ class Desk:
         self.stop()
         self._thread.join(timeout_s)
 
-    def leave(self, job: "Job", outcome: "Delta | Exception") -> None:
+    def finish_request(self, job: "RequestHandle", outcome: "Delta | Exception") -> None:
         """Ends a submitted job. Its place is free first: who has read the end of an answer may ask again."""
         with self.changed:
-            self.taken -= 1
+            self.num_reserved -= 1
         job.finish(outcome)
 
     @property
@@ -114,19 +114,19 @@ class Desk:
         """The thread's."""
         raise NotImplementedError
 
-    def accept(self, job: "Job", inputs: Inputs, options: GenerationOptions) -> None:
+    def add_request(self, job: "RequestHandle", inputs: Inputs, options: GenerationOptions) -> None:
         """Takes a submitted job over, or raises; from now on the thread gives its place back."""
         raise NotImplementedError
 
-    def withdraw(self, job: "Job") -> None:
+    def abort_request(self, job: "RequestHandle") -> None:
         """A submitted job that nobody waits for any more."""
         raise NotImplementedError
 
 
-class Job:
-    """One request's way through an engine. Made by `Desk.reserve`; its methods without a note belong to the event loop."""
+class RequestHandle:
+    """A request on its way through an engine, made by `EngineClient.reserve`. Methods without a note belong to the event loop."""
 
-    def __init__(self, desk: Desk, loop: asyncio.AbstractEventLoop):
+    def __init__(self, desk: EngineClient, loop: asyncio.AbstractEventLoop):
         self.submitted = self.cancelled = False
         self.reserved_at = time.monotonic()
         self.loop = loop
@@ -147,14 +147,14 @@ class Job:
         """
         if self.cancelled:
             raise Cancelled
-        self._desk.accept(self, inputs, options)
+        self._desk.add_request(self, inputs, options)
         self.submitted = True  # only now: who is refused closes, and that gives the place back
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The answer as it comes; the last one has a finish_reason.
 
         Raises:
-          Cancelled, EngineStopped: see `cancel` and `Desk.stop`.
+          Cancelled, EngineStopped: see `cancel` and `EngineClient.stop`.
           EngineFull: it has waited too long to begin.
           Exception: whatever the model raised.
         """
@@ -180,7 +180,7 @@ class Job:
             self.cancelled = True
             self._news.set()
             if self.submitted:
-                self._desk.withdraw(self)
+                self._desk.abort_request(self)
 
     def close(self) -> None:
         """Cancels, and gives back a place that the thread does not hold. Once or more often."""
@@ -189,7 +189,7 @@ class Job:
             self.cancel()
             if not self.submitted:
                 with self._desk.changed:
-                    self._desk.taken -= 1
+                    self._desk.num_reserved -= 1
 
     def deliver(self, delta: Delta) -> bool:
         """The thread's: a step of the answer. Whether the reader is to be told; else it was and has not looked yet."""
@@ -201,16 +201,16 @@ class Job:
         """The thread's: the answer's end, and the last call."""
         with self._lock:
             self._outcome = outcome
-        tell([self])
+        notify_readers([self])
 
     def look(self) -> None:
         """There is news."""
         self._news.set()
 
 
-def tell(jobs: Iterable[Job]) -> None:
+def notify_readers(jobs: Iterable[RequestHandle]) -> None:
     """Has readers look, from another thread: one call for all of a loop, each costs it a system call."""
-    loops: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+    loops: dict[asyncio.AbstractEventLoop, list[RequestHandle]] = {}
     for job in jobs:
         loops.setdefault(job.loop, []).append(job)
     for loop, theirs in loops.items():
@@ -218,7 +218,7 @@ def tell(jobs: Iterable[Job]) -> None:
             loop.call_soon_threadsafe(_look, theirs)
 
 
-def _look(jobs: list[Job]) -> None:
+def _look(jobs: list[RequestHandle]) -> None:
     for job in jobs:
         job.look()
 

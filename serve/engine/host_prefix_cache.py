@@ -15,7 +15,7 @@ class Copy(Protocol):
     nbytes: int
 
 
-class HostCache:
+class HostPrefixCache:
     """Copies of at most `size` bytes in all."""
 
     def __init__(self, size: int):

@@ -13,7 +13,7 @@ LONGEST_VIEW = 1152  # patches; a view of about 448 x 448 pixels whose sides are
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
+class EngineConfig:
     """What the user asks for; None leaves it to what fits.
 
     Attributes:
@@ -28,7 +28,7 @@ class Wishes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class EncoderShape:
     """A shape of the tower: patches in the row, views, patches of the longest view."""
 
     patches: int
@@ -50,7 +50,7 @@ class Buckets:
     rows: tuple[int, ...]
     steps: int
     prompts: tuple[tuple[int, int], ...]
-    passes: tuple[Pass, ...]
+    passes: tuple[EncoderShape, ...]
 
 
 # A reading step is what a stream has to wait between two tokens: on an H200 2,048 tokens took 40 ms in plain XLA, a pass of 8,192
@@ -59,7 +59,7 @@ ACCELERATOR = Buckets(
     rows=(1, 8, 32),
     steps=8,
     prompts=((128, 2), (512, 4), (1024, 8), (2048, 16)),
-    passes=(Pass(2048, 4, LONGEST_VIEW), Pass(8192, 16, LONGEST_VIEW), Pass(4928, 1, 4928)),
+    passes=(EncoderShape(2048, 4, LONGEST_VIEW), EncoderShape(8192, 16, LONGEST_VIEW), EncoderShape(4928, 1, 4928)),
 )
 # On a CPU XLA makes of a scatter of one row an update that copies all that it updates: with one row a step of the small model
 # took 28 ms, with two 0.8.
@@ -67,13 +67,13 @@ CPU = Buckets(
     rows=(2,),
     steps=1,
     prompts=((64, 1), (512, 4)),
-    passes=(Pass(LONGEST_VIEW, 1, LONGEST_VIEW), Pass(4608, 8, LONGEST_VIEW), Pass(4928, 1, 4928)),
+    passes=(EncoderShape(LONGEST_VIEW, 1, LONGEST_VIEW), EncoderShape(4608, 8, LONGEST_VIEW), EncoderShape(4928, 1, 4928)),
 )
 MAX_RUNNING, MAX_RUNNING_CPU = 128, 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class MemoryPlan:
     """What the engine has.
 
     Attributes:
@@ -116,7 +116,9 @@ def working_bytes(vision: VisionConfig, buckets: Buckets) -> int:
     return GIB + max(2 * 4 * p.views * vision.num_attention_heads * p.longest**2 for p in buckets.passes)
 
 
-def fit(text: TextConfig, itemsize: int, memory: int, wishes: Wishes, buckets: Buckets, default: int) -> tuple[Sizes, list[str]]:
+def plan_memory(
+    text: TextConfig, itemsize: int, memory: int, wishes: EngineConfig, buckets: Buckets, default: int
+) -> tuple[MemoryPlan, list[str]]:
     """Shares out `memory` bytes.
 
     Args:
@@ -149,7 +151,7 @@ def fit(text: TextConfig, itemsize: int, memory: int, wishes: Wishes, buckets: B
     if pages * PAGE < longest:
         lines.append(f"{longest} tokens need {pages_of(longest)} pages, and {pages} fit: serving {pages * PAGE} tokens at most")
         longest = pages * PAGE
-    return Sizes(running, snapshots, pages, longest, features, buckets), lines
+    return MemoryPlan(running, snapshots, pages, longest, features, buckets), lines
 
 
 def _running(wished: int | None, default: int, fits: int, lines: list[str]) -> int:

@@ -66,7 +66,7 @@ class Metrics:
             "running": (scheduler.running, "Answers being decoded"),
             "reading": (len(scheduler.reading), "Prompts being read"),
             "waiting": (len(scheduler.waiting), "Requests that wait to be read"),
-            "places_taken": (engine.taken, "Requests being prepared, waiting, read or decoded"),
+            "places_taken": (engine.num_reserved, "Requests being prepared, waiting, read or decoded"),
             "pages_free": (engine.pages.free, "Pages of keys and values that nobody holds"),
             "pages_total": (engine.pages.count, "Pages of keys and values"),
             "slots_free": (engine.slots.free, "Slots of gated-delta memory that no request holds"),

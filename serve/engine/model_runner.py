@@ -20,28 +20,28 @@ from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.generation.decoding import (
     DEVICE_STOPS,
-    Decoding,
+    DecodeState,
     Start,
     bias_row,
-    choose,
     decode,
     device_stops,
-    new_decoding,
+    new_decode_state,
+    sample_held,
     sampling_params,
     set_bias,
     start,
 )
 from minicpmv46_jax.generation.options import GenerationOptions
-from minicpmv46_jax.generation.sampling import Mode, Sampled, note
-from minicpmv46_jax.model import Params, Pieces, packing
-from minicpmv46_jax.model.batch import Chunks, dropped
-from minicpmv46_jax.model.packing import Laid, PackedViews
-from minicpmv46_jax.model.state import DeltaState, KeyValues, Layers, empty_state
-from serve.engine.memory_plan import Pass, Sizes
+from minicpmv46_jax.generation.sampling import Mode, Sampled, record_prompt
+from minicpmv46_jax.model import Params, PrefillInput, packing
+from minicpmv46_jax.model.batch import PrefillBatch, dropped
+from minicpmv46_jax.model.packing import PackedView, PackedViews
+from minicpmv46_jax.model.state import GatedDeltaState, KeyValues, Layers, empty_state
+from serve.engine.memory_plan import EncoderShape, MemoryPlan
 from serve.engine.page_pool import pages_of
-from serve.engine.request import Work
-from serve.engine.scheduler import Piece, Plan
-from serve.runtime.program_cache import Programs, Store
+from serve.engine.request import EngineRequest
+from serve.engine.scheduler import PrefillChunk, SchedulerOutput
+from serve.runtime.program_cache import ProgramCache, ProgramStore
 
 SNAPSHOTS_A_PROMPT = 2  # of a reading step: where the prompt parts from others, and its last page
 NOTE_TOKENS = 2048  # entered into a history at once
@@ -52,14 +52,14 @@ MODES: tuple[Mode, ...] = ("greedy", "sampled", "filtered", "full")
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class PrefillRow:
     """A piece of a request's prompt with what the device needs of it.
 
     `answered` counts tokens that it reads again; `mask` says which token may come behind it, None for any.
     """
 
-    piece: Piece
-    work: Work
+    piece: PrefillChunk
+    work: EngineRequest
     ids: Int32[np.ndarray, " t"]
     feature_rows: Int32[np.ndarray, " t"]
     answered: int
@@ -71,20 +71,20 @@ class Copy:
     """A prefix on its way to the host, or there: for each group of pages the keys and values, and the memory; a layer each."""
 
     pages: list[list[KeyValues]]
-    memory: list[DeltaState]
+    recurrent_state: list[GatedDeltaState]
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return sum(x.nbytes for x in jax.tree.leaves((self.pages, self.memory)))
+        return sum(x.nbytes for x in jax.tree.leaves((self.pages, self.recurrent_state)))
 
     def land(self) -> None:
         """Waits until it is on the host, and lets go of the device's memory."""
-        jax.block_until_ready((self.pages, self.memory))
-        self.pages, self.memory = jax.tree.map(_landed, (self.pages, self.memory))
+        jax.block_until_ready((self.pages, self.recurrent_state))
+        self.pages, self.recurrent_state = jax.tree.map(_landed, (self.pages, self.recurrent_state))
 
 
-class Device:
+class ModelRunner:
     """State and steps: made for a model's shapes, `compile`d, and then given the parameters themselves by `load`.
 
     Args:
@@ -95,13 +95,20 @@ class Device:
       store: where compiled steps are kept, if anywhere.
     """
 
-    def __init__(self, config: ModelConfig, shapes: Params, sizes: Sizes, backend: str | None = None, store: Store | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        shapes: Params,
+        sizes: MemoryPlan,
+        backend: str | None = None,
+        store: ProgramStore | None = None,
+    ):
         self.config, self.params, self.sizes = config, shapes, sizes
         self.dtype = shapes["text"]["embed"]["weight"].dtype
         self._graph = model.schema(config, backend)
         self._pages = pages_of(sizes.longest)
         self._everything: dict[int, UInt32[Array, "Q W"]] = {}  # a mask for each number of prompts that are read
-        self._programs = Programs(store)
+        self._programs = ProgramCache(store)
 
     @property
     def programs(self) -> int:
@@ -114,7 +121,7 @@ class Device:
         self._warm_up()
 
     def compile(self, show: bool = False, check: Callable[[], None] = lambda: None) -> None:
-        """Compiles every step for every bucket, and makes the state; `show` and `check` as for `Programs.compile`."""
+        """Compiles every step for every bucket, and makes the state; `show` and `check` as for `ProgramCache.compile`."""
         self._add_new()
         self._programs.compile(show=False)
         self.reset()
@@ -132,18 +139,18 @@ class Device:
         self._decoding = self._bank = None  # first let go: there is no room for both
         self._decoding, self._bank = self._programs["new"]()
 
-    def encode(self, views: Sequence[Laid], rows: Sequence[Int32[np.ndarray, " r"]]) -> None:
+    def encode(self, views: Sequence[PackedView], rows: Sequence[Int32[np.ndarray, " r"]]) -> None:
         """Puts the features of views of one mode into these rows of the bank."""
         bucket = self.pass_for([len(view.patches) for view in views])
         assert bucket is not None
-        packed = packing.join(views, bucket.patches, bucket.views, bucket.longest)
+        packed = packing.pack_views(views, bucket.patches, bucket.views, bucket.longest)
         merged = 4 ** packing.MERGES[packed.downsample_mode]
         to = np.full(bucket.patches // merged, self.sizes.features, np.int32)  # past the last: dropped
         taken = np.concatenate(rows)
         to[: len(taken)] = taken
         self._bank = self._programs["encode", bucket, packed.downsample_mode](self.params["vision"], self._bank, packed, to)
 
-    def pass_for(self, patches: Sequence[int]) -> Pass | None:
+    def pass_for(self, patches: Sequence[int]) -> EncoderShape | None:
         """The smallest pass of the tower for views of so many patches; None if there is none."""
         total, views, longest = sum(patches), len(patches), max(patches)
         fits = (p for p in self.sizes.buckets.passes if p.patches >= total and p.views >= views and p.longest >= longest)
@@ -164,7 +171,7 @@ class Device:
         bias = self._programs["bias"](self._decoding.bias, np.int32(slot), *bias_row(options))
         self._decoding = dataclasses.replace(self._decoding, bias=bias)
 
-    def read(self, readings: Sequence[Reading], mode: Mode) -> Sampled | None:
+    def read(self, readings: Sequence[PrefillRow], mode: Mode) -> Sampled | None:
         """Reads pieces of prompts; row i of what is sampled counts where piece i is its request's last. None if no piece is."""
         tokens = sum(len(reading.ids) for reading in readings)
         T, Q = next((T, Q) for T, Q in self.sizes.buckets.prompts if tokens <= T and len(readings) <= Q)
@@ -177,7 +184,7 @@ class Device:
         self._decoding, sampled = self._programs["start", Q, mode](self._decoding, logits, self._begin(readings, Q), *allowed)
         return _sent(sampled)
 
-    def decode(self, plan: Plan, mode: Mode) -> Sampled:
+    def decode(self, plan: SchedulerOutput, mode: Mode) -> Sampled:
         """The plan's tokens for its rows, [B, N]; those of held rows are to be chosen."""
         size, rows = len(plan.rows), self._rows(len(plan.rows), mode)
         slots, grown, held = self._nobodys_rows(rows)
@@ -217,20 +224,20 @@ class Device:
         """A prefix apart from the state, to be copied to the host by `Copy.land`."""
         layers = self._decoding.state.layers
         groups = [self._programs["fetch pages", len(group)](layers, group) for group in _groups(pages)]
-        return Copy(groups, self._programs["fetch memory"](layers, np.int32(slot)))
+        return Copy(groups, self._programs["offload state"](layers, np.int32(slot)))
 
     def store(self, copy: Copy, first: int, pages: Sequence[int], slot: int) -> None:
         """Puts a prefix back: its memory into `slot`, its pages from `first` on into these."""
         for group, values in zip(_groups([-1] * first + list(pages)), copy.pages, strict=True):
             if (group >= 0).any():
                 self._decoding = self._programs["store pages", len(group)](self._decoding, group, values)
-        self._decoding = self._programs["store memory"](self._decoding, np.int32(slot), copy.memory)
+        self._decoding = self._programs["restore state"](self._decoding, np.int32(slot), copy.recurrent_state)
 
     def wait(self) -> None:
         """Until the device has done all that it was sent."""
         jax.block_until_ready((self._decoding, self._bank))
 
-    def _pieces(self, readings: Sequence[Reading], T: int, Q: int) -> Pieces:
+    def _pieces(self, readings: Sequence[PrefillRow], T: int, Q: int) -> PrefillInput:
         ids, rows = np.zeros(T, np.int32), np.full(T, -1, np.int32)
         starts, lengths, before, slots, sources = _columns(Q, T, 0, 0, -1, -1)
         tables = np.full((Q, self._pages), -1, np.int32)
@@ -245,9 +252,9 @@ class Device:
                 snapshots[count], kept[count] = (i, chunks), slot
                 count += 1
             at += size
-        return Pieces(ids, rows, Chunks(starts, lengths, before, slots, sources, tables, snapshots, kept))
+        return PrefillInput(ids, rows, PrefillBatch(starts, lengths, before, slots, sources, tables, snapshots, kept))
 
-    def _begin(self, readings: Sequence[Reading], Q: int) -> Start:
+    def _begin(self, readings: Sequence[PrefillRow], Q: int) -> Start:
         slots, answered, left = _columns(Q, -1, 0, 0)
         stops = np.full((Q, DEVICE_STOPS), -1, np.int32)
         works = [reading.work for reading in readings] + [readings[0].work] * (Q - len(readings))  # the last rows are for nothing
@@ -262,9 +269,9 @@ class Device:
     def _add_new(self) -> None:
         sizes, text = self.sizes, self.config.text
 
-        def new() -> tuple[Decoding, Float[Array, "R D"]]:
-            state = empty_state(text, sizes.running, sizes.pages, self.dtype, longest=self._pages, snapshots=sizes.snapshots)
-            return new_decoding(state, text.vocab_size), jnp.zeros((sizes.features, text.hidden_size), self.dtype)
+        def new() -> tuple[DecodeState, Float[Array, "R D"]]:
+            state = empty_state(text, sizes.running, sizes.pages, self.dtype, max_pages=self._pages, snapshots=sizes.snapshots)
+            return new_decode_state(state, text.vocab_size), jnp.zeros((sizes.features, text.hidden_size), self.dtype)
 
         self._programs.add("new", new)
 
@@ -298,7 +305,7 @@ class Device:
         for rows in self.sizes.rows:
             arguments = np.full(rows, -1, np.int32), np.zeros((rows, words), np.uint32)
             for mode in self._modes(rows)[1:]:
-                run = functools.partial(choose, mode=mode)
+                run = functools.partial(sample_held, mode=mode)
                 self._programs.add(("choose", rows, mode), run, self._decoding, *arguments, donate=(0,))
 
     def _modes(self, rows: int) -> tuple[Mode, ...]:
@@ -311,14 +318,14 @@ class Device:
         vision = self.config.vision
         for bucket in self.sizes.buckets.passes:
             for mode, merges in packing.MERGES.items():
-                row = Laid(
+                row = PackedView(
                     np.zeros((4**merges, vision.patch_dim), np.uint8),
                     *np.zeros((2, vision.num_channels), np.float32),
                     np.zeros(4**merges, np.int32),
                     mode,
                     1,
                 )
-                packed = packing.join([row], bucket.patches, bucket.views, bucket.longest)
+                packed = packing.pack_views([row], bucket.patches, bucket.views, bucket.longest)
                 to = np.zeros(bucket.patches // 4**merges, np.int32)
                 run = functools.partial(_encode, self._graph.vision)
                 arguments = self.params["vision"], self._bank, packed, to
@@ -331,9 +338,11 @@ class Device:
             pages = jax.eval_shape(fetch_pages, layers, group)
             self._programs.add(("fetch pages", size), functools.partial(fetch_pages), layers, group)
             self._programs.add(("store pages", size), functools.partial(store_pages), self._decoding, group, pages, donate=(0,))
-        memory = jax.eval_shape(fetch_memory, layers, slot)
-        self._programs.add("fetch memory", functools.partial(fetch_memory), layers, slot)
-        self._programs.add("store memory", functools.partial(store_memory), self._decoding, slot, memory, donate=(0,))
+        recurrent_state = jax.eval_shape(offload_recurrent_state, layers, slot)
+        self._programs.add("offload state", functools.partial(offload_recurrent_state), layers, slot)
+        self._programs.add(
+            "restore state", functools.partial(restore_recurrent_state), self._decoding, slot, recurrent_state, donate=(0,)
+        )
 
     def _warm_up(self) -> None:
         """Runs the smallest steps for nobody: a device's libraries start with the first program, in up to a second."""
@@ -348,7 +357,7 @@ class Device:
     def _add_requests_own(self) -> None:
         """What is entered of some requests before they are read."""
         numbers = np.int32(0), np.zeros(NOTE_TOKENS, np.int32), np.int32(0), np.int32(0), np.bool_(False)
-        self._programs.add("note", functools.partial(note), self._decoding.history, *numbers, donate=(0,))
+        self._programs.add("note", functools.partial(record_prompt), self._decoding.history, *numbers, donate=(0,))
         row = np.int32(0), *bias_row(_GREEDY)
         self._programs.add("bias", functools.partial(set_bias), self._decoding.bias, *row, donate=(0,))
 
@@ -359,10 +368,10 @@ def _holds(steps: int, mode: Mode) -> bool:
 
 
 def _read(
-    graph, params: Params, decoding: Decoding, bank: Float[Array, "R D"], pieces: Pieces
-) -> tuple[Decoding, Float32[Array, "Q V"]]:
+    graph, params: Params, decoding: DecodeState, bank: Float[Array, "R D"], pieces: PrefillInput
+) -> tuple[DecodeState, Float32[Array, "Q V"]]:
     """Reads pieces of prompts; `decoding` is donated. The scores after each piece's last token."""
-    logits, state = model.read(graph, params, decoding.state, pieces, bank)
+    logits, state = model.prefill(graph, params, decoding.state, pieces, bank)
     return dataclasses.replace(decoding, state=state), logits
 
 
@@ -377,28 +386,34 @@ def fetch_pages(layers: Layers, pages: Int32[Array, " P"]) -> list[KeyValues]:
     return [KeyValues(layer.keys[here], layer.values[here]) for layer in layers if isinstance(layer, KeyValues)]
 
 
-def fetch_memory(layers: Layers, slot: Int32[Array, ""]) -> list[DeltaState]:
+def offload_recurrent_state(layers: Layers, slot: Int32[Array, ""]) -> list[GatedDeltaState]:
     """A slot's memory, a layer each."""
-    return [DeltaState(layer.memory[slot], layer.conv_tail[slot]) for layer in layers if isinstance(layer, DeltaState)]
+    return [
+        GatedDeltaState(layer.recurrent_state[slot], layer.conv_state[slot])
+        for layer in layers
+        if isinstance(layer, GatedDeltaState)
+    ]
 
 
-def store_pages(decoding: Decoding, pages: Int32[Array, " P"], values: list[KeyValues]) -> Decoding:
+def store_pages(decoding: DecodeState, pages: Int32[Array, " P"], values: list[KeyValues]) -> DecodeState:
     """The inverse of `fetch_pages`; page -1 is left out."""
     layers = _of(decoding, KeyValues)
     to = dropped(pages, layers[0].keys.shape[0])
     return _with(decoding, KeyValues, jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), layers, values))
 
 
-def store_memory(decoding: Decoding, slot: Int32[Array, ""], values: list[DeltaState]) -> Decoding:
-    """The inverse of `fetch_memory`."""
-    return _with(decoding, DeltaState, jax.tree.map(lambda x, new: x.at[slot].set(new), _of(decoding, DeltaState), values))
+def restore_recurrent_state(decoding: DecodeState, slot: Int32[Array, ""], values: list[GatedDeltaState]) -> DecodeState:
+    """The inverse of `offload_recurrent_state`."""
+    return _with(
+        decoding, GatedDeltaState, jax.tree.map(lambda x, new: x.at[slot].set(new), _of(decoding, GatedDeltaState), values)
+    )
 
 
-def _of(decoding: Decoding, kind: type) -> list:
+def _of(decoding: DecodeState, kind: type) -> list:
     return [layer for layer in decoding.state.layers if isinstance(layer, kind)]
 
 
-def _with(decoding: Decoding, kind: type, new: list) -> Decoding:
+def _with(decoding: DecodeState, kind: type, new: list) -> DecodeState:
     """With the layers of a kind replaced."""
     rest = iter(new)
     layers = tuple(next(rest) if isinstance(layer, kind) else layer for layer in decoding.state.layers)

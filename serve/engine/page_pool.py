@@ -8,7 +8,7 @@ from collections.abc import Iterable
 PAGE = 64  # tokens; that of `kernels_pallas.paged_attention`, held equal by a test
 
 
-class Pages:
+class PagePool:
     """Pages 0 to `count` - 1."""
 
     def __init__(self, count: int):
@@ -48,7 +48,7 @@ class Pages:
         return self._holders[page]
 
 
-class Slots:
+class SlotPool:
     """Slots `first` to `first + count - 1`, each with one holder or none."""
 
     def __init__(self, count: int, first: int = 0):

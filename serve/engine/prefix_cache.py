@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from serve.engine.page_pool import Pages, Slots
+from serve.engine.page_pool import PagePool, SlotPool
 
 
 class Node:
@@ -45,7 +45,7 @@ NOTHING = Hit(None, 0, (), 0)
 class PrefixCache:
     """Snapshots in `slots`, paths to them in `pages`; `leaving` is told of a snapshot just before it is evicted."""
 
-    def __init__(self, pages: Pages, slots: Slots, leaving: Callable[[Node], None] | None = None):
+    def __init__(self, pages: PagePool, slots: SlotPool, leaving: Callable[[Node], None] | None = None):
         self._pages, self._slots, self._leaving = pages, slots, leaving
         self._nodes: dict[bytes, Node] = {}
         self._recent: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, least recently used first

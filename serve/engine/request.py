@@ -19,11 +19,11 @@ KEY_BYTES = 16  # of a hash; two of 2^40 pictures are alike by chance once in 2^
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Picture:
+class MultimodalItem:
     """A view: the tokens from `start` on are its features. Two with the same key have the same features."""
 
     key: bytes
-    laid: packing.Laid
+    laid: packing.PackedView
     start: int
 
     @property
@@ -33,7 +33,7 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Work:
+class EngineRequest:
     """A request.
 
     Attributes:
@@ -46,26 +46,26 @@ class Work:
     """
 
     ids: np.ndarray
-    pictures: tuple[Picture, ...]
+    pictures: tuple[MultimodalItem, ...]
     keys: tuple[bytes, ...]
     options: GenerationOptions
     seed: int
     mask: np.ndarray | None = None
 
 
-def prepare(inputs: Inputs, options: GenerationOptions, positions_per_side: int) -> Work:
+def prepare(inputs: Inputs, options: GenerationOptions, positions_per_side: int) -> EngineRequest:
     """Lays out and hashes; takes some milliseconds a picture. Raises what a constraint does that cannot be kept."""
 
-    def laid(view: View) -> Picture:
-        return Picture(picture_key(view), packing.lay(view, positions_per_side), view.start)
+    def laid(view: View) -> MultimodalItem:
+        return MultimodalItem(mm_hash(view), packing.pack_view(view, positions_per_side), view.start)
 
     pictures = tuple(pool().map(laid, inputs.views))
     seed = secrets.randbits(63) if options.seed is None else options.seed
     mask = None if options.constraint is None else options.constraint.mask()
-    return Work(inputs.token_ids, pictures, prompt_keys(inputs.token_ids, pictures), options, seed, mask)
+    return EngineRequest(inputs.token_ids, pictures, block_hashes(inputs.token_ids, pictures), options, seed, mask)
 
 
-def picture_key(view: View) -> bytes:
+def mm_hash(view: View) -> bytes:
     """Of all that decides a view's features."""
     digest = hashlib.blake2b(repr((view.grid, view.downsample_mode)).encode(), digest_size=KEY_BYTES)
     digest.update(np.ascontiguousarray(view.pixels))
@@ -73,7 +73,7 @@ def picture_key(view: View) -> bytes:
     return digest.digest()
 
 
-def prompt_keys(ids: np.ndarray, pictures: tuple[Picture, ...]) -> tuple[bytes, ...]:
+def block_hashes(ids: np.ndarray, pictures: tuple[MultimodalItem, ...]) -> tuple[bytes, ...]:
     """Of each whole page of a prompt, given the one before."""
     keys, key, left = [], b"", list(pictures)
     for start in range(0, len(ids) - PAGE + 1, PAGE):

@@ -9,13 +9,13 @@ from minicpmv46_jax.generation.decoding import mode_of
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
-from serve.engine.encoder_cache import Entry, FeatureCache
-from serve.engine.engine_client import Job
-from serve.engine.request import Picture, Work
+from serve.engine.encoder_cache import EncoderCache, Entry
+from serve.engine.engine_client import RequestHandle
+from serve.engine.request import EngineRequest, MultimodalItem
 from serve.engine.scheduler import Request
 
 
-class Answer:
+class RequestState:
     """The engine thread's record of a job.
 
     Under a constraint `mask` says which token may come next; it is None while it is being made, see `serve.engine.grammar_masks`.
@@ -27,7 +27,7 @@ class Answer:
       detokenizer: tokens to text.
     """
 
-    def __init__(self, job: Job, work: Work, longest: int, detokenizer: Detokenizer):
+    def __init__(self, job: RequestHandle, work: EngineRequest, longest: int, detokenizer: Detokenizer):
         self.job, self.work, self.mode = job, work, mode_of(work.options)
         prompt, new = len(work.ids), work.options.max_new_tokens
         most = longest if new is None else min(prompt + new, longest)
@@ -38,7 +38,7 @@ class Answer:
         self._stream = detokenizer.stream(work.options.stop)
         self._stops = frozenset(work.options.stop_token_ids)
         self._tokens: list[int] = []
-        self._pinned: dict[Picture, Entry] = {}
+        self._pinned: dict[MultimodalItem, Entry] = {}
 
     @property
     def newest(self) -> int:
@@ -62,13 +62,13 @@ class Answer:
                 rows[first - start : last - start] = entry.rows[first - picture.start : last - picture.start]
         return rows
 
-    def missing(self) -> Iterator[Picture]:
+    def missing(self) -> Iterator[MultimodalItem]:
         """The pictures that are still to be read and whose features are not there."""
         for picture in self.work.pictures:
             if picture.end > self.request.read and picture not in self._pinned:
                 yield picture
 
-    def pin(self, picture: Picture, entry: Entry) -> None:
+    def pin(self, picture: MultimodalItem, entry: Entry) -> None:
         """Its features are, or will be, there."""
         self._pinned[picture] = entry
 
@@ -77,7 +77,7 @@ class Answer:
         end = self.request.total - 1 if self.request.constrained and self.mask is None else math.inf
         self.request.readable = next((picture.start for picture in self.missing()), end)
 
-    def unpin(self, features: FeatureCache, *, everything: bool) -> None:
+    def unpin(self, features: EncoderCache, *, everything: bool) -> None:
         """Lets go of the pictures that have been read, or of all."""
         for picture in [p for p in self._pinned if everything or p.end <= self.request.read]:
             features.unpin(self._pinned.pop(picture))

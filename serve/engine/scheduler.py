@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serve.engine.host_prefix_cache import Copy, HostCache
-from serve.engine.page_pool import PAGE, Pages, Slots, pages_of
+from serve.engine.host_prefix_cache import Copy, HostPrefixCache
+from serve.engine.page_pool import PAGE, PagePool, SlotPool, pages_of
 from serve.engine.prefix_cache import NOTHING, Hit, Node, PrefixCache
 
 PATIENCE_S = 10.0  # of arrival that a unit of priority is worth
@@ -78,7 +78,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class PrefillChunk:
     """Tokens `start` to `start + count` of a request, to be read. Its memory begins as that of slot `source` (-1: empty).
 
     `snapshots`: (chunks, slot): its memory after so many chunks of 64 of this piece goes to that slot too. `last`: its answer
@@ -94,13 +94,13 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SchedulerOutput:
     """A step. `rows` get `steps` tokens each, after row i was given page `grown[i, 1]` (-1: none) at place `grown[i, 0]`.
 
     Rows that are `held` get theirs later, from the caller, who then has them `go_on`.
     """
 
-    pieces: list[Piece]
+    pieces: list[PrefillChunk]
     rows: list[Request]
     slots: np.ndarray
     grown: np.ndarray
@@ -137,7 +137,12 @@ class Scheduler:
     """All requests of an engine. Not for several threads at once."""
 
     def __init__(
-        self, limits: Limits, pages: Pages, slots: Slots, cache: PrefixCache | None = None, host: HostCache | None = None
+        self,
+        limits: Limits,
+        pages: PagePool,
+        slots: SlotPool,
+        cache: PrefixCache | None = None,
+        host: HostPrefixCache | None = None,
     ):
         assert limits.tokens % PAGE == 0 and limits.steps <= PAGE
         self.limits, self.pages, self.slots, self.cache, self.host = limits, pages, slots, cache, host
@@ -191,7 +196,7 @@ class Scheduler:
         self._admit()
         return expired
 
-    def plan(self) -> Plan:
+    def plan(self) -> SchedulerOutput:
         """The next step; what it says is done."""
         # One step too behind prompts that ended in the plan before: their first tokens are told once this one has been sent.
         one = self.reading or self._started or self._constrained.any()
@@ -204,7 +209,7 @@ class Scheduler:
         self._held[slots] = held
         pieces = self._pieces()
         self._started = any(piece.last for piece in pieces)
-        return Plan(pieces, rows, slots.astype(np.int32), pages, held, steps, preempted)
+        return SchedulerOutput(pieces, rows, slots.astype(np.int32), pages, held, steps, preempted)
 
     def _admit(self) -> None:
         """From waiting to being read, in order of rank, as long as slots and pages last."""
@@ -286,7 +291,7 @@ class Scheduler:
         self.preemptions += len(preempted)
         return grown, preempted
 
-    def _pieces(self) -> list[Piece]:
+    def _pieces(self) -> list[PrefillChunk]:
         """Shares the budget: the first in rank has half of it for sure, the others, shortest first, have what it leaves."""
         if not self.reading:
             return []
@@ -305,7 +310,7 @@ class Scheduler:
         end = min(request.total, request.readable, request.read + budget)
         return request.total if end == request.total else max(int(end) // PAGE * PAGE, request.read)
 
-    def _piece(self, request: Request, count: int) -> Piece:
+    def _piece(self, request: Request, count: int) -> PrefillChunk:
         start, request.read = request.read, request.read + count
         hit, request.hit = request.hit, request.hit._replace(node=None)
         source = request.slot if start else -1
@@ -315,7 +320,7 @@ class Scheduler:
         last = request.read == request.total
         if last:
             self._decode(request)
-        return Piece(request, start, count, source, self._snapshots(request, start), last)
+        return PrefillChunk(request, start, count, source, self._snapshots(request, start), last)
 
     def _snapshots(self, request: Request, start: int) -> tuple[tuple[int, int], ...]:
         wanted = (end // PAGE for end in request.boundaries if start < end <= request.read)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minicpmv46_jax.processing.images import Crop, Cut
-from minicpmv46_jax.processing.media_job import Cutting, cut_here
+from minicpmv46_jax.processing.images import ImageSlice, SlicedImage
+from minicpmv46_jax.processing.media_job import MediaJob, process_media
 
 log = logging.getLogger("serve")
 
@@ -37,8 +37,8 @@ def processes_for(accelerator: bool) -> int:
     return min(MOST, cores // 2) if accelerator and hasattr(os, "memfd_create") else 0
 
 
-class Cutters:
-    """A `processing.cutting.Cutter` of so many processes; started now, they are ready in about a second. `close` them.
+class ImageWorkerPool:
+    """A `processing.cutting.MediaWorker` of so many processes; started now, they are ready in about a second. `close` them.
 
     Raises ValueError where the platform has no memory that processes share without a name.
     """
@@ -50,10 +50,10 @@ class Cutters:
         self._changing = threading.Lock()
         self._pool = self._started()
 
-    def __call__(self, cutting: Cutting) -> tuple[Cut, ...]:
+    def __call__(self, cutting: MediaJob) -> tuple[SlicedImage, ...]:
         """Waits for one of the processes to do it."""
         if not isinstance(cutting.source, (str, bytes, bytearray, Path)):
-            return cut_here(cutting)  # decoded already
+            return process_media(cutting)  # decoded already
         pool = self._pool
         try:
             return _cut_in(pool, cutting)
@@ -79,7 +79,7 @@ class Cutters:
         return pool
 
 
-def _cut_in(pool: ProcessPoolExecutor, cutting: Cutting) -> tuple[Cut, ...]:
+def _cut_in(pool: ProcessPoolExecutor, cutting: MediaJob) -> tuple[SlicedImage, ...]:
     source = cutting.source
     with contextlib.ExitStack() as cleanup:
         shared = os.memfd_create("picture")
@@ -92,23 +92,23 @@ def _cut_in(pool: ProcessPoolExecutor, cutting: Cutting) -> tuple[Cut, ...]:
     return tuple(_taken_apart(layout, pixels))
 
 
-def _taken_apart(layout: Layout, pixels: np.ndarray) -> Iterator[Cut]:
+def _taken_apart(layout: Layout, pixels: np.ndarray) -> Iterator[SlicedImage]:
     at = 0
     for grid, crops in layout:
         made = []
         for own, (rows, columns) in crops:
-            made.append(Crop(pixels[at : at + rows * columns].reshape(rows, columns), own))
+            made.append(ImageSlice(pixels[at : at + rows * columns].reshape(rows, columns), own))
             at += rows * columns
-        yield Cut(tuple(made), grid)
+        yield SlicedImage(tuple(made), grid)
 
 
-def _work(cutting: Cutting, shared: str) -> Layout:
+def _work(cutting: MediaJob, shared: str) -> Layout:
     """In the process: from what lies in the shared memory to what is to lie there."""
     with open(shared, "r+b", buffering=0) as file:
         if not isinstance(cutting.source, Path):
             data = file.read()
             cutting = dataclasses.replace(cutting, source=data.decode() if isinstance(cutting.source, str) else data)
-        cuts = cut_here(cutting)
+        cuts = process_media(cutting)
         file.truncate(0)
         file.seek(0)
         for crop in (crop for cut in cuts for crop in cut.crops):

@@ -32,7 +32,7 @@ SOURCES = ("kernels_pallas", "minicpmv46_jax", "serve")  # whose code decides wh
 DATA = (tuning.FILE, autotuned.FILE)  # and how kernels are cut and products computed
 
 
-class Store:
+class ProgramStore:
     """Compiled functions on disk, whole: they are neither traced nor lowered again, which took most of a second start.
 
     What is on disk is run: the folder must be the user's own.
@@ -92,10 +92,10 @@ class Store:
         return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pickle"
 
 
-class Programs:
+class ProgramCache:
     """A table of compiled functions, kept in `store` if there is one. One that is missing is a fault of ours: KeyError."""
 
-    def __init__(self, store: Store | None = None):
+    def __init__(self, store: ProgramStore | None = None):
         self._store = store
         self._added: dict[Hashable, Callable[[], Any]] = {}
         self._alike: dict[Hashable, Hashable] = {}

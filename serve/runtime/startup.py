@@ -18,12 +18,12 @@ from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.library import DTYPES, Loading
 from minicpmv46_jax.model import Params, parameter_shapes
-from serve.engine.engine import Engine, Policy
-from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, Wishes, fit, working_bytes
-from serve.engine.model_runner import Device
+from serve.engine.engine import Engine, QueuePolicy
+from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, EngineConfig, plan_memory, working_bytes
+from serve.engine.model_runner import ModelRunner
 from serve.engine.page_pool import PAGE
 from serve.runtime import xla_autotune_cache as autotuned
-from serve.runtime.program_cache import Store
+from serve.runtime.program_cache import ProgramStore
 
 MEMORY_FRACTION = 0.9  # of a device's memory
 CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose memory is others' too
@@ -80,14 +80,14 @@ def _missing(wanted: str) -> str:
 def keep_compilations(place: Place) -> None:
     """Has jax keep what it compiles for a CPU for the next start, unless the user has told jax a place of their own.
 
-    For other devices the engine keeps its programs whole (`programs.Store`), and jax would keep each once more.
+    For other devices the engine keeps its programs whole (`programs.ProgramStore`), and jax would keep each once more.
     """
     if place.platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(place.cache / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
 
 
-def start(loading: Loading, place: Place, wishes: Wishes, policy: Policy) -> tuple[MiniCPMV, Engine]:
+def start(loading: Loading, place: Place, wishes: EngineConfig, policy: QueuePolicy) -> tuple[MiniCPMV, Engine]:
     """A checkpoint on the device, and an engine over it: its steps are compiled while its parameters are loaded.
 
     Args:
@@ -116,7 +116,7 @@ def start(loading: Loading, place: Place, wishes: Wishes, policy: Policy) -> tup
     return model, Engine(model, device, policy)
 
 
-def make_engine(model: MiniCPMV, place: Place, wishes: Wishes, policy: Policy) -> Engine:
+def make_engine(model: MiniCPMV, place: Place, wishes: EngineConfig, policy: QueuePolicy) -> Engine:
     """An engine over a model that is loaded, every step compiled or found on disk. Raises ValueError as `start`."""
     device = _device(model.config, model.params, place, free_memory(place), wishes)
     with step("compiling (kept for the next start)"), _fitting():
@@ -125,26 +125,26 @@ def make_engine(model: MiniCPMV, place: Place, wishes: Wishes, policy: Policy) -
     return Engine(model, device, policy)
 
 
-def _device(config: ModelConfig, shapes: Params, place: Place, memory: int, wishes: Wishes) -> Device:
+def _device(config: ModelConfig, shapes: Params, place: Place, memory: int, wishes: EngineConfig) -> ModelRunner:
     """Steps of the size that fits into so many bytes beside the parameters."""
     cpu = place.platform == "cpu"
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
     itemsize = shapes["text"]["embed"]["weight"].dtype.itemsize
     memory -= 0 if cpu else working_bytes(config.vision, buckets)
-    sizes, lines = fit(config.text, itemsize, memory, wishes, buckets, default)
+    sizes, lines = plan_memory(config.text, itemsize, memory, wishes, buckets, default)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     print(
         f"room for {sizes.running} answers at once, {sizes.pages * PAGE} tokens of context in all, {sizes.longest} in one, "
         f"{sizes.snapshots} prefixes, features of {sizes.features} picture tokens",
         file=sys.stderr,
     )
-    return Device(config, shapes, sizes, store=None if cpu else _store(place, config, sizes, itemsize))
+    return ModelRunner(config, shapes, sizes, store=None if cpu else _store(place, config, sizes, itemsize))
 
 
-def _store(place: Place, *depends: Any) -> Store:
+def _store(place: Place, *depends: Any) -> ProgramStore:
     """Not for a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared."""
     options = autotuned.compiler_options(place.cache / autotuned.FOLDER) if place.platform == "gpu" else None
-    return Store(place.cache / "programs", *depends, options=options)
+    return ProgramStore(place.cache / "programs", *depends, options=options)
 
 
 def free_memory(place: Place) -> int:

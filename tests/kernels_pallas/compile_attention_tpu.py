@@ -37,7 +37,7 @@ def paged(shape: PagedShape) -> tuple[Callable, tuple]:
     T, S, H = sum(shape.lengths), len(shape.lengths), paged_shapes.WIDTH
     pages = array(POOL, PAGE, paged_shapes.KEY_HEADS * H)
     arguments = array(T, paged_shapes.HEADS, H), pages, pages, ints(S, TABLE), ints(S), ints(S), ints(S)
-    return functools.partial(paged_attention, longest=shape.longest, backend="tpu"), arguments
+    return functools.partial(paged_attention, max_query_len=shape.longest, backend="tpu"), arguments
 
 
 def packed(shape: PackedShape) -> tuple[Callable, tuple]:

@@ -98,7 +98,7 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
     single, wishes = functools.partial(like, dtype=jnp.float32), like(128, dtype=jnp.int32)
-    yield "nucleus of 128 rows", nucleus.lowest_kept, (single(128, VOCABULARY), single(128), wishes, single(128)), ()
+    yield "nucleus of 128 rows", nucleus.sampling_threshold, (single(128, VOCABULARY), single(128), wishes, single(128)), ()
     yield from training()
 
 
@@ -120,7 +120,7 @@ def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
     for shape in (PAGED[1], PAGED[5]):
         S, T, pages = len(shape.lengths), sum(shape.lengths), max(shape.contexts) // 64 + 1
         pool, numbers = like(4096, 64, 512), (integers(S), integers(S), integers(S))
-        run = functools.partial(paged_attention.paged_attention, longest=shape.longest, backend="gpu")
+        run = functools.partial(paged_attention.paged_attention, max_query_len=shape.longest, backend="gpu")
         yield shape.name, run, (like(T, 8, 256), pool, pool, integers(S, pages), *numbers), ()
     patches, views = like(sum(PHOTO), 16, 72), (integers(len(PHOTO)), integers(len(PHOTO)))
     packed = functools.partial(packed_attention.packed_attention, longest=1088, backend="gpu")

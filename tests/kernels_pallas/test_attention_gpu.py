@@ -42,8 +42,8 @@ def rows():
 @pytest.mark.parametrize(
     ("operation", "arguments", "kernels"),
     [
-        (functools.partial(paged_attention, longest=1), paged(8, 8), ("paged_attention_decode", "paged_attention_join")),
-        (functools.partial(paged_attention, longest=200), paged(200, 3), ("paged_attention_prefill",)),
+        (functools.partial(paged_attention, max_query_len=1), paged(8, 8), ("paged_attention_decode", "paged_attention_join")),
+        (functools.partial(paged_attention, max_query_len=200), paged(200, 3), ("paged_attention_prefill",)),
         (functools.partial(packed_attention, longest=96), packed(), ("packed_attention",)),
         (functools.partial(window_attention, window=4), packed()[:3], ("packed_attention",)),
         (causal_attention, rows(), ("causal_attention",)),
@@ -71,14 +71,14 @@ def test_the_gradients_kernels_are_in_the_program():
 @pytest.mark.parametrize(
     ("operation", "arguments", "message"),
     [
-        (functools.partial(paged_attention, longest=1), paged(8, 8, width=128), "q has heads of 128, and it takes 256"),
+        (functools.partial(paged_attention, max_query_len=1), paged(8, 8, width=128), "q has heads of 128, and it takes 256"),
         (
-            functools.partial(paged_attention, longest=1),
+            functools.partial(paged_attention, max_query_len=1),
             paged(8, 8, key_heads=4),
             "there are 8 query and 4 key-value heads, and it takes 8 and 2",
         ),
         (
-            functools.partial(paged_attention, longest=1),
+            functools.partial(paged_attention, max_query_len=1),
             paged(8, 8, dtype=jnp.float32),
             "q is float32 and keys float32, and it takes bfloat16 for both",
         ),
@@ -222,7 +222,7 @@ def test_paged_attention_interpreted(interpreted, run, lengths, contexts, longes
     starts = np.cumsum([0, *lengths[:-1]]) if longest > 1 else np.arange(len(lengths))
     q = jnp.asarray(rng.standard_normal((max(sum(lengths), len(lengths)), 8, 256)), jnp.bfloat16)
     numbers = [jnp.asarray(x, jnp.int32) for x in (tables, starts, lengths, contexts)]
-    out = run(q, *jnp.asarray(pools, jnp.bfloat16), *numbers, longest=longest)
+    out = run(q, *jnp.asarray(pools, jnp.bfloat16), *numbers, max_query_len=longest)
     rounded = jnp.asarray(clean, jnp.bfloat16).astype(jnp.float32)
-    expected = paged_attention(q.astype(jnp.float32), *rounded, *numbers, longest=longest, backend="reference")
+    expected = paged_attention(q.astype(jnp.float32), *rounded, *numbers, max_query_len=longest, backend="reference")
     assert relative_rms(out, expected) < PAGED_ATTENTION["gpu bfloat16"]

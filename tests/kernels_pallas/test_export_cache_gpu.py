@@ -75,7 +75,7 @@ def test_what_is_no_array_is_told_apart():
     with described_gpu(), lowered_once():
         found = [
             exported(
-                lambda *x, longest=longest: paged_attention(*x, longest=longest, backend="gpu"),
+                lambda *x, longest=longest: paged_attention(*x, max_query_len=longest, backend="gpu"),
                 shape((rows, HEADS, WIDTH), jnp.bfloat16),
                 *(pool, pool, *numbers),
             )

@@ -28,9 +28,9 @@ def test_chunked_follows_the_recurrence(decay, lengths, seed):
     found = chunked(*case.arguments())
     for s, (own, out, memories) in enumerate(truth.sequences(case)):
         end = memories[-1] if lengths[s] else case.memory[s]
-        assert relative_rms(found.memory[s], end) < GATED_DELTA["reference"]
+        assert relative_rms(found.recurrent_state[s], end) < GATED_DELTA["reference"]
         tail = np.concatenate([case.tail[s], case.qkv[own]])[-3:]
-        np.testing.assert_array_equal(found.tail[s], tail)
+        np.testing.assert_array_equal(found.conv_state[s], tail)
         if lengths[s]:
             assert relative_rms(found.out[own], out) < GATED_DELTA["reference"]
 
@@ -45,9 +45,9 @@ def test_snapshots_are_the_memories_at_chunk_ends():
         own, _, memories = expected[s]
         end = 64 * chunks
         assert relative_rms(found.snapshots[i], memories[end - 1]) < GATED_DELTA["reference"]
-        np.testing.assert_array_equal(found.snapshot_tails[i], case.qkv[own][end - 3 : end])
+        np.testing.assert_array_equal(found.snapshot_conv_states[i], case.qkv[own][end - 3 : end])
     assert not np.asarray(found.snapshots[4:]).any()
-    assert not np.asarray(found.snapshot_tails[4:]).any()
+    assert not np.asarray(found.snapshot_conv_states[4:]).any()
 
 
 def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
@@ -56,11 +56,11 @@ def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
     qkv, a, b, layer, *_ = case.arguments()
     start, length = jnp.zeros(1, jnp.int32), jnp.full(1, 128, jnp.int32)
     first = chunked(qkv[:128], a[:128], b[:128], layer, case.memory, case.tail, start, length)
-    second = chunked(qkv[128:], a[128:], b[128:], layer, first.memory, first.tail, start, length)
-    np.testing.assert_array_equal(first.memory, whole.snapshots)
-    np.testing.assert_array_equal(first.tail, whole.snapshot_tails)
+    second = chunked(qkv[128:], a[128:], b[128:], layer, first.recurrent_state, first.conv_state, start, length)
+    np.testing.assert_array_equal(first.recurrent_state, whole.snapshots)
+    np.testing.assert_array_equal(first.conv_state, whole.snapshot_conv_states)
     np.testing.assert_array_equal(jnp.concatenate([first.out, second.out]), whole.out)
-    np.testing.assert_array_equal(second.memory, whole.memory)
+    np.testing.assert_array_equal(second.recurrent_state, whole.recurrent_state)
 
 
 def step_inputs(rng, rows, tokens, slots, *, heads=4, K=16, V=24, decay="usual", dtype=jnp.float32):
@@ -125,7 +125,7 @@ def test_gradients_agree_with_finite_differences():
     @jax.jit
     def loss(continuous):
         found = gated_delta.chunked(*continuous, starts, lengths, backend="reference")
-        return jnp.sum(found.out**2) + jnp.sum(jnp.sin(found.memory))
+        return jnp.sum(found.out**2) + jnp.sum(jnp.sin(found.recurrent_state))
 
     gradient = jax.jit(jax.grad(loss))(continuous)
     rng = np.random.default_rng(4)

@@ -41,9 +41,9 @@ def test_chunked_follows_the_recurrence(decay, dtype, mode, rng, tpu):
         nobody[own] = False
         if lengths[s]:
             assert relative_rms(found.out[own], out, usual) < tolerance(dtype)
-            assert relative_rms(found.memory[s], memories[-1]) < tolerance(dtype)
+            assert relative_rms(found.recurrent_state[s], memories[-1]) < tolerance(dtype)
         else:
-            np.testing.assert_array_equal(found.memory[s], case.memory[s])
+            np.testing.assert_array_equal(found.recurrent_state[s], case.memory[s])
         if s == 1:
             assert relative_rms(found.snapshots[0], memories[127]) < tolerance(dtype)
             assert relative_rms(found.snapshots[3], memories[63]) < tolerance(dtype)
@@ -59,7 +59,7 @@ def test_many_short_sequences_share_tiles(rng, tpu):
     expected = np.zeros(found.out.shape)
     for s, (own, out, memories) in enumerate(truth.sequences(case)):
         expected[own] = out
-        assert relative_rms(found.memory[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
+        assert relative_rms(found.recurrent_state[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
     assert relative_rms(found.out, expected) < tolerance("float32")
 
 
@@ -68,7 +68,7 @@ def test_next_to_nothing(lengths, rng, tpu):
     case = draw(rng, lengths)
     found = tpu(gated_delta.chunked, *case.arguments())
     for s, (own, out, memories) in enumerate(truth.sequences(case)):
-        assert relative_rms(found.memory[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
+        assert relative_rms(found.recurrent_state[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
         assert not lengths[s] or relative_rms(found.out[own], out) < tolerance("float32")
 
 
@@ -78,11 +78,13 @@ def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit(dtype, rng, tpu):
     start, length = case.starts, case.lengths
     whole = tpu(gated_delta.chunked, *case.arguments(), jnp.array([[0, 2]], jnp.int32))
     first = tpu(gated_delta.chunked, *dataclasses.replace(case, lengths=length - 72).arguments())
-    rest = dataclasses.replace(case, memory=first.memory, tail=first.tail, starts=start + 128, lengths=length - 128)
+    rest = dataclasses.replace(
+        case, memory=first.recurrent_state, tail=first.conv_state, starts=start + 128, lengths=length - 128
+    )
     second = tpu(gated_delta.chunked, *rest.arguments())
-    np.testing.assert_array_equal(first.memory, whole.snapshots)
-    np.testing.assert_array_equal(first.tail, whole.snapshot_tails)
-    np.testing.assert_array_equal(second.memory, whole.memory)
+    np.testing.assert_array_equal(first.recurrent_state, whole.snapshots)
+    np.testing.assert_array_equal(first.conv_state, whole.snapshot_conv_states)
+    np.testing.assert_array_equal(second.recurrent_state, whole.recurrent_state)
     np.testing.assert_array_equal(first.out + second.out, whole.out)  # each is zero where the other's tokens are
 
 
@@ -116,7 +118,7 @@ def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
 
     def outputs(arguments, **options):
         found = gated_delta.chunked(*arguments, starts, lengths, wanted, **options)
-        return found.out, found.memory, found.snapshots, found.tail
+        return found.out, found.recurrent_state, found.snapshots, found.conv_state
 
     bars = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in jax.eval_shape(outputs, arguments)]
 

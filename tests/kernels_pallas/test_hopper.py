@@ -19,7 +19,7 @@ from kernels_pallas.gpu.export_cache import lowered_once
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
-from kernels_pallas.top_k_top_p import lowest_kept
+from kernels_pallas.top_k_top_p import sampling_threshold
 from kernels_pallas.top_k_top_p.shapes import VOCABULARY
 from tests.kernels_pallas import gated_delta_truth as truth
 from tests.kernels_pallas.test_gated_delta import expected_step, step_inputs
@@ -45,9 +45,9 @@ def test_chunked_follows_the_recurrence(rng, lengths, decay):
     for s, (own, out, memories) in enumerate(expected):
         if lengths[s]:
             assert relative_rms(found.out[own], out, usual) < GATED_DELTA["gpu bfloat16"]
-            assert relative_rms(found.memory[s], memories[-1]) < GATED_DELTA["gpu bfloat16"]
+            assert relative_rms(found.recurrent_state[s], memories[-1]) < GATED_DELTA["gpu bfloat16"]
         else:
-            np.testing.assert_array_equal(found.memory[s], case.memory[s])
+            np.testing.assert_array_equal(found.recurrent_state[s], case.memory[s])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
     def bars(inputs, cotangents, backend):
         def run(*inputs):
             found = gated_delta.chunked(*inputs, starts, sizes, snapshots, backend=backend)
-            return found.out, found.memory, found.snapshots
+            return found.out, found.recurrent_state, found.snapshots
 
         return jax.vjp(run, *inputs)[1](cotangents)
 
@@ -88,7 +88,7 @@ def test_a_very_long_sequence_beside_short_ones(rng):
         out, end = truth.naive_end(case, s)
         usual = usual or rms(out)  # the long one's
         assert relative_rms(found.out[own], out, usual) < GATED_DELTA["gpu bfloat16"]
-        assert relative_rms(found.memory[s], end) < GATED_DELTA["gpu bfloat16"]
+        assert relative_rms(found.recurrent_state[s], end) < GATED_DELTA["gpu bfloat16"]
 
 
 def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
@@ -98,9 +98,11 @@ def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
     qkv, a, b, layer, memory, tail, *_ = case.arguments()
     start, cut = jnp.zeros(1, jnp.int32), 192
     first = run(qkv[:cut], a[:cut], b[:cut], layer, memory, tail, start, jnp.full(1, cut, jnp.int32))
-    second = run(qkv[cut:], a[cut:], b[cut:], layer, first.memory, first.tail, start, jnp.full(1, 512 - cut, jnp.int32))
-    np.testing.assert_array_equal(first.memory, whole.snapshots)
-    np.testing.assert_array_equal(second.memory, whole.memory)
+    second = run(
+        qkv[cut:], a[cut:], b[cut:], layer, first.recurrent_state, first.conv_state, start, jnp.full(1, 512 - cut, jnp.int32)
+    )
+    np.testing.assert_array_equal(first.recurrent_state, whole.snapshots)
+    np.testing.assert_array_equal(second.recurrent_state, whole.recurrent_state)
     np.testing.assert_array_equal(jnp.concatenate([first.out, second.out]), whole.out)
 
 
@@ -151,10 +153,10 @@ def test_paged_attention(rng, name):
     tokens = int(starts[-1] + max(lengths[-1], 1) + (longest > 1) * 3)
     q = normal(rng, tokens, 8, 256)
     numbers = [jnp.asarray(x, jnp.int32) for x in (tables, starts, lengths, contexts)]
-    run = jax.jit(paged_attention, static_argnames=("longest", "backend"))
-    out = run(q, *(jnp.asarray(x, jnp.bfloat16) for x in pools), *numbers, longest=longest, backend="gpu")
+    run = jax.jit(paged_attention, static_argnames=("max_query_len", "backend"))
+    out = run(q, *(jnp.asarray(x, jnp.bfloat16) for x in pools), *numbers, max_query_len=longest, backend="gpu")
     rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in clean]
-    expected = run(q.astype(jnp.float32), *rounded, *numbers, longest=longest, backend="reference")
+    expected = run(q.astype(jnp.float32), *rounded, *numbers, max_query_len=longest, backend="reference")
     assert relative_rms(out, expected) < PAGED_ATTENTION["gpu bfloat16"]
     nobody = np.ones(tokens, bool)
     for start, length in zip(starts, lengths, strict=True):
@@ -273,7 +275,7 @@ def test_what_may_be_drawn_is_the_references(rng, rows, size):
     top_k = rng.choice([0, 1, 5, 50, 1000, size - 1, size], rows).astype(np.int32)
     top_p = rng.choice([1.0, 0.999, 0.9, 0.5, 1e-6], rows).astype(np.float32)
     arguments = [jnp.asarray(x) for x in (scores, scores.max(axis=1), top_k, top_p)]
-    run = jax.jit(lowest_kept, static_argnames="backend")
+    run = jax.jit(sampling_threshold, static_argnames="backend")
     found = np.asarray(run(*arguments, backend="gpu"))
     expected = np.asarray(run(*arguments, backend="reference"))
     for row, low, target, p in zip(scores.astype(np.float64), found, expected, top_p, strict=True):

@@ -13,25 +13,25 @@ from kernels_pallas.paged_attention import PAGE, paged_attention
 from tests.tolerances import FLOAT32_ONE_OP, relative_rms
 
 POOL, WIDTH = 48, 12  # pages in all, pages a sequence may have
-attention = jax.jit(functools.partial(paged_attention, backend="reference"), static_argnames="longest")
+attention = jax.jit(functools.partial(paged_attention, backend="reference"), static_argnames="max_query_len")
 
 
-def draw(rng, lengths, contexts, row, *, heads=4, key_heads=2, width=16, unseen=1e30):
+def draw(rng, query_lens, context_lens, row, *, heads=4, key_heads=2, width=16, unseen=1e30):
     """Random pages in random order; what no sequence may see is `unseen`, keys and values where that is NaN, else values."""
     q = rng.standard_normal((row, heads, width)).astype(np.float32)
     keys, values = rng.standard_normal((2, POOL, PAGE, key_heads * width)).astype(np.float32)
-    order, tables = rng.permutation(POOL), np.full((len(lengths), WIDTH), -1, np.int32)
+    order, block_tables = rng.permutation(POOL), np.full((len(query_lens), WIDTH), -1, np.int32)
     poisoned = (keys, values) if np.isnan(unseen) else (values,)
-    for s, context in enumerate(contexts):
+    for s, context in enumerate(context_lens):
         pages = -(-context // PAGE)
-        tables[s, :pages], order = order[:pages], order[pages:]
+        block_tables[s, :pages], order = order[:pages], order[pages:]
         for x in poisoned:
-            x[tables[s, pages - 1], (context - 1) % PAGE + 1 :] = unseen
+            x[block_tables[s, pages - 1], (context - 1) % PAGE + 1 :] = unseen
     for x in poisoned:
         x[order] = unseen
-    gaps = rng.integers(0, 4, len(lengths))
-    starts = np.cumsum(gaps + np.concatenate([[0], lengths[:-1]])).astype(np.int32)
-    return q, keys, values, tables, starts
+    gaps = rng.integers(0, 4, len(query_lens))
+    query_starts = np.cumsum(gaps + np.concatenate([[0], query_lens[:-1]])).astype(np.int32)
+    return q, keys, values, block_tables, query_starts
 
 
 def alone(q, k, v):
@@ -44,15 +44,15 @@ def alone(q, k, v):
     return np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v)
 
 
-def check(lengths, contexts, seed, row, longest):
-    q, keys, values, tables, starts = draw(np.random.default_rng(seed), lengths, contexts, row)
-    numbers = (np.array(x, np.int32) for x in (tables, starts, lengths, contexts))
-    out = np.asarray(attention(*map(jnp.asarray, (q, keys, values, *numbers)), longest=longest))
+def check(query_lens, context_lens, seed, row, max_query_len):
+    q, keys, values, block_tables, query_starts = draw(np.random.default_rng(seed), query_lens, context_lens, row)
+    numbers = (np.array(x, np.int32) for x in (block_tables, query_starts, query_lens, context_lens))
+    out = np.asarray(attention(*map(jnp.asarray, (q, keys, values, *numbers)), max_query_len=max_query_len))
     nobody = np.ones(row, bool)
-    for s, (start, length, context) in enumerate(zip(starts, lengths, contexts, strict=True)):
+    for s, (start, length, context) in enumerate(zip(query_starts, query_lens, context_lens, strict=True)):
         own = slice(start, start + length)
         nobody[own] = False
-        k, v = (x[tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
+        k, v = (x[block_tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
         if length:
             assert relative_rms(out[own], alone(q[own], k, v)) < FLOAT32_ONE_OP
     assert not out[nobody].any()
@@ -68,14 +68,16 @@ def test_pieces_of_prompts(sequences, seed):
 
 
 @settings(max_examples=15, deadline=None)
-@given(contexts=st.lists(st.integers(1, 700), min_size=4, max_size=4), active=st.lists(st.booleans(), min_size=4, max_size=4))
-def test_decoding(contexts, active):
-    q, keys, values, tables, _ = draw(np.random.default_rng(sum(contexts)), [1] * 4, contexts, 4)
-    lengths = np.array(active, np.int32)
-    seen = np.where(active, contexts, 0).astype(np.int32)
-    out = attention(*map(jnp.asarray, (q, keys, values, tables, np.arange(4, dtype=np.int32), lengths, seen)), longest=1)
-    for s, context in enumerate(contexts):
-        k, v = (x[tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
+@given(context_lens=st.lists(st.integers(1, 700), min_size=4, max_size=4), active=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_decoding(context_lens, active):
+    q, keys, values, block_tables, _ = draw(np.random.default_rng(sum(context_lens)), [1] * 4, context_lens, 4)
+    query_lens = np.array(active, np.int32)
+    seen = np.where(active, context_lens, 0).astype(np.int32)
+    out = attention(
+        *map(jnp.asarray, (q, keys, values, block_tables, np.arange(4, dtype=np.int32), query_lens, seen)), max_query_len=1
+    )
+    for s, context in enumerate(context_lens):
+        k, v = (x[block_tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
         if active[s]:
             assert relative_rms(out[s : s + 1], alone(q[s : s + 1], k, v)) < FLOAT32_ONE_OP
         else:
@@ -83,17 +85,17 @@ def test_decoding(contexts, active):
 
 
 def test_a_result_does_not_depend_on_the_others_to_the_bit():
-    q, keys, values, tables, _ = draw(np.random.default_rng(0), [1] * 4, [600, 70, 1, 300], 4)
-    arguments = [jnp.asarray(x) for x in (q, keys, values, tables, np.arange(4, dtype=np.int32), np.ones(4, np.int32))]
-    together = attention(*arguments, jnp.array([600, 70, 1, 300]), longest=1)
-    others_gone = attention(*arguments[:5], jnp.array([0, 1, 0, 0]), jnp.array([0, 70, 0, 0]), longest=1)
+    q, keys, values, block_tables, _ = draw(np.random.default_rng(0), [1] * 4, [600, 70, 1, 300], 4)
+    arguments = [jnp.asarray(x) for x in (q, keys, values, block_tables, np.arange(4, dtype=np.int32), np.ones(4, np.int32))]
+    together = attention(*arguments, jnp.array([600, 70, 1, 300]), max_query_len=1)
+    others_gone = attention(*arguments[:5], jnp.array([0, 1, 0, 0]), jnp.array([0, 70, 0, 0]), max_query_len=1)
     np.testing.assert_array_equal(others_gone[1], together[1])
 
 
 def test_pages_of_another_size_are_refused():
     q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, 32, 32)), jnp.zeros(1, jnp.int32)
     with pytest.raises(ValueError, match=r"keys are \(2, 32, 32\), expected pages of 64"):
-        paged_attention(q, pages, pages, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, longest=1)
+        paged_attention(q, pages, pages, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, max_query_len=1)
 
 
 def test_values_unlike_the_keys_are_refused():
@@ -102,4 +104,4 @@ def test_values_unlike_the_keys_are_refused():
     with pytest.raises(
         ValueError, match=r"values are bfloat16 \(2, 64, 32\) and keys float32 \(2, 64, 32\), expected them alike"
     ):
-        paged_attention(q, pages, values, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, longest=1)
+        paged_attention(q, pages, values, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, max_query_len=1)

@@ -27,74 +27,81 @@ poisoned = functools.partial(draw, heads=4, key_heads=KEY_HEADS, width=WIDTH, un
 @pytest.fixture
 def tpu(tpu):
     """Of paged attention."""
-    return lambda *args, longest, mode="on_wait": tpu(functools.partial(paged_attention, longest=longest), *args, mode=mode)
+    return lambda *args, max_query_len, mode="on_wait": tpu(
+        functools.partial(paged_attention, max_query_len=max_query_len), *args, mode=mode
+    )
 
 
-def arguments(drawn, lengths, contexts, dtype=jnp.float32):
-    *floats, tables, starts = drawn
-    ints = (np.asarray(x, np.int32) for x in (tables, starts, lengths, contexts))
+def arguments(drawn, query_lens, context_lens, dtype=jnp.float32):
+    *floats, block_tables, query_starts = drawn
+    ints = (np.asarray(x, np.int32) for x in (block_tables, query_starts, query_lens, context_lens))
     return *(jnp.asarray(x, dtype) for x in floats), *map(jnp.asarray, ints)
 
 
-def follows(out, q, keys, values, tables, starts, lengths, contexts):
+def follows(out, q, keys, values, block_tables, query_starts, query_lens, context_lens):
     """Each sequence's rows against dense attention over what the kernel was given; zeros elsewhere."""
     tolerance, nobody = PAGED_ATTENTION[f"tpu {q.dtype}"], np.ones(len(q), bool)
     assert out.dtype == q.dtype
-    for s, (start, length, context) in enumerate(zip(starts, lengths, contexts, strict=True)):
+    for s, (start, length, context) in enumerate(zip(query_starts, query_lens, context_lens, strict=True)):
         own = slice(int(start), int(start + length))
         nobody[own] = False
         if length:
-            k, v = (np.asarray(x)[np.asarray(tables)[s]].reshape(-1, KEY_HEADS, WIDTH)[: int(context)] for x in (keys, values))
+            k, v = (
+                np.asarray(x)[np.asarray(block_tables)[s]].reshape(-1, KEY_HEADS, WIDTH)[: int(context)] for x in (keys, values)
+            )
             assert relative_rms(out[own], alone(np.asarray(q[own]), k, v)) < tolerance
     assert not np.asarray(out)[nobody].any()
 
 
 @pytest.mark.parametrize(("dtype", "mode"), HOW)
 def test_pieces_of_prompts(dtype, mode, rng, tpu):
-    lengths = [int(n) for n in rng.permutation([0, 1, int(rng.integers(2, 65)), int(rng.integers(65, 140))])]
-    contexts = [max(n + int(rng.choice([0, 1, 63, 64, 300, 511])), 1) for n in lengths]
-    given = arguments(poisoned(rng, lengths, contexts, 220), lengths, contexts, dtype)
-    follows(tpu(*given, longest=220, mode=mode), *given)
+    query_lens = [int(n) for n in rng.permutation([0, 1, int(rng.integers(2, 65)), int(rng.integers(65, 140))])]
+    context_lens = [max(n + int(rng.choice([0, 1, 63, 64, 300, 511])), 1) for n in query_lens]
+    given = arguments(poisoned(rng, query_lens, context_lens, 220), query_lens, context_lens, dtype)
+    follows(tpu(*given, max_query_len=220, mode=mode), *given)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), HOW)
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_decoding(drafts, dtype, mode, rng, tpu):
-    lengths = [drafts, 0, int(rng.integers(1, drafts + 1)), drafts, 0]
-    contexts = [int(n) for n in rng.choice([drafts, 63, 64, 65, 512, 513, 700], 5)]
-    drawn = poisoned(rng, lengths, contexts, 5 * drafts + 20)
-    seen = np.where(lengths, contexts, 0)
-    given = arguments(drawn, lengths, seen, dtype)
-    follows(tpu(*given, longest=drafts, mode=mode), *given)
+    query_lens = [drafts, 0, int(rng.integers(1, drafts + 1)), drafts, 0]
+    context_lens = [int(n) for n in rng.choice([drafts, 63, 64, 65, 512, 513, 700], 5)]
+    drawn = poisoned(rng, query_lens, context_lens, 5 * drafts + 20)
+    seen = np.where(query_lens, context_lens, 0)
+    given = arguments(drawn, query_lens, seen, dtype)
+    follows(tpu(*given, max_query_len=drafts, mode=mode), *given)
 
 
 def test_nobody_asks(rng, tpu):
     given = arguments(poisoned(rng, [0, 0], [5, 70], 8), [0, 0], [0, 0])
-    follows(tpu(*given, longest=1), *given)
+    follows(tpu(*given, max_query_len=1), *given)
 
 
 def test_sequences_share_pages(rng, tpu):
-    lengths, contexts = [1, 1, 70], [200, 321, 270]
-    *floats, tables, starts = poisoned(rng, lengths, [321, 1, 1], 90)
-    tables[1:] = tables[0]
-    given = arguments((*floats, tables, starts), lengths, contexts)
-    follows(tpu(*given, longest=90), *given)
+    query_lens, context_lens = [1, 1, 70], [200, 321, 270]
+    *floats, block_tables, query_starts = poisoned(rng, query_lens, [321, 1, 1], 90)
+    block_tables[1:] = block_tables[0]
+    given = arguments((*floats, block_tables, query_starts), query_lens, context_lens)
+    follows(tpu(*given, max_query_len=90), *given)
 
 
 def test_a_result_does_not_depend_on_the_others_to_the_bit(rng, tpu):
-    contexts = [600, 70, 1, 300]
-    q, keys, values, tables, starts, lengths, contexts = arguments(poisoned(rng, [1] * 4, contexts, 20), [1] * 4, contexts)
-    together = tpu(q, keys, values, tables, starts, lengths, contexts, longest=1)
+    context_lens = [600, 70, 1, 300]
+    q, keys, values, block_tables, query_starts, query_lens, context_lens = arguments(
+        poisoned(rng, [1] * 4, context_lens, 20), [1] * 4, context_lens
+    )
+    together = tpu(q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len=1)
     alone = jnp.array([0, 1, 0, 0], jnp.int32)
     np.testing.assert_array_equal(
-        tpu(q, keys, values, tables, starts, alone, alone * contexts, longest=1)[starts[1]], together[starts[1]]
+        tpu(q, keys, values, block_tables, query_starts, alone, alone * context_lens, max_query_len=1)[query_starts[1]],
+        together[query_starts[1]],
     )
 
 
-@pytest.mark.parametrize("longest", [1, 128])
-def test_the_kernel_is_in_the_program(longest, rng):
+@pytest.mark.parametrize("max_query_len", [1, 128])
+def test_the_kernel_is_in_the_program(max_query_len, rng):
     given = arguments(poisoned(rng, [1, 1], [5, 70], 8), [1, 1], [5, 70])
-    call = functools.partial(paged_attention, longest=longest)
+    call = functools.partial(paged_attention, max_query_len=max_query_len)
     with described_tpu():
         for backend in ("tpu", None):
             program = exported(functools.partial(call, backend=backend), *given)
@@ -115,10 +122,10 @@ def test_what_the_kernel_does_not_serve_is_refused(width, dtype, message, rng, m
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
     given = arguments(draw(rng, [1], [5], 1, width=width, unseen=0.0), [1], [5], dtype)
     with pytest.raises(NotImplementedError, match=f"backend 'tpu': {message}; backend 'reference' serves it"):
-        paged_attention(*given, longest=1, backend="tpu")
+        paged_attention(*given, max_query_len=1, backend="tpu")
 
 
 def test_the_name_is_refused_where_there_is_no_tpu(rng):
     given = arguments(poisoned(rng, [1], [5], 1 + 3), [1], [5])
     with pytest.raises(ValueError, match="backend 'tpu' is for TPU v5, TPU v6, TPU7, and the device is 'cpu'"):
-        paged_attention(*given, longest=1, backend="tpu")
+        paged_attention(*given, max_query_len=1, backend="tpu")

@@ -37,12 +37,12 @@ def check(found, scores, best, top_k, top_p):
 def test_the_search_keeps_what_sorting_keeps(monkeypatch, device, size):
     monkeypatch.setattr(reference, "device_kind", lambda: device)
     case = rows(size, np.random.default_rng())
-    check(jax.jit(lambda *x: reference.lowest_kept(*x))(*case), *case)
+    check(jax.jit(lambda *x: reference.sampling_threshold(*x))(*case), *case)
 
 
 def test_it_is_refused_in_words():
     case = [jnp.zeros((1, 50)), jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.ones(1)]
     with pytest.raises(NotImplementedError, match="a row has 50 scores, and it takes 128 to 262144"):
-        nucleus.lowest_kept(*case, backend="gpu")
+        nucleus.sampling_threshold(*case, backend="gpu")
     with pytest.raises(ValueError, match="backend is 'cuda'"):
-        nucleus.lowest_kept(*case, backend="cuda")
+        nucleus.sampling_threshold(*case, backend="cuda")

@@ -22,7 +22,7 @@ def test_the_kernel_interpreted(monkeypatch, size):
     monkeypatch.setattr(gpu, "PARTS", 1)
     case = rows(size, np.random.default_rng())
     with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
-        found = jax.jit(lambda *x: gpu.lowest_kept(*x))(*map(jnp.asarray, case))
+        found = jax.jit(lambda *x: gpu.sampling_threshold(*x))(*map(jnp.asarray, case))
     check(found, *case)
 
 

@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from minicpmv46_jax import demo, model
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.generation import generate
-from minicpmv46_jax.generation.decoding import decode, new_decoding
+from minicpmv46_jax.generation.decoding import decode, new_decode_state
 from minicpmv46_jax.model import packing
-from minicpmv46_jax.model.batch import Chunks
+from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import TextState, empty_state
 from tests.released import released_config
 
@@ -57,14 +57,14 @@ def main(topology: str, config: ModelConfig) -> None:
     dtype, shape = jnp.bfloat16, jax.ShapeDtypeStruct
     graph = model.schema(config)  # on a TPU, None takes the kernels there are
     params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
-    state = jax.eval_shape(lambda: empty_state(config.text, SLOTS, PAGES, dtype, longest=PAGES, snapshots=SLOTS))
-    decoding = jax.eval_shape(lambda: new_decoding(state_like(state), config.text.vocab_size))
+    state = jax.eval_shape(lambda: empty_state(config.text, SLOTS, PAGES, dtype, max_pages=PAGES, snapshots=SLOTS))
+    decoding = jax.eval_shape(lambda: new_decode_state(state_like(state), config.text.vocab_size))
     decode_rows = functools.partial(decode, graph.text, steps=generate.STEPS_PER_DISPATCH, mode="greedy")
     numbers = functools.partial(shape, dtype=jnp.int32)
-    pieces = model.Pieces(
+    pieces = model.PrefillInput(
         ids=numbers((BLOCK,)),
         feature_rows=numbers((BLOCK,)),
-        chunks=Chunks(
+        chunks=PrefillBatch(
             *[numbers((PIECES,))] * 5,
             tables=numbers((PIECES, PAGES)),
             snapshots=numbers((PIECES, 2)),
@@ -83,7 +83,7 @@ def main(topology: str, config: ModelConfig) -> None:
         downsample_mode="16x",
     )
     rows = numbers((SLOTS,)), numbers((SLOTS, 2))
-    read = functools.partial(model.read, graph.text)
+    read = functools.partial(model.prefill, graph.text)
     steps = {
         "decode": compiled(mesh, decoding, decode_rows, params["text"], decoding, *rows, donate_argnums=1),
         "read": compiled(mesh, state, read, params["text"], state, pieces, features, donate_argnums=1),

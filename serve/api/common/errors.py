@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serve.engine.engine import EngineFull, EngineStopped, Refused
+from serve.engine.engine import EngineFull, EngineStopped, RequestRejected
 
 RETRY_AFTER_S = 1  # places come free one by one, so the client may knock soon
 INTERNAL = "the server failed to answer; its log has the details under this request's X-Request-Id"
@@ -98,8 +98,8 @@ def install(app: FastAPI) -> None:
     async def stopped(request: Request, _: EngineStopped) -> JSONResponse:
         return stopped_error().response(request.url.path)
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(RequestRejected)
+    async def refused(request: Request, error: RequestRejected) -> JSONResponse:
         return ApiError(400, str(error)).response(request.url.path)
 
     @app.exception_handler(HTTPException)

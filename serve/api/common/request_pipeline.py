@@ -25,7 +25,7 @@ from serve.api.common.prompt import opens_thinking
 from serve.api.common.schema import FIELDS, ChatRequest, StreamOptions
 from serve.api.common.service import Service
 from serve.api.common.thinking import ThinkingBudget
-from serve.engine.engine import Job
+from serve.engine.engine import RequestHandle
 from serve.parsers import OutputParser
 from serve.structured_output.request import constraint_of
 
@@ -87,7 +87,7 @@ class Prepared:
 class Asked:
     """A request that has been submitted."""
 
-    def __init__(self, service: Service, exchange: Exchange, prepared: Prepared, jobs: list[Job]):
+    def __init__(self, service: Service, exchange: Exchange, prepared: Prepared, jobs: list[RequestHandle]):
         self.service, self.exchange, self.form, self.stop = service, exchange, prepared.form, prepared.options.stop
         form = prepared.form
         self._parsers = [
@@ -99,7 +99,7 @@ class Asked:
             for i, (job, reserve) in enumerate(zip(self._jobs, jobs[form.n :] or self._jobs, strict=True))
         ]
 
-    def _submit(self, prepared: Prepared, index: int, job: Job, reserve: Job) -> AsyncIterator:
+    def _submit(self, prepared: Prepared, index: int, job: RequestHandle, reserve: RequestHandle) -> AsyncIterator:
         """Each answer has a seed and a constraint of its own, the first one the request's."""
         options, budget = prepared.options, self.form.thinking_budget
         if options.seed is not None and index:
@@ -132,7 +132,7 @@ async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Wa
     """
     service, exchange = http.app.state.service, exchange_of(http)
     body = await read_body(http, service.max_body_bytes)
-    jobs: list[Job] = []
+    jobs: list[RequestHandle] = []
     _reserve(service, cleanup, jobs, 1)
     cleanup.callback(_cancel_on_disconnect(http, jobs).cancel)
     prepared = await service.in_thread(lambda: prepare(service, make(body)))
@@ -145,14 +145,14 @@ async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Wa
     return Asked(service, exchange, prepared, jobs)
 
 
-def _reserve(service: Service, cleanup: AsyncExitStack, jobs: list[Job], number: int) -> None:
+def _reserve(service: Service, cleanup: AsyncExitStack, jobs: list[RequestHandle], number: int) -> None:
     """Takes places until there are so many, all to be given back."""
     while len(jobs) < number:
         jobs.append(service.engine.reserve())
         cleanup.callback(jobs[-1].close)
 
 
-def _cancel_on_disconnect(request: Request, jobs: list[Job]) -> asyncio.Task:
+def _cancel_on_disconnect(request: Request, jobs: list[RequestHandle]) -> asyncio.Task:
     """Watches the connection once the body has been read, when nothing but its end can come."""
 
     async def watch() -> None:

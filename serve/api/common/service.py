@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from minicpmv46_jax import MiniCPMV
 from serve.engine.engine import Engine
-from serve.multimodal.image_workers import Cutters
+from serve.multimodal.image_workers import ImageWorkerPool
 from serve.structured_output.grammar import Constraints
 
 MAX_BODY_BYTES = 128 * 2**20  # base64 makes of it 96 MiB of pictures or video
@@ -48,7 +48,7 @@ class Service:
       log_prompts: whether the log has the text of prompts. They are the users' own, so it has not unless asked.
       created: when serving began, in seconds since 1970.
       pool: where requests are prepared, off the event loop.
-      cutters: the processes in which the model's processor opens pictures, if it has any, to be closed with the rest.
+      image_workers: the processes in which the model's processor opens pictures, if it has any, to be closed with the rest.
     """
 
     model: MiniCPMV
@@ -66,7 +66,7 @@ class Service:
     pool: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
     )
-    cutters: Cutters | None = None
+    image_workers: ImageWorkerPool | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +100,6 @@ class Service:
     def close(self) -> None:
         """Stops the engine and takes on no more preparations."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.cutters is not None:
-            self.cutters.close()
+        if self.image_workers is not None:
+            self.image_workers.close()
         self.engine.close()

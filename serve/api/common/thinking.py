@@ -12,7 +12,7 @@ from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs
 from serve.api.common.prompt import extended
-from serve.engine.engine import Job
+from serve.engine.engine import RequestHandle
 from serve.parsers.reasoning import CLOSE, ReasoningParser
 
 ENOUGH = f"\n{CLOSE}\n\n"
@@ -35,7 +35,7 @@ class ThinkingBudget:
         self._ids: list[int] = []
         self._thought = 0
 
-    async def deltas(self, first: Job, second: Job) -> AsyncIterator[Delta]:
+    async def deltas(self, first: RequestHandle, second: RequestHandle) -> AsyncIterator[Delta]:
         """The answer. `first` runs already, `second` is a place in reserve; closing both is the caller's."""
         async for delta in first.deltas():
             text, kept = self._within(delta)
@@ -64,7 +64,7 @@ class ThinkingBudget:
             text += piece
         return text, delta.tokens
 
-    async def _told_enough(self, job: Job) -> AsyncIterator[Delta]:
+    async def _told_enough(self, job: RequestHandle) -> AsyncIterator[Delta]:
         closing = self._model.processor.tokenizer(ENOUGH, add_special_tokens=False)["input_ids"]
         inputs = extended(self._inputs, [*self._ids, *closing])
         most = self._options.max_new_tokens

@@ -25,7 +25,7 @@ from serve.api.common.request_pipeline import check_model
 from serve.api.common.service import Service
 from serve.api.common.sse import EventStream
 from serve.api.openai.chat_response import usage
-from serve.engine.engine import Job
+from serve.engine.engine import RequestHandle
 
 router = APIRouter()
 
@@ -153,7 +153,7 @@ def parse(body: bytes) -> CompletionRequest:
 class Answer:
     """A submitted request's way back to its client."""
 
-    def __init__(self, model: str, exchange: Exchange, include_usage: bool, job: Job):
+    def __init__(self, model: str, exchange: Exchange, include_usage: bool, job: RequestHandle):
         self._exchange, self._job, self._include_usage = exchange, job, include_usage
         self._header = {"id": f"cmpl-{exchange.id}", "object": "text_completion", "created": int(time.time()), "model": model}
 
@@ -182,7 +182,7 @@ class Answer:
         return usage(self._exchange)
 
 
-def _watch(request: Request, job: Job) -> asyncio.Task:
+def _watch(request: Request, job: RequestHandle) -> asyncio.Task:
     """Cancels the job when the connection ends; once the body has been read nothing else can come."""
 
     async def watch() -> None:

@@ -12,8 +12,8 @@ from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.generation import decoding, generate
 from minicpmv46_jax.generation.generate import Generator, blocks, grow
-from minicpmv46_jax.model import Pieces
-from minicpmv46_jax.model.batch import Chunks
+from minicpmv46_jax.model import PrefillInput
+from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import empty_state
 from minicpmv46_jax.processing import Inputs
 from tests.tolerances import CACHED_FORWARD, relative_rms
@@ -45,7 +45,7 @@ def test_prefill_in_blocks_equals_the_whole_forward(demo, length):
     ids = np.random.default_rng(length).integers(0, 256, length).astype(np.int32)
     inputs = Inputs(ids, ())
     logits, state = demo.generator.prefill(inputs)
-    assert int(state.lengths[0]) == length
+    assert int(state.seq_lens[0]) == length
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
 
 
@@ -63,9 +63,9 @@ def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
     prompts = [prompt(demo, "What is it?", [photos[0].resize((90, 70))], max_slice_nums=1), prompt(demo, "z" * 150)]
     features, firsts = demo.generator.features(prompts[0].views)
     rows = [demo.generator.feature_rows(p, firsts if p.views else []) for p in prompts]
-    state = empty_state(demo.config.text, 3, 12, jnp.dtype("float32"), longest=5)
+    state = empty_state(demo.config.text, 3, 12, jnp.dtype("float32"), max_pages=5)
     tables = np.array([[7, 2, 9, 0, -1], [4, 11, 3, 1, 8]], np.int32)
-    read = jax.jit(functools.partial(model.read, model.schema(demo.config).text))
+    read = jax.jit(functools.partial(model.prefill, model.schema(demo.config).text))
     at, found = [0, 0], {}
     while any(at[i] < len(p.token_ids) for i, p in enumerate(prompts)):
         sizes = [min(n, len(p.token_ids) - a) for n, p, a in zip((37, 53), prompts, at, strict=True)]
@@ -76,11 +76,13 @@ def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
         slots = np.where(sizes, [2, 0], -1).astype(np.int32)
         before, lengths = np.array(at, np.int32), np.array(sizes, np.int32)
         nothing = np.zeros((0, 2), np.int32), np.zeros(0, np.int32)
-        chunks = Chunks(starts, lengths, before, slots, np.where(before, slots, -1).astype(np.int32), tables, *nothing)
-        logits, state = read(demo.params["text"], state, jax.tree.map(jnp.asarray, Pieces(ids, feature_rows, chunks)), features)
+        chunks = PrefillBatch(starts, lengths, before, slots, np.where(before, slots, -1).astype(np.int32), tables, *nothing)
+        logits, state = read(
+            demo.params["text"], state, jax.tree.map(jnp.asarray, PrefillInput(ids, feature_rows, chunks)), features
+        )
         at = [a + size for a, size in zip(at, sizes, strict=True)]
         found |= {i: logits[i] for i, size in enumerate(sizes) if size and at[i] == len(prompts[i].token_ids)}
-    assert state.lengths.tolist() == [len(prompts[1].token_ids), 0, len(prompts[0].token_ids)]
+    assert state.seq_lens.tolist() == [len(prompts[1].token_ids), 0, len(prompts[0].token_ids)]
     for i, one in enumerate(prompts):
         assert relative_rms(found[i], demo.logits(one)[-1]) < CACHED_FORWARD
 
@@ -105,7 +107,7 @@ def test_growing_the_cache_changes_nothing(demo, monkeypatch):
 def test_grow_keeps_what_was_there(demo):
     _, state = demo.generator.prefill(prompt(demo, "hello"))
     bigger = grow(state, 32)
-    assert bigger.tables.tolist() == [list(range(32))]
+    assert bigger.block_tables.tolist() == [list(range(32))]
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(bigger), strict=True):
         np.testing.assert_array_equal(new[tuple(slice(0, n) for n in old.shape)], old)
 

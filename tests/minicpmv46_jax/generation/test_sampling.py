@@ -23,18 +23,18 @@ from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.generation.sampling import (
     MAX_LOGPROBS,
     Bias,
-    count,
     filter_scores,
     new_bias,
     new_history,
-    note,
     penalise,
+    record_prompt,
+    record_token,
     sample,
 )
 
 V = 50
 draw = jax.jit(sample, static_argnames="mode")
-enter = jax.jit(note)
+enter = jax.jit(record_prompt)
 
 
 def params(**options):
@@ -162,7 +162,7 @@ def test_a_history_is_added_to_piece_by_piece_and_forgotten_whole():
     both = noted([5], [6, 6], fresh=False, history=first)
     assert np.flatnonzero(both.in_prompt[0]).tolist() == [3, 4, 5]
     assert both.counts[0, 6] == 2 and both.counts.sum() == 2
-    counted = count(both, jnp.array([0, 1]), jnp.array([6, 6]))  # slot 1 is past the last
+    counted = record_token(both, jnp.array([0, 1]), jnp.array([6, 6]))  # slot 1 is past the last
     assert counted.counts[0, 6] == 3 and counted.counts.sum() == 3
     again = noted([1], [2], history=counted)
     assert np.flatnonzero(again.in_prompt[0]).tolist() == [1] and again.counts.sum() == 1

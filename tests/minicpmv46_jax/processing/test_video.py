@@ -22,7 +22,7 @@ from transformers.video_utils import VideoMetadata
 
 from convert.demo.random_checkpoint import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Video, fetch
-from minicpmv46_jax.processing.images import Cut
+from minicpmv46_jax.processing.images import SlicedImage
 from minicpmv46_jax.processing.resize import resize_bicubic
 from minicpmv46_jax.processing.video import Bounds, Timing, composite, cut_units, decode, load_video, plan, sample, video_table
 from tests import ROOT
@@ -37,16 +37,16 @@ maker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(maker)
 
 
-def load(source, max_pixels: int = 10**8, **choices) -> tuple[Cut, ...]:
+def load(source, max_pixels: int = 10**8, **choices) -> tuple[SlicedImage, ...]:
     return load_video(source, CONFIG, CONFIG.options.updated(choices, "test"), fetch, max_pixels)
 
 
-def values(cuts: tuple[Cut, ...], table: np.ndarray) -> np.ndarray:
+def values(cuts: tuple[SlicedImage, ...], table: np.ndarray) -> np.ndarray:
     pixels = np.concatenate([crop.pixels for frame in cuts for crop in frame.crops])
     return np.concatenate([table[c][part] for c, part in enumerate(np.split(pixels, 3, axis=1))], axis=1)
 
 
-def assert_same(ours: tuple[Cut, ...], theirs: tuple[Cut, ...]) -> None:
+def assert_same(ours: tuple[SlicedImage, ...], theirs: tuple[SlicedImage, ...]) -> None:
     assert [frame.grid for frame in ours] == [frame.grid for frame in theirs]
     table = video_table(CONFIG)
     assert np.array_equal(values(ours, table), values(theirs, table))
@@ -145,7 +145,7 @@ def test_a_unit_is_cut_when_its_last_frame_comes_and_frames_are_let_go():
 
     def make(picture):
         made.append(given_out[-1])
-        return Cut((), picture.shape[:2])
+        return SlicedImage((), picture.shape[:2])
 
     cuts = cut_units(pictures(), units, make)
     assert made == [0, 3, 3, 4]  # (4,) is asked for twice and cut once

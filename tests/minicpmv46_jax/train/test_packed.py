@@ -10,7 +10,7 @@ import pytest
 from kernels_pallas import gated_delta
 from kernels_pallas.causal_attention import causal_attention, reference
 from kernels_pallas.gated_delta.packed import unit_lower_inverse
-from minicpmv46_jax.model.batch import Packed
+from minicpmv46_jax.model.batch import PackedBatch
 from tests.kernels_pallas import gated_delta_truth as truth
 from tests.minicpmv46_jax.train.train_compile import QUICK
 from tests.tolerances import FLOAT32_ONE_OP, GATED_DELTA, relative_rms
@@ -101,4 +101,4 @@ def test_attention_sees_its_own_sequence_alone(monkeypatch):
     ]
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
         assert relative_rms(found, expected) < FLOAT32_ONE_OP
-    np.testing.assert_array_equal(Packed(row).positions(64)[29:33], [29, 0, 0, 1])
+    np.testing.assert_array_equal(PackedBatch(row).positions(64)[29:33], [29, 0, 0, 1])

@@ -8,7 +8,7 @@ import pytest
 
 from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.model.batch import Whole
+from minicpmv46_jax.model.batch import FullBatch
 from minicpmv46_jax.train import bench
 from tests.minicpmv46_jax.train.train_compile import QUICK
 from tests.released import released_config
@@ -26,7 +26,7 @@ def test_the_texts_work_is_what_the_compiler_counts(released):
 
     def forward(params, x):
         text = model.merge(model.schema(released).text, params)
-        return text.logits(text(x, None, Whole(np.full(1, tokens, np.int32)))[0])
+        return text.logits(text(x, None, FullBatch(np.full(1, tokens, np.int32)))[0])
 
     x = jax.ShapeDtypeStruct((tokens, config.hidden_size), np.float32)
     counted = jax.jit(forward).lower(params, x).cost_analysis()["flops"]

@@ -157,7 +157,7 @@ def test_many_at_once_each_as_alone(service, stream):
         else:
             assert answer.json()["choices"] == alone.json()["choices"]
             assert answer.json()["choices"][0]["message"]["content"] == text.upper()
-    assert service.engine.taken == 0
+    assert service.engine.num_reserved == 0
 
 
 def test_health_and_models_answer_while_the_model_is_busy(service, model):

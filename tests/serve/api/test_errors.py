@@ -20,7 +20,7 @@ def service(model):
         yield service
         model.fault = model.process_fault = model.gate = None
         assert ask(service).json()["choices"][0]["message"]["content"] == "HELLO"  # it goes on serving
-        assert service.engine.taken == 0
+        assert service.engine.num_reserved == 0
 
 
 def error(answer, status):
@@ -286,7 +286,7 @@ def test_a_server_that_stops(model):
             running = asyncio.create_task(http.post("/v1/chat/completions", json=body("running", stream=True)))
             await asyncio.to_thread(model.wait_for, model.started, "running")
             waiting = asyncio.create_task(http.post("/v1/chat/completions", json=body("waiting")))
-            while service.engine.taken < 2:
+            while service.engine.num_reserved < 2:
                 await asyncio.sleep(0)
             service.engine.stop()
             model.gate.release()

@@ -156,7 +156,7 @@ def test_more_answers_than_places(model):
     with serving(model, max_waiting=1) as service:
         refused = ask(service, n=3)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert service.engine.taken == 0
+        assert service.engine.num_reserved == 0
         assert ask(service, n=2).status_code == 200
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from serve.engine.engine_client import Job
+from serve.engine.engine_client import RequestHandle
 from tests.serve.support import PATIENCE_S, FakeModel, body, live, serving
 
 LONG = "x" * 150
@@ -17,13 +17,13 @@ LONG = "x" * 150
 @pytest.fixture
 def noticed(monkeypatch):
     """Set once the server has noticed that a client went away, or that an answer is over."""
-    event, cancel = threading.Event(), Job.cancel
+    event, cancel = threading.Event(), RequestHandle.cancel
 
     def spy(job):
         cancel(job)
         event.set()
 
-    monkeypatch.setattr(Job, "cancel", spy)
+    monkeypatch.setattr(RequestHandle, "cancel", spy)
     return event
 
 
@@ -41,7 +41,7 @@ def address(model):
         model.gate = None
         answer = httpx.post(f"{address}/v1/chat/completions", json=body(), timeout=PATIENCE_S)
         assert answer.json()["choices"][0]["message"]["content"] == "HELLO"  # the worker is free
-        assert service.engine.taken == 0
+        assert service.engine.num_reserved == 0
 
 
 def connect(address, **fields):

@@ -23,11 +23,11 @@ from minicpmv46_jax.library import Loading
 from minicpmv46_jax.scenes.__main__ import write
 from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
 from serve.cli import args as flags
-from serve.engine.engine import Policy
-from serve.engine.memory_plan import Wishes
+from serve.engine.engine import QueuePolicy
+from serve.engine.memory_plan import EngineConfig
 from serve.runtime import cache_dir, startup
 from serve.runtime import server as server_module
-from serve.runtime.program_cache import Programs
+from serve.runtime.program_cache import ProgramCache
 from serve.runtime.server import Server, Tls, address
 from serve.runtime.startup import Place
 from tests import ROOT
@@ -301,16 +301,16 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
 def test_a_damaged_checkpoint_is_told_while_steps_are_compiled(demo_folder, tmp_path, monkeypatch, file, told):
     folder = shutil.copytree(demo_folder, tmp_path / "model")
     (folder / file).write_bytes((folder / file).read_bytes()[:1000])
-    finish, over, late = Programs._finish, threading.Event(), []
+    finish, over, late = ProgramCache._finish, threading.Event(), []
 
     def slow(self, key, *rest):
         if key != "new" and not over.wait(60):
             late.append(key)
         return finish(self, key, *rest)
 
-    monkeypatch.setattr(Programs, "_finish", slow)
+    monkeypatch.setattr(ProgramCache, "_finish", slow)
     with pytest.raises(ValueError, match=told), Loading(folder, "float32") as loading:
-        startup.start(loading, Place("cpu", 0.9, tmp_path), Wishes(), Policy())
+        startup.start(loading, Place("cpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
     assert not late
     over.set()
 
@@ -319,7 +319,7 @@ def test_a_model_that_the_device_has_no_room_for(demo_folder, tmp_path, monkeypa
     monkeypatch.setattr(startup, "free_memory", lambda place: 2**20)
     told = r"take \d\.\d\d GiB in float32, and .* has 0\.00 GiB free"
     with pytest.raises(ValueError, match=told), Loading(demo_folder, "float32") as loading:
-        startup.start(loading, Place("gpu", 0.9, tmp_path), Wishes(), Policy())
+        startup.start(loading, Place("gpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
 
 
 def test_what_clients_call_the_model(tmp_path):

@@ -4,10 +4,10 @@ import contextlib
 import types
 from collections import deque
 
-from serve.engine.engine_client import Cancelled, Desk, EngineStopped, tell
+from serve.engine.engine_client import Cancelled, EngineClient, EngineStopped, notify_readers
 
 
-class SerialEngine(Desk):
+class SerialEngine(EngineClient):
     """Runs `model.generate(inputs, options)` for one job at a time; `max_waiting` more may wait."""
 
     def __init__(self, model, max_waiting=16):
@@ -21,20 +21,20 @@ class SerialEngine(Desk):
     def max_model_len(self):
         return self._model.config.text.max_position_embeddings
 
-    def accept(self, job, inputs, options):
+    def add_request(self, job, inputs, options):
         with self.changed:
             if self.stopping:
                 raise EngineStopped
             self._waiting.append((job, inputs, options))
             self.changed.notify_all()
 
-    def withdraw(self, job):
+    def abort_request(self, job):
         with self.changed:
             there = [entry for entry in self._waiting if entry[0] is job]
             for entry in there:
                 self._waiting.remove(entry)
         if there:
-            self.leave(job, Cancelled())
+            self.finish_request(job, Cancelled())
 
     def work(self):
         while True:
@@ -43,9 +43,9 @@ class SerialEngine(Desk):
                 if self.stopping:
                     break
                 job, inputs, options = self._waiting.popleft()
-            self.leave(job, self._answer(job, inputs, options))
+            self.finish_request(job, self._answer(job, inputs, options))
         for job, *_ in self._waiting:
-            self.leave(job, EngineStopped())
+            self.finish_request(job, EngineStopped())
 
     def _answer(self, job, inputs, options):
         try:
@@ -56,7 +56,7 @@ class SerialEngine(Desk):
                     if delta.finish_reason is not None:
                         return delta
                     if job.deliver(delta):
-                        tell([job])
+                        notify_readers([job])
         except Exception as error:
             return error
         raise AssertionError("the fake model's answer has no end")

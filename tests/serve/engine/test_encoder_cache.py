@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.processing import Inputs
-from serve.engine.encoder_cache import FeatureCache
+from serve.engine.encoder_cache import EncoderCache
 from serve.engine.page_pool import PAGE
-from serve.engine.request import picture_key, prepare
+from serve.engine.request import mm_hash, prepare
 from tests.minicpmv46_jax.model.test_packing import view
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=60))
 def test_no_row_has_two_pictures_and_pinned_ones_stay(asked):
     """Picture i has 2 i + 1 rows of 40."""
-    cache, pinned = FeatureCache(40), []
+    cache, pinned = EncoderCache(40), []
     for i, keep in asked:
         key, rows = bytes([i]), 2 * i + 1
         entry = cache.find(key) or cache.reserve(key, rows)
@@ -36,7 +36,7 @@ def test_no_row_has_two_pictures_and_pinned_ones_stay(asked):
 
 
 def test_the_least_recently_used_goes_first():
-    cache = FeatureCache(10)
+    cache = EncoderCache(10)
     for key in (b"a", b"b"):
         cache.unpin(cache.reserve(key, 5))
     cache.unpin(cache.find(b"a"))
@@ -49,8 +49,8 @@ def test_a_pictures_key_has_all_that_decides_its_features():
     one = view(8, 8, value=1)
     others = [view(8, 8, value=2), view(4, 16, value=1), dataclasses.replace(one, downsample_mode="4x")]
     others.append(dataclasses.replace(one, table=one.table * 2))
-    assert len({picture_key(v) for v in (one, *others)}) == 5
-    assert picture_key(dataclasses.replace(one, start=77)) == picture_key(one)
+    assert len({mm_hash(v) for v in (one, *others)}) == 5
+    assert mm_hash(dataclasses.replace(one, start=77)) == mm_hash(one)
 
 
 def keys(ids, views=()):

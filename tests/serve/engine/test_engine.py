@@ -17,8 +17,8 @@ from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, Video
 from serve.engine.engine import Engine
-from serve.engine.engine_client import Cancelled, EngineFull, EngineStopped, Refused
-from serve.engine.model_runner import Copy, Device
+from serve.engine.engine_client import Cancelled, EngineFull, EngineStopped, RequestRejected
+from serve.engine.model_runner import Copy, ModelRunner
 from serve.engine.page_pool import PAGE
 from serve.engine.request import prepare
 from tests.serve.engine.engine_client import GREEDY, ask, request, run, submitted, text, wait_until
@@ -47,7 +47,7 @@ def alone(demo):
 def nothing_is_held(engine):
     """After each test."""
     yield
-    wait_until(lambda: engine.taken == 0)
+    wait_until(lambda: engine.num_reserved == 0)
     assert engine.slots.free == engine.slots.count
     assert not engine.scheduler.waiting and not engine.scheduler.reading
     kept = len(engine.prefixes._nodes)
@@ -130,13 +130,13 @@ def test_a_restored_memory_is_the_cold_runs_to_the_bit(demo, engine):
     run(ask(engine, inputs, options))
     cold = engine.prefixes.find(_keys(inputs))
     state = engine._device._decoding.state
-    slots = {layer.memory[cold.node.snapshot].tobytes() for layer in _delta(state)}
+    slots = {layer.recurrent_state[cold.node.snapshot].tobytes() for layer in _delta(state)}
     longer = Inputs(np.concatenate([inputs.token_ids, np.arange(100, dtype=np.int32)]), ())
     before = engine.scheduler.cached_tokens
     run(ask(engine, longer, options))
     assert engine.scheduler.cached_tokens - before == cold.blocks * PAGE == len(inputs.token_ids) // PAGE * PAGE
     state = engine._device._decoding.state
-    assert {layer.memory[cold.node.snapshot].tobytes() for layer in _delta(state)} == slots
+    assert {layer.recurrent_state[cold.node.snapshot].tobytes() for layer in _delta(state)} == slots
 
 
 def test_what_left_the_device_comes_back_to_the_bit(demo, engine, photos, alone):
@@ -146,7 +146,7 @@ def test_what_left_the_device_comes_back_to_the_bit(demo, engine, photos, alone)
     assert run(ask(engine, *first))[0] == alone(*first)
     keys = _keys(first[0])
     node = engine.prefixes.find(keys).node
-    cold = [layer.memory[node.snapshot].tobytes() for layer in _delta(engine._device._decoding.state)]
+    cold = [layer.recurrent_state[node.snapshot].tobytes() for layer in _delta(engine._device._decoding.state)]
     for i in range(SIZES.snapshots):
         run(ask(engine, *request(demo, text(f"{i}" * 200), max_new_tokens=1)))
     assert engine.prefixes.find(keys).blocks == 0
@@ -155,7 +155,7 @@ def test_what_left_the_device_comes_back_to_the_bit(demo, engine, photos, alone)
     restored = engine.prefixes.find(keys)
     assert engine.scheduler.restored_tokens - before == restored.blocks * PAGE > first[0].views[0].num_tokens
     state = engine._device._decoding.state
-    assert [layer.memory[restored.node.snapshot].tobytes() for layer in _delta(state)] == cold
+    assert [layer.recurrent_state[restored.node.snapshot].tobytes() for layer in _delta(state)] == cold
 
 
 def test_prefixes_do_not_wait_for_those_that_leave(demo, engine, monkeypatch):
@@ -179,13 +179,13 @@ def test_prefixes_do_not_wait_for_those_that_leave(demo, engine, monkeypatch):
 
 def test_what_is_soon_read_again_is_not_copied(demo, engine, monkeypatch):
     """Prefixes that one step reads leave the device for good."""
-    copied, fetch = [], Device.fetch
+    copied, fetch = [], ModelRunner.fetch
 
     def noted(device, pages, slot):
         copied.append(len(pages) * PAGE)
         return fetch(device, pages, slot)
 
-    monkeypatch.setattr(Device, "fetch", noted)
+    monkeypatch.setattr(ModelRunner, "fetch", noted)
     prompts = [request(demo, text(f"{i}?" * 50), max_new_tokens=1) for i in range(SIZES.snapshots * 2)]
     for inputs, options in prompts:
         assert PAGE < len(inputs.token_ids) < BUCKETS.prompts[-1][0]
@@ -290,20 +290,20 @@ def test_a_request_cancelled_while_it_was_prepared_is_not_submitted(demo, engine
     async def scenario():
         job = engine.reserve()
         job.cancel()
-        assert engine.taken == 1  # held until its preparation has ended
+        assert engine.num_reserved == 1  # held until its preparation has ended
         with pytest.raises(Cancelled):
             job.submit(*request(demo, text("hello")))
         job.close()
         job.close()  # a second time gives nothing back
-        assert engine.taken == 0
+        assert engine.num_reserved == 0
 
     run(scenario())
 
 
 def test_places_are_bounded_from_reservation_on(demo, engine):
     async def scenario():
-        jobs = [engine.reserve() for _ in range(engine.places)]
-        with pytest.raises(EngineFull, match=f"{engine.places} requests"):
+        jobs = [engine.reserve() for _ in range(engine.capacity)]
+        with pytest.raises(EngineFull, match=f"{engine.capacity} requests"):
             engine.reserve()
         for job in jobs:
             job.close()
@@ -317,7 +317,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody(demo, engine, alone):
     async def scenario():
         with submitted(engine, *slow) as job:
             await ask(engine, *quick)
-            while engine.taken:
+            while engine.num_reserved:
                 await asyncio.sleep(0.01)
             return [token.id async for delta in job.deltas() for token in delta.tokens]
 
@@ -411,14 +411,14 @@ def test_what_cannot_be_served_is_refused_at_once(demo, engine, photos):
 
     async def refused(*parts, **options):
         job = engine.reserve()
-        with contextlib.closing(job), pytest.raises(Refused) as caught:
+        with contextlib.closing(job), pytest.raises(RequestRejected) as caught:
             job.submit(*request(demo, *parts, **options))
         return str(caught.value)
 
     said = run(refused(text("x" * 2100)))
     assert "the prompt has 21" in said and "this server holds 2048" in said
     assert "patches, and this server encodes 1152 at most" in run(refused(slim, max_slice_nums=1))
-    assert engine.taken == 0
+    assert engine.num_reserved == 0
 
 
 def test_rounds_of_many_streams_with_some_that_leave(demo, engine, mixed, expected):
@@ -447,7 +447,7 @@ def test_rounds_of_many_streams_with_some_that_leave(demo, engine, mixed, expect
     compiled = engine.compilations.count
     for _ in range(2):
         assert all(run(scenario()))
-        wait_until(lambda: engine.taken == 0)
+        wait_until(lambda: engine.num_reserved == 0)
         assert engine.slots.free == SIZES.running
     assert engine.compilations.count == compiled
 

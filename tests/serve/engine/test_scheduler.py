@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas.paged_attention
-from serve.engine.host_prefix_cache import HostCache
-from serve.engine.page_pool import PAGE, Pages, Slots, pages_of
+from serve.engine.host_prefix_cache import HostPrefixCache
+from serve.engine.page_pool import PAGE, PagePool, SlotPool, pages_of
 from serve.engine.prefix_cache import PrefixCache
 from serve.engine.scheduler import PATIENCE_S, Limits, Request, Scheduler, Stage
 
@@ -60,7 +60,7 @@ class Chat:
         return [repr(self.prompt[: PAGE * (i + 1)]).encode() for i in range(len(self.prompt) // PAGE)]
 
 
-class Device:
+class ModelRunner:
     """Pages hold tokens; the memory of a slot is all tokens it has seen."""
 
     def __init__(self, pages, slots):
@@ -149,8 +149,8 @@ class Server:
     """The engine's loop: it plans a step ahead of what it knows."""
 
     def __init__(self, pages, slots, snapshots, host=0):
-        self.pages, self.slots, self.spare = Pages(pages), Slots(slots), Slots(snapshots, first=slots)
-        self.device, self.host = Device(pages, slots), HostCache(host)
+        self.pages, self.slots, self.spare = PagePool(pages), SlotPool(slots), SlotPool(snapshots, first=slots)
+        self.device, self.host = ModelRunner(pages, slots), HostPrefixCache(host)
         leaving = lambda node: self.host.put(node.key, self.device.fetch(node))  # noqa: E731
         self.cache = PrefixCache(self.pages, self.spare, leaving) if snapshots else None
         self.scheduler = Scheduler(LIMITS, self.pages, self.slots, self.cache, self.host if snapshots else None)
@@ -364,7 +364,7 @@ def test_a_long_prompt_holds_up_neither_streams_nor_short_prompts():
 
 
 def test_priority_goes_first_and_yet_nobody_starves():
-    scheduler = Scheduler(LIMITS, Pages(10), Slots(1))
+    scheduler = Scheduler(LIMITS, PagePool(10), SlotPool(1))
     late = Request(10, 20, arrived=100.0, priority=1)
     early = Request(10, 20, arrived=100.0 - PATIENCE_S / 2)
     earlier = Request(10, 20, arrived=100.0 - 2 * PATIENCE_S)
@@ -374,7 +374,7 @@ def test_priority_goes_first_and_yet_nobody_starves():
 
 
 def test_who_has_not_begun_in_time_expires():
-    scheduler = Scheduler(LIMITS, Pages(10), Slots(1))
+    scheduler = Scheduler(LIMITS, PagePool(10), SlotPool(1))
     runs, waits = Request(10, 20, deadline=5.0), Request(10, 20, deadline=5.0)
     scheduler.add(runs)
     scheduler.add(waits)
@@ -385,7 +385,7 @@ def test_who_has_not_begun_in_time_expires():
 
 
 def test_pictures_that_are_not_ready_are_waited_for():
-    scheduler = Scheduler(LIMITS, Pages(10), Slots(2))
+    scheduler = Scheduler(LIMITS, PagePool(10), SlotPool(2))
     request, other = Request(300, 310, readable=100), Request(20, 30)
     scheduler.add(request)
     scheduler.add(other)
@@ -398,7 +398,7 @@ def test_pictures_that_are_not_ready_are_waited_for():
 
 
 def test_several_tokens_a_dispatch_only_where_nobody_is_read():
-    scheduler = Scheduler(LIMITS, Pages(40), Slots(2))
+    scheduler = Scheduler(LIMITS, PagePool(40), SlotPool(2))
     scheduler.add(Request(10, 100))
     scheduler.admit(0.0)
     assert scheduler.plan().rows == []
@@ -410,7 +410,7 @@ def test_several_tokens_a_dispatch_only_where_nobody_is_read():
 
 
 def test_pages_know_their_holders():
-    pages = Pages(3)
+    pages = PagePool(3)
     taken = pages.take(2)
     pages.share(taken[:1])
     pages.give_back(taken)

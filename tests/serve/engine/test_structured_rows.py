@@ -93,7 +93,7 @@ def expected(steered, free, alone):
 @pytest.fixture(autouse=True)
 def nothing_is_held(demo_engine):
     yield
-    wait_until(lambda: demo_engine.taken == 0)
+    wait_until(lambda: demo_engine.num_reserved == 0)
     assert demo_engine.slots.free == demo_engine.slots.count and not demo_engine._held
 
 

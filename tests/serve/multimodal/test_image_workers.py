@@ -16,17 +16,17 @@ import pytest
 from PIL import Image
 
 from minicpmv46_jax.processing import MediaConfig, Processor
-from minicpmv46_jax.processing.media_job import Cutting, cut_here
+from minicpmv46_jax.processing.media_job import MediaJob, process_media
 from minicpmv46_jax.processing.video import UNBOUNDED
-from serve.multimodal.image_workers import MOST, Cutters, processes_for
+from serve.multimodal.image_workers import MOST, ImageWorkerPool, processes_for
 from tests import ROOT
 from tests.minicpmv46_jax.processing.test_images import PHOTOS
 from tests.serve.api.test_clients import clip
 
 
 @pytest.fixture(scope="module")
-def cutters():
-    made = Cutters(2)
+def image_workers():
+    made = ImageWorkerPool(2)
     yield made
     made.close()
 
@@ -38,7 +38,7 @@ def processor(demo_folder):
 
 def cutting(processor, source, kind="image", **changes):
     config: MediaConfig = processor.images if kind == "image" else processor.videos
-    made = Cutting(kind, source, "its name", config, config.options, 10**8, UNBOUNDED)
+    made = MediaJob(kind, source, "its name", config, config.options, 10**8, UNBOUNDED)
     return dataclasses.replace(made, **changes)
 
 
@@ -55,28 +55,28 @@ def data_url(path):
 
 
 @pytest.mark.parametrize("source", [PHOTOS[0], PHOTOS[1].read_bytes(), bytearray(PHOTOS[0].read_bytes()), data_url(PHOTOS[1])])
-def test_pictures_are_cut_as_they_are_here(cutters, processor, source):
+def test_pictures_are_cut_as_they_are_here(image_workers, processor, source):
     wanted = cutting(processor, source)
-    found = cutters(wanted)
+    found = image_workers(wanted)
     assert len(found[0].crops) > 1
-    assert_equal(found, cut_here(wanted))
+    assert_equal(found, process_media(wanted))
 
 
-def test_videos_are_cut_as_they_are_here(cutters, processor):
+def test_videos_are_cut_as_they_are_here(image_workers, processor):
     wanted = cutting(processor, clip(6), "video")
-    found = cutters(wanted)
+    found = image_workers(wanted)
     assert len(found) > 1
-    assert_equal(found, cut_here(wanted))
+    assert_equal(found, process_media(wanted))
 
 
-def test_many_at_once(cutters, processor):
+def test_many_at_once(image_workers, processor):
     wanted = [cutting(processor, path) for path in PHOTOS] * 10
     with ThreadPoolExecutor(8) as pool:
-        for found, expected in zip(pool.map(cutters, wanted), [cut_here(one) for one in wanted[:2]] * 10, strict=True):
+        for found, expected in zip(pool.map(image_workers, wanted), [process_media(one) for one in wanted[:2]] * 10, strict=True):
             assert_equal(found, expected)
 
 
-def test_mistakes_are_told_as_they_are_here(cutters, processor):
+def test_mistakes_are_told_as_they_are_here(image_workers, processor):
     for wanted in (
         cutting(processor, b"no picture"),
         cutting(processor, b""),
@@ -86,41 +86,41 @@ def test_mistakes_are_told_as_they_are_here(cutters, processor):
         cutting(processor, b"no video", "video"),
     ):
         with pytest.raises(ValueError) as here:
-            cut_here(wanted)
+            process_media(wanted)
         with pytest.raises(ValueError) as there:
-            cutters(wanted)
+            image_workers(wanted)
         assert str(there.value) == str(here.value)
 
 
-def test_a_url_that_nobody_has_fetched_is_our_fault_and_not_fetched(cutters, processor):
-    for cutter in (cut_here, cutters):
+def test_a_url_that_nobody_has_fetched_is_our_fault_and_not_fetched(image_workers, processor):
+    for media_worker in (process_media, image_workers):
         for kind in ("image", "video"):
             with pytest.raises(AssertionError, match=r"http://127\.0\.0\.1:9/x should have been fetched"):
-                cutter(cutting(processor, "http://127.0.0.1:9/x", kind))
+                media_worker(cutting(processor, "http://127.0.0.1:9/x", kind))
 
 
-def test_what_is_decoded_already_stays_here(cutters, processor):
+def test_what_is_decoded_already_stays_here(image_workers, processor):
     picture = Image.open(PHOTOS[0])
-    assert_equal(cutters(cutting(processor, picture)), cut_here(cutting(processor, picture)))
+    assert_equal(image_workers(cutting(processor, picture)), process_media(cutting(processor, picture)))
 
 
-def test_its_processes_have_no_jax(cutters, processor):
+def test_its_processes_have_no_jax(image_workers, processor):
     """Which would cost each of them seconds and hundreds of megabytes."""
-    cutters(cutting(processor, PHOTOS[0]))
+    image_workers(cutting(processor, PHOTOS[0]))
     imported = "[name for name in ('jax', 'transformers', 'fastapi') if name in __import__('sys').modules]"
-    assert cutters._pool.submit(eval, imported).result() == []
+    assert image_workers._pool.submit(eval, imported).result() == []
 
 
-def test_a_picture_that_waits_holds_no_file(cutters, processor):
+def test_a_picture_that_waits_holds_no_file(image_workers, processor):
     """Hundreds may wait, and a process may have a thousand files."""
     before = len(os.listdir("/proc/self/fd"))
-    found = [cutters(cutting(processor, PHOTOS[0])) for _ in range(5)]
+    found = [image_workers(cutting(processor, PHOTOS[0])) for _ in range(5)]
     assert len(os.listdir("/proc/self/fd")) == before
     assert len(found) == 5
 
 
 def test_a_process_that_dies_is_replaced(processor, caplog):
-    own = Cutters(1)
+    own = ImageWorkerPool(1)
     try:
         wanted = cutting(processor, PHOTOS[0])
         expected = own(wanted)
@@ -136,12 +136,12 @@ def test_a_process_that_dies_is_replaced(processor, caplog):
 def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_path, processor):
     (tmp_path / "decoder_that_crashes.py").write_text("import os\n\n\ndef work(*_):\n    os.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)  # the processes have it too
-    own, wanted = Cutters(1), cutting(processor, PHOTOS[0])
+    own, wanted = ImageWorkerPool(1), cutting(processor, PHOTOS[0])
     try:
         with monkeypatch.context() as crashing, pytest.raises(BrokenProcessPool):
             crashing.setattr("serve.multimodal.image_workers._work", importlib.import_module("decoder_that_crashes").work)
             own(wanted)
-        assert_equal(own(wanted), cut_here(wanted))
+        assert_equal(own(wanted), process_media(wanted))
     finally:
         own.close()
 
@@ -173,4 +173,4 @@ def test_how_many(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     assert processes_for(True) == 0
     with pytest.raises(ValueError, match="--picture-processes is 3, which needs Linux"):
-        Cutters(3)
+        ImageWorkerPool(3)

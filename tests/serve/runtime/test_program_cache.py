@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax.trees import tree_dataclass
-from serve.runtime.program_cache import Compilations, Programs, Store
+from serve.runtime.program_cache import Compilations, ProgramCache, ProgramStore
 
 
 @tree_dataclass
@@ -30,7 +30,7 @@ def arguments():
 
 
 def programs(store):
-    made = Programs(store)
+    made = ProgramCache(store)
     made.add(("step", 3), lambda *given: step(*given), *arguments(), donate=(0,))  # a function that jax has not seen
     before = Compilations()
     made.compile(show=False)
@@ -38,9 +38,9 @@ def programs(store):
 
 
 def test_a_kept_function_is_loaded_and_not_compiled(tmp_path):
-    first, compiled = programs(Store(tmp_path, "a model"))
+    first, compiled = programs(ProgramStore(tmp_path, "a model"))
     assert compiled == 1
-    second, compiled = programs(Store(tmp_path, "a model"))
+    second, compiled = programs(ProgramStore(tmp_path, "a model"))
     assert compiled == 0 and len(second) == 1
     for made in (first, second):
         given, x = arguments()
@@ -52,60 +52,60 @@ def test_a_kept_function_is_loaded_and_not_compiled(tmp_path):
 
 
 def test_what_a_function_depends_on_decides(tmp_path, monkeypatch):
-    programs(Store(tmp_path, "a model"))
-    assert programs(Store(tmp_path, "another model"))[1] == 1
-    assert programs(Store(tmp_path, "a model"))[1] == 0
+    programs(ProgramStore(tmp_path, "a model"))
+    assert programs(ProgramStore(tmp_path, "another model"))[1] == 1
+    assert programs(ProgramStore(tmp_path, "a model"))[1] == 0
     monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
-    assert programs(Store(tmp_path, "a model"))[1] == 1
+    assert programs(ProgramStore(tmp_path, "a model"))[1] == 1
 
 
 def test_what_is_compiled_is_compiled_with_the_stores_options(tmp_path):
     options = {"xla_gpu_per_fusion_autotune_cache_dir": str(tmp_path / "autotuned")}
-    assert programs(Store(tmp_path / "kept", options=options))[1] == 1
+    assert programs(ProgramStore(tmp_path / "kept", options=options))[1] == 1
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_unheard_of'"):
-        programs(Store(tmp_path / "other", options={"xla_unheard_of": "1"}))
-    assert programs(Store(tmp_path / "kept", options={"xla_unheard_of": "1"}))[1] == 0  # they do not decide what it is
+        programs(ProgramStore(tmp_path / "other", options={"xla_unheard_of": "1"}))
+    assert programs(ProgramStore(tmp_path / "kept", options={"xla_unheard_of": "1"}))[1] == 0  # they do not decide what it is
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a pickle", None])
 def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
-    programs(Store(tmp_path))
+    programs(ProgramStore(tmp_path))
     (file,) = tmp_path.rglob("*.pickle")
     file.write_bytes(file.read_bytes()[:-200] if damage is None else damage)
     with caplog.at_level(logging.WARNING):
-        assert programs(Store(tmp_path))[1] == 1
+        assert programs(ProgramStore(tmp_path))[1] == 1
     assert f"{file} cannot be used and is made anew" in caplog.text
-    assert programs(Store(tmp_path))[1] == 0
+    assert programs(ProgramStore(tmp_path))[1] == 0
 
 
 def test_nothing_half_written_is_left(tmp_path):
-    programs(Store(tmp_path))
+    programs(ProgramStore(tmp_path))
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".pickle"]
 
 
 def test_a_folder_that_cannot_be_written_costs_no_start(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        made, compiled = programs(Store(tmp_path / "file"))
+        made, compiled = programs(ProgramStore(tmp_path / "file"))
     assert compiled == 1 and len(made) == 1
     assert "('step', 3) is not kept" in caplog.text
 
 
 def test_what_no_start_has_used_for_long_is_deleted(tmp_path):
-    programs(Store(tmp_path, "an old model"))
+    programs(ProgramStore(tmp_path, "an old model"))
     (old,) = tmp_path.iterdir()
-    programs(Store(tmp_path, "a model"))
+    programs(ProgramStore(tmp_path, "a model"))
     assert old.is_dir()
     for folder in tmp_path.iterdir():
         os.utime(folder, (0, 0))
-    assert programs(Store(tmp_path, "a model"))[1] == 0  # its own, however old
+    assert programs(ProgramStore(tmp_path, "a model"))[1] == 0  # its own, however old
     assert not old.exists()
 
 
 def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
     order = []
 
-    class Noted(Programs):
+    class Noted(ProgramCache):
         def _finish(self, key, lowered, behind):
             compiled = super()._finish(key, lowered, behind)
             order.append(key)
@@ -132,7 +132,7 @@ def test_somebody_elses_mistake_ends_it(at):
             told.set()
             raise ValueError("a mistake")
 
-    class Slow(Programs):
+    class Slow(ProgramCache):
         def _finish(self, key, lowered, behind):
             told.wait(60)
             return super()._finish(key, lowered, behind)
