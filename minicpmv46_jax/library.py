@@ -95,7 +95,7 @@ class MiniCPMV:
         Raises:
           ValueError: in one line, naming what is missing, unknown or broken.
         """
-        with Loading(source, dtype, revision, fetch, progress) as loading:
+        with ModelLoader(source, dtype, revision, fetch, progress) as loading:
             return loading.model(backend)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
@@ -156,7 +156,7 @@ class MiniCPMV:
         return inputs, generation
 
 
-class Loading:
+class ModelLoader:
     """A checkpoint on its way to the device, in threads of its own; what it is, is known at once. Leaving its context stops them.
 
     Arguments and errors as of `MiniCPMV.from_pretrained`.

@@ -114,7 +114,7 @@ def listen(listening: socket.socket) -> None:
 def start(args: argparse.Namespace, **fields: Any) -> "Service":
     """Everything up to a `Service` that answers; `fields` are its own. Raises ValueError, or OSError of a disk."""
     from minicpmv46_jax import demo
-    from minicpmv46_jax.library import Loading
+    from minicpmv46_jax.library import ModelLoader
     from minicpmv46_jax.processing.media_job import process_media
     from minicpmv46_jax.processing.video import Bounds
     from serve.api import Service
@@ -138,7 +138,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     with contextlib.ExitStack() as on_failure:
         if image_workers is not None:
             on_failure.callback(image_workers.close)
-        with Loading(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
+        with ModelLoader(source, dtype, args.revision, media_fetcher(args), progress=True) as loading:
             model, engine = startup.start(loading, place, wishes, policy)
         on_failure.pop_all()
     model.processor.media_worker = image_workers or process_media

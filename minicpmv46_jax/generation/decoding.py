@@ -21,8 +21,8 @@ from minicpmv46_jax.generation.sampling import (
     MAX_BIASED,
     Bias,
     History,
-    Mode,
     Sampled,
+    SamplingMode,
     SamplingParams,
     new_bias,
     new_history,
@@ -31,11 +31,11 @@ from minicpmv46_jax.generation.sampling import (
     uses_history,
 )
 from minicpmv46_jax.model import Params
-from minicpmv46_jax.model.batch import DecodeBatch, dropped
+from minicpmv46_jax.model.batch import DecodeBatch, scatter_index
 from minicpmv46_jax.model.state import Layers, TextState
 from minicpmv46_jax.trees import tree_dataclass
 
-DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
+NUM_DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
 
 
 @tree_dataclass
@@ -57,7 +57,7 @@ class DecodeState:
 
 
 @tree_dataclass
-class Start:
+class FirstTokenInput:
     """Answers that begin, or go on after they were interrupted: their slots (-1: no row), and what is to be known of each.
 
     `num_output_tokens` counts the tokens the answer has already, `tokens_left` those it may still get.
@@ -75,18 +75,18 @@ def new_decode_state(state: TextState, vocabulary: int) -> DecodeState:
     S = state.seq_lens.shape[0]
     zeros = jnp.zeros(S, jnp.int32)
     params = SamplingParams(*[jnp.zeros(S, kind) for kind in _KINDS], seed=jnp.zeros((S, 2), jnp.uint32))
-    stops = jnp.full((S, DEVICE_STOPS), -1, jnp.int32)
+    stops = jnp.full((S, NUM_DEVICE_STOPS), -1, jnp.int32)
     held_logits = jnp.zeros((S, vocabulary), jnp.float32)
     return DecodeState(state, params, stops, new_history(S, vocabulary), new_bias(S), held_logits, zeros, zeros, zeros)
 
 
-def start(
+def sample_first(
     decode_state: DecodeState,
     logits: Float32[Array, "B V"],
-    begin: Start,
+    begin: FirstTokenInput,
     allowed: UInt32[Array, "B W"] | None = None,
     *,
-    mode: Mode,
+    mode: SamplingMode,
 ) -> tuple[DecodeState, Sampled]:
     """Samples the next token of answers whose prompts have been read.
 
@@ -97,7 +97,7 @@ def start(
       allowed: which tokens may come, see `sampling.sample`; None for all.
       mode: what to sample (static).
     """
-    slots = dropped(begin.slots, decode_state.last.shape[0])
+    slots = scatter_index(begin.slots, decode_state.last.shape[0])
     table = (decode_state.sampling, decode_state.stops, decode_state.num_output_tokens, decode_state.tokens_left)
     new = (begin.sampling, begin.stops, begin.num_output_tokens, begin.tokens_left)
     params, stops, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
@@ -108,7 +108,7 @@ def start(
 
 
 def sample_held(
-    decode_state: DecodeState, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: Mode
+    decode_state: DecodeState, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: SamplingMode
 ) -> tuple[DecodeState, Sampled]:
     """Samples the tokens of rows that `decode` has held: from the scores that it kept, those that are allowed.
 
@@ -118,7 +118,7 @@ def sample_held(
       allowed: which tokens may come, see `sampling.sample`.
       mode: what to sample (static).
     """
-    rows = dropped(slots, decode_state.last.shape[0])
+    rows = scatter_index(slots, decode_state.last.shape[0])
     return _sample(decode_state, _rows(decode_state.held_logits, rows), rows, allowed, mode)
 
 
@@ -127,7 +127,7 @@ def _sample(
     logits: Float32[Array, "B V"],
     slots: Int32[Array, " B"],
     allowed: UInt32[Array, "B W"] | None,
-    mode: Mode,
+    mode: SamplingMode,
 ) -> tuple[DecodeState, Sampled]:
     """A token for each of these slots, entered."""
     known = (
@@ -158,7 +158,7 @@ def decode(
     held: Bool[Array, " B"] | None = None,
     *,
     steps: int,
-    mode: Mode,
+    mode: SamplingMode,
 ) -> tuple[DecodeState, Sampled]:
     """The next `steps` tokens of some rows, in one loop on the device.
 
@@ -178,7 +178,7 @@ def decode(
       The slots after it, and what was sampled, [B, N, ...]; of held rows it means nothing.
     """
     assert held is None or steps == 1
-    rows = dropped(slots, decode_state.last.shape[0])
+    rows = scatter_index(slots, decode_state.last.shape[0])
     given = jnp.where(pages[:, 1] >= 0, rows, decode_state.last.shape[0])
     tables = decode_state.state.block_tables.at[given, pages[:, 0]].set(pages[:, 1], mode="drop")
     sampling, stops, bias, table = _rows((decode_state.sampling, decode_state.stops, decode_state.bias, tables), rows)
@@ -283,23 +283,23 @@ def set_bias(bias: Bias, slot: Int32[Array, ""], ids: Int32[Array, " E"], amount
     return Bias(bias.ids.at[slot].set(ids), bias.amounts.at[slot].set(amounts))
 
 
-def mode_of(options: GenerationOptions) -> Mode:
+def sampling_mode(options: GenerationOptions) -> SamplingMode:
     """The least that serves a request."""
     if options.logprobs is not None or options.logit_bias:
         return "full"
     draws = options.temperature > 0
-    if penalises(options) or (draws and (options.top_k > 0 or options.top_p < 1 or options.min_p > 0)):
+    if has_penalties(options) or (draws and (options.top_k > 0 or options.top_p < 1 or options.min_p > 0)):
         return "filtered"
     return "sampled" if draws or options.constraint is not None else "greedy"
 
 
-def penalises(options: GenerationOptions) -> bool:
+def has_penalties(options: GenerationOptions) -> bool:
     """Whether a request needs its history."""
     return options.repetition_penalty != 1.0 or options.presence_penalty != 0.0 or options.frequency_penalty != 0.0
 
 
-def device_stops(stops) -> Int32[np.ndarray, " E"]:
+def device_stop_ids(stops) -> Int32[np.ndarray, " E"]:
     """As many stop tokens as the device looks out for, -1 where there are fewer."""
-    out = np.full(DEVICE_STOPS, -1, np.int32)
-    out[: min(len(stops), DEVICE_STOPS)] = sorted(stops)[:DEVICE_STOPS]
+    out = np.full(NUM_DEVICE_STOPS, -1, np.int32)
+    out[: min(len(stops), NUM_DEVICE_STOPS)] = sorted(stops)[:NUM_DEVICE_STOPS]
     return out

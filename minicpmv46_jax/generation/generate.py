@@ -20,20 +20,20 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.generation import sampling
 from minicpmv46_jax.generation.decoding import (
     DecodeState,
-    Start,
+    FirstTokenInput,
     bias_row,
     decode,
-    device_stops,
-    mode_of,
+    device_stop_ids,
+    has_penalties,
     new_decode_state,
-    penalises,
+    sample_first,
     sample_held,
+    sampling_mode,
     sampling_params,
     set_bias,
-    start,
 )
 from minicpmv46_jax.generation.options import Constraint, GenerationOptions
-from minicpmv46_jax.generation.sampling import Mode, Sampled
+from minicpmv46_jax.generation.sampling import Sampled, SamplingMode
 from minicpmv46_jax.model import Params, PrefillInput, TokenBlock, packing
 from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import KeyValues, TextState, empty_state, pages_of
@@ -75,7 +75,7 @@ class Generator:
         self._grow = jax.jit(functools.partial(grow), static_argnums=1)
         self._place = jax.jit(functools.partial(place), donate_argnums=0)
         self._new = jax.jit(functools.partial(new_decode_state), static_argnums=1, donate_argnums=0)
-        self._start = jax.jit(functools.partial(start), static_argnames="mode", donate_argnums=0)
+        self._start = jax.jit(functools.partial(sample_first), static_argnames="mode", donate_argnums=0)
         self._sample_held = jax.jit(functools.partial(sample_held), static_argnames="mode", donate_argnums=0)
         self._record_prompt = jax.jit(functools.partial(sampling.record_prompt), donate_argnums=0)
         self._set_bias = jax.jit(functools.partial(set_bias), donate_argnums=0)
@@ -140,7 +140,7 @@ class Generator:
         Ends after a stop token, after `max_new_tokens`, or when the context is full. The next dispatch waits until the caller has
         taken this one's tokens: sent ahead it gained nothing on an H200, where sending takes as long as running.
         """
-        total, mode, constraint = len(inputs.token_ids), mode_of(options), options.constraint
+        total, mode, constraint = len(inputs.token_ids), sampling_mode(options), options.constraint
         logits, state = self.prefill(inputs)
         room = self.config.text.max_position_embeddings - total
         left = room if options.max_new_tokens is None else min(options.max_new_tokens, room)
@@ -168,7 +168,7 @@ class Generator:
     def _begin(self, state: TextState, inputs: Inputs, options: GenerationOptions) -> DecodeState:
         """What is to be known before the first token is sampled."""
         decode_state = self._new(state, self.config.text.vocab_size)
-        if penalises(options):
+        if has_penalties(options):
             decode_state = dataclasses.replace(decode_state, history=self._with_prompt(decode_state.history, inputs.token_ids))
         if options.logit_bias:
             decode_state = dataclasses.replace(
@@ -177,7 +177,7 @@ class Generator:
         return decode_state
 
     def _decode_constrained(
-        self, decode_state: DecodeState, constraint: Constraint, token: int, mode: Mode
+        self, decode_state: DecodeState, constraint: Constraint, token: int, mode: SamplingMode
     ) -> tuple[DecodeState, Sampled]:
         """One token more; the mask is made while the device computes the scores."""
         decode_state, _ = self._decode(self.params["text"], decode_state, *ONE_ROW, np.ones(1, bool), steps=1, mode=mode)
@@ -252,14 +252,14 @@ def one_piece(ids: Int32[np.ndarray, " T"], rows: Int32[np.ndarray, " T"], padde
     return PrefillInput(block.ids[0], block.feature_rows[0], chunks)
 
 
-def one_start(options: GenerationOptions, left: int) -> Start:
+def one_start(options: GenerationOptions, left: int) -> FirstTokenInput:
     """The answer in slot 0 that may get `left` tokens; without a seed, one is drawn."""
     seed = secrets.randbits(63) if options.seed is None else options.seed
     one = functools.partial(np.array, dtype=np.int32)
-    return Start(
+    return FirstTokenInput(
         slots=one([0]),
         sampling=sampling_params([options], [seed]),
-        stops=device_stops(options.stop_token_ids)[None],
+        stops=device_stop_ids(options.stop_token_ids)[None],
         num_output_tokens=one([0]),
         tokens_left=one([left]),
     )

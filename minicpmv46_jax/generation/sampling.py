@@ -23,7 +23,7 @@ MAX_BIASED = 1024  # tokens with a bias of their own, as OpenAI's API
 # too; biases and log probabilities too. At a batch of 100 the vocabulary is 100 MB of logits: each further pass over them costs a
 # tenth of reading the weights. None of it is decided on the device: at a conditional the host waits for a GPU, and sends nothing
 # ahead.
-Mode = Literal["greedy", "sampled", "filtered", "full"]
+SamplingMode = Literal["greedy", "sampled", "filtered", "full"]
 
 
 @tree_dataclass
@@ -113,7 +113,7 @@ def sample(
     params: SamplingParams,
     history: History,
     num_output_tokens: Int32[Array, " B"],
-    mode: Mode,
+    mode: SamplingMode,
     bias: Bias | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
 ) -> Sampled:
@@ -126,7 +126,7 @@ def sample(
       params: how to sample.
       history: what penalties look at, of these rows.
       num_output_tokens: tokens each row's answer has.
-      mode: what to compute (static), at least what the rows' `decoding.mode_of` asks for; more gives the same tokens.
+      mode: what to compute (static), at least what the rows' `decoding.sampling_mode` asks for; more gives the same tokens.
       bias: of these rows; needed in mode "full".
       allowed: which tokens may come: bit i % 32 of word i // 32 is token i's. None for all.
     """
@@ -149,7 +149,7 @@ def sample(
     return Sampled(ids, own, top_ids.astype(jnp.int32), top_logprobs)
 
 
-def uses_history(mode: Mode) -> bool:
+def uses_history(mode: SamplingMode) -> bool:
     """Whether a step of that mode reads and writes histories; of rows that have penalties every step is."""
     return mode in ("filtered", "full")
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.paged_attention import PAGE, paged_attention
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, dropped
-from minicpmv46_jax.model.layers import Linear, RMSNorm, precise
+from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, scatter_index
+from minicpmv46_jax.model.layers import Linear, RMSNorm, matmul_precision
 from minicpmv46_jax.model.state import KeyValues
 
 QUERY_BLOCK = 128  # queries scored at once in whole sequences: 2,048 of them at 262,144 tokens would make 17 GB of scores
@@ -87,7 +87,7 @@ def write(
     pages: Int32[Array, " T"],
 ) -> KeyValues:
     """Puts each token into its place in its page; tokens without a page are dropped."""
-    pages = dropped(pages, state.keys.shape[0])
+    pages = scatter_index(pages, state.keys.shape[0])
     k, v = (x.reshape(x.shape[0], -1) for x in (k, v))
     return KeyValues(
         state.keys.at[pages, positions % PAGE].set(k, mode="drop"),
@@ -117,7 +117,7 @@ def _softmax_read(
     q: Float[Array, "B l K G H"], k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], seen: Bool[Array, "#B l L"]
 ) -> Float[Array, "B l K G H"]:
     """Each query over the keys that it sees, at least one."""
-    precision = precise(q.dtype)
+    precision = matmul_precision(q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)

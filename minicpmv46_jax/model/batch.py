@@ -168,6 +168,6 @@ def page_at(
     return block_tables[sequences, jnp.clip(positions // PAGE, 0, block_tables.shape[1] - 1)]
 
 
-def dropped(slots: Int32[Array, "..."], size: int) -> Int32[Array, "..."]:
+def scatter_index(slots: Int32[Array, "..."], size: int) -> Int32[Array, "..."]:
     """Indices for a scatter with mode "drop": -1, which would be the last entry, becomes one past it."""
     return jnp.where(slots < 0, size, slots)

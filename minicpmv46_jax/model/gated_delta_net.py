@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import gated_delta
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, dropped
+from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, scatter_index
 from minicpmv46_jax.model.layers import Linear, normal_init
 from minicpmv46_jax.model.state import GatedDeltaState
 
@@ -90,7 +90,7 @@ class GatedDeltaNet(nnx.Module):
         conv_state = jnp.where(begun, state.conv_state[source], jnp.zeros((), state.conv_state.dtype))
         where = batch.query_starts, batch.query_lens, batch.snapshots
         read = gated_delta.chunked(qkv, a, b, self.layer, recurrent_state, conv_state, *where, backend=self.backend)
-        kept = dropped(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.recurrent_state.shape[0])
+        kept = scatter_index(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.recurrent_state.shape[0])
         return read.out, GatedDeltaState(
             state.recurrent_state.at[kept].set(jnp.concatenate([read.recurrent_state, read.snapshots]), mode="drop"),
             state.conv_state.at[kept].set(jnp.concatenate([read.conv_state, read.snapshot_conv_states]), mode="drop"),

@@ -15,7 +15,7 @@ Taps = dict[str, Array]  # named intermediate results, filled while a forward is
 normal_init = nnx.initializers.normal(0.02)
 
 
-def precise(dtype: jnp.dtype) -> Precision | None:
+def matmul_precision(dtype: jnp.dtype) -> Precision | None:
     """float32 products are exact ones, also where a chip would rather round them to TF32 or bfloat16."""
     return Precision.HIGHEST if dtype == jnp.float32 else None
 
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=precise(x.dtype))
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=matmul_precision(x.dtype))
         return y if self.bias is None else y + last(self.bias[...], y)
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.model.batch import DecodeBatch, FullBatch, PrefillBatch, dropped
+from minicpmv46_jax.model.batch import DecodeBatch, FullBatch, PrefillBatch, scatter_index
 from minicpmv46_jax.model.layers import Taps, tap
 from minicpmv46_jax.model.packing import PackedViews
 from minicpmv46_jax.model.state import Layers, TextState
@@ -129,7 +129,7 @@ def prefill(
     x = embed(params["embed"], pieces.ids, pieces.feature_rows, features)
     hidden, layers = text(x, state.layers, chunks)
     ends = jnp.clip(chunks.query_starts + chunks.query_lens - 1, 0, x.shape[0] - 1)
-    slots = dropped(chunks.slots, state.seq_lens.shape[0])
+    slots = scatter_index(chunks.slots, state.seq_lens.shape[0])
     tables = state.block_tables.at[slots].set(chunks.block_tables, mode="drop")
     lengths = state.seq_lens.at[slots].set(chunks.context_lens, mode="drop")
     return text.logits(hidden[ends]), TextState(layers, tables, lengths)

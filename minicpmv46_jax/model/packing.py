@@ -17,13 +17,13 @@ from jaxtyping import Float32, Int32, UInt8
 from minicpmv46_jax.trees import tree_dataclass
 
 MERGES = {"16x": 2, "4x": 1}  # 2x2 merges on the way from patches to tokens
-LONGEST = (64, 256, 576, 1088, 2304, 4928)  # bounds of the longest view; 1088 holds the 448 x 448 slices of every aspect
+MAX_VIEW_LENS = (64, 256, 576, 1088, 2304, 4928)  # bounds of the longest view; 1088 holds the 448 x 448 slices of every aspect
 PACK_PATCHES = 16384  # one pass through the tower; larger requests take several
 
 
 @tree_dataclass
 class PackedViews:
-    """One pass through the tower. P patches in the row, I views; `longest` bounds a view and is static.
+    """One pass through the tower. P patches in the row, I views; `max_view_len` bounds a view and is static.
 
     Patches are the picture's bytes, a quarter of the traffic of their values; the tower computes `byte * scale + offset`.
     """
@@ -32,9 +32,9 @@ class PackedViews:
     scale: Float32[np.ndarray, "P channels"]
     offset: Float32[np.ndarray, "P channels"]
     position_ids: Int32[np.ndarray, " P"]
-    starts: Int32[np.ndarray, " I"]
-    lengths: Int32[np.ndarray, " I"]
-    longest: int = dataclasses.field(metadata={"static": True})
+    view_starts: Int32[np.ndarray, " I"]
+    view_lens: Int32[np.ndarray, " I"]
+    max_view_len: int = dataclasses.field(metadata={"static": True})
     downsample_mode: str = dataclasses.field(metadata={"static": True})
 
 
@@ -135,7 +135,7 @@ def pack_views(views: Sequence[PackedView], patches: int, slots: int, longest: i
 def _pack_group(views: Sequence, positions_per_side: int) -> PackedViews:
     laid = [pack_view(view, positions_per_side) for view in views]
     lengths = [len(view.patches) for view in laid]
-    longest = next((bound for bound in LONGEST if bound >= max(lengths)), bucket(max(lengths)))
+    longest = next((bound for bound in MAX_VIEW_LENS if bound >= max(lengths)), bucket(max(lengths)))
     return pack_views(laid, bucket(sum(lengths)), _view_slots(len(views)), longest)
 
 

@@ -16,7 +16,7 @@ from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.model.attention import Attention
 from minicpmv46_jax.model.batch import Batch
 from minicpmv46_jax.model.gated_delta_net import GatedDeltaNet
-from minicpmv46_jax.model.layers import Embedding, RMSNorm, SwiGLU, Taps, precise, tap
+from minicpmv46_jax.model.layers import Embedding, RMSNorm, SwiGLU, Taps, matmul_precision, tap
 from minicpmv46_jax.model.state import GatedDeltaState, KeyValues, Layers
 
 
@@ -72,7 +72,7 @@ class TextModel(nnx.Module):
     def logits(self, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Scores of every vocabulary entry, float32."""
         table = self.embed.weight[...]
-        return jnp.einsum("...d,vd->...v", x, table, precision=precise(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, table, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

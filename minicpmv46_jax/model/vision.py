@@ -144,7 +144,7 @@ class VisionTower(nnx.Module):
 
     def within_views(self, views: PackedViews, merged: int) -> "Within":
         """An attention that keeps each view to itself, where `merged` patches have become one row."""
-        return Within(views.starts // merged, views.lengths // merged, views.longest // merged, self.backend)
+        return Within(views.view_starts // merged, views.view_lens // merged, views.max_view_len // merged, self.backend)
 
 
 @tree_dataclass

@@ -59,7 +59,7 @@ class BatchShape:
     tokens: int
     patches: int = 0
     views: int = 0
-    longest: int = packing.LONGEST[3]
+    longest: int = packing.MAX_VIEW_LENS[3]
     downsample_mode: str = "16x"
 
     def __post_init__(self):

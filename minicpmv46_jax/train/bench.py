@@ -113,7 +113,7 @@ def batch_flops(config: ModelConfig, batch: TrainBatch) -> float:
     lengths = [np.count_nonzero(row == number) for row in batch.segments[0, 0] for number in np.unique(row[row > 0])]
     total = sum(text_flops(config.text, int(length)) for length in lengths)
     if batch.views is not None:
-        photos = np.count_nonzero(batch.views.lengths) // len(PHOTO)
+        photos = np.count_nonzero(batch.views.view_lens) // len(PHOTO)
         total += photos * tower_flops(config.vision, config.text.hidden_size, PHOTO)
     return 3 * total
 
@@ -172,7 +172,7 @@ def peak() -> tuple[float, str]:
 def report(config: ModelConfig, name: str, plan: Plan, batch: TrainBatch, rate: float, found: dict[str, float]) -> dict[str, Any]:
     """The figures of a plan; prints their line. `rate` is the chip's."""
     seconds, tokens = found["seconds"], int(np.count_nonzero(batch.segments))
-    photos = 0 if batch.views is None else np.count_nonzero(batch.views.lengths) // len(PHOTO)
+    photos = 0 if batch.views is None else np.count_nonzero(batch.views.view_lens) // len(PHOTO)
     figures = {
         "workload": name,
         **plan._asdict(),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from minicpmv46_jax.model.layers import precise
+from minicpmv46_jax.model.layers import matmul_precision
 
 CHUNK_LOGITS = 2**30  # logits of a chunk at once, about at most: 4 GiB in float32; every chunk adds to the whole table's gradient
 LANES = 128  # the table is filled up to whole tiles: rows of logits begin at 16 bytes then, and 248,094 is no multiple of 8
@@ -115,4 +115,4 @@ def _sum(nll: Array, lse: Array, weights: Array, z_loss: float) -> tuple[Array, 
 
 
 def _dot(equation: str, x: Array, y: Array) -> Float32[Array, "..."]:
-    return jnp.einsum(equation, x, y, precision=precise(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from minicpmv46_jax import MiniCPMV
-from minicpmv46_jax.generation.decoding import penalises
+from minicpmv46_jax.generation.decoding import has_penalties
 from minicpmv46_jax.generation.generate import row_tokens
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.generation.sampling import Sampled
@@ -351,7 +351,7 @@ class Engine(EngineClient):
     def _enter_own(self, answer: RequestState) -> None:
         """What the device is to know of an answer's own before it samples."""
         request, options = answer.request, answer.work.options
-        if penalises(options):
+        if has_penalties(options):
             self._device.note(request.slot, answer.ids(0, request.total), request.prompt)
         if options.logit_bias:
             self._device.set_bias(request.slot, options)

@@ -19,22 +19,22 @@ from jaxtyping import Array, Float, Float32, Int32, UInt32
 from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.generation.decoding import (
-    DEVICE_STOPS,
+    NUM_DEVICE_STOPS,
     DecodeState,
-    Start,
+    FirstTokenInput,
     bias_row,
     decode,
-    device_stops,
+    device_stop_ids,
     new_decode_state,
+    sample_first,
     sample_held,
     sampling_params,
     set_bias,
-    start,
 )
 from minicpmv46_jax.generation.options import GenerationOptions
-from minicpmv46_jax.generation.sampling import Mode, Sampled, record_prompt
+from minicpmv46_jax.generation.sampling import Sampled, SamplingMode, record_prompt
 from minicpmv46_jax.model import Params, PrefillInput, packing
-from minicpmv46_jax.model.batch import PrefillBatch, dropped
+from minicpmv46_jax.model.batch import PrefillBatch, scatter_index
 from minicpmv46_jax.model.packing import PackedView, PackedViews
 from minicpmv46_jax.model.state import GatedDeltaState, KeyValues, Layers, empty_state
 from serve.engine.memory_plan import EncoderShape, MemoryPlan
@@ -48,7 +48,7 @@ NOTE_TOKENS = 2048  # entered into a history at once
 EVERYTHING = 0xFFFFFFFF  # a mask's word in which all may come
 COPY_PAGES = (8, 32)  # copied to or from the host at once: 6 and 24 MB of the released model
 Tree = TypeVar("Tree")
-MODES: tuple[Mode, ...] = ("greedy", "sampled", "filtered", "full")
+MODES: tuple[SamplingMode, ...] = ("greedy", "sampled", "filtered", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class ModelRunner:
         bias = self._programs["bias"](self._decoding.bias, np.int32(slot), *bias_row(options))
         self._decoding = dataclasses.replace(self._decoding, bias=bias)
 
-    def read(self, readings: Sequence[PrefillRow], mode: Mode) -> Sampled | None:
+    def read(self, readings: Sequence[PrefillRow], mode: SamplingMode) -> Sampled | None:
         """Reads pieces of prompts; row i of what is sampled counts where piece i is its request's last. None if no piece is."""
         tokens = sum(len(reading.ids) for reading in readings)
         T, Q = next((T, Q) for T, Q in self.sizes.buckets.prompts if tokens <= T and len(readings) <= Q)
@@ -184,7 +184,7 @@ class ModelRunner:
         self._decoding, sampled = self._programs["start", Q, mode](self._decoding, logits, self._begin(readings, Q), *allowed)
         return _sent(sampled)
 
-    def decode(self, plan: SchedulerOutput, mode: Mode) -> Sampled:
+    def decode(self, plan: SchedulerOutput, mode: SamplingMode) -> Sampled:
         """The plan's tokens for its rows, [B, N]; those of held rows are to be chosen."""
         size, rows = len(plan.rows), self._rows(len(plan.rows), mode)
         slots, grown, held = self._nobodys_rows(rows)
@@ -194,7 +194,7 @@ class ModelRunner:
         self._decoding, sampled = steps(self.params["text"], self._decoding, *arguments)
         return _sent(sampled)
 
-    def choose(self, slots: Sequence[int], masks: Sequence[UInt32[np.ndarray, " W"]], mode: Mode) -> Sampled:
+    def choose(self, slots: Sequence[int], masks: Sequence[UInt32[np.ndarray, " W"]], mode: SamplingMode) -> Sampled:
         """A token for each of these held rows, of those that its mask allows; [C]."""
         rows = self._rows(len(slots), mode)
         padded = np.full(rows, -1, np.int32)
@@ -202,7 +202,7 @@ class ModelRunner:
         self._decoding, sampled = self._programs["choose", rows, mode](self._decoding, padded, self._allowed(masks, rows))
         return _sent(sampled)
 
-    def _rows(self, rows: int, mode: Mode) -> int:
+    def _rows(self, rows: int, mode: SamplingMode) -> int:
         """Rows of the program for so many."""
         return next(size for size in self.sizes.rows if size >= rows and mode in self._modes(size))
 
@@ -254,17 +254,17 @@ class ModelRunner:
             at += size
         return PrefillInput(ids, rows, PrefillBatch(starts, lengths, before, slots, sources, tables, snapshots, kept))
 
-    def _begin(self, readings: Sequence[PrefillRow], Q: int) -> Start:
+    def _begin(self, readings: Sequence[PrefillRow], Q: int) -> FirstTokenInput:
         slots, answered, left = _columns(Q, -1, 0, 0)
-        stops = np.full((Q, DEVICE_STOPS), -1, np.int32)
+        stops = np.full((Q, NUM_DEVICE_STOPS), -1, np.int32)
         works = [reading.work for reading in readings] + [readings[0].work] * (Q - len(readings))  # the last rows are for nothing
         for i, reading in enumerate(readings):
             if reading.piece.last:
                 request = reading.piece.request
                 slots[i], answered[i], left[i] = request.slot, reading.answered, request.most - request.total
-                stops[i] = device_stops(reading.work.options.stop_token_ids)
+                stops[i] = device_stop_ids(reading.work.options.stop_token_ids)
         params = sampling_params([work.options for work in works], [work.seed for work in works])
-        return Start(slots, params, stops, answered, left)
+        return FirstTokenInput(slots, params, stops, answered, left)
 
     def _add_new(self) -> None:
         sizes, text = self.sizes, self.config.text
@@ -287,7 +287,7 @@ class ModelRunner:
             self._everything[Q] = jax.device_put(np.full((Q, -(-vocabulary // 32)), EVERYTHING, np.uint32))
             for mode in ("greedy", "full"):
                 allowed = () if mode == "greedy" else (self._everything[Q],)
-                run = functools.partial(start, mode=mode)
+                run = functools.partial(sample_first, mode=mode)
                 self._programs.add(("start", Q, mode), run, self._decoding, logits, begin, *allowed, donate=(0,))
 
     def _add_decodes(self) -> None:
@@ -308,7 +308,7 @@ class ModelRunner:
                 run = functools.partial(sample_held, mode=mode)
                 self._programs.add(("choose", rows, mode), run, self._decoding, *arguments, donate=(0,))
 
-    def _modes(self, rows: int) -> tuple[Mode, ...]:
+    def _modes(self, rows: int) -> tuple[SamplingMode, ...]:
         """Of the programs for so many rows: not all are worth their compilation."""
         if rows == self.sizes.rows[-1]:
             return MODES
@@ -362,7 +362,7 @@ class ModelRunner:
         self._programs.add("bias", functools.partial(set_bias), self._decoding.bias, *row, donate=(0,))
 
 
-def _holds(steps: int, mode: Mode) -> bool:
+def _holds(steps: int, mode: SamplingMode) -> bool:
     """Whether a decoding program can hold rows."""
     return steps == 1 and mode != "greedy"
 
@@ -398,7 +398,7 @@ def offload_recurrent_state(layers: Layers, slot: Int32[Array, ""]) -> list[Gate
 def store_pages(decoding: DecodeState, pages: Int32[Array, " P"], values: list[KeyValues]) -> DecodeState:
     """The inverse of `fetch_pages`; page -1 is left out."""
     layers = _of(decoding, KeyValues)
-    to = dropped(pages, layers[0].keys.shape[0])
+    to = scatter_index(pages, layers[0].keys.shape[0])
     return _with(decoding, KeyValues, jax.tree.map(lambda x, new: x.at[to].set(new, mode="drop"), layers, values))
 
 
@@ -432,11 +432,11 @@ def _columns(size: int, *fill: int) -> list[Int32[np.ndarray, " Q"]]:
     return [np.full(size, value, np.int32) for value in fill]
 
 
-def _nobody(rows: int) -> Start:
+def _nobody(rows: int) -> FirstTokenInput:
     """Rows of which none starts."""
     none, zero = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
     greedy = sampling_params([_GREEDY] * rows, [0] * rows)
-    return Start(none, greedy, np.full((rows, DEVICE_STOPS), -1, np.int32), zero, zero)
+    return FirstTokenInput(none, greedy, np.full((rows, NUM_DEVICE_STOPS), -1, np.int32), zero, zero)
 
 
 _GREEDY = GenerationOptions(None, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), (), False, None)

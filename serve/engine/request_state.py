@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minicpmv46_jax.generation.decoding import mode_of
+from minicpmv46_jax.generation.decoding import sampling_mode
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
@@ -28,7 +28,7 @@ class RequestState:
     """
 
     def __init__(self, job: RequestHandle, work: EngineRequest, longest: int, detokenizer: Detokenizer):
-        self.job, self.work, self.mode = job, work, mode_of(work.options)
+        self.job, self.work, self.mode = job, work, sampling_mode(work.options)
         prompt, new = len(work.ids), work.options.max_new_tokens
         most = longest if new is None else min(prompt + new, longest)
         self.request = Request(prompt, most, work.keys, arrived=job.reserved_at)

@@ -16,7 +16,7 @@ import jax
 
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.library import DTYPES, Loading
+from minicpmv46_jax.library import DTYPES, ModelLoader
 from minicpmv46_jax.model import Params, parameter_shapes
 from serve.engine.engine import Engine, QueuePolicy
 from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, EngineConfig, plan_memory, working_bytes
@@ -87,7 +87,7 @@ def keep_compilations(place: Place) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
 
 
-def start(loading: Loading, place: Place, wishes: EngineConfig, policy: QueuePolicy) -> tuple[MiniCPMV, Engine]:
+def start(loading: ModelLoader, place: Place, wishes: EngineConfig, policy: QueuePolicy) -> tuple[MiniCPMV, Engine]:
     """A checkpoint on the device, and an engine over it: its steps are compiled while its parameters are loaded.
 
     Args:

@@ -1,6 +1,6 @@
 """Compiles the steps for a TPU, at the released size or the demo model's, and prints their memory and kernels as JSON.
 
-test_compile_tpu.py runs it: `python -m tests.compile_steps v5e:1x1 [demo]`.
+test_compile_tpu.py runs it: `python -m tests.minicpmv46_jax.compile_steps v5e:1x1 [demo]`.
 """
 
 import functools
@@ -66,7 +66,7 @@ def main(topology: str, config: ModelConfig) -> None:
         feature_rows=numbers((BLOCK,)),
         chunks=PrefillBatch(
             *[numbers((PIECES,))] * 5,
-            tables=numbers((PIECES, PAGES)),
+            block_tables=numbers((PIECES, PAGES)),
             snapshots=numbers((PIECES, 2)),
             snapshot_slots=numbers((PIECES,)),
         ),
@@ -77,9 +77,9 @@ def main(topology: str, config: ModelConfig) -> None:
         scale=shape((PATCHES, config.vision.num_channels), jnp.float32),
         offset=shape((PATCHES, config.vision.num_channels), jnp.float32),
         position_ids=shape((PATCHES,), jnp.int32),
-        starts=shape((VIEWS,), jnp.int32),
-        lengths=shape((VIEWS,), jnp.int32),
-        longest=1088,
+        view_starts=shape((VIEWS,), jnp.int32),
+        view_lens=shape((VIEWS,), jnp.int32),
+        max_view_len=1088,
         downsample_mode="16x",
     )
     rows = numbers((SLOTS,)), numbers((SLOTS, 2))

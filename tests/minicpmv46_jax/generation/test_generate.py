@@ -140,7 +140,7 @@ def test_more_stop_tokens_than_the_device_looks_for(demo):
     inputs = prompt(demo, "Count.")
     free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
     stop = max(set(free))
-    many = [i for i in range(stop + 1) if i not in free][: decoding.DEVICE_STOPS + 4] + [stop]
+    many = [i for i in range(stop + 1) if i not in free][: decoding.NUM_DEVICE_STOPS + 4] + [stop]
     options = demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True, stop_token_ids=many)
     assert [t.id for t in demo.generator.tokens(inputs, options)] == free[: free.index(stop) + 1]
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from minicpmv46_jax.config import GenerationConfig
-from minicpmv46_jax.generation.decoding import mode_of, sampling_params
+from minicpmv46_jax.generation.decoding import sampling_mode, sampling_params
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.generation.sampling import (
     MAX_LOGPROBS,
@@ -146,7 +146,7 @@ def test_a_draw_is_jaxs():
     ],
 )
 def test_each_request_is_served_by_the_least_that_does(options, mode):
-    assert mode_of(generation_options(GenerationConfig(), **options)) == mode
+    assert sampling_mode(generation_options(GenerationConfig(), **options)) == mode
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "filtered", "full"])

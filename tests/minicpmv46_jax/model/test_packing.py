@@ -71,10 +71,10 @@ def test_passes_hold_every_view_once_in_order_and_one_mode_each():
     for group, packed in passes:
         assert {views[i].downsample_mode for i in group} == {packed.downsample_mode}
         for slot, i in enumerate(group):
-            rows = packed.patches[packed.starts[slot] : packed.starts[slot] + packed.lengths[slot]]
+            rows = packed.patches[packed.view_starts[slot] : packed.view_starts[slot] + packed.view_lens[slot]]
             assert (rows == i + 1).all()
-        assert (packed.starts[len(group) :] == len(packed.patches)).all()
-        assert packed.lengths.max() <= packed.longest
+        assert (packed.view_starts[len(group) :] == len(packed.patches)).all()
+        assert packed.view_lens.max() <= packed.max_view_len
 
 
 def test_the_tower_sees_the_values_of_the_processor(photos, demo):
@@ -85,4 +85,4 @@ def test_the_tower_sees_the_values_of_the_processor(photos, demo):
         for slot, i in enumerate(group):
             order = packing.block_order(*views[i].grid, 2)
             expected = views[i].pixel_values[order]
-            np.testing.assert_allclose(found[packed.starts[slot] :][: len(order)], expected, rtol=0, atol=1.2e-7)
+            np.testing.assert_allclose(found[packed.view_starts[slot] :][: len(order)], expected, rtol=0, atol=1.2e-7)

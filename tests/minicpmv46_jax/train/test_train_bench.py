@@ -37,7 +37,7 @@ def test_the_texts_work_is_what_the_compiler_counts(released):
 def test_a_step_with_pictures_counts_tower_and_words(released):
     text, both = (bench.make_batch(released, 1, 1024, pictures) for pictures in (False, True))
     assert np.count_nonzero(both.segments) == 1024
-    assert np.count_nonzero(both.views.lengths) == len(bench.PHOTO)  # one fits: the rest of the row is words
+    assert np.count_nonzero(both.views.view_lens) == len(bench.PHOTO)  # one fits: the rest of the row is words
     tower = bench.tower_flops(released.vision, 1024, bench.PHOTO)
     apart = sum(bench.text_flops(released.text, length) for length in (572, 452))
     assert bench.batch_flops(released, both) == pytest.approx(3 * (tower + apart))

@@ -19,7 +19,7 @@ import pytest
 
 from minicpmv46_jax import demo
 from minicpmv46_jax.evaluate import read_questions
-from minicpmv46_jax.library import Loading
+from minicpmv46_jax.library import ModelLoader
 from minicpmv46_jax.scenes.__main__ import write
 from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
 from serve.cli import args as flags
@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_is_told_while_steps_are_compiled(demo_folder, tmp_
         return finish(self, key, *rest)
 
     monkeypatch.setattr(ProgramCache, "_finish", slow)
-    with pytest.raises(ValueError, match=told), Loading(folder, "float32") as loading:
+    with pytest.raises(ValueError, match=told), ModelLoader(folder, "float32") as loading:
         startup.start(loading, Place("cpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
     assert not late
     over.set()
@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_is_told_while_steps_are_compiled(demo_folder, tmp_
 def test_a_model_that_the_device_has_no_room_for(demo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(startup, "free_memory", lambda place: 2**20)
     told = r"take \d\.\d\d GiB in float32, and .* has 0\.00 GiB free"
-    with pytest.raises(ValueError, match=told), Loading(demo_folder, "float32") as loading:
+    with pytest.raises(ValueError, match=told), ModelLoader(demo_folder, "float32") as loading:
         startup.start(loading, Place("gpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
 
 
