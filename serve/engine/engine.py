@@ -45,7 +45,7 @@ from serve.engine.prefix_cache import Node, PrefixCache
 from serve.engine.request import EngineRequest, MultimodalItem, prepare
 from serve.engine.request_state import RequestState
 from serve.engine.scheduler import Limits, PrefillChunk, Request, Scheduler, SchedulerOutput
-from serve.runtime.program_cache import Compilations
+from serve.runtime.program_cache import CompilationCounter
 
 log = logging.getLogger("serve")
 
@@ -111,7 +111,7 @@ class Engine(EngineClient):
         super().__init__(sizes.running + self.policy.max_waiting)
         self._model, self._device = model, device
         self.programs = device.programs
-        self.compilations = Compilations()
+        self.compilations = CompilationCounter()
         self.features = EncoderCache(sizes.features)
         self.pages, self.slots = PagePool(sizes.pages), SlotPool(sizes.running)
         self.snapshots = SlotPool(sizes.snapshots, first=sizes.running)

@@ -298,7 +298,9 @@ class ModelRunner:
                     run = functools.partial(decode, self._graph.text, steps=steps, mode=mode)
                     numbers = (slots, grown, held) if _holds(steps, mode) else (slots, grown)
                     arguments = (self.params["text"], self._decoding, *numbers)
-                    self._programs.add(("decode", rows, steps, mode), run, *arguments, donate=(1,), alike=("decode", rows))
+                    self._programs.add(
+                        ("decode", rows, steps, mode), run, *arguments, donate=(1,), autotune_group=("decode", rows)
+                    )
 
     def _add_chooses(self) -> None:
         words = -(-self.config.text.vocab_size // 32)
@@ -329,7 +331,7 @@ class ModelRunner:
                 to = np.zeros(bucket.patches // 4**merges, np.int32)
                 run = functools.partial(_encode, self._graph.vision)
                 arguments = self.params["vision"], self._bank, packed, to
-                self._programs.add(("encode", bucket, mode), run, *arguments, donate=(1,), alike=("encode", bucket))
+                self._programs.add(("encode", bucket, mode), run, *arguments, donate=(1,), autotune_group=("encode", bucket))
 
     def _add_copies(self) -> None:
         layers, slot = self._decoding.state.layers, np.int32(0)

@@ -98,11 +98,11 @@ class ProgramCache:
     def __init__(self, store: ProgramStore | None = None):
         self._store = store
         self._added: dict[Hashable, Callable[[], Any]] = {}
-        self._alike: dict[Hashable, Hashable] = {}
+        self._group_of: dict[Hashable, Hashable] = {}
         self._compiled: dict[Hashable, Any] = {}
 
     def add(
-        self, key: Hashable, function: Callable, *arguments: Any, donate: tuple[int, ...] = (), alike: Hashable = None
+        self, key: Hashable, function: Callable, *arguments: Any, donate: tuple[int, ...] = (), autotune_group: Hashable = None
     ) -> None:
         """A function, to be compiled for arguments of these shapes.
 
@@ -110,7 +110,7 @@ class ProgramCache:
         autotuner need not try the same for each of them at once.
         """
         self._added[key] = functools.partial(jax.jit(function, donate_argnums=donate).lower, *arguments)
-        self._alike[key] = key if alike is None else alike
+        self._group_of[key] = key if autotune_group is None else autotune_group
 
     def compile(self, show: bool, check: Callable[[], None] = lambda: None) -> None:
         """Loads or compiles what was added, with a bar on a terminal: one is traced while the ones before are compiled.
@@ -131,12 +131,12 @@ class ProgramCache:
         kept = {} if self._store is None else dict(zip(self._added, pool.map(self._store.load, self._added), strict=True))
         self._compiled |= {key: program for key, program in kept.items() if program is not None}
         bar.update(len(self._added) - len(missing := [key for key in self._added if key not in self._compiled]))
-        firsts = {self._alike[key]: key for key in reversed(missing)}
+        firsts = {self._group_of[key]: key for key in reversed(missing)}
         jobs: dict[Hashable, Future] = {}
         with lowered_once():
-            for key in sorted(missing, key=lambda key: firsts[self._alike[key]] != key):  # the firsts first
+            for key in sorted(missing, key=lambda key: firsts[self._group_of[key]] != key):  # the firsts first
                 check()
-                jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._alike[key]]))
+                jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._group_of[key]]))
                 jobs[key].add_done_callback(lambda _: bar.update())
         waiting = set(jobs.values())
         while waiting:
@@ -162,7 +162,7 @@ class ProgramCache:
         return len(self._compiled)
 
 
-class Compilations:
+class CompilationCounter:
     """Counts what jax compiles in this process from now on, whoever asked for it."""
 
     def __init__(self):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax.trees import tree_dataclass
-from serve.runtime.program_cache import Compilations, ProgramCache, ProgramStore
+from serve.runtime.program_cache import CompilationCounter, ProgramCache, ProgramStore
 
 
 @tree_dataclass
@@ -32,7 +32,7 @@ def arguments():
 def programs(store):
     made = ProgramCache(store)
     made.add(("step", 3), lambda *given: step(*given), *arguments(), donate=(0,))  # a function that jax has not seen
-    before = Compilations()
+    before = CompilationCounter()
     made.compile(show=False)
     return made, before.count
 
@@ -114,7 +114,7 @@ def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
     made = Noted()
     for size in (3, 4):
         for name in "abc":
-            made.add((name, size), lambda x, name=name: x + ord(name), jnp.zeros(size), alike=size)
+            made.add((name, size), lambda x, name=name: x + ord(name), jnp.zeros(size), autotune_group=size)
     made.add("alone", lambda x: x * 2, jnp.zeros(5))
     made.compile(show=False)
     assert len(made) == len(order) == 7
