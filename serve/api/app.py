@@ -9,7 +9,7 @@ import minicpmv46_jax
 from serve.api.anthropic import messages
 from serve.api.common import errors
 from serve.api.common.auth import require_key
-from serve.api.common.middleware import ExchangeMiddleware
+from serve.api.common.middleware import RequestMiddleware
 from serve.api.common.service import Service
 from serve.api.openai import chat, completions, responses
 from serve.api.routes import docs, health, home, metrics, models, scene, tokens
@@ -19,7 +19,7 @@ def create_app(service: Service) -> FastAPI:
     """OpenAI's API over `service`. Closing the service is the caller's."""
     app = FastAPI(title="MiniCPM-V 4.6 in JAX", version=minicpmv46_jax.__version__, redoc_url=None)
     app.state.service = service
-    app.add_middleware(ExchangeMiddleware)
+    app.add_middleware(RequestMiddleware)
     if service.cors is not None:  # outermost, so that a page sees errors too
         app.add_middleware(CORSMiddleware, **dataclasses.asdict(service.cors), expose_headers=["X-Request-Id"])
     errors.install(app)

@@ -9,6 +9,6 @@ All of them are fed in pieces. What they give out, joined, depends on the text a
 """
 
 from serve.parsers.output import OutputParser
-from serve.parsers.parts import Call, Content, Part, Reasoning
+from serve.parsers.parts import Content, Part, Reasoning, ToolCall
 
-__all__ = ["Call", "Content", "OutputParser", "Part", "Reasoning"]
+__all__ = ["Content", "OutputParser", "Part", "Reasoning", "ToolCall"]

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from serve.parsers.parts import Call
+from serve.parsers.parts import ToolCall
 from serve.parsers.typed import typed
 
 Tools = Mapping[str, Mapping[str, Any]]
@@ -40,13 +40,13 @@ def parameter_is_open(inner: str) -> bool:
     return bool(begun) and not value.rstrip().endswith("</parameter>") and not _PARAMETER_END.search(value)
 
 
-def parse(inner: str, tools: Tools) -> Call | None:
+def parse(inner: str, tools: Tools) -> ToolCall | None:
     """The call written there, None if it is none."""
     found = _json_call(inner) if inner.lstrip().startswith("{") else _xml_call(inner)
     if found is None or found[0] not in tools:
         return None
     name, arguments = found
-    return Call(name, _encode(_typed_all(arguments, tools[name])))
+    return ToolCall(name, _encode(_typed_all(arguments, tools[name])))
 
 
 def _json_call(inner: str) -> tuple[str, dict[str, Any]] | None:

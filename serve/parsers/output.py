@@ -2,7 +2,7 @@
 
 from serve.parsers.calls import Tools
 from serve.parsers.newlines import NewlineParser
-from serve.parsers.parts import Call, Content, Part
+from serve.parsers.parts import Content, Part, ToolCall
 from serve.parsers.reasoning import ReasoningParser
 from serve.parsers.tools import ToolParser
 
@@ -55,7 +55,7 @@ class OutputParser:
             if isinstance(part, Content):
                 out += _content(self._newlines.push(part.text))
             else:
-                out += [*self._flushed(), part] if isinstance(part, Call) else [part]
+                out += [*self._flushed(), part] if isinstance(part, ToolCall) else [part]
         return out
 
     def _flushed(self) -> list[Part]:

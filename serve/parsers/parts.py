@@ -18,14 +18,14 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Call:
+class ToolCall:
     """A whole tool call. `arguments` is the text of a JSON object, as OpenAI's API has it."""
 
     name: str
     arguments: str
 
 
-Part = Reasoning | Content | Call
+Part = Reasoning | Content | ToolCall
 
 
 def overlap(text: str, mark: str) -> int:

@@ -5,13 +5,13 @@ the text with nothing lost. Several calls come one by one. White space around ca
 """
 
 from serve.parsers.calls import Tools, may_begin, parameter_is_open, parse
-from serve.parsers.parts import Call, Content, Part, overlap
+from serve.parsers.parts import Content, Part, ToolCall, overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class ToolParser:
-    """Splits text into `Content` and `Call`.
+    """Splits text into `Content` and `ToolCall`.
 
     Args:
       tools: the functions on offer; none, and all is text.
@@ -79,7 +79,7 @@ class ToolParser:
         self._looked = max(self._looked, len(self._held) - len(CLOSE))
         return False, []
 
-    def _whole(self, call: Call, end: int) -> list[Part]:
+    def _whole(self, call: ToolCall, end: int) -> list[Part]:
         self._held, self._space, self._inside, self._called = self._held[end:], "", False, True
         self.ended = not self._parallel
         return [call]

@@ -1,8 +1,8 @@
-"""Answers that must have a form: JSON, a schema's document, a regular expression, a choice, a grammar, a tool call.
+"""Structured output: answers that follow a JSON schema, a regular expression, a choice, a grammar or a tool's schema.
 
-A `Constraint` belongs to one answer and lives on the host. Before each token `mask` says which tokens may come, as bits; after
-it `advance` tells which one did. Masks are llguidance's, computed without holding Python's lock, so that a batch's can be made at
-the same time, and while the device runs. A constraint holds from the end of thinking on: thoughts are free.
+A `GrammarConstraint` belongs to one answer and lives on the host. `mask` returns the grammar mask, the tokens that may come
+next as bits. `advance` takes the token that was sampled. llguidance computes masks without holding Python's lock, so the
+masks of a batch are computed in parallel while the device runs. Reasoning tokens are not constrained.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _LAYOUT = {"whitespace_pattern": r"[ \n\t]{0,20}"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class GrammarSpec:
     """What an answer must be. One of the first five, or none; or calls, or either.
 
     Attributes:
@@ -87,7 +87,7 @@ def _text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-class Constraints:
+class GrammarCompiler:
     """Makes constraints for one model's answers.
 
     Args:
@@ -100,7 +100,7 @@ class Constraints:
     def __init__(self, detokenizer: Detokenizer, tokenize: Callable[[str], list[int]], vocabulary: int, stops: tuple[int, ...]):
         self._detokenizer, self._tokenize, self._size, self._stops = detokenizer, tokenize, vocabulary, stops
 
-    def make(self, wanted: Wanted, thinking: bool) -> "Constraint":
+    def compile(self, wanted: GrammarSpec, thinking: bool) -> "Constraint":
         """A constraint for one answer.
 
         Args:
@@ -113,7 +113,7 @@ class Constraints:
         grammar = wanted.llguidance()
         if mistake := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
             raise ValueError(_first_line(mistake))
-        constraint = Constraint(self._tokenizer, grammar, self._detokenizer, thinking)
+        constraint = GrammarConstraint(self._tokenizer, grammar, self._detokenizer, thinking)
         if constraint.broken:
             raise ValueError(constraint.broken)
         return constraint
@@ -142,8 +142,8 @@ class _Vocabulary:
         return self.tokenize(text)
 
 
-class Constraint:
-    """One answer's. Not to be shared between threads at once; `fresh` gives another for another answer."""
+class GrammarConstraint:
+    """One answer's. Not to be shared between threads at once; `copy_from_start` gives another for another answer."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str, detokenizer: Detokenizer, thinking: bool):
         self._tokenizer, self._grammar, self._detokenizer = tokenizer, grammar, detokenizer
@@ -173,9 +173,11 @@ class Constraint:
         """Why the parser gave up; "" while it has not."""
         return _first_line(self._matcher.get_error())
 
-    def fresh(self, thinking: bool | None = None) -> "Constraint":
+    def copy_from_start(self, thinking: bool | None = None) -> "Constraint":
         """The same for another answer, from its beginning; or for one whose thinking was ended."""
-        return Constraint(self._tokenizer, self._grammar, self._detokenizer, self._thinking if thinking is None else thinking)
+        return GrammarConstraint(
+            self._tokenizer, self._grammar, self._detokenizer, self._thinking if thinking is None else thinking
+        )
 
 
 def _first_line(message: str) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 from serve.api.common.errors import ApiError
 from serve.api.common.field_names import wrong
 from serve.api.common.schema import ChatRequest
-from serve.structured_output.grammar import Constraint, Constraints, Wanted
+from serve.structured_output.grammar import GrammarCompiler, GrammarConstraint, GrammarSpec
 
 _OBJECT = {"type": "object"}
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")  # of vLLM's structured_outputs, and of its older guided_*
 
 
-def constraint_of(request: ChatRequest, constraints: Constraints, thinking: bool) -> Constraint | None:
+def compile_constraint(request: ChatRequest, compiler: GrammarCompiler, thinking: bool) -> GrammarConstraint | None:
     """The request's constraint, None for free answers. Raises ApiError that names the field.
 
     Args:
@@ -34,12 +34,12 @@ def constraint_of(request: ChatRequest, constraints: Constraints, thinking: bool
     if request.ignore_eos:
         raise ApiError(400, f"ignore_eos is True, but {name} says where the answer ends", "ignore_eos")
     try:
-        return constraints.make(wanted, thinking)
+        return compiler.compile(wanted, thinking)
     except ValueError as error:
         raise ApiError(400, f"{name} cannot be kept to: {error}", name) from None
 
 
-def _said(request: ChatRequest) -> dict[str, Wanted]:
+def _said(request: ChatRequest) -> dict[str, GrammarSpec]:
     """What each field that is there asks for."""
     said = {}
     if (form := _response_format(request.response_format)) is not None:
@@ -57,44 +57,44 @@ def _said(request: ChatRequest) -> dict[str, Wanted]:
     return said
 
 
-def _response_format(format_: dict[str, Any] | None) -> Wanted | None:
+def _response_format(format_: dict[str, Any] | None) -> GrammarSpec | None:
     kind = "text" if format_ is None else format_.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
-        return Wanted(schema=_OBJECT)
+        return GrammarSpec(schema=_OBJECT)
     if kind != "json_schema":
         raise wrong("response_format.type", kind, "'text', 'json_object' or 'json_schema'")
     told = format_.get("json_schema")
     schema = told.get("schema") if isinstance(told, dict) else None
     if not isinstance(schema, dict):
         raise wrong("response_format.json_schema.schema", schema, "a JSON schema")
-    return Wanted(schema=schema)
+    return GrammarSpec(schema=schema)
 
 
-def _structured(kind: str, value: Any, path: str) -> Wanted | None:
+def _structured(kind: str, value: Any, path: str) -> GrammarSpec | None:
     if kind == "json_object":
-        return Wanted(schema=_OBJECT) if value is True else None
+        return GrammarSpec(schema=_OBJECT) if value is True else None
     if kind == "json" and isinstance(value, dict):
-        return Wanted(schema=value)
+        return GrammarSpec(schema=value)
     if kind == "choice" and isinstance(value, list) and value and all(isinstance(text, str) and text for text in value):
-        return Wanted(choice=tuple(value))
+        return GrammarSpec(choice=tuple(value))
     if kind in ("regex", "grammar") and isinstance(value, str):
-        return Wanted(regex=value) if kind == "regex" else Wanted(grammar=value)
+        return GrammarSpec(regex=value) if kind == "regex" else GrammarSpec(grammar=value)
     wanted = {"json": "a JSON schema", "choice": "a list of texts", "regex": "a text", "grammar": "a text"}
     if kind not in wanted:
         raise ApiError(400, f"{path} is not served; known are {', '.join(_KINDS)}", path, "unsupported_parameter")
     raise wrong(path, value, wanted[kind])
 
 
-def _with_calls(answer: Wanted | None, request: ChatRequest) -> Wanted | None:
+def _with_calls(answer: GrammarSpec | None, request: ChatRequest) -> GrammarSpec | None:
     """The same with the calls that may, or must, be made."""
     functions = request.functions
     if request.tool_choice == "required":
-        return Wanted(functions=functions, parallel=request.parallel_tool_calls)
+        return GrammarSpec(functions=functions, parallel=request.parallel_tool_calls)
     if isinstance(request.tool_choice, dict):
         name = request.tool_choice["function"]["name"]
-        return Wanted(functions={name: functions[name]}, parallel=False)
+        return GrammarSpec(functions={name: functions[name]}, parallel=False)
     if answer is None or not functions:
         return answer
     if answer.grammar is not None:

@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse, Response
 
 from serve.api.anthropic.messages_request import parse
 from serve.api.common.field_names import renamed
-from serve.api.common.middleware import exchange_of, read_body
-from serve.api.common.output_stream import Step, Whole
-from serve.api.common.request_pipeline import Asked, Wanted, ask, check_model, make_prompt
+from serve.api.common.middleware import read_body, request_record
+from serve.api.common.output_stream import CollectedOutput, OutputStep
+from serve.api.common.request_pipeline import ActiveRequest, ParsedRequest, check_model, make_prompt, submit_request
 from serve.api.common.service import Service
 from serve.api.common.sse import ANTHROPIC, EventStream
-from serve.parsers import Call, Part, Reasoning
+from serve.parsers import Part, Reasoning, ToolCall
 
 router = APIRouter()
 
@@ -27,7 +27,7 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 async def messages(request: Request) -> Response:
     """Answers a conversation, at once or as named events."""
     async with AsyncExitStack() as cleanup:
-        answer = Answer(await ask(request, cleanup, lambda body: Wanted(*parse(body))))
+        answer = MessageStream(await submit_request(request, cleanup, lambda body: ParsedRequest(*parse(body))))
         if not answer.stream:
             return JSONResponse(await answer.whole())
         events = answer.events()
@@ -41,7 +41,7 @@ async def count_tokens(request: Request) -> dict[str, int]:
     service = request.app.state.service
     body = await read_body(request, service.max_body_bytes)
     number = await service.in_thread(_count, service, body)
-    exchange_of(request).prompt_tokens = number
+    request_record(request).prompt_tokens = number
     return {"input_tokens": number}
 
 
@@ -52,12 +52,12 @@ def _count(service: Service, body: bytes) -> int:
         return len(make_prompt(service, chat).token_ids)
 
 
-class Answer:
+class MessageStream:
     """A submitted request's way back to its client."""
 
-    def __init__(self, asked: Asked):
+    def __init__(self, asked: ActiveRequest):
         self.stream = asked.form.stream
-        self._asked, self._whole, self._blocks = asked, Whole(), Blocks()
+        self._asked, self._whole, self._blocks = asked, CollectedOutput(), Blocks()
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -83,7 +83,7 @@ class Answer:
 
     def _head(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         name = self._asked.service.name
-        return {"id": f"msg_{self._asked.exchange.id}", "type": "message", "role": "assistant", "model": name, "content": content}
+        return {"id": f"msg_{self._asked.record.id}", "type": "message", "role": "assistant", "model": name, "content": content}
 
     def _ending(self) -> dict[str, Any]:
         reason = self._whole.finish_reason
@@ -99,9 +99,9 @@ class Answer:
         return min(found)[1] if found else None
 
     def _usage(self) -> dict[str, int]:
-        exchange = self._asked.exchange
+        record = self._asked.record
         cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-        return {"input_tokens": exchange.prompt_tokens, "output_tokens": exchange.completion_tokens, **cached}
+        return {"input_tokens": record.prompt_tokens, "output_tokens": record.completion_tokens, **cached}
 
 
 class Blocks:
@@ -111,7 +111,7 @@ class Blocks:
         self.done: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
 
-    def add(self, step: Step) -> Iterator[dict[str, Any]]:
+    def add(self, step: OutputStep) -> Iterator[dict[str, Any]]:
         """One more step."""
         for part in step.parts:
             yield from self._add(part)
@@ -119,7 +119,7 @@ class Blocks:
             yield from self._close()
 
     def _add(self, part: Part) -> Iterator[dict[str, Any]]:
-        if isinstance(part, Call):
+        if isinstance(part, ToolCall):
             yield from self._close()
             yield from self._call(part)
             return
@@ -131,7 +131,7 @@ class Blocks:
         self._open[kind] += part.text
         yield self._event("delta", delta={"type": f"{kind}_delta", kind: part.text})
 
-    def _call(self, call: Call) -> Iterator[dict[str, Any]]:
+    def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
         self._open = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name, "input": {}}
         yield self._event("start", content_block=dict(self._open))
         yield self._event("delta", delta={"type": "input_json_delta", "partial_json": call.arguments})

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from serve.engine.engine import EngineFull, EngineStopped, RequestRejected
+from serve.engine.engine_client import EngineFull, EngineStopped, RequestRejected
 
 RETRY_AFTER_S = 1  # places come free one by one, so the client may knock soon
 INTERNAL = "the server failed to answer; its log has the details under this request's X-Request-Id"

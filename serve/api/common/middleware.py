@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.common.errors import ApiError, internal_error
-from serve.engine.engine import Cancelled
+from serve.engine.engine_client import Cancelled
 
 log = logging.getLogger("serve")
 
@@ -24,7 +24,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclasses.dataclass
-class Exchange:
+class RequestRecord:
     """A request and its answer, as far as the log is concerned. `status` is None until the answer starts."""
 
     id: str
@@ -35,13 +35,13 @@ class Exchange:
     client_gone: bool = False
 
 
-def exchange_of(request: Request) -> Exchange:
-    """The record that `ExchangeMiddleware` keeps of a request."""
-    return request.state.exchange
+def request_record(request: Request) -> RequestRecord:
+    """The record that `RequestMiddleware` keeps of a request."""
+    return request.state.record
 
 
-class ExchangeMiddleware:
-    """Keeps an `Exchange` for each request, and logs it."""
+class RequestMiddleware:
+    """Keeps an `RequestRecord` for each request, and logs it."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -50,22 +50,22 @@ class ExchangeMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(_request_id(Headers(scope=scope)))
-        scope.setdefault("state", {})["exchange"] = exchange
+        record = RequestRecord(_request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})["record"] = record
         start = time.monotonic()
         try:
-            await self._answer(scope, receive, _tagging(send, exchange), exchange)
+            await self._answer(scope, receive, _tagging(send, record), record)
         finally:
-            _log_line(scope, exchange, time.monotonic() - start)
+            _log_line(scope, record, time.monotonic() - start)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
             await self.app(scope, receive, send)
         except (Cancelled, ClientDisconnect):
-            exchange.client_gone = True
+            record.client_gone = True
         except Exception:
-            log.exception("%s failed", exchange.id)
-            if exchange.status is not None:
+            log.exception("%s failed", record.id)
+            if record.status is not None:
                 raise  # half an answer is out: the server must break the connection
             await internal_error().response(scope["path"])(scope, receive, send)
 
@@ -89,26 +89,26 @@ def _request_id(headers: Headers) -> str:
     return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _tagging(send: Send, exchange: Exchange) -> Send:
+def _tagging(send: Send, record: RequestRecord) -> Send:
     async def tagged(message: Message) -> None:
         if message["type"] == "http.response.start":
-            exchange.status = message["status"]
-            tag = (b"x-request-id", exchange.id.encode())
+            record.status = message["status"]
+            tag = (b"x-request-id", record.id.encode())
             message = {**message, "headers": [*message.get("headers", []), tag]}
         await send(message)
 
     return tagged
 
 
-def _log_line(scope: Scope, exchange: Exchange, seconds: float) -> None:
+def _log_line(scope: Scope, record: RequestRecord, seconds: float) -> None:
     quiet = scope["path"] in ("/health", "/ready", "/metrics")  # load balancers and Prometheus ask every second
     fields = {
-        "request_id": exchange.id,
+        "request_id": record.id,
         "method": scope["method"],
         "path": scope["path"],
-        "status": CLIENT_GONE if exchange.client_gone else exchange.status,
-        "prompt_tokens": exchange.prompt_tokens,
-        "completion_tokens": exchange.completion_tokens,
+        "status": CLIENT_GONE if record.client_gone else record.status,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
         "seconds": round(seconds, 3),
     }
     log.log(

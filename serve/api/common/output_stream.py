@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
-from serve.parsers import Call, Content, OutputParser, Part, Reasoning
+from serve.parsers import Content, OutputParser, Part, Reasoning, ToolCall
 from serve.parsers.reasoning import CLOSE
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class OutputStep:
     """What became known at once.
 
     Attributes:
@@ -29,7 +29,7 @@ class Step:
 
 async def steps(
     deltas: AsyncIterator[Delta], parser: OutputParser, detokenizer: Detokenizer, include_reasoning: bool
-) -> AsyncIterator[Step]:
+) -> AsyncIterator[OutputStep]:
     """An answer step by step. It may end before the deltas do: closing their job is the caller's."""
     called = False
     async for delta in deltas:
@@ -38,9 +38,9 @@ async def steps(
         thought = _thought(delta.tokens, thinking, parser.thinking, detokenizer)
         if delta.finish_reason is not None or parser.ended:
             parts += parser.finish()
-        called = called or any(isinstance(part, Call) for part in parts)
+        called = called or any(isinstance(part, ToolCall) for part in parts)
         shown = tuple(part for part in parts if include_reasoning or not isinstance(part, Reasoning))
-        yield Step(shown, delta.tokens, thought, _reason("stop" if parser.ended else delta.finish_reason, called))
+        yield OutputStep(shown, delta.tokens, thought, _reason("stop" if parser.ended else delta.finish_reason, called))
         if parser.ended:
             return
 
@@ -60,16 +60,16 @@ def _reason(reason: str | None, called: bool) -> str | None:
 
 
 @dataclasses.dataclass
-class Whole:
+class CollectedOutput:
     """An answer that has ended, collected."""
 
     content: str = ""
     reasoning: str = ""
-    calls: list[Call] = dataclasses.field(default_factory=list)
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
     tokens: list[Token] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, step: Step) -> None:
+    def add(self, step: OutputStep) -> None:
         """One more step."""
         for part in step.parts:
             if isinstance(part, Content):

@@ -19,15 +19,15 @@ from minicpmv46_jax.processing.messages import check_choices
 from serve.api.common.errors import ApiError, user_mistakes
 from serve.api.common.field_names import Names, renamed
 from serve.api.common.media_limits import check_media
-from serve.api.common.middleware import Exchange, exchange_of, read_body
-from serve.api.common.output_stream import Step, steps
+from serve.api.common.middleware import RequestRecord, read_body, request_record
+from serve.api.common.output_stream import OutputStep, steps
 from serve.api.common.prompt import opens_thinking
 from serve.api.common.schema import FIELDS, ChatRequest, StreamOptions
 from serve.api.common.service import Service
 from serve.api.common.thinking import ThinkingBudget
-from serve.engine.engine import RequestHandle
+from serve.engine.engine_client import RequestHandle
 from serve.parsers import OutputParser
-from serve.structured_output.request import constraint_of
+from serve.structured_output.request import compile_constraint
 
 log = logging.getLogger("serve")
 
@@ -37,7 +37,7 @@ SAME_NAMES = (  # here and in `minicpmv46_jax.generation.options`
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class ParsedRequest:
     """A chat request, and the client's names for its fields where they are others."""
 
     request: ChatRequest
@@ -45,7 +45,7 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class OutputOptions:
     """How the client wants its answers. All of a request that outlives its preparation: the rest may be megabytes of base64."""
 
     n: int
@@ -75,20 +75,20 @@ class Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """A request ready for the engine. `thinking`: whether the prompt ends inside `<think>`."""
 
-    form: Form
+    form: OutputOptions
     inputs: Inputs
     options: GenerationOptions
     thinking: bool
 
 
-class Asked:
+class ActiveRequest:
     """A request that has been submitted."""
 
-    def __init__(self, service: Service, exchange: Exchange, prepared: Prepared, jobs: list[RequestHandle]):
-        self.service, self.exchange, self.form, self.stop = service, exchange, prepared.form, prepared.options.stop
+    def __init__(self, service: Service, record: RequestRecord, prepared: PreparedRequest, jobs: list[RequestHandle]):
+        self.service, self.record, self.form, self.stop = service, record, prepared.form, prepared.options.stop
         form = prepared.form
         self._parsers = [
             OutputParser(prepared.thinking, form.functions, form.parallel, form.restore_newlines) for _ in range(form.n)
@@ -99,30 +99,30 @@ class Asked:
             for i, (job, reserve) in enumerate(zip(self._jobs, jobs[form.n :] or self._jobs, strict=True))
         ]
 
-    def _submit(self, prepared: Prepared, index: int, job: RequestHandle, reserve: RequestHandle) -> AsyncIterator:
+    def _submit(self, prepared: PreparedRequest, index: int, job: RequestHandle, reserve: RequestHandle) -> AsyncIterator:
         """Each answer has a seed and a constraint of its own, the first one the request's."""
         options, budget = prepared.options, self.form.thinking_budget
         if options.seed is not None and index:
             options = dataclasses.replace(options, seed=(options.seed + index + 2**63) % 2**64 - 2**63)
         if options.constraint is not None and index:
-            options = dataclasses.replace(options, constraint=options.constraint.fresh())
+            options = dataclasses.replace(options, constraint=options.constraint.copy_from_start())
         job.submit(prepared.inputs, options)
         if budget is None:
             return job.deltas()
         limit = ThinkingBudget(self.service.model, prepared.inputs, options, budget, prepared.thinking)
         return limit.deltas(job, reserve)
 
-    async def steps(self, index: int = 0) -> AsyncIterator[Step]:
+    async def steps(self, index: int = 0) -> AsyncIterator[OutputStep]:
         """One answer's."""
         detokenizer = self.service.model.detokenizer
         async for step in steps(self._deltas[index], self._parsers[index], detokenizer, self.form.include_reasoning):
-            self.exchange.completion_tokens += len(step.tokens)
-            self.exchange.reasoning_tokens += step.thought
+            self.record.completion_tokens += len(step.tokens)
+            self.record.reasoning_tokens += step.thought
             yield step
         self._jobs[index].close()  # which stops an answer whose rest nobody wants
 
 
-async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Wanted]) -> Asked:
+async def submit_request(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], ParsedRequest]) -> ActiveRequest:
     """Takes places, prepares and submits.
 
     Args:
@@ -130,7 +130,7 @@ async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Wa
       cleanup: where the places are given back.
       make: a chat request from the body; runs in a thread. Raises ApiError.
     """
-    service, exchange = http.app.state.service, exchange_of(http)
+    service, record = http.app.state.service, request_record(http)
     body = await read_body(http, service.max_body_bytes)
     jobs: list[RequestHandle] = []
     _reserve(service, cleanup, jobs, 1)
@@ -138,11 +138,11 @@ async def ask(http: Request, cleanup: AsyncExitStack, make: Callable[[bytes], Wa
     prepared = await service.in_thread(lambda: prepare(service, make(body)))
     del body  # an answer may take far longer than its pictures are needed
     _reserve(service, cleanup, jobs, prepared.form.n * (1 if prepared.form.thinking_budget is None else 2))
-    exchange.prompt_tokens = len(prepared.inputs.token_ids)
+    record.prompt_tokens = len(prepared.inputs.token_ids)
     if service.log_prompts:
         prompt = service.model.detokenizer.decode(prepared.inputs.token_ids.tolist(), skip_special_tokens=False)
-        log.info("%s prompt %r", exchange.id, prompt, extra={"fields": {"request_id": exchange.id, "prompt": prompt}})
-    return Asked(service, exchange, prepared, jobs)
+        log.info("%s prompt %r", record.id, prompt, extra={"fields": {"request_id": record.id, "prompt": prompt}})
+    return ActiveRequest(service, record, prepared, jobs)
 
 
 def _reserve(service: Service, cleanup: AsyncExitStack, jobs: list[RequestHandle], number: int) -> None:
@@ -164,7 +164,7 @@ def _cancel_on_disconnect(request: Request, jobs: list[RequestHandle]) -> asynci
     return asyncio.create_task(watch())
 
 
-def prepare(service: Service, wanted: Wanted) -> Prepared:
+def prepare(service: Service, wanted: ParsedRequest) -> PreparedRequest:
     """All that comes before the engine. Raises ApiError for the client's mistakes."""
     with renamed(wanted.names):
         try:
@@ -173,7 +173,7 @@ def prepare(service: Service, wanted: Wanted) -> Prepared:
             raise ApiError(400, "the body is nested too deeply") from None
 
 
-def _prepare(service: Service, request: ChatRequest) -> Prepared:
+def _prepare(service: Service, request: ChatRequest) -> PreparedRequest:
     check_model(service, request.model)
     for token in request.logit_bias:
         if int(token) >= service.vocabulary:
@@ -181,12 +181,12 @@ def _prepare(service: Service, request: ChatRequest) -> Prepared:
             raise ApiError(400, fault, "logit_bias")
     with user_mistakes(FIELDS):
         check_choices(request.mm_processor_kwargs, "mm_processor_kwargs")
-        options = service.model.options(**generation_choices(request))
+        options = service.model.options(**generation_kwargs(request))
     inputs = make_prompt(service, request)
     check_context(len(inputs.token_ids), request, service.context)
     thinking = opens_thinking(service.model, inputs)
-    options = dataclasses.replace(options, constraint=constraint_of(request, service.constraints, thinking))
-    return Prepared(Form.of(request, service.restore_newlines), inputs, options, thinking)
+    options = dataclasses.replace(options, constraint=compile_constraint(request, service.grammar_compiler, thinking))
+    return PreparedRequest(OutputOptions.of(request, service.restore_newlines), inputs, options, thinking)
 
 
 def check_model(service: Service, name: str) -> None:
@@ -200,7 +200,7 @@ def make_prompt(service: Service, request: ChatRequest) -> Inputs:
     """The request's conversation as tokens and pictures."""
     check_media(request.messages, service.media_limits)
     with user_mistakes(FIELDS, "messages"):
-        return service.model.process(_messages(request.messages), **prompt_choices(request))
+        return service.model.process(_messages(request.messages), **prompt_kwargs(request))
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return plain
 
 
-def generation_choices(request: ChatRequest) -> dict[str, Any]:
+def generation_kwargs(request: ChatRequest) -> dict[str, Any]:
     """The library's decoding options."""
     return {
         **{name: getattr(request, name) for name in SAME_NAMES},
@@ -224,7 +224,7 @@ def generation_choices(request: ChatRequest) -> dict[str, Any]:
     }
 
 
-def prompt_choices(request: ChatRequest) -> dict[str, Any]:
+def prompt_kwargs(request: ChatRequest) -> dict[str, Any]:
     """The library's options for making a prompt."""
     opening = not request.continue_final_message if request.add_generation_prompt is None else request.add_generation_prompt
     return {

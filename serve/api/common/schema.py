@@ -15,12 +15,12 @@ from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
 from serve.api.common.errors import ApiError
 
 # Bookkeeping of OpenAI's and vLLM's clients: no answer depends on it.
-HARMLESS = frozenset(
+IGNORED_FIELDS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention cache_salt".split()
 )
 
 # Fields of OpenAI's and vLLM's of which one value is served.
-ONLY: dict[str, Any] = {
+SINGLE_VALUE_FIELDS: dict[str, Any] = {
     "best_of": 1,
     "modalities": ["text"],
     "echo": False,
@@ -190,7 +190,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 def checked(raw: dict[str, Any]) -> ChatRequest:
     """A request from its fields. Raises ApiError 400 that names the field."""
-    said = {name: value for name, value in raw.items() if value is not None and name not in HARMLESS}
+    said = {name: value for name, value in raw.items() if value is not None and name not in IGNORED_FIELDS}
     for name in [name for name in said if name not in FIELDS]:
         _check_unserved(name, said.pop(name))
     return validated(ChatRequest, said)
@@ -206,9 +206,14 @@ def validated(model: type[M], said: dict[str, Any]) -> M:
 
 def _check_unserved(name: str, value: Any) -> None:
     """Raises unless the field says what is done anyway."""
-    if name in ONLY:
-        if type(value) is not type(ONLY[name]) or value != ONLY[name]:
-            raise ApiError(400, f"{name} is {reprlib.repr(value)}, but only {ONLY[name]!r} is served", name, "unsupported_value")
+    if name in SINGLE_VALUE_FIELDS:
+        if type(value) is not type(SINGLE_VALUE_FIELDS[name]) or value != SINGLE_VALUE_FIELDS[name]:
+            raise ApiError(
+                400,
+                f"{name} is {reprlib.repr(value)}, but only {SINGLE_VALUE_FIELDS[name]!r} is served",
+                name,
+                "unsupported_value",
+            )
         return
     near = difflib.get_close_matches(name, FIELDS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -11,7 +11,7 @@ from typing import TypeVar
 from minicpmv46_jax import MiniCPMV
 from serve.engine.engine import Engine
 from serve.multimodal.image_workers import ImageWorkerPool
-from serve.structured_output.grammar import Constraints
+from serve.structured_output.grammar import GrammarCompiler
 
 MAX_BODY_BYTES = 128 * 2**20  # base64 makes of it 96 MiB of pictures or video
 MEDIA_LIMITS = {"image": 128, "video": 16}  # of one request
@@ -84,10 +84,10 @@ class Service:
         return self.model.config.text.vocab_size
 
     @functools.cached_property
-    def constraints(self) -> Constraints:
+    def grammar_compiler(self) -> GrammarCompiler:
         """What keeps answers to a form."""
         model = self.model
-        return Constraints(model.detokenizer, self.tokenize, self.vocabulary, model.generation_config.stop_token_ids)
+        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocabulary, model.generation_config.stop_token_ids)
 
     def tokenize(self, text: str) -> list[int]:
         """A text's tokens, without any of the template's."""

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api.common.errors import ApiError, anthropic_content, internal_error, stopped_error
-from serve.engine.engine import Cancelled, EngineStopped
+from serve.engine.engine_client import Cancelled, EngineStopped
 
 log = logging.getLogger("serve")
 _text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode  # `json.dumps` makes one a call
@@ -65,7 +65,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._cleanup:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await self._send_events(send, scope["state"]["exchange"].id)
+            await self._send_events(send, scope["state"]["record"].id)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_events(self, send: Send, request_id: str) -> None:

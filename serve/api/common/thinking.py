@@ -12,7 +12,7 @@ from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs
 from serve.api.common.prompt import extended
-from serve.engine.engine import RequestHandle
+from serve.engine.engine_client import RequestHandle
 from serve.parsers.reasoning import CLOSE, ReasoningParser
 
 ENOUGH = f"\n{CLOSE}\n\n"
@@ -72,7 +72,7 @@ class ThinkingBudget:
         full = len(inputs.token_ids) >= self._model.config.text.max_position_embeddings
         yield Delta(ENOUGH, (), "length" if full or left == 0 else None)
         if not full and left != 0:
-            constraint = self._options.constraint and self._options.constraint.fresh(thinking=False)
+            constraint = self._options.constraint and self._options.constraint.copy_from_start(thinking=False)
             job.submit(inputs, dataclasses.replace(self._options, max_new_tokens=left, constraint=constraint))
             async for delta in job.deltas():
                 yield delta

@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from serve.api.common.output_stream import Step, Whole
-from serve.api.common.request_pipeline import Asked, Wanted, ask
+from serve.api.common.output_stream import CollectedOutput, OutputStep
+from serve.api.common.request_pipeline import ActiveRequest, ParsedRequest, submit_request
 from serve.api.common.schema import parse
 from serve.api.common.sse import EventStream
 from serve.api.openai.chat_response import Header, deltas_of, logprobs, usage
-from serve.parsers import Call
+from serve.parsers import ToolCall
 
 router = APIRouter()
 
@@ -25,7 +25,7 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     """Answers a conversation, at once or as a stream."""
     async with AsyncExitStack() as cleanup:
-        answer = Answer(await ask(request, cleanup, lambda body: Wanted(parse(body))))
+        answer = ChatStream(await submit_request(request, cleanup, lambda body: ParsedRequest(parse(body))))
         if not answer.form.stream:
             return JSONResponse(await answer.whole())
         chunks = answer.chunks()
@@ -33,13 +33,13 @@ async def chat_completions(request: Request) -> Response:
         return EventStream(await anext(chunks), chunks, cleanup.pop_all())
 
 
-class Answer:
+class ChatStream:
     """A submitted request's way back to its client."""
 
-    def __init__(self, asked: Asked):
+    def __init__(self, asked: ActiveRequest):
         self.form = asked.form
-        self._asked, self._exchange = asked, asked.exchange
-        self._header = Header(f"chatcmpl-{asked.exchange.id}", asked.service.name)
+        self._asked, self._record = asked, asked.record
+        self._header = Header(f"chatcmpl-{asked.record.id}", asked.service.name)
 
     async def whole(self) -> dict[str, Any]:
         """The answers as one object."""
@@ -47,8 +47,8 @@ class Answer:
         choices = [self._header.choice(i, whole, self._logprobs(whole.tokens)) for i, whole in enumerate(wholes)]
         return self._header.completion(choices, self._usage())
 
-    async def _collected(self, index: int) -> Whole:
-        whole = Whole()
+    async def _collected(self, index: int) -> CollectedOutput:
+        whole = CollectedOutput()
         async for step in self._asked.steps(index):
             whole.add(step)
         return whole
@@ -63,7 +63,7 @@ class Answer:
         if self.form.stream_options.include_usage:
             yield self._header.usage_chunk(self._usage())
 
-    def _step_chunks(self, index: int, choice: "_OpenChoice", step: Step) -> list[dict[str, Any]]:
+    def _step_chunks(self, index: int, choice: "_OpenChoice", step: OutputStep) -> list[dict[str, Any]]:
         """A step as chunks: who speaks before the first words; log probabilities with the first words after their tokens."""
         chunks = []
         if not choice.begun:
@@ -73,7 +73,7 @@ class Answer:
         for part in step.parts:
             for delta in deltas_of(part, choice.calls):
                 chunks.append(self._chunk(index, delta, logprobs=self._taken(choice)))
-            choice.calls += isinstance(part, Call)
+            choice.calls += isinstance(part, ToolCall)
         if step.finish_reason is not None:
             chunks.append(self._chunk(index, {}, step.finish_reason, self._taken(choice)))
         return chunks
@@ -95,7 +95,7 @@ class Answer:
         return logprobs(tokens, self._asked.service.model.detokenizer) if self.form.logprobs else None
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._exchange)
+        return usage(self._record)
 
 
 class _OpenChoice:
@@ -105,7 +105,7 @@ class _OpenChoice:
         self.begun, self.calls, self.tokens = False, 0, []
 
 
-async def _merged(streams: list[AsyncIterator[Step]]) -> AsyncIterator[tuple[int, Step]]:
+async def _merged(streams: list[AsyncIterator[OutputStep]]) -> AsyncIterator[tuple[int, OutputStep]]:
     """Steps of several answers, each as it comes."""
     if len(streams) == 1:
         async for step in streams[0]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
-from serve.api.common.middleware import Exchange
-from serve.api.common.output_stream import Whole
+from serve.api.common.middleware import RequestRecord
+from serve.api.common.output_stream import CollectedOutput
 from serve.parsers import Content, Part, Reasoning
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
@@ -27,7 +27,7 @@ class Header:
         """Whole answers."""
         return {**self._fields("chat.completion"), "choices": choices, "usage": usage}
 
-    def choice(self, index: int, whole: Whole, logprobs: dict | None) -> dict[str, Any]:
+    def choice(self, index: int, whole: CollectedOutput, logprobs: dict | None) -> dict[str, Any]:
         """One of them."""
         return {"index": index, "message": message(whole), "logprobs": logprobs, "finish_reason": whole.finish_reason}
 
@@ -46,7 +46,7 @@ class Header:
         return {"id": self.id, "object": object_, "created": self.created, "model": self.model}
 
 
-def message(whole: Whole) -> dict[str, Any]:
+def message(whole: CollectedOutput) -> dict[str, Any]:
     """An assistant's message. One that only calls has no content; reasoning and calls are named only where there are any."""
     out: dict[str, Any] = {"role": "assistant", "content": None if whole.calls and not whole.content else whole.content}
     if whole.reasoning:
@@ -74,9 +74,9 @@ def call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def usage(exchange: Exchange) -> dict[str, Any]:
+def usage(record: RequestRecord) -> dict[str, Any]:
     """OpenAI's account of a request."""
-    prompt, completion, reasoning = exchange.prompt_tokens, exchange.completion_tokens, exchange.reasoning_tokens
+    prompt, completion, reasoning = record.prompt_tokens, record.completion_tokens, record.reasoning_tokens
     details = {"completion_tokens_details": {"reasoning_tokens": reasoning}} if reasoning else {}
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, **details}
 

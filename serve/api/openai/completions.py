@@ -20,19 +20,19 @@ from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs
 from serve.api.common.errors import ApiError, user_mistakes
-from serve.api.common.middleware import Exchange, exchange_of, read_body
+from serve.api.common.middleware import RequestRecord, read_body, request_record
 from serve.api.common.request_pipeline import check_model
 from serve.api.common.service import Service
 from serve.api.common.sse import EventStream
 from serve.api.openai.chat_response import usage
-from serve.engine.engine import RequestHandle
+from serve.engine.engine_client import RequestHandle
 
 router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # Fields that say what is done anyway, and OpenAI's bookkeeping.
-ONLY: dict[str, Any] = {"n": 1, "best_of": 1, "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}}
-HARMLESS = frozenset({"user"})
+SINGLE_VALUE_FIELDS: dict[str, Any] = {"n": 1, "best_of": 1, "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}}
+IGNORED_FIELDS = frozenset({"user"})
 SAME_NAMES = (
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop_token_ids ignore_eos".split()
 )
@@ -84,16 +84,16 @@ FIELDS = frozenset(CompletionRequest.model_fields)
 @router.post("/completions")
 async def completions(request: Request) -> Response:
     """Continues a prompt, at once or as a stream."""
-    service, exchange = request.app.state.service, exchange_of(request)
+    service, record = request.app.state.service, request_record(request)
     body = await read_body(request, service.max_body_bytes)
     async with AsyncExitStack() as cleanup:
         job = service.engine.reserve()
         cleanup.callback(job.close)
         cleanup.callback(_watch(request, job).cancel)
         asked, inputs, options = await service.in_thread(prepare, service, body)
-        exchange.prompt_tokens = len(inputs.token_ids)
+        record.prompt_tokens = len(inputs.token_ids)
         job.submit(inputs, options)
-        answer = Answer(service.name, exchange, asked.stream_options.include_usage, job)
+        answer = CompletionStream(service.name, record, asked.stream_options.include_usage, job)
         if not asked.stream:
             return JSONResponse(await answer.whole())
         chunks = answer.chunks()
@@ -134,10 +134,15 @@ def parse(body: bytes) -> CompletionRequest:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ApiError(400, "the body is JSON, but no object")
-    said = {name: value for name, value in raw.items() if value is not None and name not in HARMLESS}
-    for name in [name for name in said if name in ONLY]:
-        if (value := said.pop(name)) != ONLY[name]:
-            raise ApiError(400, f"{name} is {reprlib.repr(value)}, but only {ONLY[name]!r} is served", name, "unsupported_value")
+    said = {name: value for name, value in raw.items() if value is not None and name not in IGNORED_FIELDS}
+    for name in [name for name in said if name in SINGLE_VALUE_FIELDS]:
+        if (value := said.pop(name)) != SINGLE_VALUE_FIELDS[name]:
+            raise ApiError(
+                400,
+                f"{name} is {reprlib.repr(value)}, but only {SINGLE_VALUE_FIELDS[name]!r} is served",
+                name,
+                "unsupported_value",
+            )
     try:
         return CompletionRequest.model_validate(said)
     except ValidationError as error:
@@ -150,12 +155,12 @@ def parse(body: bytes) -> CompletionRequest:
         raise ApiError(400, f"{path} is {found}", path) from None
 
 
-class Answer:
+class CompletionStream:
     """A submitted request's way back to its client."""
 
-    def __init__(self, model: str, exchange: Exchange, include_usage: bool, job: RequestHandle):
-        self._exchange, self._job, self._include_usage = exchange, job, include_usage
-        self._header = {"id": f"cmpl-{exchange.id}", "object": "text_completion", "created": int(time.time()), "model": model}
+    def __init__(self, model: str, record: RequestRecord, include_usage: bool, job: RequestHandle):
+        self._record, self._job, self._include_usage = record, job, include_usage
+        self._header = {"id": f"cmpl-{record.id}", "object": "text_completion", "created": int(time.time()), "model": model}
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -172,14 +177,14 @@ class Answer:
             yield {**self._header, "choices": [], "usage": self._usage()}
 
     def _counted(self, delta: Delta) -> Delta:
-        self._exchange.completion_tokens += len(delta.tokens)
+        self._record.completion_tokens += len(delta.tokens)
         return delta
 
     def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
         return {**self._header, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]}
 
     def _usage(self) -> dict[str, int]:
-        return usage(self._exchange)
+        return usage(self._record)
 
 
 def _watch(request: Request, job: RequestHandle) -> asyncio.Task:

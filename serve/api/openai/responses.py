@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from serve.api.common.output_stream import Step
-from serve.api.common.request_pipeline import Asked, Wanted, ask
+from serve.api.common.output_stream import OutputStep
+from serve.api.common.request_pipeline import ActiveRequest, ParsedRequest, submit_request
 from serve.api.common.sse import TYPED, EventStream
 from serve.api.openai.responses_request import parse
-from serve.parsers import Call, Part, Reasoning
+from serve.parsers import Part, Reasoning, ToolCall
 
 router = APIRouter()
 
@@ -36,13 +36,13 @@ async def responses(request: Request) -> Response:
     """Answers a conversation, at once or as typed events."""
     said: dict[str, Any] = {}
 
-    def make(body: bytes) -> Wanted:
+    def make(body: bytes) -> ParsedRequest:
         chat, names, raw = parse(body)
         said.update({name: raw[name] for name in _ECHOED if name in raw})
-        return Wanted(chat, names)
+        return ParsedRequest(chat, names)
 
     async with AsyncExitStack() as cleanup:
-        answer = Answer(await ask(request, cleanup, make), said)
+        answer = ResponseStream(await submit_request(request, cleanup, make), said)
         if not answer.stream:
             return JSONResponse(await answer.whole())
         events = answer.events()
@@ -50,10 +50,10 @@ async def responses(request: Request) -> Response:
         return EventStream(await anext(events), events, cleanup.pop_all(), TYPED)
 
 
-class Answer:
+class ResponseStream:
     """A submitted request's way back to its client."""
 
-    def __init__(self, asked: Asked, said: dict[str, Any]):
+    def __init__(self, asked: ActiveRequest, said: dict[str, Any]):
         self.stream = asked.form.stream
         self._asked, self._said = asked, said
         self._created = int(time.time())
@@ -90,7 +90,7 @@ class Answer:
         status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
         defaults = {"parallel_tool_calls": self._asked.form.parallel, "tool_choice": "auto", "tools": [], "metadata": {}}
         return {
-            "id": f"resp_{self._asked.exchange.id}",
+            "id": f"resp_{self._asked.record.id}",
             "object": "response",
             "created_at": self._created,
             "status": status,
@@ -110,13 +110,13 @@ class Answer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        exchange = self._asked.exchange
+        record = self._asked.record
         return {
-            "input_tokens": exchange.prompt_tokens,
+            "input_tokens": record.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": exchange.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": exchange.reasoning_tokens},
-            "total_tokens": exchange.prompt_tokens + exchange.completion_tokens,
+            "output_tokens": record.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": record.reasoning_tokens},
+            "total_tokens": record.prompt_tokens + record.completion_tokens,
         }
 
 
@@ -128,7 +128,7 @@ class Items:
         self.finish_reason: str | None = None
         self._open: dict[str, Any] | None = None
 
-    def add(self, step: Step) -> Iterator[dict[str, Any]]:
+    def add(self, step: OutputStep) -> Iterator[dict[str, Any]]:
         """One more step."""
         for part in step.parts:
             yield from self._add(part)
@@ -137,7 +137,7 @@ class Items:
             yield from self._close("incomplete" if step.finish_reason == "length" else "completed")
 
     def _add(self, part: Part) -> Iterator[dict[str, Any]]:
-        if isinstance(part, Call):
+        if isinstance(part, ToolCall):
             yield from self._close()
             yield from self._call(part)
             return
@@ -174,7 +174,7 @@ class Items:
         self.done.append(item)
         yield {"type": "response.output_item.done", "output_index": len(self.done) - 1, "item": item}
 
-    def _call(self, call: Call) -> Iterator[dict[str, Any]]:
+    def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
         item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name, "arguments": ""}
         where = {"item_id": item["id"], "output_index": len(self.done)}
         added = {**item, "status": "in_progress"}

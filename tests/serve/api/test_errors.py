@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.api.common.errors import ApiError
-from serve.api.common.request_pipeline import generation_choices
-from serve.api.common.schema import FIELDS, ONLY, parse
+from serve.api.common.request_pipeline import generation_kwargs
+from serve.api.common.schema import FIELDS, SINGLE_VALUE_FIELDS, parse
 from tests.serve.support import CONTEXT, NAME, FakeModel, ask, body, client, content_of, events, prompt, serving
 
 
@@ -138,7 +138,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(sorted(FIELDS | set(ONLY))) | st.text(max_size=5), JSON, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS | set(SINGLE_VALUE_FIELDS))) | st.text(max_size=5), JSON, max_size=4))
 def test_whatever_the_fields_are_the_mistake_is_the_clients(fields):
     content = json.dumps({**body(), **fields}).encode()
     try:
@@ -147,7 +147,7 @@ def test_whatever_the_fields_are_the_mistake_is_the_clients(fields):
         assert refusal.status == 400 and refusal.content["error"]["message"]
         return
     try:
-        FakeModel().options(**generation_choices(request))
+        FakeModel().options(**generation_kwargs(request))
     except ValueError as refusal:
         assert str(refusal).partition(" ")[0].partition("[")[0] in FIELDS
 

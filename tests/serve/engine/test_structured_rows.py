@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serve.engine import grammar_masks as masks
-from serve.structured_output.grammar import Constraints, Wanted
+from serve.structured_output.grammar import GrammarCompiler, GrammarSpec
 from tests.serve.engine.engine_client import answer, request, run, submitted, text, wait_until
 from tests.serve.engine.small_engine import BUCKETS
 
@@ -25,12 +25,12 @@ DRAWN = {"temperature": 1.0, "top_p": 0.95}
 
 
 @pytest.fixture(scope="module")
-def make(demo):
+def compile(demo):
     """A constraint of the small model's."""
     tokenize = lambda words: demo.processor.tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
     stops = demo.generation_config.stop_token_ids
-    constraints = Constraints(demo.detokenizer, tokenize, demo.config.text.vocab_size, stops)
-    return lambda thinking=False, **wanted: constraints.make(Wanted(**wanted), thinking)
+    compiler = GrammarCompiler(demo.detokenizer, tokenize, demo.config.text.vocab_size, stops)
+    return lambda thinking=False, **wanted: compiler.compile(GrammarSpec(**wanted), thinking)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def free(demo):
 def fresh(one):
     """The same request once more: a constraint serves one answer."""
     inputs, options = one
-    constraint = options.constraint and options.constraint.fresh()
+    constraint = options.constraint and options.constraint.copy_from_start()
     return inputs, dataclasses.replace(options, constraint=constraint)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve.parsers import Call, Content, OutputParser, Reasoning
+from serve.parsers import Content, OutputParser, Reasoning, ToolCall
 from serve.parsers.newlines import NEAR, NewlineParser
 from serve.parsers.typed import typed
 
@@ -29,7 +29,7 @@ TOOLS = {
 PARAMETERS = "<parameter=city>\nBonn\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
 XML = f"<tool_call>\n<function=weather>\n{PARAMETERS}</function>\n</tool_call>"
 JSON = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn", "days": 3}}\n</tool_call>'
-CALL = Call("weather", '{"city": "Bonn", "days": 3}')
+CALL = ToolCall("weather", '{"city": "Bonn", "days": 3}')
 NOW = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
 
 
@@ -37,7 +37,7 @@ def joined(parts):
     """Parts with neighbours of one kind as one."""
     out = []
     for part in parts:
-        if out and not isinstance(part, Call) and type(out[-1]) is type(part):
+        if out and not isinstance(part, ToolCall) and type(out[-1]) is type(part):
             out[-1] = type(part)(out[-1].text + part.text)
         else:
             out.append(part)
@@ -152,7 +152,10 @@ def test_marks_inside_arguments():
     value = "a </parameter> b </tool_call> c"
     xml = f"<tool_call>\n<function=weather>\n<parameter=city>\n{value}\n</parameter>\n</function>\n</tool_call>"
     text = json.dumps({"name": "weather", "arguments": {"city": 'say "</tool_call>" \\'}})
-    expected = [Call("weather", json.dumps({"city": value})), Call("weather", json.dumps({"city": 'say "</tool_call>" \\'}))]
+    expected = [
+        ToolCall("weather", json.dumps({"city": value})),
+        ToolCall("weather", json.dumps({"city": 'say "</tool_call>" \\'})),
+    ]
     whole = xml + f"<tool_call>{text}</tool_call>"
     assert parsed([whole], tools=TOOLS) == parsed(whole, tools=TOOLS) == expected
 
@@ -235,7 +238,7 @@ def test_newlines(text, restored):
 def test_restored_newlines_leave_reasoning_and_arguments_alone():
     call = XML.replace("Bonn", r"a\nb")
     parts = parsed(rf"a\nb</think>c\nd {call}", thinking=True, tools=TOOLS, restore_newlines=True)
-    assert parts == [Reasoning(r"a\nb"), Content("c\nd"), Call("weather", json.dumps({"city": r"a\nb", "days": 3}))]
+    assert parts == [Reasoning(r"a\nb"), Content("c\nd"), ToolCall("weather", json.dumps({"city": r"a\nb", "days": 3}))]
 
 
 MARKS = [
@@ -269,7 +272,7 @@ def test_no_cutting_changes_an_answer(text, places, options):
     assert parsed(cut(text, places), **options) == whole
     assert parsed(text, **options) == whole  # a character a time
     for part in whole:
-        if isinstance(part, Call):
+        if isinstance(part, ToolCall):
             assert isinstance(json.loads(part.arguments), dict) and part.name in TOOLS
 
 
@@ -277,7 +280,7 @@ def test_no_cutting_changes_an_answer(text, places, options):
 @given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))
 def test_text_without_calls_or_reasoning_is_kept_to_the_letter(text, places):
     parts = parsed(cut(text, places), tools=TOOLS)
-    if not any(isinstance(part, (Call, Reasoning)) for part in parts) and not text.lstrip().startswith("<think>"):
+    if not any(isinstance(part, (ToolCall, Reasoning)) for part in parts) and not text.lstrip().startswith("<think>"):
         assert parts == content(text)
 
 

@@ -6,15 +6,15 @@ import re
 import numpy as np
 import pytest
 
-from serve.structured_output.grammar import Constraints, Wanted
+from serve.structured_output.grammar import GrammarCompiler, GrammarSpec
 from tests.serve.support import FakeDetokenizer
 
 EOS = 0
 
 
 @pytest.fixture(scope="module")
-def constraints():
-    return Constraints(FakeDetokenizer(), lambda text: list(text.encode()), 256, (EOS,))
+def compiler():
+    return GrammarCompiler(FakeDetokenizer(), lambda text: list(text.encode()), 256, (EOS,))
 
 
 def allowed(constraint):
@@ -53,53 +53,55 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_schemas_documents(constraints, seed):
-    found = json.loads(sampled(constraints.make(Wanted(schema=SCHEMA), False), seed, b"I would rather talk."))
+def test_a_schemas_documents(compiler, seed):
+    found = json.loads(sampled(compiler.compile(GrammarSpec(schema=SCHEMA), False), seed, b"I would rather talk."))
     assert set(found) - {"tags"} == {"name", "age"} and len(found["name"]) <= 5 and 0 <= found["age"] <= 150
     assert set(found.get("tags", [])) <= {"a", "b"}
 
 
-def test_the_models_own_layout_is_let_be(constraints):
+def test_the_models_own_layout_is_let_be(compiler):
     for text in ('{"name": "Ann", "age": 5}', '{"name":"Ann","age":5}', '{\n  "name": "Ann",\n  "age": 5\n}'):
-        assert sampled(constraints.make(Wanted(schema=SCHEMA), False), 0, text.encode() + bytes([EOS])) == text
+        assert sampled(compiler.compile(GrammarSpec(schema=SCHEMA), False), 0, text.encode() + bytes([EOS])) == text
 
 
-def test_expressions_choices_grammars(constraints):
+def test_expressions_choices_grammars(compiler):
     for seed in range(5):
-        assert re.fullmatch(r"a/[0-9]{3}", sampled(constraints.make(Wanted(regex=r"a/[0-9]{3}"), False), seed))
-        assert sampled(constraints.make(Wanted(choice=('say "yes"', "no\n")), False), seed) in ('say "yes"', "no\n")
-        assert sampled(constraints.make(Wanted(grammar='start: "x" "y"'), False), seed) == "xy"
-        assert sampled(constraints.make(Wanted(grammar='root ::= "x" | "z"'), False), seed) in "xz"
+        assert re.fullmatch(r"a/[0-9]{3}", sampled(compiler.compile(GrammarSpec(regex=r"a/[0-9]{3}"), False), seed))
+        assert sampled(compiler.compile(GrammarSpec(choice=('say "yes"', "no\n")), False), seed) in ('say "yes"', "no\n")
+        assert sampled(compiler.compile(GrammarSpec(grammar='start: "x" "y"'), False), seed) == "xy"
+        assert sampled(compiler.compile(GrammarSpec(grammar='root ::= "x" | "z"'), False), seed) in "xz"
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_calls(constraints, seed):
+def test_calls(compiler, seed):
     functions = {"f": SCHEMA, 'quo"ted': {}}
-    wanted = Wanted(functions=functions, parallel=False)
-    text = sampled(constraints.make(wanted, False), seed, b'<tool_call>\n{"name": "f"')
+    wanted = GrammarSpec(functions=functions, parallel=False)
+    text = sampled(compiler.compile(wanted, False), seed, b'<tool_call>\n{"name": "f"')
     call = json.loads(re.fullmatch(r"<tool_call>\n(.*)\n</tool_call>", text, re.DOTALL)[1])
     assert call["name"] == "f" and {"name", "age"} <= set(call["arguments"])
-    several = sampled(constraints.make(Wanted(functions={"f": {"type": "object", "maxProperties": 0}}), False), seed, most=4000)
+    several = sampled(
+        compiler.compile(GrammarSpec(functions={"f": {"type": "object", "maxProperties": 0}}), False), seed, most=4000
+    )
     assert several.count("<tool_call>") == several.count("</tool_call>") >= 1
 
 
-def test_an_answer_or_a_call(constraints):
-    wanted = Wanted(choice=("yes",), functions={"f": {"type": "object"}})
-    assert sampled(constraints.make(wanted, False), 0, b"yes" + bytes([EOS])) == "yes"
-    assert sampled(constraints.make(wanted, False), 0, b'<tool_call>\n{"name": "f", "arguments": {}}').startswith("<tool_call>")
+def test_an_answer_or_a_call(compiler):
+    wanted = GrammarSpec(choice=("yes",), functions={"f": {"type": "object"}})
+    assert sampled(compiler.compile(wanted, False), 0, b"yes" + bytes([EOS])) == "yes"
+    assert sampled(compiler.compile(wanted, False), 0, b'<tool_call>\n{"name": "f", "arguments": {}}').startswith("<tool_call>")
 
 
-def test_thoughts_are_free(constraints):
-    constraint = constraints.make(Wanted(choice=("yes",)), thinking=True)
+def test_thoughts_are_free(compiler):
+    constraint = compiler.compile(GrammarSpec(choice=("yes",)), thinking=True)
     for byte in b"anything at all</think>":
         assert len(allowed(constraint)) == 256
         constraint.advance(byte)
     assert allowed(constraint) == [ord("y")]
-    assert len(allowed(constraint.fresh())) == 256 and allowed(constraint.fresh(thinking=False)) == [ord("y")]
+    assert len(allowed(constraint.copy_from_start())) == 256 and allowed(constraint.copy_from_start(thinking=False)) == [ord("y")]
 
 
-def test_tokens_that_break_it(constraints):
-    constraint = constraints.make(Wanted(choice=("yes",)), False)
+def test_tokens_that_break_it(compiler):
+    constraint = compiler.compile(GrammarSpec(choice=("yes",)), False)
     with pytest.raises(RuntimeError, match="token 110 breaks the constraint"):
         constraint.advance(ord("n"))
     with pytest.raises(RuntimeError, match="cannot be kept"):
@@ -109,16 +111,16 @@ def test_tokens_that_break_it(constraints):
 @pytest.mark.parametrize(
     "wanted, words",
     [
-        (Wanted(schema={"type": "objectt"}), "objectt"),
-        (Wanted(schema={"$ref": "#/nope"}), "/nope"),
-        (Wanted(regex="(a"), "regex"),
-        (Wanted(grammar="start: nothing"), "nothing"),
-        (Wanted(grammar="hello"), ""),
-        (Wanted(grammar="root ::= ("), ""),
-        (Wanted(schema=False), ""),
+        (GrammarSpec(schema={"type": "objectt"}), "objectt"),
+        (GrammarSpec(schema={"$ref": "#/nope"}), "/nope"),
+        (GrammarSpec(regex="(a"), "regex"),
+        (GrammarSpec(grammar="start: nothing"), "nothing"),
+        (GrammarSpec(grammar="hello"), ""),
+        (GrammarSpec(grammar="root ::= ("), ""),
+        (GrammarSpec(schema=False), ""),
     ],
 )
-def test_what_no_answer_can_be(constraints, wanted, words):
+def test_what_no_answer_can_be(compiler, wanted, words):
     with pytest.raises(ValueError) as caught:
-        constraints.make(wanted, False)
+        compiler.compile(wanted, False)
     assert words in str(caught.value) and "\n" not in str(caught.value)
