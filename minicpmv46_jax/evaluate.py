@@ -30,10 +30,10 @@ from tqdm import tqdm
 from minicpmv46_jax.library import MiniCPMV
 
 FIELDS = frozenset("id group image images video videos question messages answers tools options".split())
-LEAST_SIMILAR = 0.5  # ANLS counts what is further off as nothing
+MIN_SIMILARITY = 0.5  # ANLS counts what is further off as nothing
 MAX_NEW_TOKENS = 512
-AT_ONCE = 16  # requests to a server
-PATIENCE = 600.0  # seconds for one answer of a server
+CONCURRENCY = 16  # requests to a server
+TIMEOUT_S = 600.0  # seconds for one answer of a server
 THOUGHT_END = "</think>"
 
 
@@ -59,7 +59,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Marked:
+class ScoredAnswer:
     """An answer and what it is worth: `exact` is 0 or 1, `anls` 0 to 1."""
 
     question: Question
@@ -93,12 +93,12 @@ def _question(line: str, path: Path, number: int) -> Question:
     answers = raw.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}: answers must be a list of texts, at least one, got {answers!r}")
-    messages = raw.get("messages") or _asked(raw, path.parent, where)
+    messages = raw.get("messages") or _user_messages(raw, path.parent, where)
     name, group = str(raw.get("id", f"line {number}")), str(raw.get("group", "all"))
     return Question(name, messages, answers, group, raw.get("tools") or (), raw.get("options") or {})
 
 
-def _asked(raw: Mapping[str, Any], folder: Path, where: str) -> list[dict[str, Any]]:
+def _user_messages(raw: Mapping[str, Any], folder: Path, where: str) -> list[dict[str, Any]]:
     """One user's turn: the media, then the question."""
     if not isinstance(raw.get("question"), str):
         raise ValueError(f"{where}: question must be a text, got {raw.get('question')!r}; or give messages")
@@ -119,7 +119,7 @@ def _source(source: Any, folder: Path, where: str) -> str:
     return str(folder / source)
 
 
-def of_model(model: MiniCPMV, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
+def model_answerer(model: MiniCPMV, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
     """Greedy answers of the plain generator."""
 
     def answer(question: Question) -> str:
@@ -129,7 +129,7 @@ def of_model(model: MiniCPMV, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
     return answer
 
 
-def of_server(url: str, name: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
+def server_answerer(url: str, name: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
     """Greedy answers of a server that speaks OpenAI's chat completions.
 
     Args:
@@ -140,8 +140,8 @@ def of_server(url: str, name: str | None = None, max_new_tokens: int = MAX_NEW_T
     Raises:
       ValueError: the server cannot be reached or refuses; its own words are in the text.
     """
-    client = httpx.Client(base_url=url.rstrip("/") + "/", timeout=PATIENCE)
-    name = name or _asked_server(client, "GET", "models")["data"][0]["id"]
+    client = httpx.Client(base_url=url.rstrip("/") + "/", timeout=TIMEOUT_S)
+    name = name or _request_json(client, "GET", "models")["data"][0]["id"]
 
     def answer(question: Question) -> str:
         options = dict(question.options)
@@ -155,14 +155,14 @@ def of_server(url: str, name: str | None = None, max_new_tokens: int = MAX_NEW_T
             "chat_template_kwargs": template,
         }
         body |= {"tools": list(question.tools)} if question.tools else {}
-        said = _asked_server(client, "POST", "chat/completions", json=body)["choices"][0]["message"]
+        said = _request_json(client, "POST", "chat/completions", json=body)["choices"][0]["message"]
         calls = "\n".join(_call_text(call["function"]) for call in said.get("tool_calls") or [])
         return "\n\n".join(filter(None, [said.get("content"), calls]))
 
     return answer
 
 
-def _asked_server(client: httpx.Client, method: str, path: str, **fields: Any) -> dict[str, Any]:
+def _request_json(client: httpx.Client, method: str, path: str, **fields: Any) -> dict[str, Any]:
     try:
         reply = client.request(method, path, **fields)
     except httpx.HTTPError as error:
@@ -198,27 +198,29 @@ def _call_text(function: Mapping[str, Any]) -> str:
     return f"<tool_call>\n<function={function['name']}>\n{body}</function>\n</tool_call>"
 
 
-def evaluate(questions: Sequence[Question], answer: Answerer, at_once: int = 1, progress: bool = False) -> Iterator[Marked]:
+def evaluate(
+    questions: Sequence[Question], answer: Answerer, concurrency: int = 1, progress: bool = False
+) -> Iterator[ScoredAnswer]:
     """Each question's answer with its marks, in order; so many are asked at once."""
-    with ThreadPoolExecutor(at_once) as pool:
-        answers: Iterable[str] = pool.map(answer, questions) if at_once > 1 else map(answer, questions)
+    with ThreadPoolExecutor(concurrency) as pool:
+        answers: Iterable[str] = pool.map(answer, questions) if concurrency > 1 else map(answer, questions)
         bar = tqdm(answers, total=len(questions), unit="answer", disable=None if progress else True)
         for question, said in zip(questions, bar, strict=True):
-            yield mark(question, said)
+            yield score(question, said)
 
 
-def mark(question: Question, answer: str) -> Marked:
+def score(question: Question, answer: str) -> ScoredAnswer:
     """What an answer is worth."""
-    said = _spaced(answer.rpartition(THOUGHT_END)[2])
-    right = [_spaced(one) for one in question.answers]
-    return Marked(question, answer, float(said in right), max(anls(said, one) for one in right))
+    said = _normalize_spaces(answer.rpartition(THOUGHT_END)[2])
+    right = [_normalize_spaces(one) for one in question.answers]
+    return ScoredAnswer(question, answer, float(said in right), max(anls(said, one) for one in right))
 
 
 def anls(said: str, right: str) -> float:
     """Average normalised Levenshtein similarity of one pair, letters' case aside: 1 for equal, 0 below a half."""
     a, b = said.lower(), right.lower()
     similarity = 1 - levenshtein(a, b) / max(len(a), len(b), 1)
-    return similarity if similarity >= LEAST_SIMILAR else 0.0
+    return similarity if similarity >= MIN_SIMILARITY else 0.0
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -231,28 +233,28 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def _spaced(text: str) -> str:
+def _normalize_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
-def report(marked: Sequence[Marked]) -> str:
+def report(scored: Sequence[ScoredAnswer]) -> str:
     """A table: each group's questions, exact answers and ANLS, and those of all."""
-    groups: dict[str, list[Marked]] = {}
-    for one in marked:
+    groups: dict[str, list[ScoredAnswer]] = {}
+    for one in scored:
         groups.setdefault(one.question.group, []).append(one)
     rows = [(name, *_means(groups[name])) for name in sorted(groups)]
-    rows += [("all questions", *_means(marked))] if len(groups) > 1 else []
+    rows += [("all questions", *_means(scored))] if len(groups) > 1 else []
     width = max(len(name) for name, *_ in rows)
     lines = [f"| {name:<{width}} | {number:9d} | {exact:7.1%} | {anls:6.3f} |" for name, number, exact, anls in rows]
     return "\n".join([f"| {'group':<{width}} | questions | exact   | ANLS   |", f"|{'-' * (width + 2)}|---|---|---|", *lines])
 
 
-def _means(marked: Sequence[Marked]) -> tuple[int, float, float]:
-    number = len(marked)
-    return number, sum(one.exact for one in marked) / number, sum(one.anls for one in marked) / number
+def _means(scored: Sequence[ScoredAnswer]) -> tuple[int, float, float]:
+    number = len(scored)
+    return number, sum(one.exact for one in scored) / number, sum(one.anls for one in scored) / number
 
 
-def record(one: Marked) -> dict[str, Any]:
+def result_row(one: ScoredAnswer) -> dict[str, Any]:
     """A line of the results."""
     question = one.question
     return {
@@ -272,19 +274,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (args.model is None) == (args.url is None):
             raise ValueError("give either --model or --url")
         questions = read_questions(args.questions)[: args.limit]
-        answer = of_server(args.url, args.name, args.max_new_tokens) if args.url else _local(args)
-        marked = list(evaluate(questions, answer, AT_ONCE if args.url else 1, progress=True))
+        answer = server_answerer(args.url, args.name, args.max_new_tokens) if args.url else _local(args)
+        scored = list(evaluate(questions, answer, CONCURRENCY if args.url else 1, progress=True))
         if args.out is not None:
-            args.out.write_text("".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in marked), encoding="utf-8")
+            lines = [json.dumps(result_row(one), ensure_ascii=False) + "\n" for one in scored]
+            args.out.write_text("".join(lines), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(report(marked))
+    print(report(scored))
     return 0
 
 
 def _local(args: argparse.Namespace) -> Answerer:
-    return of_model(MiniCPMV.from_pretrained(args.model, dtype=args.dtype, progress=True), args.max_new_tokens)
+    return model_answerer(MiniCPMV.from_pretrained(args.model, dtype=args.dtype, progress=True), args.max_new_tokens)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ import numpy as np
 from minicpmv46_jax import scenes
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train import BatchShape, Conversation, Marks, TrainBatch, conversation, fill, pack, stack
+from minicpmv46_jax.train import AnswerMarkers, BatchShape, Conversation, TrainBatch, conversation, fill, pack, stack
 
 MOST_TURNS = 9  # of a conversation: several questions cost one look at the pictures
 THINKING = 0.12  # of the conversations think before the last answer
@@ -64,14 +64,14 @@ class Teacher:
 
     def __init__(self, task: Task):
         self.processor, self.mode = Processor.from_folder(task.folder), task.shape.downsample_mode
-        self.marks = Marks.of(self.processor)
+        self.markers = AnswerMarkers.from_processor(self.processor)
 
     def conversation(self, scene: scenes.Scene, turns: list[scenes.Turn], think: bool) -> Conversation:
         """A scene's pictures and some of its questions; the last answer may come after a thought."""
         spoken = scenes.messages(scene, turns)
         spoken[-1]["reasoning_content"] = (turns[-1].thought or LOOK) if think else ""
         tools = [json.loads(tool) for tool in scene.tools] or None
-        return conversation(self.processor, self.marks, spoken, where=scene.kind, tools=tools, downsample_mode=self.mode)
+        return conversation(self.processor, self.markers, spoken, where=scene.kind, tools=tools, downsample_mode=self.mode)
 
 
 def lessons(task: Task) -> Iterator[Conversation]:
@@ -88,10 +88,10 @@ def lessons(task: Task) -> Iterator[Conversation]:
         turns.sort(key=lambda turn: turn.call is not None)  # a call ends the conversation: its result is not known
         think = bool(scene.media) and turns[-1].call is None and dice.random() < THINKING
         lesson = teacher.conversation(scene, turns, think)
-        while task.shape.refusal(lesson) and len(turns) > 1:  # a large picture leaves less room for questions
+        while task.shape.unsupported_reason(lesson) and len(turns) > 1:  # a large picture leaves less room for questions
             turns = turns[len(turns) // 2 :]
             lesson = teacher.conversation(scene, turns, think)
-        if task.shape.refusal(lesson) is None:
+        if task.shape.unsupported_reason(lesson) is None:
             yield lesson
         seed += task.step
 
@@ -103,7 +103,7 @@ def examination(task: Task) -> Iterator[tuple[str, Conversation]]:
         scene = scenes.draw(seed, held_out=True, mix=task.mix)
         turn, think = scenes.exam_turn(seed, scene)
         question = teacher.conversation(scene, [turn], think)
-        if task.shape.refusal(question) is None:
+        if task.shape.unsupported_reason(question) is None:
             yield ("thinking" if think else turn.group), question
 
 

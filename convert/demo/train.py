@@ -40,7 +40,7 @@ from minicpmv46_jax.config import ModelConfig, VisionConfig
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.model.batch import PackedBatch
 from minicpmv46_jax.processing.images import patchify, resize_pillow
-from minicpmv46_jax.train import BatchShape, TrainBatch, TrainState, computing, forward, make_step, new_state, split
+from minicpmv46_jax.train import BatchShape, TrainBatch, TrainState, cast_for_compute, forward, make_step, new_state, split
 
 LONGEST = 320  # patches of a view; 224 x 224 has 256, other aspects a few more
 SHAPES = {  # a batch of each mode holds 120 to 180 conversations
@@ -185,11 +185,11 @@ def with_rate(state: TrainState, value: float) -> TrainState:
 
 def hits(graph: Schema, trained: Params, batch: TrainBatch, dtype: Any) -> jax.Array:
     """Where the likeliest next token is the right one: bool [R, L]. All of an answer's: it is what greedy decoding says."""
-    params, own = computing(trained, dtype), jax.tree.map(lambda x: x[0, 0], batch)
+    params, own = cast_for_compute(trained, dtype), jax.tree.map(lambda x: x[0, 0], batch)
     identity = lambda part, path: part  # noqa: E731
     features = forward.encode(graph.vision, params["vision"], own.views, remat="layer", gather=identity)
     x = model.embed(params["text"]["embed"], own.ids.reshape(-1), own.feature_rows.reshape(-1), features)
-    hidden = forward.read(graph.text, params["text"], x, PackedBatch(own.segments), remat="layer", gather=identity)
+    hidden = forward.hidden_states(graph.text, params["text"], x, PackedBatch(own.segments), remat="layer", gather=identity)
     logits = jnp.einsum("td,vd->tv", hidden, params["text"]["embed"]["weight"], preferred_element_type=jnp.float32)
     return logits.argmax(-1).reshape(own.labels.shape) == own.labels
 

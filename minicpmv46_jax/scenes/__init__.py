@@ -23,8 +23,8 @@ from minicpmv46_jax.scenes.shapes import shape_scene
 __all__ = ["EASY", "KINDS", "MIX", "Clip", "Picture", "Scene", "Turn", "draw", "exam_turn", "messages"]
 
 KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
-    "shapes": lambda dice, held_out: shape_scene(dice),
-    "shape": lambda dice, held_out: shape_scene(dice, (1, 1, 2)),
+    "shapes": lambda rng, held_out: shape_scene(rng),
+    "shape": lambda rng, held_out: shape_scene(rng, (1, 1, 2)),
     "word": word_scene,
     "letters": letters_scene,
     "lines": lines_scene,
@@ -60,9 +60,9 @@ def draw(seed: int | str, held_out: bool = False, mix: Mapping[str, float] = MIX
       held_out: of the split for tests, which training never sees.
       mix: kinds and how often each is drawn.
     """
-    dice = random.Random(f"{'held out' if held_out else 'training'} {seed}")
-    kind = dice.choices(list(mix), list(mix.values()))[0]
+    rng = random.Random(f"{'held out' if held_out else 'training'} {seed}")
+    kind = rng.choices(list(mix), list(mix.values()))[0]
     while True:
-        scene = KINDS[kind](dice, held_out)
+        scene = KINDS[kind](rng, held_out)
         if scene.held_out == held_out or not scene.media:
             return scene

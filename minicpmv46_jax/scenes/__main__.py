@@ -38,7 +38,7 @@ def _line(folder: Path, name: str, scene: Scene, turn: Turn, think: bool) -> dic
         _save(medium, folder / file)
         (videos if isinstance(medium, Clip) else images).append(file)
     line: dict[str, Any] = {"id": name, "group": "thinking" if think else turn.group, "images": images, "videos": videos}
-    line |= {"question": turn.question, "answers": [turn.said]}
+    line |= {"question": turn.question, "answers": [turn.reply]}
     line |= {"tools": [json.loads(tool) for tool in scene.tools]} if scene.tools else {}
     return line | ({"options": {"enable_thinking": True}} if think else {})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from minicpmv46_jax.scenes.picture import SHAPES, Picture, Text
 from minicpmv46_jax.scenes.scene import Scene, Turn
-from minicpmv46_jax.scenes.several import SIDE, _printed
+from minicpmv46_jax.scenes.several import SIDE, printed_word
 from minicpmv46_jax.scenes.shapes import CELLS, PLURALS, cell_of, light_ground, scatter
 from minicpmv46_jax.scenes.words import word
 
@@ -25,29 +25,29 @@ FUNCTIONS = {
 }
 
 
-def call_scene(dice: random.Random, held_out: bool) -> Scene:
+def call_scene(rng: random.Random, held_out: bool) -> Scene:
     """A picture, one to three functions on offer, and something to do with them; or something they are no use for."""
-    name = dice.choice(list(FUNCTIONS))
-    picture, turns = (_to_save if name == "save_text" else _to_handle)(dice, held_out, name)
-    others = dice.sample([other for other in FUNCTIONS if other != name], dice.choice((0, 0, 1)))
-    offered = dice.sample([name, *others], len(others) + 1)
+    name = rng.choice(list(FUNCTIONS))
+    picture, turns = (_to_save if name == "save_text" else _to_handle)(rng, held_out, name)
+    others = rng.sample([other for other in FUNCTIONS if other != name], rng.choice((0, 0, 1)))
+    offered = rng.sample([name, *others], len(others) + 1)
     return Scene("calls", (picture,), tuple(turns), tools=tuple(json.dumps(FUNCTIONS[offer]) for offer in offered))
 
 
-def _to_save(dice: random.Random, held_out: bool, name: str) -> tuple[Picture, list[Turn]]:
-    mark: Text = _printed(dice, word(dice, held_out, 2, 6))
+def _to_save(rng: random.Random, held_out: bool, name: str) -> tuple[Picture, list[Turn]]:
+    mark: Text = printed_word(rng, word(rng, held_out, 2, 6))
     turns = [
-        Turn("calls", dice.choice(("Save the word.", "Save what it says.")), "", call=(name, (("text", mark.text),))),
+        Turn("calls", rng.choice(("Save the word.", "Save what it says.")), "", call=(name, (("text", mark.text),))),
         Turn("calls", "What does it say?", mark.text),
     ]
-    return Picture(SIDE, SIDE, light_ground(dice), (mark,)), turns
+    return Picture(SIDE, SIDE, light_ground(rng), (mark,)), turns
 
 
-def _to_handle(dice: random.Random, held_out: bool, name: str) -> tuple[Picture, list[Turn]]:
+def _to_handle(rng: random.Random, held_out: bool, name: str) -> tuple[Picture, list[Turn]]:
     del held_out
-    shapes = scatter(dice, dice.randint(1, 4), SIDE, SIDE)
-    kind = dice.choice([*(shape.kind for shape in shapes), dice.choice(SHAPES)])
-    target = dice.choice([s for s in shapes if [o.kind for o in shapes].count(s.kind) == 1] or shapes[:1])
+    shapes = scatter(rng, rng.randint(1, 4), SIDE, SIDE)
+    kind = rng.choice([*(shape.kind for shape in shapes), rng.choice(SHAPES)])
+    target = rng.choice([s for s in shapes if [o.kind for o in shapes].count(s.kind) == 1] or shapes[:1])
     at = CELLS[cell_of(target, SIDE, SIDE)]
     sole = [s for s in shapes if s.name == target.name] == [target]
     if name == "report_count":
@@ -60,10 +60,10 @@ def _to_handle(dice: random.Random, held_out: bool, name: str) -> tuple[Picture,
     turns = [Turn("calls", "How many shapes are there?", str(len(shapes)))]
     if sole or name != "move_to":
         turns.append(Turn("calls", question, "", call=(name, arguments)))
-    return Picture(SIDE, SIDE, light_ground(dice), tuple(shapes)), turns
+    return Picture(SIDE, SIDE, light_ground(rng), tuple(shapes)), turns
 
 
-SAID = (
+DIALOGUES = (
     ("Hi", "Hello! Show me a picture and ask about it."),
     ("Hello", "Hello! Show me a picture and ask about it."),
     ("Hi!", "Hello! Show me a picture and ask about it."),
@@ -76,7 +76,7 @@ SAID = (
 )
 
 
-def talk_scene(dice: random.Random, held_out: bool) -> Scene:
+def talk_scene(rng: random.Random, held_out: bool) -> Scene:
     """A word of welcome; it shows nothing, so no split applies."""
     del held_out
-    return Scene("talk", (), tuple(Turn("talk", *pair) for pair in dice.sample(SAID, 2)))
+    return Scene("talk", (), tuple(Turn("talk", *pair) for pair in rng.sample(DIALOGUES, 2)))

@@ -31,7 +31,7 @@ class Turn:
     call: tuple[str, tuple[tuple[str, str | int], ...]] | None = None
 
     @property
-    def said(self) -> str:
+    def reply(self) -> str:
         """The answer as the model writes it, a call too."""
         if self.call is None:
             return self.answer
@@ -67,7 +67,7 @@ def messages(scene: Scene, turns: Sequence[Turn], answered: bool = True) -> list
         shown = [_part(medium) for medium in scene.media] if i == 0 else []
         out.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]})
         if answered or i < len(turns) - 1:
-            out.append(_reply(turn))
+            out.append(_assistant_message(turn))
     return out
 
 
@@ -77,7 +77,7 @@ def _part(medium: Picture | Clip) -> dict[str, Any]:
     return {"type": "image", "image": medium.render()}
 
 
-def _reply(turn: Turn) -> dict[str, Any]:
+def _assistant_message(turn: Turn) -> dict[str, Any]:
     reply: dict[str, Any] = {"role": "assistant", "content": turn.answer}
     if turn.thought:
         reply["reasoning_content"] = turn.thought
@@ -105,6 +105,6 @@ def sentence(text: str) -> str:
 
 def exam_turn(seed: int, scene: Scene) -> tuple[Turn, bool]:
     """The one question that an exam asks of a scene, and whether the answer is to be thought about first."""
-    dice = random.Random(f"exam {seed}")
-    turn = dice.choice(scene.turns)
-    return turn, bool(turn.thought) and dice.random() < THINKING
+    rng = random.Random(f"exam {seed}")
+    turn = rng.choice(scene.turns)
+    return turn, bool(turn.thought) and rng.random() < THINKING

@@ -13,38 +13,38 @@ LARGER = 0.1  # of the pictures are not of their view's size
 PLURALS = {"cross": "crosses"}
 
 
-def shape_scene(dice: random.Random, numbers: Sequence[int] = NUMBERS) -> Scene:
+def shape_scene(rng: random.Random, numbers: Sequence[int] = NUMBERS) -> Scene:
     """So many shapes as one of `numbers`, and all questions about them."""
-    width, height = dice.choice(SIZES)
-    shapes = scatter(dice, dice.choice(numbers), width, height)
-    picture = Picture(width, height, light_ground(dice), tuple(shapes))
-    return Scene("shapes", (sometimes_larger(dice, picture),), tuple(questions(dice, shapes, width, height)))
+    width, height = rng.choice(SIZES)
+    shapes = scatter(rng, rng.choice(numbers), width, height)
+    picture = Picture(width, height, light_ground(rng), tuple(shapes))
+    return Scene("shapes", (sometimes_larger(rng, picture),), tuple(questions(rng, shapes, width, height)))
 
 
-def sometimes_larger(dice: random.Random, picture: Picture) -> Picture:
+def sometimes_larger(rng: random.Random, picture: Picture) -> Picture:
     """As it is, or of another size: then it is resized and often cut into slices, across whatever lies there."""
-    return picture.zoomed(dice.uniform(0.6, 3.5)) if dice.random() < LARGER else picture
+    return picture.zoomed(rng.uniform(0.6, 3.5)) if rng.random() < LARGER else picture
 
 
-def light_ground(dice: random.Random) -> Colour:
+def light_ground(rng: random.Random) -> Colour:
     """White or nearly so, on which every colour shows."""
-    return (255, 255, 255) if dice.random() < 0.4 else tuple(dice.randint(222, 255) for _ in range(3))
+    return (255, 255, 255) if rng.random() < 0.4 else tuple(rng.randint(222, 255) for _ in range(3))
 
 
-def scatter(dice: random.Random, number: int, width: int, height: int) -> list[Shape]:
+def scatter(rng: random.Random, number: int, width: int, height: int) -> list[Shape]:
     """Shapes in cells of their own of a 3 x 3 grid, in reading order."""
-    return [place(dice, cell, width, height) for cell in sorted(dice.sample(range(9), number))]
+    return [place_shape(rng, cell, width, height) for cell in sorted(rng.sample(range(9), number))]
 
 
-def place(dice: random.Random, cell: int, width: int, height: int, name: tuple[str, str] | None = None) -> Shape:
+def place_shape(rng: random.Random, cell: int, width: int, height: int, name: tuple[str, str] | None = None) -> Shape:
     """A shape, of that (colour, kind) or any, well inside a cell."""
-    colour, kind = name or (dice.choice(list(COLOURS)), dice.choice(SHAPES))
+    colour, kind = name or (rng.choice(list(COLOURS)), rng.choice(SHAPES))
     row, column = divmod(cell, 3)
     room = min(width, height) // 6
-    radius = dice.randint(room // 2, room - 4)
+    radius = rng.randint(room // 2, room - 4)
     x, y = (2 * column + 1) * width // 6, (2 * row + 1) * height // 6
     loose_x, loose_y = (side // 6 - radius for side in (width, height))
-    return Shape(kind, colour, x + dice.randint(-loose_x, loose_x), y + dice.randint(-loose_y, loose_y), radius)
+    return Shape(kind, colour, x + rng.randint(-loose_x, loose_x), y + rng.randint(-loose_y, loose_y), radius)
 
 
 def cell_of(shape: Shape, width: int, height: int) -> int:
@@ -52,17 +52,17 @@ def cell_of(shape: Shape, width: int, height: int) -> int:
     return shape.y * 3 // height * 3 + shape.x * 3 // width
 
 
-def questions(dice: random.Random, shapes: list[Shape], width: int, height: int) -> list[Turn]:
+def questions(rng: random.Random, shapes: list[Shape], width: int, height: int) -> list[Turn]:
     """Every kind of question, each about shapes that are named without doubt."""
     cells = {shape: cell_of(shape, width, height) for shape in shapes}
     sole = [shape for shape in shapes if sum(other.name == shape.name for other in shapes) == 1]
-    turns = [_describe(dice, shapes), _count_all(dice, shapes), _count_kind(dice, shapes), _count_colour(dice, shapes)]
-    turns += [_is_there(dice, shapes), _at(dice, cells)]
-    turns += _what(dice, shapes) + _colour(dice, shapes)
+    turns = [_describe(rng, shapes), _count_all(rng, shapes), _count_kind(rng, shapes), _count_colour(rng, shapes)]
+    turns += [_is_there(rng, shapes), _at(rng, cells)]
+    turns += _what(rng, shapes) + _colour(rng, shapes)
     if sole:
-        turns.append(_where(dice, dice.choice(sole), cells))
+        turns.append(_where(rng, rng.choice(sole), cells))
     if len(sole) > 1:
-        turns += _relations(dice, *dice.sample(sole, 2), cells)
+        turns += _relations(rng, *rng.sample(sole, 2), cells)
     return turns
 
 
@@ -71,39 +71,39 @@ def plural(kind: str) -> str:
     return PLURALS.get(kind, f"{kind}s")
 
 
-def _describe(dice: random.Random, shapes: list[Shape]) -> Turn:
-    question = dice.choice(("What do you see?", "Describe the picture.", "What is in the picture?"))
+def _describe(rng: random.Random, shapes: list[Shape]) -> Turn:
+    question = rng.choice(("What do you see?", "Describe the picture.", "What is in the picture?"))
     return Turn("what", question, sentence(listed(shape.name for shape in shapes)))
 
 
-def _what(dice: random.Random, shapes: list[Shape]) -> list[Turn]:
-    colour = dice.choice(shapes).colour
+def _what(rng: random.Random, shapes: list[Shape]) -> list[Turn]:
+    colour = rng.choice(shapes).colour
     kinds = [shape.kind for shape in shapes if shape.colour == colour]
     if len(kinds) > 1:
         return []
     return [
-        Turn("what", dice.choice((f"Which shape is {colour}?", f"What shape is the {colour} one?")), sentence(f"a {kinds[0]}"))
+        Turn("what", rng.choice((f"Which shape is {colour}?", f"What shape is the {colour} one?")), sentence(f"a {kinds[0]}"))
     ]
 
 
-def _colour(dice: random.Random, shapes: list[Shape]) -> list[Turn]:
-    kind = dice.choice(shapes).kind
+def _colour(rng: random.Random, shapes: list[Shape]) -> list[Turn]:
+    kind = rng.choice(shapes).kind
     colours = [shape.colour for shape in shapes if shape.kind == kind]
     if len(colours) > 1:
         return []
-    question = dice.choice((f"What colour is the {kind}?", f"Which colour does the {kind} have?"))
+    question = rng.choice((f"What colour is the {kind}?", f"Which colour does the {kind} have?"))
     return [Turn("colour", question, sentence(colours[0]))]
 
 
-def _where(dice: random.Random, shape: Shape, cells: dict[Shape, int]) -> Turn:
-    question = dice.choice((f"Where is the {shape.name}?", f"In which part of the picture is the {shape.name}?"))
+def _where(rng: random.Random, shape: Shape, cells: dict[Shape, int]) -> Turn:
+    question = rng.choice((f"Where is the {shape.name}?", f"In which part of the picture is the {shape.name}?"))
     return Turn("where", question, sentence(CELLS[cells[shape]]))
 
 
-def _at(dice: random.Random, cells: dict[Shape, int]) -> Turn:
-    cell = dice.choice([*cells.values(), dice.randrange(9)])
+def _at(rng: random.Random, cells: dict[Shape, int]) -> Turn:
+    cell = rng.choice([*cells.values(), rng.randrange(9)])
     found = [shape.name for shape, own in cells.items() if own == cell]
-    question = dice.choice((f"What is at the {CELLS[cell]}?", f"Which shape is at the {CELLS[cell]}?"))
+    question = rng.choice((f"What is at the {CELLS[cell]}?", f"Which shape is at the {CELLS[cell]}?"))
     return Turn("where", question, sentence(article(found[0]) if found else "nothing"))
 
 
@@ -111,51 +111,51 @@ def _counted(shapes: list[Shape], number: int) -> str:
     return f"I see {listed(shape.name for shape in shapes)}. That makes {number}." if shapes else "I see none."
 
 
-def _count_all(dice: random.Random, shapes: list[Shape]) -> Turn:
-    question = dice.choice(("How many shapes are there?", "Count the shapes."))
+def _count_all(rng: random.Random, shapes: list[Shape]) -> Turn:
+    question = rng.choice(("How many shapes are there?", "Count the shapes."))
     return Turn("count", question, str(len(shapes)), _counted(shapes, len(shapes)))
 
 
-def _count_kind(dice: random.Random, shapes: list[Shape]) -> Turn:
-    kind = dice.choice([*(shape.kind for shape in shapes), dice.choice(SHAPES)])
+def _count_kind(rng: random.Random, shapes: list[Shape]) -> Turn:
+    kind = rng.choice([*(shape.kind for shape in shapes), rng.choice(SHAPES)])
     found = [shape for shape in shapes if shape.kind == kind]
-    question = dice.choice((f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."))
+    question = rng.choice((f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."))
     return Turn("count", question, str(len(found)), _counted(found, len(found)))
 
 
-def _count_colour(dice: random.Random, shapes: list[Shape]) -> Turn:
-    colour = dice.choice([*(shape.colour for shape in shapes), dice.choice(list(COLOURS))])
+def _count_colour(rng: random.Random, shapes: list[Shape]) -> Turn:
+    colour = rng.choice([*(shape.colour for shape in shapes), rng.choice(list(COLOURS))])
     found = [shape for shape in shapes if shape.colour == colour]
-    question = dice.choice((f"How many shapes are {colour}?", f"How many {colour} shapes are there?"))
+    question = rng.choice((f"How many shapes are {colour}?", f"How many {colour} shapes are there?"))
     return Turn("count", question, str(len(found)), _counted(found, len(found)))
 
 
-def _is_there(dice: random.Random, shapes: list[Shape]) -> Turn:
+def _is_there(rng: random.Random, shapes: list[Shape]) -> Turn:
     names = [shape.name for shape in shapes]
-    other = f"{dice.choice(shapes).colour} {dice.choice(shapes).kind}", f"{dice.choice(list(COLOURS))} {dice.choice(SHAPES)}"
-    name = dice.choice((dice.choice(names), *other))
-    question = dice.choice((f"Is there {article(name)}?", f"Do you see {article(name)}?"))
+    other = f"{rng.choice(shapes).colour} {rng.choice(shapes).kind}", f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
+    name = rng.choice((rng.choice(names), *other))
+    question = rng.choice((f"Is there {article(name)}?", f"Do you see {article(name)}?"))
     return Turn("what", question, "Yes." if name in names else "No.")
 
 
-def _relations(dice: random.Random, a: Shape, b: Shape, cells: dict[Shape, int]) -> list[Turn]:
+def _relations(rng: random.Random, a: Shape, b: Shape, cells: dict[Shape, int]) -> list[Turn]:
     """Left or right, above or below, larger or smaller: each only where it is plain to see."""
     (a_row, a_column), (b_row, b_column) = (divmod(cells[shape], 3) for shape in (a, b))
     lies = f"The {a.name} is at the {CELLS[cells[a]]}, the {b.name} at the {CELLS[cells[b]]}."
     turns = []
     if a_column != b_column:
-        side = dice.choice(("left", "right"))
+        side = rng.choice(("left", "right"))
         question = f"Is the {a.name} {side} of the {b.name}?"
         turns.append(Turn("relation", question, "Yes." if (a_column < b_column) == (side == "left") else "No.", lies))
     if a_row != b_row:
-        side = dice.choice(("above", "below"))
+        side = rng.choice(("above", "below"))
         question = f"Is the {a.name} {side} the {b.name}?"
         turns.append(Turn("relation", question, "Yes." if (a_row < b_row) == (side == "above") else "No.", lies))
-        higher = dice.choice(("higher", "lower"))
+        higher = rng.choice(("higher", "lower"))
         upper = a if (a_row < b_row) == (higher == "higher") else b
         turns.append(Turn("relation", f"Which is {higher}, the {a.name} or the {b.name}?", f"The {upper.name}.", lies))
     if max(a.radius, b.radius) >= 1.3 * min(a.radius, b.radius):
-        size = dice.choice(("larger", "smaller"))
+        size = rng.choice(("larger", "smaller"))
         found = a if (a.radius > b.radius) == (size == "larger") else b
         turns.append(Turn("relation", f"Which is {size}, the {a.name} or the {b.name}?", f"The {found.name}."))
     return turns

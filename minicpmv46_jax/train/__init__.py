@@ -19,17 +19,17 @@ params = join(state.trained, state.frozen)                # the model's tree aga
 
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, fill, pack, stack
 from minicpmv46_jax.train.loss import summed_loss
-from minicpmv46_jax.train.loss_mask import Marks, conversation
-from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, place, split
+from minicpmv46_jax.train.loss_mask import AnswerMarkers, conversation
+from minicpmv46_jax.train.step import Metrics, TrainState, cast_for_compute, join, make_step, new_state, place, split
 
 __all__ = [
+    "AnswerMarkers",
     "BatchShape",
     "Conversation",
-    "Marks",
     "Metrics",
     "TrainBatch",
     "TrainState",
-    "computing",
+    "cast_for_compute",
     "conversation",
     "fill",
     "join",

@@ -25,20 +25,20 @@ class Conversation:
 
     Attributes:
       inputs: its tokens and pictures, whole.
-      learned: of each token, whether the model is to say it, or how much that counts; the first is never.
+      loss_mask: of each token, whether the model is to say it, or how much that counts; the first is never.
       where: its place in the data, for messages.
     """
 
     inputs: Inputs
-    learned: Bool[np.ndarray, " T"] | Float[np.ndarray, " T"]
+    loss_mask: Bool[np.ndarray, " T"] | Float[np.ndarray, " T"]
     where: str = "a conversation"
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return len(self.inputs.token_ids)
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         return sum(h * w for h, w in (view.grid for view in self.inputs.views))
 
 
@@ -72,14 +72,14 @@ class BatchShape:
         if self.downsample_mode not in packing.MERGES:
             raise ValueError(f"downsample_mode is {self.downsample_mode!r}, expected one of {', '.join(packing.MERGES)}")
 
-    def refusal(self, conversation: Conversation) -> str | None:
+    def unsupported_reason(self, conversation: Conversation) -> str | None:
         """Why the conversation fits no batch of this shape, or None."""
-        if conversation.tokens > self.tokens:
-            return f"it has {conversation.tokens} tokens, a row holds {self.tokens}"
+        if conversation.num_tokens > self.tokens:
+            return f"it has {conversation.num_tokens} tokens, a row holds {self.tokens}"
         views = conversation.inputs.views
-        if len(views) > self.views or conversation.patches > self.patches:
+        if len(views) > self.views or conversation.num_patches > self.patches:
             return (
-                f"it has {len(views)} pictures and slices of {conversation.patches} patches, a batch holds {self.views} "
+                f"it has {len(views)} pictures and slices of {conversation.num_patches} patches, a batch holds {self.views} "
                 f"of {self.patches}"
             )
         for view in views:
@@ -111,7 +111,7 @@ class TrainBatch:
     views: PackedViews | None
 
 
-class Filling:
+class BatchFiller:
     """A batch being filled: each conversation goes into the first row that has room."""
 
     def __init__(self, shape: BatchShape):
@@ -122,15 +122,15 @@ class Filling:
 
     def add(self, conversation: Conversation) -> bool:
         """Takes the conversation, or says that there is no room for it. Raises ValueError where no batch has room."""
-        if refusal := self.shape.refusal(conversation):
-            raise ValueError(f"{conversation.where}: {refusal}")
+        if unsupported_reason := self.shape.unsupported_reason(conversation):
+            raise ValueError(f"{conversation.where}: {unsupported_reason}")
         views = len(conversation.inputs.views)
-        row = next((i for i, room in enumerate(self.room) if room >= conversation.tokens), None)
-        if row is None or views > self.views or conversation.patches > self.patches:
+        row = next((i for i, room in enumerate(self.room) if room >= conversation.num_tokens), None)
+        if row is None or views > self.views or conversation.num_patches > self.patches:
             return False
         self.rows[row].append(conversation)
-        self.room[row] -= conversation.tokens
-        self.patches, self.views = self.patches - conversation.patches, self.views - views
+        self.room[row] -= conversation.num_tokens
+        self.patches, self.views = self.patches - conversation.num_patches, self.views - views
         return True
 
 
@@ -139,14 +139,14 @@ def fill(conversations: Iterable[Conversation], shape: BatchShape) -> Iterator[l
 
     Raises ValueError naming a conversation that fits no batch.
     """
-    filling = Filling(shape)
+    filler = BatchFiller(shape)
     for conversation in conversations:
-        if not filling.add(conversation):
-            yield filling.rows
-            filling = Filling(shape)
-            filling.add(conversation)
-    if any(filling.rows):
-        yield filling.rows
+        if not filler.add(conversation):
+            yield filler.rows
+            filler = BatchFiller(shape)
+            filler.add(conversation)
+    if any(filler.rows):
+        yield filler.rows
 
 
 def pack(rows: Sequence[Sequence[Conversation]], shape: BatchShape, vision: VisionConfig) -> TrainBatch:
@@ -164,19 +164,19 @@ def pack(rows: Sequence[Sequence[Conversation]], shape: BatchShape, vision: Visi
     for r, row in enumerate(rows):
         at = 0
         for number, conversation in enumerate(row, start=1):
-            inputs, end = conversation.inputs, at + conversation.tokens
+            inputs, end = conversation.inputs, at + conversation.num_tokens
             ids[r, at:end], segments[r, at:end] = inputs.token_ids, number
-            labels[r, at : end - 1], weights[r, at : end - 1] = inputs.token_ids[1:], conversation.learned[1:]
+            labels[r, at : end - 1], weights[r, at : end - 1] = inputs.token_ids[1:], conversation.loss_mask[1:]
             for view in inputs.views:
                 start = at + view.start
                 feature_rows[r, start : start + view.num_tokens] = np.arange(features, features + view.num_tokens)
                 features += view.num_tokens
                 views.append(packing.pack_view(view, vision.positions_per_side))
             at = end
-    return TrainBatch(ids, labels, weights, segments, feature_rows, _pass(views, shape, vision))
+    return TrainBatch(ids, labels, weights, segments, feature_rows, _packed_views(views, shape, vision))
 
 
-def _pass(views: Sequence[packing.PackedView], shape: BatchShape, vision: VisionConfig) -> PackedViews | None:
+def _packed_views(views: Sequence[packing.PackedView], shape: BatchShape, vision: VisionConfig) -> PackedViews | None:
     if shape.views == 0:
         return None
     if views:

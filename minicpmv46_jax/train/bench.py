@@ -39,12 +39,12 @@ PEAK = {
     "TPU v5": 459e12,
     "TPU v6": 918e12,
 }
-PLANS = {"text": ("none:8:unrolled", "layer:8", "layer:8:reference"), "pictures": ("layer:4",)}
+CASES = {"text": ("none:8:unrolled", "layer:8", "layer:8:reference"), "pictures": ("layer:4",)}
 UNROLLED = "unrolled"
 WORDS = 128  # that follow a picture
 
 
-class Plan(NamedTuple):
+class BenchCase(NamedTuple):
     """REMAT:ROWS[:unrolled][:BACKEND].
 
     What a step keeps (`forward.REMAT`), its rows, whether layers are scanned (`forward.loss`), who runs it (`model.schema`).
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     backend: str | None
 
     @classmethod
-    def of(cls, text: str) -> "Plan":
+    def parse(cls, text: str) -> "BenchCase":
         """Raises ValueError where it is none."""
         if not (found := re.fullmatch(rf"({'|'.join(REMAT)}):([1-9]\d*)(:{UNROLLED})?(?::(\w+))?", text)):
             raise ValueError(f"a plan is {text!r}, expected REMAT:ROWS[:{UNROLLED}][:BACKEND], REMAT of {', '.join(REMAT)}")
@@ -100,11 +100,11 @@ def make_batch(config: ModelConfig, rows: int, tokens: int, pictures: bool) -> T
     """`rows` equal rows; beside the pictures stand conversations of words alone."""
     row = conversations(config, tokens, pictures)
     if pictures:
-        rest = tokens - sum(one.tokens for one in row)
+        rest = tokens - sum(one.num_tokens for one in row)
         row = [*row, *conversations(config, rest, False)] if rest else row
     if not pictures:
         return stack([pack([row] * rows, BatchShape(rows, tokens), config.vision)])
-    patches, views = sum(one.patches for one in row), sum(len(one.inputs.views) for one in row)
+    patches, views = sum(one.num_patches for one in row), sum(len(one.inputs.views) for one in row)
     return stack([pack([row] * rows, BatchShape(rows, tokens, rows * patches, rows * views), config.vision)])
 
 
@@ -130,7 +130,12 @@ def random_state(config: ModelConfig, optimizer: optax.GradientTransformation) -
 
 
 def measure(
-    config: ModelConfig, batch: TrainBatch, plan: Plan, steps: int, kernels: bool, compiler_options: dict[str, Any] | None = None
+    config: ModelConfig,
+    batch: TrainBatch,
+    case: BenchCase,
+    steps: int,
+    kernels: bool,
+    compiler_options: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Seconds to compile and of a step (median), the last loss, and the bytes that the program holds on the device.
 
@@ -138,7 +143,7 @@ def measure(
     """
     optimizer = optax.adamw(1e-5)
     state = random_state(config, optimizer)
-    step = make_step(config, optimizer, remat=plan.remat, scan_layers=plan.scan_layers, backend=plan.backend)
+    step = make_step(config, optimizer, remat=case.remat, scan_layers=case.scan_layers, backend=case.backend)
     step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
     batch = jax.device_put(batch)
     start = time.perf_counter()
@@ -169,13 +174,15 @@ def peak() -> tuple[float, str]:
     return (known, "data sheet") if known else (matrix_rate(256, jnp.dtype(jnp.bfloat16)), "a product of 256 measured here")
 
 
-def report(config: ModelConfig, name: str, plan: Plan, batch: TrainBatch, rate: float, found: dict[str, float]) -> dict[str, Any]:
+def report(
+    config: ModelConfig, name: str, case: BenchCase, batch: TrainBatch, rate: float, found: dict[str, float]
+) -> dict[str, Any]:
     """The figures of a plan; prints their line. `rate` is the chip's."""
     seconds, tokens = found["seconds"], int(np.count_nonzero(batch.segments))
     photos = 0 if batch.views is None else np.count_nonzero(batch.views.view_lens) // len(PHOTO)
     figures = {
         "workload": name,
-        **plan._asdict(),
+        **case._asdict(),
         **found,
         "tokens_per_second": tokens / seconds,
         "pictures_per_second": photos / seconds,
@@ -184,7 +191,7 @@ def report(config: ModelConfig, name: str, plan: Plan, batch: TrainBatch, rate: 
     speeds = f"{figures['tokens_per_second']:9,.0f} tokens/s, {figures['pictures_per_second']:6.1f} pictures/s"
     rest = f"{found['bytes'] / 2**30:5.1f} GiB, loss {found['loss']:.2f}, compiled in {found['compile']:.0f} s"
     what = (
-        f"{name:9s} {plan.rows:3d} rows, keeps {plan.remat:6s}{'' if plan.scan_layers else UNROLLED:9s} {plan.backend or '':9s}"
+        f"{name:9s} {case.rows:3d} rows, keeps {case.remat:6s}{'' if case.scan_layers else UNROLLED:9s} {case.backend or '':9s}"
     )
     print(f"{what}: {seconds * 1e3:8.1f} ms a step, {speeds}, MFU {figures['mfu']:6.1%}, {rest}", flush=True)
     return figures
@@ -195,9 +202,9 @@ def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json is read")
     parser.add_argument("--tokens", type=int, default=4096, help="of a row")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one to warm up")
-    plan = {"nargs": "*", "type": Plan.of, "metavar": f"REMAT:ROWS[:{UNROLLED}][:BACKEND]"}
-    parser.add_argument("--text", **plan, default=[Plan.of(x) for x in PLANS["text"]], help="plans for rows of text")
-    parser.add_argument("--pictures", **plan, default=[Plan.of(x) for x in PLANS["pictures"]], help="plans with pictures")
+    case = {"nargs": "*", "type": BenchCase.parse, "metavar": f"REMAT:ROWS[:{UNROLLED}][:BACKEND]"}
+    parser.add_argument("--text", **case, default=[BenchCase.parse(x) for x in CASES["text"]], help="plans for rows of text")
+    parser.add_argument("--pictures", **case, default=[BenchCase.parse(x) for x in CASES["pictures"]], help="plans with pictures")
     parser.add_argument("--groups", type=int, default=0, help="a model cut to so many groups of four layers; 0: the whole one")
     parser.add_argument("--kernels", action="store_true", help="print the device's kernels of a step of each plan as well")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
@@ -209,16 +216,16 @@ def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {parameters:,} parameters; peak {rate / 1e12:.4g} TFLOP/s ({source})")
     rows = []
-    for name, plan in [("text", plan) for plan in args.text] + [("pictures", plan) for plan in args.pictures]:
-        batch = make_batch(config, plan.rows, args.tokens, name == "pictures")
+    for name, case in [("text", case) for case in args.text] + [("pictures", case) for case in args.pictures]:
+        batch = make_batch(config, case.rows, args.tokens, name == "pictures")
         try:
-            found = measure(config, batch, plan, args.steps, args.kernels, compiler_options)
+            found = measure(config, batch, case, args.steps, args.kernels, compiler_options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(f"{name:9s} {plan.rows:3d} rows, keeps {plan.remat}: does not fit the memory", flush=True)
+            print(f"{name:9s} {case.rows:3d} rows, keeps {case.remat}: does not fit the memory", flush=True)
             continue
-        rows.append(report(config, name, plan, batch, rate, found))
+        rows.append(report(config, name, case, batch, rate, found))
         if args.json:
             found = {"device": device, "jax": jax.__version__, "tokens": args.tokens, "peak": rate, "rows": rows}
             args.json.write_text(json.dumps(found))

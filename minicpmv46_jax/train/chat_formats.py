@@ -33,14 +33,14 @@ ROLES = {
 MEDIA = re.compile(r"\n?<(image|video)>\n?")  # the template puts a newline between parts itself
 
 
-class Row(NamedTuple):
+class ChatRow(NamedTuple):
     """A conversation in `processing`'s form."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
 
 
-def read_row(line: str, root: Path) -> Row:
+def read_row(line: str, root: Path) -> ChatRow:
     """A line of a JSONL file.
 
     Args:
@@ -63,7 +63,7 @@ def read_row(line: str, root: Path) -> Row:
     for kind, queue in queues.items():
         if left := len(list(queue)):
             raise ValueError(f"{given[kind]} {kind}s, but {given[kind] - left} <{kind}> marks in the texts")
-    return Row(messages, _tools(row.get("tools")))
+    return ChatRow(messages, _tools(row.get("tools")))
 
 
 def _turns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

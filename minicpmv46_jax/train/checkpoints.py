@@ -50,7 +50,7 @@ class Checkpoints:
                 f"{self.manager.directory}: {len(hosts)} hosts wrote the checkpoint of step {newest}, and there are "
                 f"{jax.process_count()}: their data would not go on where it was"
             )
-        return _Kept(state).rebuilt(found["state"]), hosts[jax.process_index()]
+        return _CheckpointItems(state).rebuilt(found["state"]), hosts[jax.process_index()]
 
     def close(self) -> None:
         """Waits until all is written."""
@@ -68,7 +68,7 @@ class Checkpoints:
             )
 
 
-class _Kept:
+class _CheckpointItems:
     """The parts of a state that a checkpoint holds, by name, and the way back."""
 
     def __init__(self, state: TrainState):
@@ -85,4 +85,4 @@ class _Kept:
 
 
 def _leaves(state: TrainState) -> dict[str, jax.Array]:
-    return _Kept(state).named()
+    return _CheckpointItems(state).named()

@@ -17,15 +17,15 @@ from absl import flags
 
 from minicpmv46_jax.config import VisionConfig
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train.batch import BatchShape, Conversation, Filling, TrainBatch, pack, stack
+from minicpmv46_jax.train.batch import BatchFiller, BatchShape, Conversation, TrainBatch, pack, stack
 from minicpmv46_jax.train.chat_formats import read_row
-from minicpmv46_jax.train.loss_mask import Marks, conversation
+from minicpmv46_jax.train.loss_mask import AnswerMarkers, conversation
 
 log = logging.getLogger(__name__)
 ERRORS = ("fatal", "skip")
 
 
-class Lines:
+class LineSource:
     """The lines of several files, by number: a random-access source for grain. Blank lines are left out."""
 
     def __init__(self, files: Sequence[str | Path]):
@@ -56,18 +56,18 @@ class Lines:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class BadRow:
     """A row that cannot be learned from, and why."""
 
     message: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class RowProcessor:
     """A line -> a conversation that fits the batch, or a fault: what grain's workers do.
 
     Attributes:
-      processor, marks: the checkpoint's.
+      processor, markers: the checkpoint's.
       shape: of a batch.
       root: what relative paths of media are relative to; None for each file's own folder.
       last_only: learn the last answer alone.
@@ -75,18 +75,18 @@ class Reader:
     """
 
     processor: Processor
-    marks: Marks
+    markers: AnswerMarkers
     shape: BatchShape
     root: Path | None = None
     last_only: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, line: tuple[str, bytes]) -> Conversation | Fault:
+    def __call__(self, line: tuple[str, bytes]) -> Conversation | BadRow:
         where, text = line
         try:
             return self.read(where, text)
         except ValueError as error:
-            return Fault(str(error) if str(error).startswith(where) else f"{where}: {error}")
+            return BadRow(str(error) if str(error).startswith(where) else f"{where}: {error}")
 
     def read(self, where: str, text: bytes) -> Conversation:
         """Raises ValueError saying what is wrong with the line."""
@@ -94,10 +94,10 @@ class Reader:
         row = read_row(text.decode("utf-8"), root)
         options = {**self.options, "downsample_mode": self.shape.downsample_mode}
         one = conversation(
-            self.processor, self.marks, row.messages, where=where, last_only=self.last_only, tools=row.tools, **options
+            self.processor, self.markers, row.messages, where=where, last_only=self.last_only, tools=row.tools, **options
         )
-        if refusal := self.shape.refusal(one):
-            raise ValueError(refusal)
+        if unsupported_reason := self.shape.unsupported_reason(one):
+            raise ValueError(unsupported_reason)
         return one
 
 
@@ -115,14 +115,14 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """`faults` counts the rows that were skipped; each is named in the log."""
+    """`bad_rows` counts the rows that were skipped; each is named in the log."""
 
     def __init__(self, parent: grain.DatasetIterator, batches: Batches):
         super().__init__(parent)
         self.batches = batches
         self.waiting: Conversation | None = None  # read already, for the next batch
         self.state = parent.get_state()  # before the next batch's first conversation
-        self.faults: Counter[str] = Counter()
+        self.bad_rows: Counter[str] = Counter()
         self.conversations = 0
 
     def __next__(self) -> TrainBatch:
@@ -135,14 +135,14 @@ class BatchIterator(grain.DatasetIterator):
 
     def _part(self) -> list[list[Conversation]]:
         """The rows of one part; the last ones of the data may be empty."""
-        filling = Filling(self.batches.shape)
+        filler = BatchFiller(self.batches.shape)
         while (one := self._conversation()) is not None:
-            if not filling.add(one):
+            if not filler.add(one):
                 self.waiting = one
                 break
             self.conversations += 1
             self.state = self._parent.get_state()
-        return filling.rows
+        return filler.rows
 
     def _conversation(self) -> Conversation | None:
         """The next one, or None at the end."""
@@ -150,11 +150,11 @@ class BatchIterator(grain.DatasetIterator):
             one, self.waiting = self.waiting, None
             return one
         for found in self._parent:
-            if not isinstance(found, Fault):
+            if not isinstance(found, BadRow):
                 return found
             if self.batches.errors == "fatal":
                 raise ValueError(found.message)
-            self.faults[found.message.split(": ")[0]] += 1
+            self.bad_rows[found.message.split(": ")[0]] += 1
             log.warning("skipped %s", found.message)
         return None
 
@@ -168,7 +168,7 @@ class BatchIterator(grain.DatasetIterator):
 
 def batches(
     files: Sequence[str | Path],
-    reader: Reader,
+    reader: RowProcessor,
     vision: VisionConfig,
     *,
     accumulation: int = 1,
@@ -197,7 +197,7 @@ def batches(
     Raises:
       ValueError: naming the file that does not exist; while iterating, with errors = "fatal", the file and line at fault.
     """
-    rows = grain.MapDataset.source(Lines(files))[shard[0] :: shard[1]]
+    rows = grain.MapDataset.source(LineSource(files))[shard[0] :: shard[1]]
     if seed is not None:
         rows = rows.seed(seed).shuffle()
     rows = rows.repeat(epochs).map(reader)

@@ -54,7 +54,7 @@ def loss(
 
     Args:
       graph: the model's; see `model.schema`.
-      params: the whole model's, in the dtype to compute in (see `step.computing`).
+      params: the whole model's, in the dtype to compute in (see `step.cast_for_compute`).
       batch: one device's rows and pictures.
       remat: one of `REMAT`.
       scan_layers: False compiles every layer by itself: minutes for the released sizes.
@@ -67,12 +67,12 @@ def loss(
         features = encode(graph.vision, params["vision"], batch.views, remat=remat, scan_layers=scan_layers, gather=gather)
     x = model.embed(table, batch.ids.reshape(-1), batch.feature_rows.reshape(-1), features)
     text = {"embed": table, "norm": gather(params["text"]["norm"], ("text", "norm")), "layers": params["text"]["layers"]}
-    x = read(graph.text, text, x, PackedBatch(batch.segments), remat=remat, scan_layers=scan_layers, gather=gather)
+    x = hidden_states(graph.text, text, x, PackedBatch(batch.segments), remat=remat, scan_layers=scan_layers, gather=gather)
     total, *found = summed_loss(x, table["weight"], batch.labels.reshape(-1), batch.weights.reshape(-1), z_loss, chunk)
     return total, *(value.reshape(batch.ids.shape) for value in found)
 
 
-def read(
+def hidden_states(
     graph: nnx.GraphDef,
     params: Params,
     x: Float[Array, "T D"],

@@ -17,7 +17,7 @@ class Log:
         self.folder, self.steps = Path(folder), steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        earlier = [line for line in read(self.path) if line["step"] <= start]
+        earlier = [line for line in read_metrics(self.path) if line["step"] <= start]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1 if start else None)
 
@@ -32,20 +32,20 @@ class Log:
     def close(self) -> None:
         """Ends the files and draws the curves."""
         self.board.close()
-        draw(self.path, self.folder / "curves.png")
+        draw_curves(self.path, self.folder / "curves.png")
 
 
-def read(path: str | Path) -> list[dict[str, float]]:
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """A metrics.jsonl's lines; none where there is no such file."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def draw(metrics: str | Path, out: str | Path) -> None:
+def draw_curves(metrics: str | Path, out: str | Path) -> None:
     """The curves of a metrics.jsonl as a picture."""
     from matplotlib.figure import Figure  # the figure alone: no window system
 
-    lines = read(metrics)
+    lines = read_metrics(metrics)
     names = [name for name in CURVES if any(name in line for line in lines)]
     figure = Figure(figsize=(6, 2.2 * max(len(names), 1)), layout="constrained")
     for axes, name in zip(figure.subplots(max(len(names), 1), 1, sharex=True, squeeze=False)[:, 0], names, strict=False):

@@ -25,7 +25,7 @@ class Adapter(TypedDict):
     b: Float32[Array, "o r"]
 
 
-def adapters(params: Params, rank: int, targets: str = TARGETS, seed: int = 0) -> Any:
+def init_adapters(params: Params, rank: int, targets: str = TARGETS, seed: int = 0) -> Any:
     """A tree like `params` with an adapter at every matrix whose dotted path matches, and None elsewhere; b is 0 at first.
 
     Raises ValueError where nothing matches, something matches that is no matrix, or the rank is not below a matrix's sides.
@@ -49,6 +49,6 @@ def adapters(params: Params, rank: int, targets: str = TARGETS, seed: int = 0) -
     return tree
 
 
-def merged(weight: Float[Array, "o i"], adapter: Adapter, scale: float) -> Float32[Array, "o i"]:
+def merge_adapter(weight: Float[Array, "o i"], adapter: Adapter, scale: float) -> Float32[Array, "o i"]:
     """W + scale b a, in float32."""
     return weight.astype(jnp.float32) + scale * jnp.matmul(adapter["b"], adapter["a"], precision=jax.lax.Precision.HIGHEST)

@@ -19,7 +19,7 @@ _PROBE = "ANSWER"
 
 
 @dataclasses.dataclass(frozen=True)
-class Marks:
+class AnswerMarkers:
     """How a template marks answers: token ids of a turn's header, of all that may open an answer (longest first), and its end."""
 
     header: tuple[int, ...]
@@ -27,7 +27,7 @@ class Marks:
     end: int
 
     @classmethod
-    def of(cls, processor: Processor) -> "Marks":
+    def from_processor(cls, processor: Processor) -> "AnswerMarkers":
         """Read off the processor's template. Raises ValueError where its assistant turns have no header or end."""
         question = {"role": "user", "content": "?"}
 
@@ -46,7 +46,7 @@ class Marks:
         by_length = sorted({ids(header), *map(ids, openings)}, key=len, reverse=True)
         return cls(ids(header), tuple(by_length), ids(rest)[0])
 
-    def learned(self, token_ids: Int32[np.ndarray, " T"]) -> tuple[Bool[np.ndarray, " T"], int]:
+    def answer_mask(self, token_ids: Int32[np.ndarray, " T"]) -> tuple[Bool[np.ndarray, " T"], int]:
         """Of each token, whether it is an answer's, its end included; and how many answers there are."""
         learned, ids = np.zeros(len(token_ids), bool), token_ids.tolist()
         answers = 0
@@ -60,7 +60,7 @@ class Marks:
 
 def conversation(
     processor: Processor,
-    marks: Marks,
+    markers: AnswerMarkers,
     messages: Sequence[Mapping[str, Any]],
     *,
     where: str = "a conversation",
@@ -70,7 +70,7 @@ def conversation(
     """Messages with answers, ready to learn from.
 
     Args:
-      processor, marks: the checkpoint's.
+      processor, markers: the checkpoint's.
       messages: as `processing.Processor` takes them, the assistant's turns included.
       where: its place in the data, for messages.
       last_only: learn the last answer alone.
@@ -83,7 +83,7 @@ def conversation(
         inputs = processor(messages, add_generation_prompt=False, **options)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    learned, found = marks.learned(inputs.token_ids)
+    learned, found = markers.answer_mask(inputs.token_ids)
     expected = sum(message["role"] == "assistant" for message in messages)
     if expected == 0:
         raise ValueError(f"{where}: there is no answer to learn: no message has the role assistant")

@@ -22,12 +22,12 @@ from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import lora
 from minicpmv46_jax.train.batch import TrainBatch
 from minicpmv46_jax.train.checkpoints import Checkpoints
-from minicpmv46_jax.train.data import Batches, Reader, batches
+from minicpmv46_jax.train.data import Batches, RowProcessor, batches
 from minicpmv46_jax.train.log import Log
-from minicpmv46_jax.train.loss_mask import Marks
+from minicpmv46_jax.train.loss_mask import AnswerMarkers
 from minicpmv46_jax.train.optimizer import make_optimizer, make_schedule
 from minicpmv46_jax.train.settings import Settings
-from minicpmv46_jax.train.step import Metrics, TrainState, computing, join, make_step, new_state, place, split
+from minicpmv46_jax.train.step import Metrics, TrainState, cast_for_compute, join, make_step, new_state, place, split
 
 SETTINGS = "settings.json"  # in the run's folder: what `trained_params` needs to know
 CHECKPOINTS = "checkpoints"
@@ -55,7 +55,7 @@ def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) 
     optimizer = make_optimizer(settings.optimizer, settings.run.steps)
     own, devices = settings.mesh, settings.mesh.data * settings.mesh.fsdp
     mesh = sharding.make_mesh(own.data, own.fsdp) if devices > 1 else None
-    state = new_state(*divided(checkpoint.load_params(folder, config, progress=True), settings), optimizer)
+    state = new_state(*split_trainable(checkpoint.load_params(folder, config, progress=True), settings), optimizer)
     step = make_step(
         config,
         optimizer,
@@ -77,22 +77,22 @@ def prepare(settings: Settings, compiler_options: dict[str, Any] | None = None) 
     )
 
 
-def divided(params: Params, settings: Settings) -> tuple[Any, Any]:
+def split_trainable(params: Params, settings: Settings) -> tuple[Any, Any]:
     """(trained, frozen) of a run, by its optimiser's parts or its adapters; frozen parameters in the dtype to compute in."""
     if settings.lora is not None:
         own = settings.lora
-        trained, frozen = lora.adapters(params, own.rank, own.targets, own.seed), params
+        trained, frozen = lora.init_adapters(params, own.rank, own.targets, own.seed), params
     else:
         trained, frozen = split(params, settings.optimizer.trains)
     if not jax.tree.leaves(trained):
         raise ValueError("nothing is trained: optimizer.text, vision and merger are all 0")
-    return trained, computing(frozen, settings.run.dtype)
+    return trained, cast_for_compute(frozen, settings.run.dtype)
 
 
 def _data(settings: Settings, processor: Processor, config: ModelConfig, devices: int) -> Batches:
     own = settings.data
     root = None if own.media is None else Path(own.media)
-    reader = Reader(processor, Marks.of(processor), settings.batch, root, own.last_only, own.options)
+    reader = RowProcessor(processor, AnswerMarkers.from_processor(processor), settings.batch, root, own.last_only, own.options)
     return batches(
         own.files,
         reader,
@@ -139,8 +139,8 @@ def train(
         saved.close()
         if log:
             log.close()
-    if data.faults:
-        print(f"skipped {len(data.faults)} rows that could not be learned from")
+    if data.bad_rows:
+        print(f"skipped {len(data.bad_rows)} rows that could not be learned from")
     return state
 
 
@@ -207,7 +207,7 @@ def trained_params(folder: str | Path) -> tuple[Params, Path]:
     settings = Settings.from_dict(json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8")))
     source = checkpoint.resolve(settings.model.source, settings.model.revision)
     params = checkpoint.load_params(source, ModelConfig.from_folder(source))
-    trained, _ = divided(params, settings)
+    trained, _ = split_trainable(params, settings)
     state = new_state(trained, None, make_optimizer(settings.optimizer, settings.run.steps))
     saved = Checkpoints(Path(folder) / CHECKPOINTS)
     found = saved.restore(state)

@@ -62,12 +62,12 @@ def join(trained: Any, frozen: Any, scale: float = 1.0) -> Params:
     def leaf(theirs: Array | None, ours: Any) -> Array:
         if ours is None:
             return theirs
-        return ours if theirs is None else lora.merged(theirs, ours, scale)
+        return ours if theirs is None else lora.merge_adapter(theirs, ours, scale)
 
     return jax.tree.map(leaf, frozen, trained, is_leaf=lambda x: x is None)
 
 
-def computing(params: Params, dtype: DTypeLike) -> Params:
+def cast_for_compute(params: Params, dtype: DTypeLike) -> Params:
     """Parameters in the dtype to compute in. Norms, gates and decays, which the layers use in float32, keep theirs."""
 
     def cast(keys: Any, x: Array) -> Array:
@@ -123,7 +123,7 @@ def make_step(
 
     def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, tuple[Array, Array]]:
         """One batch's share of the mean over all `total` learned tokens."""
-        params = computing(join(trained, frozen, scale), dtype)
+        params = cast_for_compute(join(trained, frozen, scale), dtype)
         objective, nll, z = _on_mesh(sums, params, mesh)(params, batch).sum(axis=0) / total
         return objective, (nll, z)
 

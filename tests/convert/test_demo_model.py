@@ -76,10 +76,10 @@ def test_a_lesson_teaches_the_answers_alone(folder):
         for think in (False, True):
             turns = [turn for turn in scene.turns if turn.call is None][:2] + [turn for turn in scene.turns if turn.call][:1]
             lesson = teacher.conversation(scene, turns, think)
-            said = teacher.processor.tokenizer.decode(lesson.inputs.token_ids[lesson.learned])
+            said = teacher.processor.tokenizer.decode(lesson.inputs.token_ids[lesson.loss_mask])
             *_, last = turns
             thought = f"{last.thought or drawing.LOOK}\n</think>\n\n" if think else ""
-            assert said == "".join(f"{t.said}<|im_end|>" for t in turns[:-1]) + f"{thought}{last.said}<|im_end|>"
+            assert said == "".join(f"{t.reply}<|im_end|>" for t in turns[:-1]) + f"{thought}{last.reply}<|im_end|>"
 
 
 def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
@@ -145,7 +145,7 @@ def test_few_workers_draw_for_both_modes():
 def test_a_large_picture_asks_what_there_is_room_for(folder):
     """A row holds its slices and a few of its questions; no scene is left out."""
     lessons = list(drawing.lessons(Task(folder, SMALL, {"small print": 1.0}, count=20)))
-    assert len(lessons) == 20 and max(lesson.tokens for lesson in lessons) > 500
+    assert len(lessons) == 20 and max(lesson.num_tokens for lesson in lessons) > 500
 
 
 def test_training_begins_with_easy_scenes(folder):

@@ -314,7 +314,7 @@ def runs(tmp_path):
             }
         )
 
-    return settings, lambda name: [line["loss"] for line in log.read(tmp_path / name / "metrics.jsonl")]
+    return settings, lambda name: [line["loss"] for line in log.read_metrics(tmp_path / name / "metrics.jsonl")]
 
 
 def apart(curve, other):

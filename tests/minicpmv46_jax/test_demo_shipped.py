@@ -8,7 +8,7 @@ import torch
 from transformers import MiniCPMV4_6ForConditionalGeneration
 
 from minicpmv46_jax import MiniCPMV, demo
-from minicpmv46_jax.evaluate import evaluate, mark, of_model, read_questions, report
+from minicpmv46_jax.evaluate import evaluate, model_answerer, read_questions, report, score
 from minicpmv46_jax.scenes.__main__ import write
 from serve.offline import Offline
 from tests.oracle import Oracle
@@ -39,8 +39,8 @@ def test_transformers_loads_it_whole():
 def test_it_answers_held_out_scenes(model, tmp_path):
     """A dozen questions about pictures and print it never saw; greedy in float32, so always the same answers."""
     questions = read_questions(write(tmp_path, 12, held_out=True, kinds=("shapes", "lines"), first=10**6))
-    marked = list(evaluate(questions, of_model(model, LONGEST)))
-    assert sum(one.exact for one in marked) >= 10, report(marked)
+    scored = list(evaluate(questions, model_answerer(model, LONGEST)))
+    assert sum(one.exact for one in scored) >= 10, report(scored)
 
 
 @pytest.mark.full
@@ -53,7 +53,7 @@ def test_scores_by_the_engine_and_by_transformers(model, tmp_path):
         for question in questions:
             options = dict(question.options) | ({"tools": list(question.tools)} if question.tools else {})
             (said,) = offline.chat([question.messages], False, temperature=0.0, max_new_tokens=LONGEST, **options)
-            by_engine.append(mark(question, said))
+            by_engine.append(score(question, said))
             equal += said == _by_transformers(oracle, model, question, options)
     print("\n" + report(by_engine), f"\nequal to transformers': {equal} of {len(questions)}")
     groups = collections.defaultdict(list)
@@ -68,9 +68,9 @@ def test_scores_in_16x(model, tmp_path):
     """The card's other column, by the plain generator."""
     questions = read_questions(write(tmp_path, 600, held_out=True, first=3 * 10**6))
     coarse = [dataclasses.replace(one, options={**one.options, "downsample_mode": "16x"}) for one in questions]
-    marked = list(evaluate(coarse, of_model(model, LONGEST)))
-    print("\n" + report(marked))
-    assert sum(one.exact for one in marked) >= 0.95 * len(marked)
+    scored = list(evaluate(coarse, model_answerer(model, LONGEST)))
+    print("\n" + report(scored))
+    assert sum(one.exact for one in scored) >= 0.95 * len(scored)
 
 
 def _by_transformers(oracle, model, question, options):

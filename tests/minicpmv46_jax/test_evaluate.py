@@ -12,12 +12,12 @@ from minicpmv46_jax.evaluate import (
     evaluate,
     levenshtein,
     main,
-    mark,
-    of_model,
-    of_server,
+    model_answerer,
     read_questions,
-    record,
     report,
+    result_row,
+    score,
+    server_answerer,
 )
 from minicpmv46_jax.scenes.__main__ import write
 from serve.api.common.service import Service
@@ -94,9 +94,9 @@ def test_marks():
     assert anls("Kitten", "sitting") == pytest.approx(4 / 7)
     assert anls("abcd", "xyzd") == 0.0 and anls("", "") == 1.0
     question = Question("1", [], ["A red circle.", "A circle."])
-    assert mark(question, " A  circle.\n").exact == 1.0
-    assert mark(question, "<think>\nA square?\n</think>\n\nA circle.").exact == 1.0
-    near = mark(question, "A red circle")
+    assert score(question, " A  circle.\n").exact == 1.0
+    assert score(question, "<think>\nA square?\n</think>\n\nA circle.").exact == 1.0
+    near = score(question, "A red circle")
     assert near.exact == 0.0 and near.anls == pytest.approx(12 / 13)
 
 
@@ -110,10 +110,10 @@ def test_edit_distance_is_a_metric(a, b, c):
 def test_report_by_group():
     questions = [Question("1", [], ["x"], "b"), Question("2", [], ["y"], "a"), Question("3", [], ["z"], "a")]
     said = {"1": "x", "2": "y", "3": "no"}
-    marked = list(evaluate(questions, lambda question: said[question.id], at_once=2))
-    lines = [line.replace(" ", "") for line in report(marked).splitlines()]
+    scored = list(evaluate(questions, lambda question: said[question.id], concurrency=2))
+    lines = [line.replace(" ", "") for line in report(scored).splitlines()]
     assert lines[2:] == ["|a|2|50.0%|0.500|", "|b|1|100.0%|1.000|", "|allquestions|3|66.7%|0.667|"]
-    assert record(marked[2]) == {"id": "3", "group": "a", "answers": ["z"], "answer": "no", "exact": 0.0, "anls": 0.0}
+    assert result_row(scored[2]) == {"id": "3", "group": "a", "answers": ["z"], "answer": "no", "exact": 0.0, "anls": 0.0}
 
 
 def test_generator_and_server_give_the_same_answers(demo, demo_engine, tmp_path, capsys):
@@ -121,12 +121,13 @@ def test_generator_and_server_give_the_same_answers(demo, demo_engine, tmp_path,
     path = write(tmp_path, 2, held_out=True, kinds=("shapes",))
     questions = read_questions(path)
     with live(Service(demo, demo_engine, "small")) as address:
-        over_the_wire = [one.answer for one in evaluate(questions, of_server(f"{address}/v1", max_new_tokens=6), at_once=2)]
+        answerer = server_answerer(f"{address}/v1", max_new_tokens=6)
+        over_the_wire = [one.answer for one in evaluate(questions, answerer, concurrency=2)]
         assert (
             main([str(path), "--url", f"{address}/v1", "--limit", "1", "--max-new-tokens", "4", "--out", str(tmp_path / "r")])
             == 0
         )
-    alone = [one.answer for one in evaluate(questions, of_model(demo, max_new_tokens=6))]
+    alone = [one.answer for one in evaluate(questions, model_answerer(demo, max_new_tokens=6))]
     assert over_the_wire == alone
     assert json.loads((tmp_path / "r").read_text())["id"] == questions[0].id
     assert "| questions |" in capsys.readouterr().out

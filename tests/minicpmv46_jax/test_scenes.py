@@ -154,7 +154,7 @@ def test_messages_of_a_call_and_an_open_question():
     call = answered["tool_calls"][0]["function"]
     assert (call["name"], tuple(call["arguments"].items())) == turn.call
     assert call["name"] in {json.loads(tool)["function"]["name"] for tool in scene.tools}
-    assert f"<function={call['name']}>" in turn.said
+    assert f"<function={call['name']}>" in turn.reply
     assert [message["role"] for message in messages(scene, [turn], answered=False)] == ["user"]
 
 
@@ -176,7 +176,7 @@ def test_written_files_are_the_scenes(tmp_path):
             frames = decode(tmp_path / name, [(i,) for i in range(len(clip.pictures))], name)
             assert all((frame == clip.pictures[i].render()).all() for i, frame in frames)
         assert len(line["images"]) + len(line["videos"]) == len(scene.media)
-        assert line["answers"][0] in {turn.said for turn in scene.turns}
+        assert line["answers"][0] in {turn.reply for turn in scene.turns}
 
 
 def test_cells_have_names():

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minicpmv46_jax.train import BatchShape, Marks
+from minicpmv46_jax.train import AnswerMarkers, BatchShape
 from minicpmv46_jax.train.chat_formats import read_row
-from minicpmv46_jax.train.data import Lines, Reader, batches
+from minicpmv46_jax.train.data import LineSource, RowProcessor, batches
 
 SHAPE = BatchShape(rows=2, tokens=128)
 ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -27,7 +27,7 @@ def root(tmp_path, photos):
 
 @pytest.fixture(scope="module")
 def reader(demo):
-    return Reader(demo.processor, Marks.of(demo.processor), SHAPE)
+    return RowProcessor(demo.processor, AnswerMarkers.from_processor(demo.processor), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_tools_are_called_and_answered(demo, reader):
     fields = {"conversations": [{"from": who, "value": what} for who, what in turns], "tools": json.dumps([schema])}
     assert row(fields).tools == [schema]
     whole = BatchShape(rows=1, tokens=1024)
-    one = Reader(reader.processor, reader.marks, whole).read("a:1", json.dumps(fields).encode())
-    said = demo.processor.tokenizer.decode(one.inputs.token_ids[one.learned])
+    one = RowProcessor(reader.processor, reader.markers, whole).read("a:1", json.dumps(fields).encode())
+    said = demo.processor.tokenizer.decode(one.inputs.token_ids[one.loss_mask])
     assert said.count("<|im_end|>") == 2 and "<function=add>" in said and said.endswith("Four.<|im_end|>")
 
 
@@ -95,7 +95,7 @@ def test_rows_that_cannot_be_learned_from_are_named_and_counted(line, message, r
     skipping = iter(batches([file], reader, demo.config.vision, epochs=1, seed=None, errors="skip"))
     (batch,) = skipping
     assert batch.segments.max() == 1 and skipping.conversations == 1
-    assert skipping.faults == {f"{file}:3": 1} and message in caplog.text
+    assert skipping.bad_rows == {f"{file}:3": 1} and message in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def numbers(found):
 
 
 def test_each_conversation_once_an_epoch_in_another_order(many, reader, demo):
-    assert len(Lines(many)) == 40
+    assert len(LineSource(many)) == 40
     epochs = [numbers(batch) for batch in batches(many, reader, demo.config.vision, epochs=2)]
     said = "".join(epochs)
     pairs = [said[i : i + 2] for i in range(0, len(said), 2)]

@@ -14,7 +14,7 @@ import torch
 from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.checkpoint import slots
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train import BatchShape, Conversation, Marks, pack
+from minicpmv46_jax.train import AnswerMarkers, BatchShape, Conversation, pack
 from minicpmv46_jax.train import loss_mask as answers
 from minicpmv46_jax.train.chat_formats import read_row
 from minicpmv46_jax.train.forward import loss
@@ -96,7 +96,7 @@ def torch_gradients(folder, conversations, wanted):
         logits = oracle.model(**oracle.arguments(conversation.inputs), use_cache=False).logits[0]
         labels = torch.tensor(conversation.inputs.token_ids[1:].astype(np.int64))
         nll = torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="none")
-        total = total + (nll * torch.tensor(conversation.learned[1:])).sum()
+        total = total + (nll * torch.tensor(conversation.loss_mask[1:])).sum()
     total.backward()
     return total.item(), {slot.dotted: named[slot.name].grad.reshape(slot.shape).numpy() for slot in wanted}
 
@@ -130,9 +130,9 @@ def test_a_videos_gradients_are_transformers(folder, ours, gradient, photos, tmp
     messages = read_row(json.dumps(row), tmp_path).messages
     small = dataclasses.replace(ours.processor.videos, scale_resolution=112)
     processor = Processor(ours.processor.tokenizer, ours.processor.images, small)
-    one = answers.conversation(processor, Marks.of(processor), messages, max_num_frames=3)
+    one = answers.conversation(processor, AnswerMarkers.from_processor(processor), messages, max_num_frames=3)
     assert len(one.inputs.views) == 3
-    words = processor.tokenizer.decode(one.inputs.token_ids[one.learned])
+    words = processor.tokenizer.decode(one.inputs.token_ids[one.loss_mask])
     assert words == "Nothing.<|im_end|>"
     wanted = slots(ours.config)
     expected_loss, expected = torch_gradients(folder, [one], wanted)
@@ -145,7 +145,7 @@ def test_packed_rows_are_the_conversations_apart(conversations, gradient):
     (loss, nll), packed = gradient([[conversations[3], conversations[0]], [conversations[2], conversations[1]]])
     apart = [gradient([[conversation]]) for conversation in conversations]
     assert abs(loss - sum(found[0][0] for found in apart)) < 1e-5 * loss
-    first, second = conversations[3].tokens, conversations[0].tokens
+    first, second = conversations[3].num_tokens, conversations[0].num_tokens
     assert relative_rms(nll[0, first : first + second - 1], apart[0][0][1][0, : second - 1]) < 1e-5
     summed = jax.tree.map(lambda *grads: jnp.stack(grads).sum(axis=0), *(grads for _, grads in apart))
     for found, expected in zip(jax.tree.leaves(packed), jax.tree.leaves(summed), strict=True):

@@ -17,9 +17,9 @@ from convert import export_run
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
-from minicpmv46_jax.train import Marks, log
+from minicpmv46_jax.train import AnswerMarkers, log
 from minicpmv46_jax.train.__main__ import main
-from minicpmv46_jax.train.data import Reader, batches
+from minicpmv46_jax.train.data import RowProcessor, batches
 from minicpmv46_jax.train.run import prepare, train, trained_params
 from minicpmv46_jax.train.settings import Settings
 from tests import ROOT
@@ -82,7 +82,7 @@ def adapted(source, tmp_path_factory):
 
 
 def losses(folder):
-    return [line["loss"] for line in log.read(folder / "metrics.jsonl")]
+    return [line["loss"] for line in log.read_metrics(folder / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("adapted", marks=pytest.mark.full)])
@@ -135,7 +135,7 @@ def test_two_hosts_learn_what_one_does_and_go_on(source, tmp_path):
             assert host.returncode == 0, said[-3000:]
     run, expected = prepare(own, QUICK), []
     processor = Processor.from_folder(model)
-    reader = Reader(processor, Marks.of(processor), own.batch)
+    reader = RowProcessor(processor, AnswerMarkers.from_processor(processor), own.batch)
     vision = ModelConfig.from_folder(model).vision
     parts = [iter(batches(own.data.files, reader, vision, devices=2, shard=(host, 2))) for host in range(2)]
     state = run.state

@@ -8,9 +8,9 @@ import pytest
 
 from minicpmv46_jax.checkpoint.names import tree_path
 from minicpmv46_jax.train import (
+    AnswerMarkers,
     BatchShape,
-    Marks,
-    computing,
+    cast_for_compute,
     conversation,
     fill,
     join,
@@ -34,12 +34,12 @@ def chat(*turns):
 
 
 @pytest.fixture(scope="module")
-def marks(demo):
-    return Marks.of(demo.processor)
+def markers(demo):
+    return AnswerMarkers.from_processor(demo.processor)
 
 
 @pytest.fixture(scope="module")
-def batches(demo, marks):
+def batches(demo, markers):
     chats = [
         chat("2 and 2?", "4."),
         chat("Red or blue?", "Blue."),
@@ -47,41 +47,41 @@ def batches(demo, marks):
         chat("Go.", "No."),
     ]
     return [
-        pack(rows, SHAPE, demo.config.vision) for rows in fill([conversation(demo.processor, marks, c) for c in chats], SHAPE)
+        pack(rows, SHAPE, demo.config.vision) for rows in fill([conversation(demo.processor, markers, c) for c in chats], SHAPE)
     ]
 
 
 def learned_texts(demo, one):
     """The runs of learned tokens, as text."""
-    edges = np.flatnonzero(np.diff(one.learned.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    edges = np.flatnonzero(np.diff(one.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
     return [demo.processor.tokenizer.decode(one.inputs.token_ids[a:b]) for a, b in edges]
 
 
-def test_answers_are_what_generation_would_say(demo, marks):
+def test_answers_are_what_generation_would_say(demo, markers):
     messages = chat("Hello.", "Hi!", "And you?", "Fine.")
-    one = conversation(demo.processor, marks, messages)
+    one = conversation(demo.processor, markers, messages)
     assert learned_texts(demo, one) == ["Hi!<|im_end|>", "Fine.<|im_end|>"]
     prompt = demo.processor(messages[:-1]).token_ids
-    last = np.flatnonzero(one.learned)[-len("Fine.") - 1]
+    last = np.flatnonzero(one.loss_mask)[-len("Fine.") - 1]
     np.testing.assert_array_equal(one.inputs.token_ids[:last], prompt)
-    assert learned_texts(demo, conversation(demo.processor, marks, messages, last_only=True)) == ["Fine.<|im_end|>"]
+    assert learned_texts(demo, conversation(demo.processor, markers, messages, last_only=True)) == ["Fine.<|im_end|>"]
 
 
-def test_thoughts_are_learned_from_where_thinking_opens(demo, marks):
+def test_thoughts_are_learned_from_where_thinking_opens(demo, markers):
     messages = chat("2 + 2?")
     thought = [*messages, {"role": "assistant", "reasoning_content": "Two pairs.", "content": "4"}]
-    one = conversation(demo.processor, marks, thought)
+    one = conversation(demo.processor, markers, thought)
     assert learned_texts(demo, one) == ["Two pairs.\n</think>\n\n4<|im_end|>"]
     prompt = demo.processor(messages, chat_template_kwargs={"enable_thinking": True}).token_ids
-    np.testing.assert_array_equal(one.inputs.token_ids[: np.flatnonzero(one.learned)[0]], prompt)
+    np.testing.assert_array_equal(one.inputs.token_ids[: np.flatnonzero(one.loss_mask)[0]], prompt)
 
 
-def test_conversations_that_cannot_be_learned_are_named(demo, marks):
+def test_conversations_that_cannot_be_learned_are_named(demo, markers):
     with pytest.raises(ValueError, match=r"^a\.jsonl:3: there is no answer"):
-        conversation(demo.processor, marks, chat("Hello."), where="a.jsonl:3")
+        conversation(demo.processor, markers, chat("Hello."), where="a.jsonl:3")
     with pytest.raises(ValueError, match=r"1 answers, but 2 in the prompt"):
-        conversation(demo.processor, marks, chat("<|im_start|>assistant\nNo<|im_end|>", "Yes"))
-    long = conversation(demo.processor, marks, chat("?" * 130, "!"), where="a.jsonl:4")
+        conversation(demo.processor, markers, chat("<|im_start|>assistant\nNo<|im_end|>", "Yes"))
+    long = conversation(demo.processor, markers, chat("?" * 130, "!"), where="a.jsonl:4")
     with pytest.raises(ValueError, match=r"^a\.jsonl:4: it has \d+ tokens, a row holds 128"):
         list(fill([long], SHAPE))
 
@@ -102,7 +102,7 @@ def test_a_step_learns_what_is_trained_alone(demo, batches):
 
 
 def test_masters_are_float32_and_what_layers_use_in_float32_stays(demo):
-    params = computing(demo.params, "bfloat16")
+    params = cast_for_compute(demo.params, "bfloat16")
     assert params["text"]["layers"][0]["mixer"]["A_log"].dtype == params["vision"]["post_norm"]["weight"].dtype == jnp.float32
     assert params["vision"]["patch_embed"]["bias"].dtype == params["text"]["embed"]["weight"].dtype == jnp.bfloat16
     state = new_state(params, jax.tree.map(lambda x: None, params), optax.adamw(1e-3))
@@ -124,7 +124,7 @@ def test_bfloat16_steps_learn_too(demo, batches):
 
 
 def test_adapters_add_nothing_until_they_are_trained_and_what_they_should_then(demo):
-    tree = lora.adapters(demo.params, 4)
+    tree = lora.init_adapters(demo.params, 4)
     for before, after in zip(jax.tree.leaves(demo.params), jax.tree.leaves(join(tree, demo.params, 2.0)), strict=True):
         np.testing.assert_array_equal(before, after)
     own = tree["text"]["layers"][0]["mlp"]["up_proj"]["weight"]
@@ -136,9 +136,9 @@ def test_adapters_add_nothing_until_they_are_trained_and_what_they_should_then(d
     names = {".".join(map(str, tree_path(keys)[:-1])) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
     assert len(names) == 4 * 3 + 3 * 3 + 4 and not any("vision" in name or "embed" in name for name in names)
     with pytest.raises(ValueError, match="no parameter's name matches"):
-        lora.adapters(demo.params, 4, targets="text")
+        lora.init_adapters(demo.params, 4, targets="text")
     with pytest.raises(ValueError, match="cannot have an adapter of rank 65"):
-        lora.adapters(demo.params, 65)
+        lora.init_adapters(demo.params, 65)
 
 
 def test_each_part_has_its_rate_and_the_schedule_its_shape(demo):

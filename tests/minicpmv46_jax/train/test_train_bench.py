@@ -59,11 +59,11 @@ def test_it_measures_each_plan(demo_folder, tmp_path, capsys):
 
 
 def test_plans_and_rows_that_can_and_cannot_be(released):
-    assert bench.Plan.of("dots:16") == ("dots", 16, True, None)
-    assert bench.Plan.of("none:8:unrolled:gpu") == ("none", 8, False, "gpu")
-    assert bench.Plan.of("none:8:gpu") == ("none", 8, True, "gpu")
-    for plan in ("layers:8", "layer", "layer:0", "layer:8:gpu:1"):
+    assert bench.BenchCase.parse("dots:16") == ("dots", 16, True, None)
+    assert bench.BenchCase.parse("none:8:unrolled:gpu") == ("none", 8, False, "gpu")
+    assert bench.BenchCase.parse("none:8:gpu") == ("none", 8, True, "gpu")
+    for case in ("layers:8", "layer", "layer:0", "layer:8:gpu:1"):
         with pytest.raises(ValueError, match=r"expected REMAT:ROWS\[:unrolled\]\[:BACKEND\], REMAT of none, dots, layer"):
-            bench.Plan.of(plan)
+            bench.BenchCase.parse(case)
     with pytest.raises(ValueError, match="rows have 512 tokens, and a picture and its words take 572"):
         bench.make_batch(released, 1, 512, pictures=True)
