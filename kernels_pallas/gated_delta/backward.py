@@ -12,7 +12,7 @@ from kernels_pallas.gated_delta.packing import CHUNK, Chunks
 def chunk_rows(table: Chunks, tokens: int) -> Int32[Array, "chunks L"]:
     """Each chunk's tokens; `tokens` where it has none."""
     within = jnp.arange(CHUNK, dtype=jnp.int32)[None]
-    return jnp.where(within < table.rows[:, None], table.row[:, None] + within, tokens)
+    return jnp.where(within < table.num_tokens[:, None], table.start[:, None] + within, tokens)
 
 
 def to_chunks(x: Float[Array, "T ..."], rows: Int32[Array, "chunks L"]) -> Float[Array, "chunks L ..."]:

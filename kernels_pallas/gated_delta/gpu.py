@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.backends import mosaic_gap
 from kernels_pallas.gated_delta.gpu_backward import backward
-from kernels_pallas.gated_delta.gpu_chunked import TAIL, forward
+from kernels_pallas.gated_delta.gpu_chunked import CONV_HISTORY, forward
 from kernels_pallas.gated_delta.gpu_recurrent import recurrent
 from kernels_pallas.gpu.export_cache import once
 
@@ -16,15 +16,15 @@ __all__ = ["chunked", "gap", "recurrent"]
 WIDTH = 128  # of keys and of values
 
 
-def gap(qkv: jax.Array, conv: jax.Array, memory: jax.Array) -> str | None:
+def gap(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Array) -> str | None:
     """What the kernels lack for these arguments, or None."""
-    _, N, V, K = memory.shape
+    _, N, V, K = recurrent_state.shape
     if (K, V) != (WIDTH, WIDTH):
         return f"memory has heads of {V} values and {K} keys, and it takes {WIDTH} and {WIDTH}"
     if qkv.shape[-1] != 3 * N * WIDTH:
         return f"qkv has {qkv.shape[-1]} channels, and it takes {3 * N * WIDTH}: as many key heads as value heads"
-    if conv.shape[1] != TAIL + 1:
-        return f"layer.conv has {conv.shape[1]} taps, and it takes {TAIL + 1}"
+    if conv.shape[1] != CONV_HISTORY + 1:
+        return f"layer.conv has {conv.shape[1]} taps, and it takes {CONV_HISTORY + 1}"
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}, and it takes bfloat16"
     return mosaic_gap()
@@ -38,17 +38,17 @@ def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def _chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return forward(*arguments, keep=False)[0]
+    return forward(*arguments, save_residuals=False)[0]
 
 
-def _remember(*arguments: Any) -> tuple[Any, Any]:
-    results, kept = forward(*arguments, keep=True)
-    return results, (arguments, kept)
+def _chunked_fwd(*arguments: Any) -> tuple[Any, Any]:
+    results, saved = forward(*arguments, save_residuals=True)
+    return results, (arguments, saved)
 
 
-def _pull_back(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    (*projected, _, tail, starts, lengths, snapshots), kept = residuals
-    return *backward(*projected, tail, starts, lengths, snapshots, kept, *cotangents), None, None, None
+def _chunked_bwd(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    (*projected, _, conv_state, query_starts, query_lens, snapshots), saved = residuals
+    return *backward(*projected, conv_state, query_starts, query_lens, snapshots, saved, *cotangents), None, None, None
 
 
-_chunked.defvjp(_remember, _pull_back)
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
-from kernels_pallas.gated_delta.gpu_chunked import by_rows
+from kernels_pallas.gated_delta.gpu_chunked import row_layout
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gpu.mosaic import along_columns, along_rows, load, params, sigmoid, tiles
 
@@ -26,33 +26,33 @@ BEFORE, AFTER = 8, 16  # rows read around a block's own: whole tiles of memory, 
 @jax.custom_vjp
 def convolve(qkv: BFloat16[Array, "R T C"], conv: Float[Array, "C W"], segments: Int32[Array, "R T"]) -> BFloat16[Array, "R T C"]:
     """As `packed.convolve_segments`, for 4 taps, and a multiple of 128 channels."""
-    return _remember(qkv, conv, segments)[0]
+    return _convolve_fwd(qkv, conv, segments)[0]
 
 
-def _remember(qkv: Array, conv: Array, segments: Array) -> tuple[Array, Any]:
-    kept = qkv.reshape(-1, qkv.shape[-1]), conv.T, _ages(segments)
-    return _launch(_forward, "gated_delta_convolve", 1, kept, [qkv.dtype]).reshape(qkv.shape), kept
+def _convolve_fwd(qkv: Array, conv: Array, segments: Array) -> tuple[Array, Any]:
+    saved = qkv.reshape(-1, qkv.shape[-1]), conv.T, _num_predecessors(segments)
+    return _launch(_forward, "gated_delta_convolve", 1, saved, [qkv.dtype]).reshape(qkv.shape), saved
 
 
-def _pull_back(kept: Any, bar: Array) -> tuple[Array, Array, None]:
-    qkv, taps, _ = kept
-    qkv_bar, shares = _launch(
-        _backward, "gated_delta_convolve_back", 2, (*kept, bar.reshape(qkv.shape)), [qkv.dtype, jnp.float32]
+def _convolve_bwd(saved: Any, d_out: Array) -> tuple[Array, Array, None]:
+    qkv, taps, _ = saved
+    d_qkv, d_taps = _launch(
+        _backward, "gated_delta_convolve_backward", 2, (*saved, d_out.reshape(qkv.shape)), [qkv.dtype, jnp.float32]
     )
-    return qkv_bar.reshape(bar.shape), shares.sum(axis=0).T.astype(taps.dtype), None
+    return d_qkv.reshape(d_out.shape), d_taps.sum(axis=0).T.astype(taps.dtype), None
 
 
-convolve.defvjp(_remember, _pull_back)
+convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def _ages(segments: Int32[Array, "R T"]) -> Int32[Array, " ages"]:
+def _num_predecessors(segments: Int32[Array, "R T"]) -> Int32[Array, " ages"]:
     """How many tokens of its own sequence stand before each token, at most TAPS - 1; 0 behind the last row."""
-    own = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0))).astype(jnp.int32)
-    age = reach = own
+    same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0))).astype(jnp.int32)
+    count = has_predecessor = same
     for back in range(1, TAPS - 1):
-        reach *= jnp.pad(own, ((0, 0), (back, 0)))[:, :-back]
-        age += reach
-    return jnp.pad(age.reshape(-1), (0, AFTER))
+        has_predecessor *= jnp.pad(same, ((0, 0), (back, 0)))[:, :-back]
+        count += has_predecessor
+    return jnp.pad(count.reshape(-1), (0, AFTER))
 
 
 def _launch(body, name, copies, inputs, dtypes):
@@ -74,23 +74,27 @@ def _launch(body, name, copies, inputs, dtypes):
         compiler_params=params(approximate=True),
         kernel_name=name,
     )
-    found = kernel(*inputs)
-    return found[0] if len(found) == 1 else tuple(found)
+    results = kernel(*inputs)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-def _kernel(qkv, taps, ages, *refs, body, T):
-    *rest, places, out_s, sum_s, ready = refs
+def _kernel(qkv, taps, predecessors, *refs, body, T):
+    *more, buffers, out_s, sum_s, ready = refs
     block, lane = lax.axis_index("block"), lax.axis_index("lane")
     row, run = block * L, pl.ds(lane * D, D)
-    sources, (out, *shares) = [qkv, *rest[: len(places) - 1]], rest[len(places) - 1 :]
+    sources, (out, *d_taps) = [qkv, *more[: len(buffers) - 1]], more[len(buffers) - 1 :]
     # What is read before the first and behind the last token is of no one's sequence, and masked.
-    pieces = ((jnp.maximum(row - BEFORE, 0), 0, BEFORE), (row, BEFORE, L), (jnp.minimum(row + L, T - AFTER), BEFORE + L, AFTER))
-    for source, place in zip(sources, places, strict=True):
-        for start, at, size in pieces:
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(start, size), run], place.at[pl.ds(at, size)], ready)
+    copies_in = (
+        (jnp.maximum(row - BEFORE, 0), 0, BEFORE),
+        (row, BEFORE, L),
+        (jnp.minimum(row + L, T - AFTER), BEFORE + L, AFTER),
+    )
+    for source, dst in zip(sources, buffers, strict=True):
+        for start, at, size in copies_in:
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(start, size), run], dst.at[pl.ds(at, size)], ready)
     plgpu.barrier_wait(ready)
-    window = _Window(places, taps.at[:, run], ages, row)
-    out_s[...] = body(window, sum_s, *(x.at[block, :, run] for x in shares)).astype(out_s.dtype)
+    window = _Window(buffers, taps.at[:, run], predecessors, row)
+    out_s[...] = body(window, sum_s, *(x.at[block, :, run] for x in d_taps)).astype(out_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_s, out.at[pl.ds(row, L), run])
     plgpu.wait_smem_to_gmem(0)
@@ -99,29 +103,29 @@ def _kernel(qkv, taps, ages, *refs, body, T):
 class _Window(NamedTuple):
     """A block's rows in shared memory and those around them; rows are counted from the block's first."""
 
-    places: Any  # of the inputs, and where there is one of the output's cotangent
+    buffers: Any  # of the inputs, and where there is one of the output's cotangent
     taps: Any
-    ages: Any
+    predecessors: Any
     row: Any  # the block's first, of all
 
-    def rows(self, which: int, start: int, size: int) -> Array:
-        ref = self.places[which].at[pl.ds(BEFORE + start, size)]
-        return load(ref, by_rows(ref)).astype(jnp.float32)
+    def rows(self, buffer: int, start: int, size: int) -> Array:
+        ref = self.buffers[buffer].at[pl.ds(BEFORE + start, size)]
+        return load(ref, row_layout(ref)).astype(jnp.float32)
 
-    def reach(self, start: int, size: int, back: int) -> Array:
+    def has_predecessor(self, start: int, size: int, back: int) -> Array:
         """1 where a token's sequence has a token so far before it, 0 elsewhere."""
-        layout = by_rows(self.places[0].at[pl.ds(0, size)])
-        age = load(self.ages.at[pl.ds(self.row + start, size)], layout.reduce(1))
-        return plgpu.layout_cast(along_rows(jnp.where(age >= back, 1.0, 0.0), D), layout)
+        layout = row_layout(self.buffers[0].at[pl.ds(0, size)])
+        count = load(self.predecessors.at[pl.ds(self.row + start, size)], layout.reduce(1))
+        return plgpu.layout_cast(along_rows(jnp.where(count >= back, 1.0, 0.0), D), layout)
 
     def tap(self, size: int, back: int) -> Array:
-        layout = by_rows(self.places[0].at[pl.ds(0, size)])
-        own = load(self.taps.at[TAPS - 1 - back], layout.reduce(0)).astype(jnp.float32)
-        return plgpu.layout_cast(along_columns(own, size), layout)
+        layout = row_layout(self.buffers[0].at[pl.ds(0, size)])
+        same = load(self.taps.at[TAPS - 1 - back], layout.reduce(0)).astype(jnp.float32)
+        return plgpu.layout_cast(along_columns(same, size), layout)
 
     def input(self, start: int, size: int, back: int) -> Array:
         """What stood so far before each token; zeros from other sequences."""
-        return self.rows(0, start - back, size) * self.reach(start, size, back)
+        return self.rows(0, start - back, size) * self.has_predecessor(start, size, back)
 
     def linear(self, start: int, size: int) -> Array:
         """The convolution before its SiLU."""
@@ -133,14 +137,14 @@ def _forward(window, sum_s):
     return x * sigmoid(x)
 
 
-def _backward(window, sum_s, shares):
+def _backward(window, sum_s, d_taps):
     for start, size in ((L, AFTER), (0, L)):
         x = window.linear(start, size)
         s = sigmoid(x)
         slope = window.rows(1, start, size) * s * (1 + x * (1 - s))
-        place = window.places[1]
-        place.at[pl.ds(BEFORE + start, size)][...] = slope.astype(place.dtype)
+        dst = window.buffers[1]
+        dst.at[pl.ds(BEFORE + start, size)][...] = slope.astype(dst.dtype)
     for back in range(TAPS):
         sum_s[...] = (slope * window.input(0, L, back)).astype(sum_s.dtype)
-        shares[TAPS - 1 - back] = jnp.sum(sum_s[...].astype(jnp.float32), axis=0)
-    return sum(window.rows(1, back, L) * window.reach(back, L, back) * window.tap(L, back) for back in range(TAPS))
+        d_taps[TAPS - 1 - back] = jnp.sum(sum_s[...].astype(jnp.float32), axis=0)
+    return sum(window.rows(1, back, L) * window.has_predecessor(back, L, back) * window.tap(L, back) for back in range(TAPS))

@@ -38,7 +38,7 @@ from kernels_pallas.gpu.mosaic import (
 )
 from kernels_pallas.tuning import chosen
 
-SIDES = 3  # queries, keys and values
+STREAMS = 3  # queries, keys and values
 # A thread has one of 128 channels; or pairs of neighbouring keys of one value channel, 4 or 8 threads a channel.
 CHANNELS = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 MATRICES = {
@@ -62,18 +62,18 @@ def recurrent(
     dt_bias: Float[Array, " N"],
     norm: Float[Array, " V"],
     eps: float,
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
-) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """As `api.recurrent`."""
-    (B, T, N, V), K = z.shape, memory.shape[-1]
+    (B, T, N, V), K = z.shape, recurrent_state.shape[-1]
     cut = chosen("gpu", "gated_delta_recurrent", B * N)
     blocks = B * N if cut.parts > 1 else min(PROCESSORS, B * N)
     stages = min(cut.stages, -(-B * N // blocks))
     share = V // (cut.groups * cut.parts)
-    memory, tail = jax.new_ref(memory), jax.new_ref(tail)
+    recurrent_state, conv_state = jax.new_ref(recurrent_state), jax.new_ref(conv_state)
     kernel = plgpu.kernel(
         functools.partial(_kernel, eps=eps, blocks=blocks, stages=stages, groups=cut.groups, parts=cut.parts),
         out_type=jax.ShapeDtypeStruct(z.shape, z.dtype),
@@ -83,7 +83,7 @@ def recurrent(
         thread_name="group",
         scratch_types=[
             tiles(cut.groups * stages, share, K, dtype=jnp.float32),
-            plgpu.SMEM((T, SIDES, K), jnp.float32),  # queries, keys and values after the convolution
+            plgpu.SMEM((T, STREAMS, K), jnp.float32),  # queries, keys and values after the convolution
             plgpu.SMEM((T, V), jnp.float32),  # what was read, for the norm over all of it
             plgpu.Barrier(num_barriers=cut.groups * stages),
             plgpu.Barrier(num_arrivals=cut.groups),
@@ -93,27 +93,27 @@ def recurrent(
         kernel_name="gated_delta_recurrent",
         **clustered(cut.parts),
     )
-    out = kernel(qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, memory, tail)
-    return out, jax.freeze(memory), jax.freeze(tail)
+    out = kernel(qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, recurrent_state, conv_state)
+    return out, jax.freeze(recurrent_state), jax.freeze(conv_state)
 
 
 def _kernel(*refs, eps, blocks, stages, groups, parts):
-    block = _Block(refs, eps, blocks, stages, groups, parts)
-    ahead = max(stages - 1, 1)  # items whose memories are under way
-    slots = [block.slot(n) for n in range(ahead)]
-    fetched, inputs = jnp.int32(0), block.inputs(0)
+    block = _Warpgroup(refs, eps, blocks, stages, groups, parts)
+    prefetched = max(stages - 1, 1)  # items whose memories are under way
+    slots = [block.slot(n) for n in range(prefetched)]
+    fetched, inputs = jnp.int32(0), block.load_inputs(0)
     for n, slot in enumerate(slots):
-        fetched = block.fetch(n, slot, fetched)
-    inputs = inputs._replace(before=block.tails(0, slots[0]))
+        fetched = block.fetch_state(n, slot, fetched)
+    inputs = inputs._replace(history=block.load_history(0, slots[0]))
 
     def item(n, carry):
         used, fetched, inputs = carry
-        following, later = block.inputs(n + 1), block.slot(n + ahead)
-        following = following._replace(before=block.tails(n + 1, following.slot))
+        next_inputs, next_slot = block.load_inputs(n + 1), block.slot(n + prefetched)
+        next_inputs = next_inputs._replace(history=block.load_history(n + 1, next_inputs.slot))
         block.step(n, inputs, used)
         plgpu.commit_smem_to_gmem_group()  # one an item, be it empty: so the last but one is the item before
         plgpu.wait_smem_to_gmem(min(stages - 1, 1), wait_read_only=True)
-        return used + (inputs.slot >= 0).astype(jnp.int32), block.fetch(n + ahead, later, fetched), following
+        return used + (inputs.slot >= 0).astype(jnp.int32), block.fetch_state(n + prefetched, next_slot, fetched), next_inputs
 
     if block.rounds > 1:
         lax.fori_loop(0, block.items, item, (jnp.int32(0), fetched, inputs))
@@ -129,156 +129,168 @@ class _Inputs(NamedTuple):
     """What an item needs besides its memory, in registers; lists by side (queries, keys, values) or by token.
 
     Attributes:
-      slot, kept: where its memory is, and how many tokens it keeps.
-      new, before, taps: inputs of the convolution, those before the first token, and its filters; all of 128 channels.
-      gates, rates: `a` and `b` of each token; `a_log` and `dt_bias`.
+      slot, num_kept: where its memory is, and how many tokens it keeps.
+      qkv, history, filters: inputs of the convolution, those before the first token, and its filters; all of 128 channels.
+      gates, gate_params: `a` and `b` of each token; `a_log` and `dt_bias`.
       z: the output gates of the value channels.
     """
 
     slot: Any
-    kept: Any
-    new: Any
-    before: Any
-    taps: Any
+    num_kept: Any
+    qkv: Any
+    history: Any
+    filters: Any
     gates: Any
-    rates: Any
+    gate_params: Any
     z: Any
 
 
-class _Block:
+class _Warpgroup:
     """A warpgroup's view of its block's work."""
 
     def __init__(self, refs, eps, blocks, stages, groups, parts):
-        *inputs, self.memory, self.tail, self.out, self.state_s, self.qkv_s, self.out_s, self.ready, self.convolved, self.read = (
-            refs
-        )
+        (
+            *inputs,
+            self.recurrent_state,
+            self.conv_state,
+            self.out,
+            self.state_s,
+            self.qkv_s,
+            self.out_s,
+            self.ready,
+            self.convolved,
+            self.read,
+        ) = refs
         self.qkv, self.a, self.b, self.z, self.conv, self.a_log, self.dt_bias, norm, self.slots, self.keep = inputs
         self.eps, self.blocks, self.stages, self.parts = eps, blocks, stages, parts
-        (B, self.T, self.N, self.V), self.K, self.W = self.z.shape, self.memory.shape[-1], self.conv.shape[1]
+        (B, self.T, self.N, self.V), self.K, self.W = self.z.shape, self.recurrent_state.shape[-1], self.conv.shape[1]
         self.block, self.group = lax.axis_index("block"), lax.axis_index("group")
         self.part = lax.axis_index("part") if parts > 1 else 0
         self.items = (B * self.N - self.block + blocks - 1) // blocks
         self.rounds = -(-B * self.N // blocks)
         self.share = self.V // (groups * parts)
-        self.mine = pl.ds((self.part * groups + self.group) * self.share, self.share)
-        self.matrix = MATRICES[self.share]
-        self.row, self.column = self.matrix.reduce(1), self.matrix.reduce(0)
+        self.own_channels = pl.ds((self.part * groups + self.group) * self.share, self.share)
+        self.matrix_layout = MATRICES[self.share]
+        self.row_layout, self.column_layout = self.matrix_layout.reduce(1), self.matrix_layout.reduce(0)
         # The sides that the warpgroup convolves; the last of two or four does one that is another's, or its own again.
-        self.sides = {1: [0, 1, 2], 2: [self.group, 2], 4: [jnp.minimum(self.group, 2)]}[groups]
-        self.owned = {1: [True, True, True], 2: [True, self.group == 0], 4: [self.group < SIDES]}[groups]
-        self.weight = load(norm.at[self.mine], self.row)
+        self.streams = {1: [0, 1, 2], 2: [self.group, 2], 4: [jnp.minimum(self.group, 2)]}[groups]
+        self.is_owner = {1: [True, True, True], 2: [True, self.group == 0], 4: [self.group < STREAMS]}[groups]
+        self.weight = load(norm.at[self.own_channels], self.row_layout)
 
-    def place(self, n):
+    def row_and_head(self, n):
         """An item's row and head; of those past the end the last one's."""
         item = jnp.minimum(n, self.items - 1) * self.blocks + self.block
         return item // self.N, lax.rem(item, self.N)
 
     def slot(self, n):
         """Of an item's row."""
-        return self.slots[self.place(n)[0]]
+        return self.slots[self.row_and_head(n)[0]]
 
-    def channels(self, side, head):
+    def channels(self, stream, head):
         """A head's queries, keys or values among all channels."""
-        return pl.ds((side * self.N + head) * self.K, self.K)
+        return pl.ds((stream * self.N + head) * self.K, self.K)
 
-    def inputs(self, n):
+    def load_inputs(self, n):
         """All that can be loaded before the slot's number is known."""
-        (row, head), tokens = self.place(n), range(self.T)
-        runs = [self.channels(side, head) for side in self.sides]
+        (row, head), tokens = self.row_and_head(n), range(self.T)
+        channel_slices = [self.channels(stream, head) for stream in self.streams]
         return _Inputs(
             slot=self.slots[row],
-            kept=self.keep[row],
-            new=[[load(self.qkv.at[row, t, run], CHANNELS) for t in tokens] for run in runs],
-            before=None,
-            taps=[[load(self.conv.at[run, i], CHANNELS) for i in range(self.W)] for run in runs],
+            num_kept=self.keep[row],
+            qkv=[[load(self.qkv.at[row, t, channels], CHANNELS) for t in tokens] for channels in channel_slices],
+            history=None,
+            filters=[[load(self.conv.at[channels, i], CHANNELS) for i in range(self.W)] for channels in channel_slices],
             gates=[(self.a[row, t, head], self.b[row, t, head]) for t in tokens],
-            rates=(self.a_log[head], self.dt_bias[head]),
-            z=[load(self.z.at[row, t, head, self.mine], self.row) for t in tokens],
+            gate_params=(self.a_log[head], self.dt_bias[head]),
+            z=[load(self.z.at[row, t, head, self.own_channels], self.row_layout) for t in tokens],
         )
 
-    def tails(self, n, slot):
+    def load_history(self, n, slot):
         """The inputs before an item's first token."""
-        own, head = jnp.maximum(slot, 0), self.place(n)[1]
-        runs = [self.channels(side, head) for side in self.sides]
-        return [[load(self.tail.at[own, i, run], CHANNELS) for i in range(self.W - 1)] for run in runs]
+        own, head = jnp.maximum(slot, 0), self.row_and_head(n)[1]
+        channel_slices = [self.channels(stream, head) for stream in self.streams]
+        return [[load(self.conv_state.at[own, i, channels], CHANNELS) for i in range(self.W - 1)] for channels in channel_slices]
 
-    def fetch(self, n, slot, count):
+    def fetch_state(self, n, slot, count):
         """Sends for an item's memory, the `count`-th of the block, if it has one; how many that makes."""
         wanted = (n < self.items) & (slot >= 0)
         at = self.group * self.stages + lax.rem(count, self.stages)
 
         @pl.when(wanted)
         def _():
-            source = self.memory.at[slot, self.place(n)[1], self.mine]
+            source = self.recurrent_state.at[slot, self.row_and_head(n)[1], self.own_channels]
             plgpu.copy_gmem_to_smem(source, self.state_s.at[at], self.ready.at[at])
 
         return count + wanted.astype(jnp.int32)
 
     def step(self, n, inputs, used):
         """One item, whose memory is the `used`-th of the block."""
-        row, head = self.place(n)
+        row, head = self.row_and_head(n)
 
         @pl.when(inputs.slot < 0)
         def _rest():
             for t in range(self.T):
-                store(self.out.at[row, t, head, self.mine], plgpu.layout_cast(jnp.zeros(self.share, self.out.dtype), self.row))
+                store(
+                    self.out.at[row, t, head, self.own_channels],
+                    plgpu.layout_cast(jnp.zeros(self.share, self.out.dtype), self.row_layout),
+                )
 
         @pl.when(inputs.slot >= 0)
         def _work():
-            windows = [x + y for x, y in zip(inputs.before, inputs.new, strict=True)]
-            self.convolve(windows, inputs.taps)
+            windows = [x + y for x, y in zip(inputs.history, inputs.qkv, strict=True)]
+            self.convolve(windows, inputs.filters)
             fades, strengths = self.gates(inputs)
             meet(self.convolved)  # all have read the tail, too
             at = self.group * self.stages + lax.rem(used, self.stages)
-            reads = self.remember(at, inputs.kept, fades, strengths)
+            reads = self.update_state(at, inputs.num_kept, fades, strengths)
 
-            @pl.when(inputs.kept > 0)
+            @pl.when(inputs.num_kept > 0)
             def _():
-                destination = self.memory.at[inputs.slot, head, self.mine]
+                destination = self.recurrent_state.at[inputs.slot, head, self.own_channels]
                 plgpu.copy_smem_to_gmem(self.state_s.at[at], destination, commit_group=False)
 
             plgpu.barrier_wait(self.read)
             if self.parts > 1:
                 fence_cluster()
             for t, (read, z) in enumerate(zip(reads, inputs.z, strict=True)):
-                whole = self.along_columns(load(self.out_s.at[t], self.column))
-                scale = lax.rsqrt(jnp.sum(whole * whole, axis=1) * (1 / self.V) + self.eps)
+                all_read = self.along_columns(load(self.out_s.at[t], self.column_layout))
+                scale = lax.rsqrt(jnp.sum(all_read * all_read, axis=1) * (1 / self.V) + self.eps)
                 normed = read * scale * self.weight.astype(jnp.float32) * silu(z.astype(jnp.float32))
-                store(self.out.at[row, t, head, self.mine], normed.astype(self.out.dtype))
-            for side, owned, window in zip(self.sides, self.owned, windows, strict=True):
-                channels = self.tail.at[inputs.slot, :, self.channels(side, head)]
-                _when(owned & (self.part == 0), functools.partial(self.keep_last, channels, window, inputs.kept))
+                store(self.out.at[row, t, head, self.own_channels], normed.astype(self.out.dtype))
+            for stream, owner, window in zip(self.streams, self.is_owner, windows, strict=True):
+                own_conv_state = self.conv_state.at[inputs.slot, :, self.channels(stream, head)]
+                _when(owner & (self.part == 0), functools.partial(self.store_conv_state, own_conv_state, window, inputs.num_kept))
 
-    def convolve(self, windows, taps):
+    def convolve(self, windows, filters):
         """Convolution and SiLU of the warpgroup's sides, to shared memory."""
-        for side, owned, window, filters in zip(self.sides, self.owned, windows, taps, strict=True):
-            x, w = ([y.astype(jnp.float32) for y in ys] for ys in (window, filters))
+        for stream, owner, window, taps in zip(self.streams, self.is_owner, windows, filters, strict=True):
+            x, w = ([y.astype(jnp.float32) for y in ys] for ys in (window, taps))
             for t in range(self.T):
                 value = silu(sum(x[t + i] * w[i] for i in range(self.W)))
-                _when(owned, functools.partial(store, self.qkv_s.at[t, side], value))
+                _when(owner, functools.partial(store, self.qkv_s.at[t, stream], value))
 
     def gates(self, inputs):
         """Decay and writing strength of each token."""
-        a_log, bias = (x.astype(jnp.float32) for x in inputs.rates)
+        a_log, bias = (x.astype(jnp.float32) for x in inputs.gate_params)
         rate = jnp.exp(a_log)
         fades = [jnp.exp(-rate * softplus(a.astype(jnp.float32) + bias)) for a, _ in inputs.gates]
         return fades, [sigmoid(b.astype(jnp.float32)) for _, b in inputs.gates]
 
-    def remember(self, at, kept, fades, strengths):
+    def update_state(self, at, num_kept, fades, strengths):
         """The rule, token by token: what is read, also for the others; the memory to keep goes back to its place in the ring."""
         plgpu.barrier_wait(self.ready.at[at])
-        state, reads = load(self.state_s.at[at], self.matrix), []
+        state, reads = load(self.state_s.at[at], self.matrix_layout), []
         for t, (fade, strength) in enumerate(zip(fades, strengths, strict=True)):
-            k, q = (self.along_columns(load(self.qkv_s.at[t, side], self.column)) for side in (1, 0))
+            k, q = (self.along_columns(load(self.qkv_s.at[t, stream], self.column_layout)) for stream in (1, 0))
             scale = lax.rsqrt(jnp.sum(k * k, axis=1) + L2_EPS)
             state = state * fade
-            error = load(self.qkv_s.at[t, 2, self.mine], self.row) - jnp.sum(state * k, axis=1) * scale
+            error = load(self.qkv_s.at[t, 2, self.own_channels], self.row_layout) - jnp.sum(state * k, axis=1) * scale
             state = state + self.along_rows(error * scale * strength) * k
-            _when(kept == t + 1 if self.T > 1 else True, functools.partial(store, self.state_s.at[at], state))
+            _when(num_kept == t + 1 if self.T > 1 else True, functools.partial(store, self.state_s.at[at], state))
             scale = lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * self.K**-0.5
             reads.append(jnp.sum(state * q, axis=1) * scale)
-            for place in everywhere(self.out_s.at[t, self.mine], self.parts):
-                store(place, reads[-1])
+            for buffer in everywhere(self.out_s.at[t, self.own_channels], self.parts):
+                store(buffer, reads[-1])
         if self.parts > 1:
             arrive_cluster(self.read)
         else:
@@ -286,26 +298,26 @@ class _Block:
             plgpu.commit_smem()
         return reads
 
-    def keep_last(self, tail, window, kept):
+    def store_conv_state(self, conv_state, window, num_kept):
         """Writes the last inputs of the tokens that are remembered."""
         for i in range(self.W - 1):
             newest = window[i]
             for t in range(1, self.T + 1):
-                newest = jnp.where(kept == t, window[t + i], newest)
-            store(tail.at[i], newest)
+                newest = jnp.where(num_kept == t, window[t + i], newest)
+            store(conv_state.at[i], newest)
 
     def along_columns(self, x):
         """Of keys or queries, the same for every value channel."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [1]), self.matrix)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [1]), self.matrix_layout)
 
     def along_rows(self, x):
         """Of value channels, the same for every key."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [0]), self.matrix)
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [0]), self.matrix_layout)
 
 
-def _when(condition, do):
-    """`do()` where the condition holds, which may be known beforehand."""
+def _when(condition, body):
+    """`body()` where the condition holds, which may be known beforehand."""
     if condition is True:
-        do()
+        body()
     else:
-        pl.when(condition)(do)
+        pl.when(condition)(body)

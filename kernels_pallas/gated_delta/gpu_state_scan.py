@@ -30,7 +30,7 @@ SLICE = 64  # value channels of a warpgroup
 STAGES = 2
 
 
-def hand_over(
+def scan_states(
     writes: BFloat16[Array, "R c N V L"],
     reads: BFloat16[Array, "R c N L K"],
     queries: BFloat16[Array, "R c N L K"],
@@ -42,11 +42,11 @@ def hand_over(
     (R, c, N, V, _), K = writes.shape, reads.shape[-1]
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=writes.dtype)
     outputs = [shape((R, c * L, N * V)), shape((R, c, N, V, K)), shape(writes.shape)]
-    return _walk(_forwards, "gated_delta_hand_over", [writes, reads, queries, keys, attention], fade, outputs)
+    return _launch(_forward_step, "gated_delta_scan_states", [writes, reads, queries, keys, attention], fade, outputs)
 
 
-def hand_back(
-    cotangent: BFloat16[Array, "R T NV"],
+def scan_states_backward(
+    d_out: BFloat16[Array, "R T NV"],
     reads: BFloat16[Array, "R c N L K"],
     queries: BFloat16[Array, "R c N L K"],
     keys: BFloat16[Array, "R c N L K"],
@@ -54,17 +54,17 @@ def hand_back(
     fade: Float32[Array, "R c N"],
 ) -> tuple[BFloat16[Array, "R c N V K"], BFloat16[Array, "R c N V L"]]:
     """The cotangents of the memory after each chunk, and of what each token adds to it."""
-    (R, c, N, _, K), V = reads.shape, cotangent.shape[-1] // reads.shape[2]
+    (R, c, N, _, K), V = reads.shape, d_out.shape[-1] // reads.shape[2]
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=reads.dtype)
     outputs = [shape((R, c, N, V, K)), shape((R, c, N, V, L))]
-    return _walk(_backwards, "gated_delta_hand_back", [cotangent, reads, queries, keys, attention], fade, outputs)
+    return _launch(_backward_step, "gated_delta_scan_states_backward", [d_out, reads, queries, keys, attention], fade, outputs)
 
 
-def _walk(body, name, inputs, fade, outputs):
+def _launch(body, name, inputs, fade, outputs):
     (R, c, N), K = fade.shape, inputs[1].shape[-1]
     V = outputs[-1].shape[-2]
     groups = V // SLICE
-    first = tiles(STAGES, groups, *((SLICE, L) if body is _forwards else (L, SLICE)))
+    first = tiles(STAGES, groups, *((SLICE, L) if body is _forward_step else (L, SLICE)))
     kernel = plgpu.kernel(
         functools.partial(_kernel, body=body, chunks=c, K=K, V=V),
         out_type=outputs,
@@ -85,12 +85,12 @@ def _walk(body, name, inputs, fade, outputs):
 
 
 def _kernel(*refs, body, chunks, K, V):
-    inputs, fade, outputs, (buffers, places, ready, free) = refs[:5], refs[5], refs[6:-4], refs[-4:]
+    inputs, fade, outputs, (buffers, staging, ready, consumed) = refs[:5], refs[5], refs[6:-4], refs[-4:]
     row, head, group = (lax.axis_index(name) for name in ("row", "head", "group"))
     groups = V // SLICE
 
     def chunk_at(i):
-        return i if body is _forwards else chunks - 1 - i
+        return i if body is _forward_step else chunks - 1 - i
 
     def lanes(part):
         return pl.ds(head * V + part * SLICE, SLICE)
@@ -102,11 +102,11 @@ def _kernel(*refs, body, chunks, K, V):
         @pl.loop(0, chunks)
         def _(i):
             slot, chunk = lax.rem(i, STAGES), chunk_at(i)
-            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
-            for source, place in zip(inputs[1:], buffers[1:], strict=True):
-                plgpu.copy_gmem_to_smem(source.at[row, chunk, head], place.at[slot], ready.at[slot])
+            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+            for source, dst in zip(inputs[1:], buffers[1:], strict=True):
+                plgpu.copy_gmem_to_smem(source.at[row, chunk, head], dst.at[slot], ready.at[slot])
             for part in range(groups):
-                if body is _forwards:
+                if body is _forward_step:
                     source = inputs[0].at[row, chunk, head, pl.ds(part * SLICE, SLICE)]
                 else:
                     source = inputs[0].at[row, pl.ds(chunk * L, L), lanes(part)]
@@ -115,41 +115,41 @@ def _kernel(*refs, body, chunks, K, V):
     @pl.when(group < groups)
     def _compute():
         plgpu.set_max_registers(208, action="increase")
-        mine = pl.ds(group * SLICE, SLICE)
+        own_channels = pl.ds(group * SLICE, SLICE)
 
-        def step(i, memory):
+        def step(i, state):
             slot, chunk = lax.rem(i, STAGES), chunk_at(i)
-            kept = fade[row, chunk, head]
+            decay = fade[row, chunk, head]
             plgpu.barrier_wait(ready.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            now = memory.astype(jnp.bfloat16)
+            rounded = state.astype(jnp.bfloat16)
             tile = buffers[0].at[slot, group], *(buffer.at[slot] for buffer in buffers[1:])
-            memory, change, read = body(memory * kept, now, *tile)
-            plgpu.barrier_arrive(free.at[slot])
-            memory_s, change_s, read_s = (place.at[group] for place in places)
-            memory_s[...], change_s[...] = now, change
+            state, new, read = body(state * decay, rounded, *tile)
+            plgpu.barrier_arrive(consumed.at[slot])
+            state_s, new_s, read_s = (dst.at[group] for dst in staging)
+            state_s[...], new_s[...] = rounded, new
             if read is not None:
                 read_s.transpose(ACROSS)[...] = plgpu.layout_cast(read.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            memories, changes = outputs[-2:]
-            plgpu.copy_smem_to_gmem(memory_s, memories.at[row, chunk, head, mine])
-            plgpu.copy_smem_to_gmem(change_s, changes.at[row, chunk, head, mine])
+            states, new_values = outputs[-2:]
+            plgpu.copy_smem_to_gmem(state_s, states.at[row, chunk, head, own_channels])
+            plgpu.copy_smem_to_gmem(new_s, new_values.at[row, chunk, head, own_channels])
             if read is not None:
                 plgpu.copy_smem_to_gmem(read_s, outputs[0].at[row, pl.ds(chunk * L, L), lanes(group)])
-            return memory
+            return state
 
-        nothing = plgpu.layout_cast(jnp.zeros((SLICE, K), jnp.float32), MATRIX)
-        lax.fori_loop(0, chunks, step, nothing)
+        zeros = plgpu.layout_cast(jnp.zeros((SLICE, K), jnp.float32), MATRIX)
+        lax.fori_loop(0, chunks, step, zeros)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _forwards(faded, memory, writes, reads, queries, keys, attention):
-    change = (writes[...].astype(jnp.float32) - product(memory, reads.transpose(ACROSS))).astype(jnp.bfloat16)
-    read = accumulate(product(memory, queries.transpose(ACROSS)), change, attention.transpose(ACROSS))
-    return accumulate(faded, change, keys), change, read
+def _forward_step(faded, state, writes, reads, queries, keys, attention):
+    new = (writes[...].astype(jnp.float32) - product(state, reads.transpose(ACROSS))).astype(jnp.bfloat16)
+    read = accumulate(product(state, queries.transpose(ACROSS)), new, attention.transpose(ACROSS))
+    return accumulate(faded, new, keys), new, read
 
 
-def _backwards(faded, memory, cotangent, reads, queries, keys, attention):
-    turned = cotangent.transpose(ACROSS)
-    change = accumulate(product(turned, attention), memory, keys.transpose(ACROSS)).astype(jnp.bfloat16)
-    return accumulate(accumulate(faded, turned, queries), -change, reads), change, None
+def _backward_step(faded, state, d_out, reads, queries, keys, attention):
+    transposed = d_out.transpose(ACROSS)
+    new = accumulate(product(transposed, attention), state, keys.transpose(ACROSS)).astype(jnp.bfloat16)
+    return accumulate(accumulate(faded, transposed, queries), -new, reads), new, None

@@ -71,7 +71,7 @@ def rule(
     (R, T, N), dtype = g.shape, channels.dtype
     q, k, v = (x.astype(dtype) for x in heads(channels, N, key_width, value_width))
     q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
-    read = _read(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), dtype)
+    read = _chunk_outputs(q, k, v, g, beta, segments.reshape(R, -1, CHUNK), dtype)
     return jnp.moveaxis(read, 2, 3).reshape(R, T, N, value_width).astype(dtype)
 
 
@@ -83,13 +83,13 @@ def convolve_segments(
     taps = conv.astype(jnp.float32)
     out = qkv.astype(jnp.float32) * taps[:, -1][None, None]
     for back in range(1, W):
-        earlier = jnp.pad(qkv, ((0, 0), (back, 0), (0, 0)))[:, :T]
-        own = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :T] == segments
-        out += jnp.where(own[..., None], earlier.astype(jnp.float32) * taps[:, W - 1 - back][None, None], 0.0)
+        shifted = jnp.pad(qkv, ((0, 0), (back, 0), (0, 0)))[:, :T]
+        same = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :T] == segments
+        out += jnp.where(same[..., None], shifted.astype(jnp.float32) * taps[:, W - 1 - back][None, None], 0.0)
     return jax.nn.silu(out).astype(qkv.dtype)
 
 
-def _read(
+def _chunk_outputs(
     q: Float[Array, "R c N L K"],
     k: Float[Array, "R c N L K"],
     v: Float[Array, "R c N L V"],
@@ -99,9 +99,9 @@ def _read(
     dtype: jnp.dtype,
 ) -> Float32[Array, "R c N L V"]:
     decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
-    before = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]  # whose memory a chunk is handed
-    inherits = (segments == before)[:, :, None]  # [R, c, 1, L]
-    leaves = (segments == segments[..., -1:])[:, :, None]
+    incoming = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]  # whose memory a chunk is handed
+    is_incoming = (segments == incoming)[:, :, None]  # [R, c, 1, L]
+    is_outgoing = (segments == segments[..., -1:])[:, :, None]
     same = (segments[..., :, None] == segments[..., None, :])[:, :, None]
     between = jnp.exp(jnp.where(same & _earlier(), decay[..., :, None] - decay[..., None, :], -jnp.inf))
     # The diagonal is 1 and no function of the decay. As exp(0) it would give the decay two equal large gradients whose
@@ -111,20 +111,20 @@ def _read(
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # as they are read: they lie in the inputs' dtype
     k_beta = k * beta[..., None]
     overlap = _dot("rcnik,rcnjk->rcnij", k_beta, k, dtype) * overlap_decay
-    right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]], axis=-1)
+    right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(is_incoming, jnp.exp(decay), 0.0)[..., None]], axis=-1)
     inverse, width = unit_lower_inverse(overlap), v.shape[-1]
     writes = _dot("rcnij,rcnjv->rcnvi", inverse, right[..., :width], dtype)
     reads = _dot("rcnij,rcnjk->rcnik", inverse, right[..., width:], dtype)
     attention = _dot("rcnik,rcnjk->rcnij", q, k, dtype) * between
-    q_decayed = q * jnp.where(inherits, jnp.exp(decay), 0.0)[..., None]
-    k_decayed = k * jnp.where(leaves, jnp.exp(decay[..., -1:] - decay), 0.0)[..., None]
-    fade = jnp.where(inherits[..., -1], jnp.exp(decay[..., -1]), 0.0)
+    q_decayed = q * jnp.where(is_incoming, jnp.exp(decay), 0.0)[..., None]
+    k_decayed = k * jnp.where(is_outgoing, jnp.exp(decay[..., -1:] - decay), 0.0)[..., None]
+    fade = jnp.where(is_incoming[..., -1], jnp.exp(decay[..., -1]), 0.0)
 
-    memories, new = hand_over(*(x.astype(dtype) for x in (writes, reads, k_decayed)), fade)
-    return _dot("rcnlk,rcnvk->rcnlv", q_decayed, memories, dtype) + _dot("rcnij,rcnvj->rcniv", attention, new, dtype)
+    states, new = scan_states(*(x.astype(dtype) for x in (writes, reads, k_decayed)), fade)
+    return _dot("rcnlk,rcnvk->rcnlv", q_decayed, states, dtype) + _dot("rcnij,rcnvj->rcniv", attention, new, dtype)
 
 
-def hand_over(
+def scan_states(
     writes: Float[Array, "R c N V L"],
     reads: Float[Array, "R c N L K"],
     keys: Float[Array, "R c N L K"],
@@ -133,14 +133,14 @@ def hand_over(
     """The memory before each chunk, and what each token adds to it: the one sequential part."""
     (R, _, N, V, _), dtype = writes.shape, writes.dtype
 
-    def chunk(memory, terms):
+    def chunk(state, terms):
         write, read, key, fade = terms
-        new = write.astype(jnp.float32) - _dot("rnvk,rnlk->rnvl", memory, read, dtype)
-        return memory * fade[..., None, None] + _dot("rnvl,rnlk->rnvk", new, key, dtype), (memory, new)
+        new = write.astype(jnp.float32) - _dot("rnvk,rnlk->rnvl", state, read, dtype)
+        return state * fade[..., None, None] + _dot("rnvl,rnlk->rnvk", new, key, dtype), (state, new)
 
     terms = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (writes, reads, keys, fade))
-    _, (memories, new) = jax.lax.scan(chunk, jnp.zeros((R, N, V, reads.shape[-1])), terms)
-    return jnp.moveaxis(memories, 0, 1), jnp.moveaxis(new, 0, 1)
+    _, (states, new) = jax.lax.scan(chunk, jnp.zeros((R, N, V, reads.shape[-1])), terms)
+    return jnp.moveaxis(states, 0, 1), jnp.moveaxis(new, 0, 1)
 
 
 @jax.custom_vjp
@@ -156,26 +156,26 @@ def unit_lower_inverse(a: Float32[Array, "*batch L L"]) -> Float32[Array, "*batc
     while size < L:
         pairs = L // (2 * size)
         corners = a.reshape(*a.shape[:-2], pairs, 2 * size, pairs, 2 * size)[..., size:, :, :size]
-        own = jnp.eye(pairs, dtype=bool).reshape(*[1] * (a.ndim - 2), pairs, 1, pairs, 1)
+        same = jnp.eye(pairs, dtype=bool).reshape(*[1] * (a.ndim - 2), pairs, 1, pairs, 1)
         upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        corner = -_exact(_exact(lower, jnp.where(own, corners, 0.0).sum(axis=-2)), upper)
+        corner = -_exact(_exact(lower, jnp.where(same, corners, 0.0).sum(axis=-2)), upper)
         top = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
         size *= 2
     return inverse[..., 0, :, :]
 
 
-def _invert(a: Float32[Array, "*batch L L"]) -> tuple[Array, Array]:
+def _inverse_fwd(a: Float32[Array, "*batch L L"]) -> tuple[Array, Array]:
     inverse = unit_lower_inverse(a)
     return inverse, inverse
 
 
-def _pull_back(inverse: Float32[Array, "*batch L L"], bar: Float32[Array, "*batch L L"]) -> tuple[Array]:
-    across = jnp.swapaxes(inverse, -1, -2)
-    return (jnp.tril(-_exact(_exact(across, bar), across), -1),)
+def _inverse_bwd(inverse: Float32[Array, "*batch L L"], d_inverse: Float32[Array, "*batch L L"]) -> tuple[Array]:
+    transposed = jnp.swapaxes(inverse, -1, -2)
+    return (jnp.tril(-_exact(_exact(transposed, d_inverse), transposed), -1),)
 
 
-unit_lower_inverse.defvjp(_invert, _pull_back)
+unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
 
 
 def _exact(a: Float32[Array, "*batch i j"], b: Float32[Array, "*batch j k"]) -> Float32[Array, "*batch i k"]:

@@ -19,34 +19,34 @@ class Chunks(NamedTuple):
     """
 
     sequence: Int32[Array, " chunks"]
-    row: Int32[Array, " chunks"]
-    rows: Int32[Array, " chunks"]
+    start: Int32[Array, " chunks"]
+    num_tokens: Int32[Array, " chunks"]
     index: Int32[Array, " chunks"]
 
 
-def most_chunks(tokens: int, sequences: int) -> int:
+def max_chunks(tokens: int, sequences: int) -> int:
     """No `sequences` sequences within a row of `tokens` have more chunks than this."""
     return (tokens + (CHUNK - 1) * sequences) // CHUNK
 
 
-def chunk_table(starts: Int32[Array, " S"], lengths: Int32[Array, " S"], tokens: int) -> Chunks:
+def chunk_table(query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"], tokens: int) -> Chunks:
     """Cuts every sequence into chunks; empty ones have none."""
-    sequences = starts.shape[0]
-    ends = jnp.cumsum((lengths + CHUNK - 1) // CHUNK)
-    chunk = jnp.arange(most_chunks(tokens, sequences), dtype=jnp.int32)
+    sequences = query_starts.shape[0]
+    ends = jnp.cumsum((query_lens + CHUNK - 1) // CHUNK)
+    chunk = jnp.arange(max_chunks(tokens, sequences), dtype=jnp.int32)
     sequence = jnp.searchsorted(ends, chunk, side="right", method="compare_all").astype(jnp.int32)
-    before = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[sequence]
+    first_chunk = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])[sequence]
     real = sequence < sequences
     own = jnp.minimum(sequence, sequences - 1)
-    index = jnp.where(real, chunk - before, 0).astype(jnp.int32)
-    row = jnp.where(real, starts[own] + CHUNK * index, 0)
-    rows = jnp.where(real, jnp.minimum(lengths[own] - CHUNK * index, CHUNK), 0)
-    return Chunks(sequence, row, rows, index)
+    index = jnp.where(real, chunk - first_chunk, 0).astype(jnp.int32)
+    start = jnp.where(real, query_starts[own] + CHUNK * index, 0)
+    num_tokens = jnp.where(real, jnp.minimum(query_lens[own] - CHUNK * index, CHUNK), 0)
+    return Chunks(sequence, start, num_tokens, index)
 
 
 def snapshot_of_chunk(table: Chunks, snapshots: Int32[Array, "P 2"]) -> Int32[Array, " chunks"]:
     """Which snapshot each chunk's end state is, or -1. A chunk can be one snapshot; of several that ask for it the last."""
-    wanted = (table.sequence[:, None] == snapshots[None, :, 0]) & (table.index[:, None] + 1 == snapshots[None, :, 1])
-    wanted &= (table.rows == CHUNK)[:, None]
+    matches = (table.sequence[:, None] == snapshots[None, :, 0]) & (table.index[:, None] + 1 == snapshots[None, :, 1])
+    matches &= (table.num_tokens == CHUNK)[:, None]
     order = jnp.arange(snapshots.shape[0], dtype=jnp.int32)[None]
-    return jnp.max(jnp.where(wanted, order, -1), axis=1, initial=-1)
+    return jnp.max(jnp.where(matches, order, -1), axis=1, initial=-1)

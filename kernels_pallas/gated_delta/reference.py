@@ -26,10 +26,10 @@ def chunked(
     conv: Float[Array, "C W"],
     a_log: Float[Array, " N"],
     dt_bias: Float[Array, " N"],
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"],
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
     """`api.chunked`, less the tails (arXiv:2412.06464, section 3.3).
@@ -37,10 +37,10 @@ def chunked(
     Inside a chunk the writes depend on each other through a unit lower-triangular system, solved for all chunks at once; only
     the hand-over of the memory from chunk to chunk is sequential.
     """
-    T, (S, N, V, K) = qkv.shape[0], memory.shape
-    table = chunk_table(starts, lengths, T)
-    rows, real = _rows(table)
-    q, k, v = heads(_convolved_chunks(qkv, conv, tail, table), N, K, V)
+    T, (S, N, V, K) = qkv.shape[0], recurrent_state.shape
+    table = chunk_table(query_starts, query_lens, T)
+    rows, real = _token_rows(table)
+    q, k, v = heads(_convolved_chunks(qkv, conv, conv_state, table), N, K, V)
     g, beta = chunk_gates(a, b, a_log, dt_bias, table)
 
     q, k, v, g, beta = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, g, beta))  # [chunks, N, L, ...]
@@ -60,23 +60,23 @@ def chunked(
     fade = jnp.exp(decay[..., -1])[..., None, None]
     snapshot = snapshot_of_chunk(table, snapshots)
 
-    def hand_over(carry, chunk):
-        current, ends, kept = carry
+    def scan_chunk(carry, chunk):
+        current, final_states, snapshot_states = carry
         write, read, attend, q_out, k_in, fade, sequence, index, snapshot = chunk
-        current = jnp.where(index == 0, memory[jnp.minimum(sequence, S - 1)], current)
+        current = jnp.where(index == 0, recurrent_state[jnp.minimum(sequence, S - 1)], current)
         new_NLV = write - _dot("nlk,nvk->nlv", read, current)
         out_NLV = _dot("nlk,nvk->nlv", q_out, current) + _dot("nij,njv->niv", attend, new_NLV)
         current = current * fade + _dot("nlv,nlk->nvk", new_NLV, k_in)
-        ends = ends.at[sequence].set(current, mode="drop")
-        kept = kept.at[snapshot].set(current)  # the last entry, -1, takes those that nobody asked for
-        return (current, ends, kept), out_NLV
+        final_states = final_states.at[sequence].set(current, mode="drop")
+        snapshot_states = snapshot_states.at[snapshot].set(current)  # the last entry, -1, takes those that nobody asked for
+        return (current, final_states, snapshot_states), out_NLV
 
-    carry = (jnp.zeros((N, V, K)), memory, jnp.zeros((snapshots.shape[0] + 1, N, V, K)))
+    carry = (jnp.zeros((N, V, K)), recurrent_state, jnp.zeros((snapshots.shape[0] + 1, N, V, K)))
     terms = (writes, reads, attention, q_decayed, k_decayed, fade, table.sequence, table.index, snapshot)
-    (_, ends, kept), out = jax.lax.scan(hand_over, carry, terms)
+    (_, final_states, snapshot_states), out = jax.lax.scan(scan_chunk, carry, terms)
     out = jnp.moveaxis(out, 1, 2).astype(qkv.dtype)  # [chunks, L, N, V]
     packed = jnp.zeros((T, N, V), qkv.dtype).at[jnp.where(real, rows, T)].set(out, mode="drop")
-    return packed, ends, kept[:-1]
+    return packed, final_states, snapshot_states[:-1]
 
 
 def recurrent(
@@ -89,31 +89,31 @@ def recurrent(
     dt_bias: Float[Array, " N"],
     norm: Float[Array, " V"],
     eps: float,
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
-) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """`api.recurrent`, token by token."""
-    S, N, V, K = memory.shape
-    T, inputs = qkv.shape[1], conv.shape[1] - 1
+    S, N, V, K = recurrent_state.shape
+    T, history = qkv.shape[1], conv.shape[1] - 1
     active = slots >= 0
     own = jnp.clip(slots, 0, S - 1)
-    window = jnp.concatenate([tail[own].astype(qkv.dtype), qkv], axis=1)
+    window = jnp.concatenate([conv_state[own].astype(qkv.dtype), qkv], axis=1)
     q, k, v = heads(convolve(window, conv), N, K, V)
     g, beta = gates(a, b, a_log, dt_bias)
-    state = start = memory[own]
+    state = kept_state = recurrent_state[own]
     out = []
     for t in range(T):
         state, read = _step(state, q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t])
         out.append(read)
-        start = jnp.where((t < keep)[:, None, None, None], state, start)
+        kept_state = jnp.where((t < keep)[:, None, None, None], state, kept_state)
     out = gated_norm(jnp.stack(out, axis=1).astype(z.dtype), z, norm, eps)
     out = jnp.where(active[:, None, None, None], out, jnp.zeros((), out.dtype))
     written = jnp.where(active, slots, S)
-    ends = jnp.take_along_axis(window, (keep[:, None] + jnp.arange(inputs)[None])[..., None], axis=1)
-    memory = memory.at[written].set(start, mode="drop")
-    return out, memory, tail.at[written].set(ends.astype(tail.dtype), mode="drop")
+    last_inputs = jnp.take_along_axis(window, (keep[:, None] + jnp.arange(history)[None])[..., None], axis=1)
+    recurrent_state = recurrent_state.at[written].set(kept_state, mode="drop")
+    return out, recurrent_state, conv_state.at[written].set(last_inputs.astype(conv_state.dtype), mode="drop")
 
 
 def _step(state_BNVK: Array, q_BNK: Array, k_BNK: Array, v_BNV: Array, g_BN: Array, beta_BN: Array) -> tuple[Array, Array]:
@@ -163,7 +163,7 @@ def chunk_gates(
     a: Float[Array, "T N"], b: Float[Array, "T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"], table: Chunks
 ) -> tuple[Float32[Array, "chunks L N"], Float32[Array, "chunks L N"]]:
     """`gates` of every chunk's tokens; both 0 in rows past the end, which so change nothing."""
-    rows, real = _rows(table)
+    rows, real = _token_rows(table)
     rows = jnp.clip(rows, 0, a.shape[0] - 1)
     g, beta = gates(a[rows], b[rows], a_log, dt_bias)
     return jnp.where(real[..., None], g, 0.0), jnp.where(real[..., None], beta, 0.0)
@@ -179,23 +179,23 @@ def gated_norm(
     return (y * jax.nn.silu(z.astype(jnp.float32))).astype(z.dtype)
 
 
-def _rows(table: Chunks) -> tuple[Int32[Array, "chunks L"], Array]:
+def _token_rows(table: Chunks) -> tuple[Int32[Array, "chunks L"], Array]:
     """Each chunk's tokens in the row of tokens, and which are real."""
     within = jnp.arange(CHUNK, dtype=jnp.int32)[None]
-    return table.row[:, None] + within, within < table.rows[:, None]
+    return table.start[:, None] + within, within < table.num_tokens[:, None]
 
 
 def _convolved_chunks(
     qkv: Float[Array, "T C"],
     conv: Float[Array, "C W"],
-    tail: Float[Array, "S tail C"],
+    conv_state: Float[Array, "S history C"],
     table: Chunks,
 ) -> Float[Array, "chunks L C"]:
     """The chunks' channels after convolution; before a sequence's first token stands its tail."""
-    inputs = tail.shape[1]
-    own = jnp.minimum(table.sequence, tail.shape[0] - 1)
-    before = jnp.arange(-inputs, 0, dtype=jnp.int32)[None]
-    earlier = qkv[jnp.clip(table.row[:, None] + before, 0, qkv.shape[0] - 1)]
-    earlier = jnp.where((table.index == 0)[:, None, None], tail[own].astype(qkv.dtype), earlier)
-    chunk = qkv[jnp.clip(_rows(table)[0], 0, qkv.shape[0] - 1)]
+    history = conv_state.shape[1]
+    own = jnp.minimum(table.sequence, conv_state.shape[0] - 1)
+    before = jnp.arange(-history, 0, dtype=jnp.int32)[None]
+    earlier = qkv[jnp.clip(table.start[:, None] + before, 0, qkv.shape[0] - 1)]
+    earlier = jnp.where((table.index == 0)[:, None, None], conv_state[own].astype(qkv.dtype), earlier)
+    chunk = qkv[jnp.clip(_token_rows(table)[0], 0, qkv.shape[0] - 1)]
     return convolve(jnp.concatenate([earlier, chunk], axis=1), conv)

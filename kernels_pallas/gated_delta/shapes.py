@@ -53,7 +53,7 @@ TUNED = (
     ),
     Tuned(
         "gpu",
-        "gated_delta_hand_back",
+        "gated_delta_scan_backward",
         ({"groups": 1, "stages": 2}, {"groups": 2, "stages": 2}),
         {127: ("gated delta backward, 1 x 8,192",), None: ("gated delta backward, 8 x 1,024",)},
     ),

@@ -16,30 +16,36 @@ DTYPES = ("float32", "bfloat16")
 
 
 def gap(
-    qkv: Float[Array, "... C"], conv: Float[Array, "C W"], memory: Float32[Array, "S N V K"], tail: Float[Array, "S tail C"]
+    qkv: Float[Array, "... C"],
+    conv: Float[Array, "C W"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
 ) -> str | None:
     """Why the kernels do not serve these arguments, or None."""
-    (_, N, V, K), W = memory.shape, conv.shape[1]
+    (_, N, V, K), W = recurrent_state.shape, conv.shape[1]
     if (K, V) != (LANES, LANES):
         return f"memory's widths K and V are {(K, V)}, and it takes {(LANES, LANES)}"
     if qkv.shape[-1] != 3 * N * LANES:
         return f"qkv has {(qkv.shape[-1] - N * V) // (2 * K)} key heads to {N} value heads, and it takes as many of each"
     if 2 * N > LANES:
         return f"memory has {N} heads, and it takes up to {LANES // 2}"
-    if W - 1 > tpu_chunked.BEFORE:
-        return f"layer.conv has {W} taps, and it takes up to {tpu_chunked.BEFORE + 1}"
-    if str(qkv.dtype) not in DTYPES or tail.dtype != qkv.dtype:
-        return f"qkv is {qkv.dtype} and tail {tail.dtype}, and it takes {' or '.join(DTYPES)} for both"
+    if W - 1 > tpu_chunked.LOOKBACK:
+        return f"layer.conv has {W} taps, and it takes up to {tpu_chunked.LOOKBACK + 1}"
+    if str(qkv.dtype) not in DTYPES or conv_state.dtype != qkv.dtype:
+        return f"qkv is {qkv.dtype} and tail {conv_state.dtype}, and it takes {' or '.join(DTYPES)} for both"
     return None
 
 
 def step_gap(
-    qkv: Float[Array, "B T C"], conv: Float[Array, "C W"], memory: Float32[Array, "S N V K"], tail: Float[Array, "S tail C"]
+    qkv: Float[Array, "B T C"],
+    conv: Float[Array, "C W"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
 ) -> str | None:
     """Why the kernel does not serve these arguments of `recurrent`, or None."""
     if qkv.shape[1] > TOKENS:
         return f"qkv has {qkv.shape[1]} tokens a row, and it takes up to {TOKENS}"
-    return gap(qkv, conv, memory, tail)
+    return gap(qkv, conv, recurrent_state, conv_state)
 
 
 @jax.custom_vjp
@@ -50,57 +56,65 @@ def chunked(
     conv: Float[Array, "C W"],
     a_log: Float[Array, " N"],
     dt_bias: Float[Array, " N"],
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"],
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
     """`api.chunked`, less the tails."""
-    out, ends, kept = _forward(qkv, a, b, conv, a_log, dt_bias, memory, tail, starts, lengths, snapshots)
-    return out, ends, kept
+    out, final_states, snapshot_states = _forward(
+        qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots
+    )
+    return out, final_states, snapshot_states
 
 
-def _forward(qkv, a, b, conv, a_log, dt_bias, memory, tail, starts, lengths, snapshots, *, states=False):
+def _forward(
+    qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots, *, save_states=False
+):
     """`chunked`, and where asked for the memory before each chunk."""
-    T, (_, N, V, _) = qkv.shape[0], memory.shape
-    padding = _padded(T) - T
-    at = tpu_chunked.places(starts, lengths, snapshots, T + padding)
+    T, (_, N, V, _) = qkv.shape[0], recurrent_state.shape
+    padding = _padded_len(T) - T
+    windows = tpu_chunked.chunk_windows(query_starts, query_lens, snapshots, T + padding)
     qkv, gates = (jnp.pad(x, ((0, padding), (0, 0))) for x in (qkv, _gate_inputs(a, b)))
-    layer = _layer(conv, a_log, dt_bias)
-    out, *memories = tpu_chunked.forward(qkv, gates, *layer, memory, tail, at, len(snapshots), _heads(N), states)
-    return out[:T].reshape(T, N, V), *memories
+    layer = _layer_rows(conv, a_log, dt_bias)
+    out, *states = tpu_chunked.forward(
+        qkv, gates, *layer, recurrent_state, conv_state, windows, len(snapshots), _heads_per_step(N), save_states
+    )
+    return out[:T].reshape(T, N, V), *states
 
 
-def _keep_arguments(*arguments):
+def _chunked_fwd(*arguments):
     return chunked(*arguments), arguments
 
 
-def _backward(arguments, cotangents):
+def _chunked_bwd(arguments, cotangents):
     """Cotangents of `chunked`'s arguments: see tpu_backward."""
-    qkv, a, b, conv, a_log, dt_bias, _, tail, starts, lengths, snapshots = arguments
-    out_bar, ends_bar, kept_bar = cotangents
+    qkv, a, b, conv, a_log, dt_bias, _, conv_state, query_starts, query_lens, snapshots = arguments
+    d_out, d_final_states, d_snapshots = cotangents
     T, N = a.shape
-    *_, states = _forward(*arguments, states=True)
-    table = chunk_table(starts, lengths, _padded(T))
-    at = tpu_chunked.places(starts, lengths, snapshots, _padded(T))
+    *_, states = _forward(*arguments, save_states=True)
+    table = chunk_table(query_starts, query_lens, _padded_len(T))
+    windows = tpu_chunked.chunk_windows(query_starts, query_lens, snapshots, _padded_len(T))
     rows = backward.chunk_rows(table, T)
     position = tpu_backward.positions(table, rows, T)
-    project = functools.partial(tpu_backward.project, starts=starts, lengths=lengths, position=position)
-    (projected, g, beta), pull = jax.vjp(project, qkv, a, b, conv, a_log, dt_bias, tail)
-    projected, gates, out_bar = (
-        backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), out_bar.reshape(T, -1))
+    project = functools.partial(tpu_backward.project, query_starts=query_starts, query_lens=query_lens, position=position)
+    (projected, g, beta), pull = jax.vjp(project, qkv, a, b, conv, a_log, dt_bias, conv_state)
+    projected, gates, d_out = (
+        backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), d_out.reshape(T, -1))
     )
-    kept_bar = jnp.pad(kept_bar, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
-    *bars, memory_bar = tpu_backward.backward(projected, gates, states, out_bar, ends_bar, kept_bar, at, _heads(N))
-    *bars, tail_bar = pull(tuple(backward.to_tokens(x, rows, T).astype(jnp.float32) for x in bars))
-    return *bars, memory_bar, tail_bar, None, None, None
+    d_snapshots = jnp.pad(d_snapshots, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
+    *grads, d_recurrent_state = tpu_backward.backward(
+        projected, gates, states, d_out, d_final_states, d_snapshots, windows, _heads_per_step(N)
+    )
+    *grads, d_conv_state = pull(tuple(backward.to_tokens(x, rows, T).astype(jnp.float32) for x in grads))
+    return *grads, d_recurrent_state, d_conv_state, None, None, None
 
 
-chunked.defvjp(_keep_arguments, _backward)
+chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _padded(T: int) -> int:
+def _padded_len(T: int) -> int:
     """The tokens of a row that the kernels can cut windows from."""
     return max(tpu_chunked.WINDOW, -(-T // tpu_chunked.TILE) * tpu_chunked.TILE)
 
@@ -115,18 +129,18 @@ def recurrent(
     dt_bias: Float[Array, " N"],
     norm: Float[Array, " V"],
     eps: float,
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
-) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """`api.recurrent`."""
     norm = norm.astype(jnp.float32)[None]
-    layer = _layer(conv, a_log, dt_bias)
-    return tpu_recurrent.step(qkv, _gate_inputs(a, b), z, *layer, norm, eps, memory, tail, slots, keep)
+    layer = _layer_rows(conv, a_log, dt_bias)
+    return tpu_recurrent.step(qkv, _gate_inputs(a, b), z, *layer, norm, eps, recurrent_state, conv_state, slots, keep)
 
 
-def _heads(N: int) -> int:
+def _heads_per_step(N: int) -> int:
     """Heads of one step of the grid: the most that divide N, up to as many as hide the matrix unit's latency.
 
     On v5e the forward kernel takes 898, 709 and 641 bundles a head and chunk at 4, 8 and 16 heads, the backward kernel 1,058, 867
@@ -141,7 +155,7 @@ def _gate_inputs(a: Float[Array, "*tokens N"], b: Float[Array, "*tokens N"]) -> 
     return jnp.pad(both, [(0, 0)] * (both.ndim - 1) + [(0, LANES - both.shape[-1])])
 
 
-def _layer(
+def _layer_rows(
     conv: Float[Array, "C W"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"]
 ) -> tuple[Float32[Array, "W C"], Float32[Array, "1 lanes"], Float32[Array, "1 lanes"]]:
     """The filters by tap, and decay rate and bias in rows of 128."""

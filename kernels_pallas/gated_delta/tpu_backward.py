@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.gated_delta import reference
 from kernels_pallas.gated_delta.backward import to_tokens
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks
-from kernels_pallas.gated_delta.tpu_chunked import Places, columns, fading
+from kernels_pallas.gated_delta.tpu_chunked import ChunkWindows, decay_matrix, head_columns
 from kernels_pallas.gated_delta.tpu_math import LANES, compiler_params, cumulated, dot, lower_triangle, unit_inverse
 
 
@@ -35,24 +35,24 @@ def project(
     conv: Float[Array, "C W"],
     a_log: Float[Array, " N"],
     dt_bias: Float[Array, " N"],
-    tail: Float[Array, "S tail C"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
+    conv_state: Float[Array, "S history C"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
     position: Int32[Array, " T"],
 ) -> tuple[Float32[Array, "T C"], Float32[Array, "T N"], Float32[Array, "T N"]]:
     """Normalised queries, keys and values side by side, log decays and writing strengths of a packed row; float32.
 
     The convolution is over the row, less what lies before a token's own sequence; the few tokens that see the tail get it added.
     """
-    (T, C), W, N, inputs = qkv.shape, conv.shape[1], a.shape[1], tail.shape[1]
-    taps, x, before = conv.astype(jnp.float32).T, qkv.astype(jnp.float32), tail.astype(jnp.float32)
+    (T, C), W, N, inputs = qkv.shape, conv.shape[1], a.shape[1], conv_state.shape[1]
+    taps, x, history = conv.astype(jnp.float32).T, qkv.astype(jnp.float32), conv_state.astype(jnp.float32)
     linear = jnp.zeros((T, C), jnp.float32)
     for back in range(W):
         shifted = jnp.pad(x, ((back, 0), (0, 0)))[:T]
         linear += jnp.where((position >= back)[:, None], shifted, 0.0) * taps[W - 1 - back][None]
     for i in range(inputs):
-        seen = sum(before[:, inputs + i - back] * taps[W - 1 - back][None] for back in range(i + 1, W))
-        linear = linear.at[jnp.where(i < lengths, starts + i, T)].add(seen, mode="drop")
+        seen = sum(history[:, inputs + i - back] * taps[W - 1 - back][None] for back in range(i + 1, W))
+        linear = linear.at[jnp.where(i < query_lens, query_starts + i, T)].add(seen, mode="drop")
     q, k, v = (y.reshape(T, -1) for y in reference.heads(jax.nn.silu(linear)[None], N, LANES, LANES))
     g, beta = reference.gates(a[None], b[None], a_log, dt_bias)
     return jnp.concatenate([q, k, v], axis=1), g[0], beta[0]
@@ -62,10 +62,10 @@ def backward(
     qkv: Float[Array, "chunks L C"],
     gates: Float32[Array, "chunks L lanes"],
     states: Float32[Array, "chunks N V K"],
-    out_bar: Float[Array, "chunks L out"],
-    ends_bar: Float32[Array, "S N V K"],
-    kept_bar: Float32[Array, "P N V K"],
-    at: Places,
+    d_out: Float[Array, "chunks L out"],
+    d_final_states: Float32[Array, "S N V K"],
+    d_snapshots: Float32[Array, "P N V K"],
+    windows: ChunkWindows,
     heads: int,
 ) -> tuple[Float[Array, "chunks L C"], Float32[Array, "chunks L N"], Float32[Array, "chunks L N"], Float32[Array, "S N V K"]]:
     """The kernel over all chunks: cotangents of q, k, v side by side, of log decays, of writing strengths, and of the memory.
@@ -74,58 +74,58 @@ def backward(
       qkv: normalised queries, keys and values of each chunk; zeros where it has no token.
       gates: log decays, then writing strengths, all heads in lanes.
       states: the memory before each chunk.
-      out_bar, ends_bar, kept_bar: cotangents of what the forward kernel gives.
+      d_out, d_final_states, d_snapshots: cotangents of what the forward kernel gives.
     """
     (chunks, _, C), N = qkv.shape, states.shape[1]
     groups, width = N // heads, heads * LANES
 
     def channels(i):  # the step's heads of queries, keys or values
-        return pl.BlockSpec((1, CHUNK, width), lambda h, c, at: (chunks - 1 - c, 0, h + i * groups))
+        return pl.BlockSpec((1, CHUNK, width), lambda h, c, windows: (chunks - 1 - c, 0, h + i * groups))
 
-    by_chunk = pl.BlockSpec((1, CHUNK, LANES), lambda h, c, at: (chunks - 1 - c, 0, 0))
-    gates_bar = pl.BlockSpec((1, CHUNK, LANES), lambda h, c, at: (chunks - 1 - c, 0, h))
-    before = pl.BlockSpec((1, heads, LANES, LANES), lambda h, c, at: (chunks - 1 - c, h, 0, 0))
-    memory = pl.BlockSpec((1, heads, LANES, LANES), lambda h, c, at: (at.sequence[chunks - 1 - c], h, 0, 0))
+    by_chunk = pl.BlockSpec((1, CHUNK, LANES), lambda h, c, windows: (chunks - 1 - c, 0, 0))
+    d_gates = pl.BlockSpec((1, CHUNK, LANES), lambda h, c, windows: (chunks - 1 - c, 0, h))
+    before_chunk = pl.BlockSpec((1, heads, LANES, LANES), lambda h, c, windows: (chunks - 1 - c, h, 0, 0))
+    recurrent_state = pl.BlockSpec((1, heads, LANES, LANES), lambda h, c, windows: (windows.sequence[chunks - 1 - c], h, 0, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     part = jax.ShapeDtypeStruct((chunks, CHUNK, C // 3), qkv.dtype)
-    *parts, gates_bar, memory_bar = pl.pallas_call(
+    *parts, d_gates, d_recurrent_state = pl.pallas_call(
         functools.partial(_kernel, heads=heads, all_heads=N),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(groups, chunks),
-            in_specs=[[channels(i) for i in range(3)], by_chunk, before, channels(0), hbm, memory],
-            out_specs=[channels(0), channels(0), channels(0), gates_bar, memory],
+            in_specs=[[channels(i) for i in range(3)], by_chunk, before_chunk, channels(0), hbm, recurrent_state],
+            out_specs=[channels(0), channels(0), channels(0), d_gates, recurrent_state],
             scratch_shapes=[pltpu.VMEM((1, heads, LANES, LANES), jnp.float32), pltpu.VMEM((1, heads, LANES, LANES), jnp.float32)],
         ),
         out_shape=[
             *[part] * 3,
             jax.ShapeDtypeStruct((chunks, CHUNK, groups * LANES), jnp.float32),
-            jax.ShapeDtypeStruct(ends_bar.shape, jnp.float32),
+            jax.ShapeDtypeStruct(d_final_states.shape, jnp.float32),
         ],
-        input_output_aliases={len(at) + 7: 4},
+        input_output_aliases={len(windows) + 7: 4},
         compiler_params=compiler_params(qkv.dtype),
         name="gated_delta_backward",
-    )(at, [qkv] * 3, gates, states, out_bar, kept_bar, ends_bar)
-    by_group = gates_bar.reshape(chunks, CHUNK, groups, LANES)
-    g_bar, beta_bar = (by_group[..., i * heads : (i + 1) * heads].reshape(chunks, CHUNK, N) for i in range(2))
-    return jnp.concatenate(parts, axis=-1), g_bar, beta_bar, memory_bar
+    )(windows, [qkv] * 3, gates, states, d_out, d_snapshots, d_final_states)
+    by_group = d_gates.reshape(chunks, CHUNK, groups, LANES)
+    d_g, d_beta = (by_group[..., i * heads : (i + 1) * heads].reshape(chunks, CHUNK, N) for i in range(2))
+    return jnp.concatenate(parts, axis=-1), d_g, d_beta, d_recurrent_state
 
 
 def _kernel(
-    at,
+    windows,
     qkv_refs,
     gates_ref,
-    before_ref,
-    out_bar_ref,
-    kept_bar_ref,
-    ends_bar_ref,
-    q_bar_ref,
-    k_bar_ref,
-    v_bar_ref,
-    gates_bar_ref,
-    memory_bar_ref,
-    state_bar_ref,
-    kept_ref,
+    saved_state_ref,
+    d_out_ref,
+    d_snapshots_ref,
+    d_final_states_ref,
+    d_q_ref,
+    d_k_ref,
+    d_v_ref,
+    d_gates_ref,
+    d_recurrent_state_ref,
+    d_state_ref,
+    d_snapshot_ref,
     *,
     heads,
     all_heads,
@@ -133,55 +133,56 @@ def _kernel(
     group, step, chunks = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     chunk = chunks - 1 - step
     later = jnp.minimum(chunk + 1, chunks - 1)
-    real = at.rows[chunk] > 0
-    ends = (step == 0) | (at.rows[later] == 0) | (at.index[later] == 0)  # the chunk is its sequence's last
+    real = windows.num_tokens[chunk] > 0
+    # Whether the chunk is its sequence's last.
+    is_last = (step == 0) | (windows.num_tokens[later] == 0) | (windows.index[later] == 0)
 
     @pl.when(~real & (step == 0))
     def _():  # if there is no token at all, this is what is written back
-        memory_bar_ref[...] = ends_bar_ref[...]
+        d_recurrent_state_ref[...] = d_final_states_ref[...]
 
-    @pl.when(real & ends)
+    @pl.when(real & is_last)
     def _():
-        state_bar_ref[...] = ends_bar_ref[...]
+        d_state_ref[...] = d_final_states_ref[...]
 
-    @pl.when(real & (at.snapshot[chunk] >= 0))
+    @pl.when(real & (windows.snapshot[chunk] >= 0))
     def _():
-        part = kept_bar_ref.at[pl.ds(at.snapshot[chunk], 1), pl.ds(group * heads, heads)]
-        pltpu.sync_copy(part, kept_ref)
-        state_bar_ref[...] += kept_ref[...]
+        part = d_snapshots_ref.at[pl.ds(windows.snapshot[chunk], 1), pl.ds(group * heads, heads)]
+        pltpu.sync_copy(part, d_snapshot_ref)
+        d_state_ref[...] += d_snapshot_ref[...]
 
     @pl.when(real)
     def _():
         q, k, v = (_by_head(ref, heads) for ref in qkv_refs)
         decay = pltpu.roll(cumulated(gates_ref[0]), LANES - group * heads, 1)
         beta = pltpu.roll(gates_ref[0], LANES - all_heads - group * heads, 1)
-        terms = q, k, v, decay, beta, before_ref[0], _by_head(out_bar_ref, heads), state_bar_ref[0]
-        q_bar, k_bar, v_bar, decay_bar, beta_bar, state_bar = chunk_backward(*terms, heads, q_bar_ref.dtype)
-        for ref, bar in ((q_bar_ref, q_bar), (k_bar_ref, k_bar), (v_bar_ref, v_bar)):
+        terms = q, k, v, decay, beta, saved_state_ref[0], _by_head(d_out_ref, heads), d_state_ref[0]
+        d_q, d_k, d_v, d_decay, d_beta, d_state = chunk_backward(*terms, heads, d_q_ref.dtype)
+        for ref, grad in ((d_q_ref, d_q), (d_k_ref, d_k), (d_v_ref, d_v)):
             for j in range(heads):
-                ref[0, :, j * LANES : (j + 1) * LANES] = bar[j].astype(ref.dtype)
-        gates_bar_ref[0] = _in_lanes(decay_bar, beta_bar, heads)
-        state_bar_ref[0] = state_bar
+                ref[0, :, j * LANES : (j + 1) * LANES] = grad[j].astype(ref.dtype)
+        d_gates_ref[0] = _in_lanes(d_decay, d_beta, heads)
+        d_state_ref[0] = d_state
 
-        @pl.when(at.index[chunk] == 0)
+        @pl.when(windows.index[chunk] == 0)
         def _():
-            memory_bar_ref[0] = state_bar
+            d_recurrent_state_ref[0] = d_state
 
 
-def chunk_backward(q, k, v, decay, beta, state, out_bar, state_bar, heads, dtype):
+def chunk_backward(q, k, v, decay, beta, state, d_out, d_state, heads, dtype):
     """The transpose of tpu_chunked.chunk_forward, whose steps it computes again; all float32, matrix operands cast to `dtype`.
 
     Args:
       q, k, v, decay, beta, state: as there.
-      out_bar: cotangent of what the tokens read, [H, L, V].
-      state_bar: cotangent of the memory after the chunk, [H, V, K].
+      d_out: cotangent of what the tokens read, [H, L, V].
+      d_state: cotangent of the memory after the chunk, [H, V, K].
 
     Returns:
       Cotangents of q, k, v, of the cumulated log decay and of beta, [H, L, 1], and of the memory before the chunk.
     """
-    d, beta = columns(decay, heads), columns(beta, heads)
+    d, beta = head_columns(decay, heads), head_columns(beta, heads)
     fade, last = jnp.exp(d), d[:, CHUNK - 1 :]
-    between, strictly = fading(decay, heads), lower_triangle(1)[None]
+    between, strictly = decay_matrix(decay, heads), lower_triangle(1)[None]
     qk = jnp.concatenate([q, k], axis=1)
     by_key, by_state = dot("nik,njk->nij", qk, k, dtype), dot("nlk,nvk->nlv", qk, state, dtype)
     attention, overlap = by_key[:, :CHUNK] * between, by_key[:, CHUNK:] * between
@@ -190,29 +191,29 @@ def chunk_backward(q, k, v, decay, beta, state, out_bar, state_bar, heads, dtype
     new = dot("nij,njv->niv", inverse, beta * error, dtype)
     k_in = k * jnp.exp(last - d)
 
-    new_bar = dot("nij,niv->njv", attention, out_bar, dtype) + dot("nlk,nvk->nlv", k_in, state_bar, dtype)
-    right_bar = dot("nij,niv->njv", inverse, new_bar, dtype)
-    attention_bar = dot("niv,njv->nij", out_bar, new, dtype) * between
-    overlap_bar = jnp.where(strictly, -dot("niv,njv->nij", right_bar, new, dtype), 0.0)
-    key_bar = overlap_bar * between * beta
-    by_state_bar = jnp.concatenate([fade * out_bar, -beta * fade * right_bar], axis=1)
-    qk_bar = dot("nlv,nvk->nlk", by_state_bar, state, dtype)
-    k_in_bar = dot("nlv,nvk->nlk", new, state_bar, dtype) * jnp.exp(last - d)
+    d_new = dot("nij,niv->njv", attention, d_out, dtype) + dot("nlk,nvk->nlv", k_in, d_state, dtype)
+    d_right = dot("nij,niv->njv", inverse, d_new, dtype)
+    d_attention = dot("niv,njv->nij", d_out, new, dtype) * between
+    d_overlap = jnp.where(strictly, -dot("niv,njv->nij", d_right, new, dtype), 0.0)
+    d_key = d_overlap * between * beta
+    d_by_state = jnp.concatenate([fade * d_out, -beta * fade * d_right], axis=1)
+    d_qk = dot("nlv,nvk->nlk", d_by_state, state, dtype)
+    d_k_in = dot("nlv,nvk->nlk", new, d_state, dtype) * jnp.exp(last - d)
 
-    q_bar = qk_bar[:, :CHUNK] + dot("nij,njk->nik", attention_bar, k, dtype)
-    k_bar = qk_bar[:, CHUNK:] + k_in_bar + dot("nij,njk->nik", key_bar + key_bar.swapaxes(1, 2), k, dtype)
-    k_bar += dot("nij,nik->njk", attention_bar, q, dtype)
-    beta_bar = _sum(right_bar * error) + _sum(overlap_bar * overlap)
+    d_q = d_qk[:, :CHUNK] + dot("nij,njk->nik", d_attention, k, dtype)
+    d_k = d_qk[:, CHUNK:] + d_k_in + dot("nij,njk->nik", d_key + d_key.swapaxes(1, 2), k, dtype)
+    d_k += dot("nij,nik->njk", d_attention, q, dtype)
+    d_beta = _sum(d_right * error) + _sum(d_overlap * overlap)
 
-    pairs = attention_bar * by_key[:, :CHUNK] + overlap_bar * overlap * beta
-    written = _sum(k * k_in_bar)
-    decay_bar = _sum(pairs - pairs.swapaxes(1, 2)) - written + _sum(by_state_bar[:, :CHUNK] * by_state[:, :CHUNK])
-    decay_bar += _sum(by_state_bar[:, CHUNK:] * by_state[:, CHUNK:])
-    whole = jnp.sum(written, axis=1, keepdims=True) + jnp.exp(last) * jnp.sum(_sum(state_bar * state), axis=1, keepdims=True)
+    pairs = d_attention * by_key[:, :CHUNK] + d_overlap * overlap * beta
+    written = _sum(k * d_k_in)
+    d_decay = _sum(pairs - pairs.swapaxes(1, 2)) - written + _sum(d_by_state[:, :CHUNK] * by_state[:, :CHUNK])
+    d_decay += _sum(d_by_state[:, CHUNK:] * by_state[:, CHUNK:])
+    whole = jnp.sum(written, axis=1, keepdims=True) + jnp.exp(last) * jnp.sum(_sum(d_state * state), axis=1, keepdims=True)
     token = jax.lax.broadcasted_iota(jnp.int32, (1, CHUNK, 1), 1)
-    decay_bar += jnp.where(token == CHUNK - 1, whole, 0.0)
-    state_bar = jnp.exp(last) * state_bar + dot("nlv,nlk->nvk", by_state_bar, qk, dtype)
-    return q_bar, k_bar, beta * right_bar, decay_bar, beta_bar, state_bar
+    d_decay += jnp.where(token == CHUNK - 1, whole, 0.0)
+    d_state = jnp.exp(last) * d_state + dot("nlv,nlk->nvk", d_by_state, qk, dtype)
+    return d_q, d_k, beta * d_right, d_decay, d_beta, d_state
 
 
 def _sum(x):
@@ -223,11 +224,11 @@ def _by_head(ref, heads):
     return jnp.stack([ref[0, :, j * LANES : (j + 1) * LANES].astype(jnp.float32) for j in range(heads)])
 
 
-def _in_lanes(decay_bar, beta_bar, heads):
+def _in_lanes(d_decay, d_beta, heads):
     """Cotangents of the log decays, cumulated from the chunk's end, then of the strengths, the step's heads in lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     decays = strengths = jnp.zeros((CHUNK, LANES), jnp.float32)
     for j in range(heads):
-        decays = jnp.where(lane == j, decay_bar[j], decays)
-        strengths = jnp.where(lane == heads + j, beta_bar[j], strengths)
+        decays = jnp.where(lane == j, d_decay[j], decays)
+        strengths = jnp.where(lane == heads + j, d_beta[j], strengths)
     return dot("ij,in->jn", lower_triangle(0).astype(jnp.float32), decays, jnp.float32) + strengths

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.gated_delta.tpu_math import LANES, dot, normalised, softplus
 
 
-def held_slots(slots: Int32[Array, " B"]) -> Int32[Array, " B"]:
+def block_slots(slots: Int32[Array, " B"]) -> Int32[Array, " B"]:
     """Each row's slot; for rows of no slot that of the last row before that has one, or of the first that has one, or 0."""
     row = jnp.arange(slots.shape[0], dtype=jnp.int32)
     last = jax.lax.cummax(jnp.where(slots >= 0, row, -1))
@@ -32,11 +32,11 @@ def step(
     bias: Float32[Array, "1 lanes"],
     norm: Float32[Array, "1 V"],
     eps: float,
-    memory: Float32[Array, "S N V K"],
-    tail: Float[Array, "S tail C"],
+    recurrent_state: Float32[Array, "S N V K"],
+    conv_state: Float[Array, "S history C"],
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
-) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """The kernel over all rows; `gate_inputs`, `conv`, `rate` and `bias` as in tpu_chunked.forward."""
 
     def row(x):
@@ -49,8 +49,8 @@ def step(
         return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
     B, T, C = qkv.shape
-    scalars = (held_slots(slots), slots, keep)
-    constants, state = (conv.reshape(-1, C // LANES, LANES), rate, bias, norm), (memory, tail)
+    scalars = (block_slots(slots), slots, keep)
+    constants, state = (conv.reshape(-1, C // LANES, LANES), rate, bias, norm), (recurrent_state, conv_state)
     before = len(scalars) + 3 + len(constants)
     return pl.pallas_call(
         functools.partial(_kernel, eps=eps),
@@ -59,9 +59,9 @@ def step(
             grid=(B,),
             in_specs=[row(qkv), row(gate_inputs), row(z), *map(whole, constants), *map(slot, state)],
             out_specs=[row(z), *map(slot, state)],
-            scratch_shapes=[pltpu.VMEM((C // LANES, tail.shape[1] + T, LANES), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((C // LANES, conv_state.shape[1] + T, LANES), jnp.float32)],
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (z, memory, tail)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (z, recurrent_state, conv_state)],
         input_output_aliases={before: 1, before + 1: 2},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="gated_delta_recurrent",
@@ -79,11 +79,11 @@ def _kernel(
     rate_ref,
     bias_ref,
     norm_ref,
-    memory_ref,
-    tail_ref,
+    state_ref,
+    conv_state_ref,
     out_ref,
-    new_memory_ref,
-    new_tail_ref,
+    new_state_ref,
+    new_conv_state_ref,
     window_ref,
     *,
     eps,
@@ -97,31 +97,31 @@ def _kernel(
 
     @pl.when(~active & (row == 0))
     def _():  # if no row has a slot, this is what is written back; else the first that has one overwrites it
-        new_memory_ref[...] = memory_ref[...]
-        new_tail_ref[...] = tail_ref[...]
+        new_state_ref[...] = state_ref[...]
+        new_conv_state_ref[...] = conv_state_ref[...]
 
     @pl.when(active)
     def _():
         T, N, _ = z_ref.shape[1:]
-        _shift_in(qkv_ref, tail_ref, window_ref, new_tail_ref, keep[row])
+        _shift_in(qkv_ref, conv_state_ref, window_ref, new_conv_state_ref, keep[row])
         x = gate_ref[0]
         decay = jnp.exp(-rate_ref[...] * softplus(x + bias_ref[...]))[:, :N].T
         beta = jax.lax.logistic(x)[:, N : 2 * N].T
         tokens = [_project(window_ref, conv_ref, t, N) for t in range(T)]
-        for t, read in enumerate(_recur(tokens, decay, beta, keep[row], memory_ref, new_memory_ref)):
+        for t, read in enumerate(_recur(tokens, decay, beta, keep[row], state_ref, new_state_ref)):
             y = read * jax.lax.rsqrt(jnp.mean(read * read, axis=-1, keepdims=True) + eps)
             z = z_ref[0, t].astype(jnp.float32)
             out_ref[0, t] = (y * norm_ref[...] * z * jax.lax.logistic(z)).astype(out_ref.dtype)
 
 
-def _shift_in(qkv_ref, tail_ref, window_ref, new_tail_ref, keep):
+def _shift_in(qkv_ref, conv_state_ref, window_ref, new_conv_state_ref, keep):
     """Puts the tail and the tokens into scratch, [C / lanes, W - 1 + T, lanes], and writes the tail after `keep` tokens."""
-    inputs = tail_ref.shape[1]
+    inputs = conv_state_ref.shape[1]
     for j in range(window_ref.shape[0]):
         lanes = slice(j * LANES, (j + 1) * LANES)
-        window_ref[j, :inputs] = tail_ref[0, :, lanes].astype(jnp.float32)
+        window_ref[j, :inputs] = conv_state_ref[0, :, lanes].astype(jnp.float32)
         window_ref[j, inputs:] = qkv_ref[0, :, lanes].astype(jnp.float32)
-        new_tail_ref[0, :, lanes] = window_ref[j, pl.ds(keep, inputs)].astype(new_tail_ref.dtype)
+        new_conv_state_ref[0, :, lanes] = window_ref[j, pl.ds(keep, inputs)].astype(new_conv_state_ref.dtype)
 
 
 def _project(window_ref, conv_ref, t, N):
@@ -131,7 +131,7 @@ def _project(window_ref, conv_ref, t, N):
     return normalised(q) * LANES**-0.5, normalised(k), v
 
 
-def _recur(tokens, decay, beta, keep, memory_ref, new_memory_ref):
+def _recur(tokens, decay, beta, keep, state_ref, new_state_ref):
     """What each token reads, [N, V]; writes the memory after `keep` tokens.
 
     `tokens` are (q, k, v), [N, lanes] each; decay and beta are [N, T]. A head's memory, [V, K], is loaded and stored once. The
@@ -141,7 +141,7 @@ def _recur(tokens, decay, beta, keep, memory_ref, new_memory_ref):
     N, T = decay.shape
     reads = [[] for _ in range(T)]
     for n in range(N):
-        state = kept = memory_ref[0, n]
+        state = kept_state = state_ref[0, n]
         for t, token in enumerate(tokens):
             q, k, v = (x[n : n + 1] for x in token)
             fade, strength = (x[n : n + 1, t : t + 1] for x in (decay, beta))
@@ -149,6 +149,6 @@ def _recur(tokens, decay, beta, keep, memory_ref, new_memory_ref):
             new = strength * (v - fade * by_key)
             reads[t].append(fade * by_query + new * jnp.sum(k * q, axis=1, keepdims=True))
             state = state * fade + jnp.broadcast_to(new, state.shape).T * k
-            kept = jnp.where(t < keep, state, kept)
-        new_memory_ref[0, n] = kept
+            kept_state = jnp.where(t < keep, state, kept_state)
+        new_state_ref[0, n] = kept_state
     return [jnp.concatenate(rows) for rows in reads]

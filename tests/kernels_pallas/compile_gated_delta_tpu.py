@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas import gated_delta
 from kernels_pallas.gated_delta import shapes, tpu_backward, tpu_chunked
-from kernels_pallas.gated_delta.packing import CHUNK, most_chunks
+from kernels_pallas.gated_delta.packing import CHUNK, max_chunks
 from kernels_pallas.gated_delta.tpu_math import LANES
 from kernels_pallas.tuning import chosen
 
@@ -77,7 +77,7 @@ def backward_kernel(qkv, gates, states, out_bar, ends_bar, kept_bar, starts, len
 
 
 def backward_arguments() -> tuple:
-    chunks = most_chunks(T, S)
+    chunks = max_chunks(T, S)
     tokens = array(chunks, CHUNK, C), floats(chunks, CHUNK, LANES), floats(chunks, N, V, K), array(chunks, CHUNK, N * V)
     return *tokens, floats(S, N, V, K), floats(4, N, V, K), *PLACES
 

@@ -33,7 +33,7 @@ from kernels_pallas.tune import TUNED
 TUNED_IN = {  # the program to try a kernel's cuts in
     "gated_delta_recurrent": "100 slots",
     "gated_delta_scan": "1 x 8,192",
-    "gated_delta_hand_back": "gradients of 1 x 8,192",
+    "gated_delta_scan_backward": "gradients of 1 x 8,192",
     "packed_attention": "1 photo",
     "packed_attention_backward": "1 photo, gradients",
     "paged_attention_decode": "decode 100 x 1,024",
@@ -92,8 +92,8 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         projected = like(B, T, CHANNELS), like(B, T, HEADS), like(B, T, HEADS), like(B, T, HEADS, WIDTH)
         step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
 
-        def run(qkv, a, b, z, layer, norm, memory, tail, slots, keep, step=step):
-            return step(qkv, a, b, z, layer, norm, memory=memory, tail=tail, slots=slots, keep=keep)
+        def run(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slots, keep, step=step):
+            return step(qkv, a, b, z, layer, norm, recurrent_state=recurrent_state, conv_state=conv_state, slots=slots, keep=keep)
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()

@@ -20,10 +20,10 @@ class Case:
     a: jax.Array
     b: jax.Array
     layer: Layer
-    memory: jax.Array
-    tail: jax.Array
-    starts: jax.Array
-    lengths: jax.Array
+    recurrent_state: jax.Array
+    conv_state: jax.Array
+    query_starts: jax.Array
+    query_lens: jax.Array
 
     def arguments(self) -> tuple:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -38,9 +38,9 @@ def draw(rng, lengths, *, heads=2, key_heads=None, K=16, V=16, decay="usual", dt
         starts[s] = at
         at += lengths[s]
     T = -(-(at + 1) // 256) * 256 if gaps else at  # few different sizes: each is compiled
-    kept = np.exp(rng.uniform(*DECAYS[decay], (T, heads)))  # -g of every token
+    rates = np.exp(rng.uniform(*DECAYS[decay], (T, heads)))  # -g of every token
     a_log, dt_bias = rng.uniform(-1, 1, heads), rng.uniform(-1, 1, heads)
-    rate = kept / np.exp(a_log)
+    rate = rates / np.exp(a_log)
     a = np.where(rate > 30, rate, np.log(np.expm1(np.minimum(rate, 30)))) - dt_bias
     return Case(
         jnp.asarray(rng.standard_normal((T, C)), dtype),
@@ -54,39 +54,39 @@ def draw(rng, lengths, *, heads=2, key_heads=None, K=16, V=16, decay="usual", dt
     )
 
 
-def naive(qkv, a, b, layer, memory, tail):
+def naive(qkv, a, b, layer, recurrent_state, conv_state):
     """One sequence: what each token reads, and the memory after each token (float64 [T, N, V] and [T, N, V, K])."""
-    qkv, a, b, memory, tail = (np.asarray(x, np.float64) for x in (qkv, a, b, memory, tail))
+    qkv, a, b, recurrent_state, conv_state = (np.asarray(x, np.float64) for x in (qkv, a, b, recurrent_state, conv_state))
     conv, a_log, dt_bias = (np.asarray(x, np.float64) for x in layer)
-    (N, V, K), T = memory.shape, len(qkv)
-    q, k, v = project(qkv, tail, conv, N, K, V)
+    (N, V, K), T = recurrent_state.shape, len(qkv)
+    q, k, v = project(qkv, conv_state, conv, N, K, V)
     g = -np.exp(a_log) * np.logaddexp(a + dt_bias, 0)
     beta = 1 / (1 + np.exp(-b))
-    out, memories = np.zeros((T, N, V)), np.zeros((T, N, V, K))
+    out, states = np.zeros((T, N, V)), np.zeros((T, N, V, K))
     for t in range(T):
-        memory = np.exp(g[t])[:, None, None] * memory
-        error = v[t] - (memory @ k[t][..., None])[..., 0]
-        memory = memory + (beta[t][:, None] * error)[..., None] * k[t][:, None]
-        out[t], memories[t] = (memory @ q[t][..., None])[..., 0], memory
-    return out, memories
+        recurrent_state = np.exp(g[t])[:, None, None] * recurrent_state
+        error = v[t] - (recurrent_state @ k[t][..., None])[..., 0]
+        recurrent_state = recurrent_state + (beta[t][:, None] * error)[..., None] * k[t][:, None]
+        out[t], states[t] = (recurrent_state @ q[t][..., None])[..., 0], recurrent_state
+    return out, states
 
 
-def naive_end(case: Case, s: int):
+def naive_final(case: Case, s: int):
     """`naive` of one sequence of a case, without a memory for every token: what each reads, and the last memory."""
-    own = slice(int(case.starts[s]), int(case.starts[s] + case.lengths[s]))
-    outs, memory, tail = [], case.memory[s], case.tail[s]
+    own = slice(int(case.query_starts[s]), int(case.query_starts[s] + case.query_lens[s]))
+    outs, recurrent_state, conv_state = [], case.recurrent_state[s], case.conv_state[s]
     for start in range(own.start, own.stop, 500):
         part = slice(start, min(start + 500, own.stop))
-        out, memories = naive(case.qkv[part], case.a[part], case.b[part], case.layer, memory, tail)
+        out, states = naive(case.qkv[part], case.a[part], case.b[part], case.layer, recurrent_state, conv_state)
         outs.append(out)
-        tail = np.concatenate([np.asarray(tail, np.float64), np.asarray(case.qkv[part], np.float64)])[-3:]
-        memory = memories[-1]
-    return np.concatenate(outs), memory
+        conv_state = np.concatenate([np.asarray(conv_state, np.float64), np.asarray(case.qkv[part], np.float64)])[-3:]
+        recurrent_state = states[-1]
+    return np.concatenate(outs), recurrent_state
 
 
-def project(qkv, tail, conv, N, K, V):
+def project(qkv, conv_state, conv, N, K, V):
     """Convolution, SiLU, heads and normalisation; float64."""
-    window = np.concatenate([tail, qkv])
+    window = np.concatenate([conv_state, qkv])
     linear = sum(window[i : i + len(qkv)] * conv[:, i] for i in range(conv.shape[1]))
     x = linear / (1 + np.exp(-linear))
     q, k, v = np.split(x, [(x.shape[1] - N * V) // 2, x.shape[1] - N * V], axis=1)
@@ -103,31 +103,31 @@ def gated_norm(x, z, weight, eps):
 
 def sequences(case: Case):
     """For each sequence: (its tokens, what each reads, the memory after each)."""
-    for s, (start, length) in enumerate(zip(np.asarray(case.starts), np.asarray(case.lengths), strict=True)):
+    for s, (start, length) in enumerate(zip(np.asarray(case.query_starts), np.asarray(case.query_lens), strict=True)):
         own = slice(int(start), int(start + length))
-        yield own, *naive(case.qkv[own], case.a[own], case.b[own], case.layer, case.memory[s], case.tail[s])
+        yield own, *naive(case.qkv[own], case.a[own], case.b[own], case.layer, case.recurrent_state[s], case.conv_state[s])
 
 
-def usual_output(expected) -> float:
+def output_rms(expected) -> float:
     """Root mean square of what all tokens of a case's `sequences` read. A single token's may be far smaller, where its query
     hardly meets its key: a product of bfloat16 numbers that cancel has the error of its terms."""
     return rms(np.concatenate([out for _, out, _ in expected]))
 
 
-def gate_terms(case: Case, a_bar):
+def gate_terms(case: Case, d_a):
     """Per head, the sizes of the terms that the gradients of `a_log` and `dt_bias` are sums of, from that of `a`; float64."""
-    x, a_bar = (np.asarray(y, np.float64) for y in (case.a, a_bar))
+    x, d_a = (np.asarray(y, np.float64) for y in (case.a, d_a))
     x = x + np.asarray(case.layer.dt_bias, np.float64)
     rates = np.logaddexp(x, 0) * (1 + np.exp(-x))  # d(g)/d(a_log) over d(g)/d(a)
-    return np.abs(a_bar * rates).sum(axis=0), np.abs(a_bar).sum(axis=0)
+    return np.abs(d_a * rates).sum(axis=0), np.abs(d_a).sum(axis=0)
 
 
-def worst_gradient(case: Case, found, expected):
+def worst_gradient_error(case: Case, found, expected):
     """The largest error of gradients of `chunked`'s first eight arguments, and whose it is: relative RMS, but for sums over all
     tokens, which may come out near zero, relative to the sizes of what they add up."""
-    names = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "memory", "tail")
+    names = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "recurrent_state", "conv_state")
     errors = {name: relative_rms(x, y) for name, x, y in zip(names, found, expected, strict=True)}
     for name, size in zip(("a_log", "dt_bias"), gate_terms(case, expected[1]), strict=True):
-        x, y = (np.asarray(bars[names.index(name)], np.float64) for bars in (found, expected))
+        x, y = (np.asarray(grads[names.index(name)], np.float64) for grads in (found, expected))
         errors[name] = np.max(np.abs(x - y) / size)
     return max((error, name) for name, error in errors.items())

@@ -30,8 +30,8 @@ def programs(rng):
         inputs, named = step(rng, rows=rows, slots=3, heads=2)
 
         def run(*inputs, factor=factor, **named):
-            out, memory, tail = gated_delta.recurrent(*inputs, eps=1e-6, **named, backend="gpu")
-            return factor * out, memory, tail
+            out, recurrent_state, conv_state = gated_delta.recurrent(*inputs, eps=1e-6, **named, backend="gpu")
+            return factor * out, recurrent_state, conv_state
 
         found.append((run, inputs, named))
     return found

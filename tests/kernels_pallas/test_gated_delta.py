@@ -26,11 +26,11 @@ LENGTHS = [0, 1, 2, 3, 63, 64, 65, 128, 150, 200]
 def test_chunked_follows_the_recurrence(decay, lengths, seed):
     case = truth.draw(np.random.default_rng(seed), lengths, heads=4, key_heads=2, K=16, V=24, decay=decay)
     found = chunked(*case.arguments())
-    for s, (own, out, memories) in enumerate(truth.sequences(case)):
-        end = memories[-1] if lengths[s] else case.memory[s]
+    for s, (own, out, states) in enumerate(truth.sequences(case)):
+        end = states[-1] if lengths[s] else case.recurrent_state[s]
         assert relative_rms(found.recurrent_state[s], end) < GATED_DELTA["reference"]
-        tail = np.concatenate([case.tail[s], case.qkv[own]])[-3:]
-        np.testing.assert_array_equal(found.conv_state[s], tail)
+        conv_state = np.concatenate([case.conv_state[s], case.qkv[own]])[-3:]
+        np.testing.assert_array_equal(found.conv_state[s], conv_state)
         if lengths[s]:
             assert relative_rms(found.out[own], out) < GATED_DELTA["reference"]
 
@@ -42,9 +42,9 @@ def test_snapshots_are_the_memories_at_chunk_ends():
     found = chunked(*case.arguments(), jnp.asarray(wanted, jnp.int32))
     expected = list(truth.sequences(case))
     for i, (s, chunks) in enumerate(wanted[:4]):
-        own, _, memories = expected[s]
+        own, _, states = expected[s]
         end = 64 * chunks
-        assert relative_rms(found.snapshots[i], memories[end - 1]) < GATED_DELTA["reference"]
+        assert relative_rms(found.snapshots[i], states[end - 1]) < GATED_DELTA["reference"]
         np.testing.assert_array_equal(found.snapshot_conv_states[i], case.qkv[own][end - 3 : end])
     assert not np.asarray(found.snapshots[4:]).any()
     assert not np.asarray(found.snapshot_conv_states[4:]).any()
@@ -55,7 +55,7 @@ def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
     whole = chunked(*case.arguments(), jnp.array([[0, 2]], jnp.int32))
     qkv, a, b, layer, *_ = case.arguments()
     start, length = jnp.zeros(1, jnp.int32), jnp.full(1, 128, jnp.int32)
-    first = chunked(qkv[:128], a[:128], b[:128], layer, case.memory, case.tail, start, length)
+    first = chunked(qkv[:128], a[:128], b[:128], layer, case.recurrent_state, case.conv_state, start, length)
     second = chunked(qkv[128:], a[128:], b[128:], layer, first.recurrent_state, first.conv_state, start, length)
     np.testing.assert_array_equal(first.recurrent_state, whole.snapshots)
     np.testing.assert_array_equal(first.conv_state, whole.snapshot_conv_states)
@@ -66,23 +66,23 @@ def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
 def step_inputs(rng, rows, tokens, slots, *, heads=4, K=16, V=24, decay="usual", dtype=jnp.float32):
     """A case of `rows` sequences of `tokens` tokens as `recurrent` takes it, with slots to spare in random order."""
     case = truth.draw(rng, [tokens] * rows, heads=heads, K=K, V=V, decay=decay, dtype=dtype, gaps=False)
-    order = np.argsort(np.asarray(case.starts))  # sequences stand in the row in another order than in the batch
+    order = np.argsort(np.asarray(case.query_starts))  # sequences stand in the row in another order than in the batch
     qkv, a, b = (x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b))
     spare = truth.draw(rng, [1] * slots, heads=heads, K=K, V=V, dtype=dtype)
     z = jnp.asarray(rng.standard_normal((rows, tokens, heads, V)), dtype)
     norm = jnp.asarray(rng.standard_normal(V), dtype)
     slot = rng.permutation(slots)[:rows]
-    memory = spare.memory.at[slot].set(case.memory[order])
-    tail = spare.tail.at[slot].set(case.tail[order])
-    return qkv, a, b, z, case.layer, norm, memory, tail, jnp.asarray(slot, jnp.int32)
+    recurrent_state = spare.recurrent_state.at[slot].set(case.recurrent_state[order])
+    conv_state = spare.conv_state.at[slot].set(case.conv_state[order])
+    return qkv, a, b, z, case.layer, norm, recurrent_state, conv_state, jnp.asarray(slot, jnp.int32)
 
 
-def expected_step(qkv, a, b, z, layer, norm, memory, tail, slot, keep, eps):
+def expected_step(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slot, keep, eps):
     """(outputs, memory and tail after `keep` tokens) of each row, float64."""
     for r, s in enumerate(np.asarray(slot)):
-        out, memories = truth.naive(qkv[r], a[r], b[r], layer, memory[s], tail[s])
-        end = memories[keep[r] - 1] if keep[r] else np.asarray(memory[s])
-        yield truth.gated_norm(out, z[r], norm, eps), end, np.concatenate([tail[s], qkv[r]])[keep[r] : keep[r] + 3]
+        out, states = truth.naive(qkv[r], a[r], b[r], layer, recurrent_state[s], conv_state[s])
+        end = states[keep[r] - 1] if keep[r] else np.asarray(recurrent_state[s])
+        yield truth.gated_norm(out, z[r], norm, eps), end, np.concatenate([conv_state[s], qkv[r]])[keep[r] : keep[r] + 3]
 
 
 @pytest.mark.parametrize("decay", truth.DECAYS)
@@ -92,25 +92,25 @@ def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(decay, token
     *inputs, slot = step_inputs(rng, 5, tokens, 8, decay=decay)
     slot, idle = slot.at[2].set(-1), 2
     keep = rng.integers(0, tokens + 1, 5)
-    out, memory, tail = recurrent(*inputs[:6], 1e-6, *inputs[6:], slot, jnp.asarray(keep, jnp.int32))
+    out, recurrent_state, conv_state = recurrent(*inputs[:6], 1e-6, *inputs[6:], slot, jnp.asarray(keep, jnp.int32))
     untouched = np.setdiff1d(np.arange(8), np.asarray(slot))
     for r, expected in enumerate(expected_step(*inputs, slot, keep, 1e-6)):
         if r == idle:
             assert not np.asarray(out[r]).any()
             continue
-        for found, value in zip((out[r], memory[slot[r]], tail[slot[r]]), expected, strict=True):
+        for found, value in zip((out[r], recurrent_state[slot[r]], conv_state[slot[r]]), expected, strict=True):
             assert relative_rms(found, value) < GATED_DELTA["reference"]
-    np.testing.assert_array_equal(memory[untouched], inputs[6][untouched])
-    np.testing.assert_array_equal(tail[untouched], inputs[7][untouched])
+    np.testing.assert_array_equal(recurrent_state[untouched], inputs[6][untouched])
+    np.testing.assert_array_equal(conv_state[untouched], inputs[7][untouched])
 
 
 def test_a_draft_that_is_taken_back_leaves_nothing_behind():
     *inputs, slot = step_inputs(np.random.default_rng(3), 3, 4, 4)
-    qkv, a, b, z, layer, norm, memory, tail = inputs
+    qkv, a, b, z, layer, norm, recurrent_state, conv_state = inputs
     keep = jnp.array([2, 0, 4], jnp.int32)
-    drafted = recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slot, keep)
+    drafted = recurrent(qkv, a, b, z, layer, norm, 1e-6, recurrent_state, conv_state, slot, keep)
     for r in range(3):
-        one_by_one, own = (memory, tail), slot[r : r + 1]
+        one_by_one, own = (recurrent_state, conv_state), slot[r : r + 1]
         for t in range(int(keep[r])):
             token = (x[r : r + 1, t : t + 1] for x in (qkv, a, b, z))
             _, *one_by_one = recurrent(*token, layer, norm, 1e-6, *one_by_one, own, jnp.ones(1, jnp.int32))
@@ -141,7 +141,7 @@ def test_what_cannot_be_served_is_refused_in_one_line():
     with pytest.raises(ValueError, match="backend is 'cuda', and this operation has 'reference'"):
         gated_delta.chunked(*case.arguments(), backend="cuda")
     layer = case.layer._replace(conv=case.layer.conv[:-1])
-    narrow = dataclasses.replace(case, qkv=case.qkv[:, :-1], layer=layer, tail=case.tail[..., :-1])
+    narrow = dataclasses.replace(case, qkv=case.qkv[:, :-1], layer=layer, conv_state=case.conv_state[..., :-1])
     with pytest.raises(ValueError, match=r"qkv has 95 channels, expected 2 x key heads x 16 \+ 2 x 16"):
         gated_delta.chunked(*narrow.arguments())
 

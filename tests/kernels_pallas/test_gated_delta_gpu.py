@@ -9,8 +9,16 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gated_delta, tuning
-from kernels_pallas.gated_delta import gpu, gpu_backward, gpu_chunked, gpu_convolve, gpu_packed, gpu_recurrent, reference
-from kernels_pallas.gated_delta import gpu_state_scan as gpu_handover
+from kernels_pallas.gated_delta import (
+    gpu,
+    gpu_backward,
+    gpu_chunked,
+    gpu_convolve,
+    gpu_packed,
+    gpu_recurrent,
+    gpu_state_scan,
+    reference,
+)
 from kernels_pallas.gated_delta.packed import convolve_segments
 from kernels_pallas.gated_delta.packed import rule as rule_in_xla
 from tests.kernels_pallas import gated_delta_truth as truth
@@ -19,7 +27,7 @@ from tests.kernels_pallas.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
 
 recurrent = functools.partial(gated_delta.recurrent, eps=1e-6)
-GRADIENT_KERNELS = tuple(f"gated_delta_{name}" for name in ("hand_back_chunks", "chunk_gradients", "convolution_gradients"))
+GRADIENT_KERNELS = tuple(f"gated_delta_{name}" for name in ("scan_backward", "chunk_gradients", "convolution_gradients"))
 
 
 def gradient(*inputs, backend, **sequences):
@@ -49,8 +57,15 @@ def exported(f, *args, **kwargs):
 
 
 def step(rng, rows=2, tokens=1, slots=2, **options):
-    *inputs, memory, tail, slot = step_inputs(rng, rows, tokens, slots, K=128, V=128, dtype=jnp.bfloat16, **options)
-    return (*inputs,), {"memory": memory, "tail": tail, "slots": slot, "keep": jnp.ones(rows, jnp.int32)}
+    *inputs, recurrent_state, conv_state, slot = step_inputs(
+        rng, rows, tokens, slots, K=128, V=128, dtype=jnp.bfloat16, **options
+    )
+    return (*inputs,), {
+        "recurrent_state": recurrent_state,
+        "conv_state": conv_state,
+        "slots": slot,
+        "keep": jnp.ones(rows, jnp.int32),
+    }
 
 
 @needs_mosaic
@@ -58,9 +73,9 @@ def test_the_kernels_are_in_the_program(rng):
     case = truth.draw(rng, [70], heads=2, K=128, V=128, dtype=jnp.bfloat16)
     inputs, named = step(rng, heads=2)
     operations = [
-        (gated_delta.chunked, case.arguments(), {}, ("gated_delta_systems", "gated_delta_scan")),
+        (gated_delta.chunked, case.arguments(), {}, ("gated_delta_prepare_chunks", "gated_delta_scan")),
         (recurrent, inputs, named, ("gated_delta_recurrent",)),
-        (gradient, case.arguments()[:-2], {"starts": case.starts, "lengths": case.lengths}, GRADIENT_KERNELS),
+        (gradient, case.arguments()[:-2], {"starts": case.query_starts, "lengths": case.query_lens}, GRADIENT_KERNELS),
     ]
     for f, args, kwargs, kernels in operations:
         with described_gpu():
@@ -107,7 +122,7 @@ def test_packed_rows_and_their_gradients_interpreted(rng, monkeypatch):
     beta = jnp.asarray(rng.uniform(0, 1, (2, T, N)), jnp.float32)
     ends = jnp.asarray([[70, 71, 128, 160], [64, 64, 64, 192]])[:, None]
     segments = (jnp.arange(T)[None, :, None] >= ends).sum(axis=-1, dtype=jnp.int32)
-    for module in (gpu_packed, gpu_handover, gpu_chunked):
+    for module in (gpu_packed, gpu_state_scan, gpu_chunked):
         monkeypatch.setattr(module, "product", product)
         if hasattr(module, "accumulate"):
             monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
@@ -129,42 +144,42 @@ def test_chunked_and_its_gradients_interpreted(rng, monkeypatch):
         monkeypatch.setattr(module, "product", product)
         monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
     case = truth.draw(rng, [70, 0, 64, 3], heads=1, K=128, V=128, dtype=jnp.bfloat16)
-    *inputs, layer, memory, tail, starts, lengths = case.arguments()
-    inputs, snapshots = (*inputs, *layer, memory, tail), jnp.array([[2, 1], [0, 1], [0, 9]], jnp.int32)
+    *inputs, layer, recurrent_state, conv_state, starts, lengths = case.arguments()
+    inputs, snapshots = (*inputs, *layer, recurrent_state, conv_state), jnp.array([[2, 1], [0, 1], [0, 9]], jnp.int32)
     row = np.arange(len(case.qkv))[:, None]
     own = ((row >= np.asarray(starts)) & (row < np.asarray(starts + lengths))).any(axis=1)
     out = jnp.asarray(rng.standard_normal((len(row), 1, 128)) * own[:, None, None], jnp.bfloat16)
-    ends, kept = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (memory.shape, (3, 1, 128, 128)))
+    ends, kept = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (recurrent_state.shape, (3, 1, 128, 128)))
 
     def both(run, *exact):
         results, pull = jax.vjp(lambda *x: run(*x, starts, lengths, snapshots), *exact)
         return results, pull((out.astype(exact[0].dtype), ends, kept))
 
     with plgpu.force_gpu_interpret_mode():
-        found, bars = both(gpu.chunked, *inputs)
-    expected, expected_bars = both(reference.chunked, *(x.astype(jnp.float32) for x in inputs))
+        found, grads = both(gpu.chunked, *inputs)
+    expected, expected_grads = both(reference.chunked, *(x.astype(jnp.float32) for x in inputs))
     for x, y in zip(found, expected, strict=True):
         x, y = (z[own] if len(z) == len(own) else z for z in (x, y))
         assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
-    error, whose = truth.worst_gradient(case, bars, expected_bars)
+    error, whose = truth.worst_gradient_error(case, grads, expected_grads)
     assert error < GATED_DELTA["gpu bfloat16 gradient"], whose
-    assert not np.asarray(bars[0], np.float32)[~own].any()  # of tokens of no sequence
-    np.testing.assert_array_equal(bars[6][1], ends[1])  # of a sequence without tokens
+    assert not np.asarray(grads[0], np.float32)[~own].any()  # of tokens of no sequence
+    np.testing.assert_array_equal(grads[6][1], ends[1])  # of a sequence without tokens
 
 
 @needs_mosaic
 def test_the_convolution_of_packed_rows_and_its_gradients_interpreted(rng):
     """Against plain XLA in float32: sequences of one token and two, seams beside and on the edge of a block."""
-    qkv, bar = (jnp.asarray(rng.standard_normal((2, 128, 128)), jnp.bfloat16) for _ in range(2))
+    qkv, cotangent = (jnp.asarray(rng.standard_normal((2, 128, 128)), jnp.bfloat16) for _ in range(2))
     conv = jnp.asarray(rng.standard_normal((128, 4)), jnp.bfloat16)
     lengths = [10, 1, 53, 64], [63, 2, 63]
     segments = jnp.asarray([np.repeat(range(len(row)), row) for row in lengths], jnp.int32)
     with plgpu.force_gpu_interpret_mode():
         found, pull = jax.vjp(lambda *x: gpu_convolve.convolve(*x, segments), qkv, conv)
-        found = found, *pull(bar)
-    qkv, conv, bar = (x.astype(jnp.float32) for x in (qkv, conv, bar))
+        found = found, *pull(cotangent)
+    qkv, conv, cotangent = (x.astype(jnp.float32) for x in (qkv, conv, cotangent))
     expected, pull = jax.vjp(lambda *x: convolve_segments(*x, segments), qkv, conv)
-    for x, y in zip(found, (expected, *pull(bar)), strict=True):
+    for x, y in zip(found, (expected, *pull(cotangent)), strict=True):
         assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
 
 
@@ -180,7 +195,7 @@ def test_the_kernels_of_packed_rows_are_in_the_program():
     with described_gpu():
         for backend in ("gpu", None):
             program = exported(jax.grad(functools.partial(loss, backend=backend)), *arguments)
-            for kernel in ("convolve", "convolve_back", "prepare", "hand_over", "hand_back", "gradients"):
+            for kernel in ("convolve", "convolve_backward", "prepare", "scan_states", "scan_states_backward", "gradients"):
                 assert f"gated_delta_{kernel}" in program
         assert "mosaic_gpu" not in exported(functools.partial(loss, backend="reference"), *arguments)
     assert "mosaic_gpu" not in exported(functools.partial(loss, backend=None), *arguments)  # this machine's device is a CPU
@@ -196,17 +211,17 @@ def test_the_step_interpreted(rng, monkeypatch, tokens, processors, groups, stag
     """Several heads a block, with rows at rest between them, and one; not in clusters, which the interpreter does not know."""
     monkeypatch.setattr(gpu_recurrent, "PROCESSORS", processors)
     cuts = {"gpu": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
-    *inputs, memory, tail, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
+    *inputs, recurrent_state, conv_state, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
     slot, keep = slot.at[1].set(-1), np.array([tokens, 1, 0])
     with tuning.using(cuts), plgpu.force_gpu_interpret_mode():
         found = gpu_recurrent.recurrent(
-            *inputs[:4], *inputs[4], inputs[5], 1e-6, memory, tail, slot, jnp.asarray(keep, jnp.int32)
+            *inputs[:4], *inputs[4], inputs[5], 1e-6, recurrent_state, conv_state, slot, jnp.asarray(keep, jnp.int32)
         )
-    out, new_memory, new_tail = found
-    for r, expected in enumerate(expected_step(*inputs, memory, tail, slot, keep, 1e-6)):
+    out, new_state, new_conv_state = found
+    for r, expected in enumerate(expected_step(*inputs, recurrent_state, conv_state, slot, keep, 1e-6)):
         if r == 1:
             assert not np.asarray(out[r], np.float32).any()
             continue
-        rows = out[r], new_memory[slot[r]], new_tail[slot[r]]
+        rows = out[r], new_state[slot[r]], new_conv_state[slot[r]]
         for what, row, value in zip(("gpu bfloat16", "gpu memory", "gpu memory"), rows, expected, strict=True):
             assert relative_rms(row, value) < GATED_DELTA[what]

@@ -35,20 +35,20 @@ def test_chunked_follows_the_recurrence(decay, dtype, mode, rng, tpu):
     case = draw(rng, lengths, decay=decay, dtype=dtype)
     wanted = [(1, 2), (0, 1), (1, 3), (1, 1)]  # two of them are no whole chunks
     found = tpu(gated_delta.chunked, *case.arguments(), jnp.asarray(wanted, jnp.int32), mode=mode)
-    nobody, expected = np.ones(len(case.qkv), bool), list(truth.sequences(case))
-    usual = truth.usual_output(expected) if dtype == jnp.bfloat16 else 0.0
-    for s, (own, out, memories) in enumerate(expected):
-        nobody[own] = False
+    unowned, expected = np.ones(len(case.qkv), bool), list(truth.sequences(case))
+    usual_rms = truth.output_rms(expected) if dtype == jnp.bfloat16 else 0.0
+    for s, (own, out, states) in enumerate(expected):
+        unowned[own] = False
         if lengths[s]:
-            assert relative_rms(found.out[own], out, usual) < tolerance(dtype)
-            assert relative_rms(found.recurrent_state[s], memories[-1]) < tolerance(dtype)
+            assert relative_rms(found.out[own], out, usual_rms) < tolerance(dtype)
+            assert relative_rms(found.recurrent_state[s], states[-1]) < tolerance(dtype)
         else:
-            np.testing.assert_array_equal(found.recurrent_state[s], case.memory[s])
+            np.testing.assert_array_equal(found.recurrent_state[s], case.recurrent_state[s])
         if s == 1:
-            assert relative_rms(found.snapshots[0], memories[127]) < tolerance(dtype)
-            assert relative_rms(found.snapshots[3], memories[63]) < tolerance(dtype)
-    assert nobody.any()
-    assert not np.asarray(found.out)[nobody].any()
+            assert relative_rms(found.snapshots[0], states[127]) < tolerance(dtype)
+            assert relative_rms(found.snapshots[3], states[63]) < tolerance(dtype)
+    assert unowned.any()
+    assert not np.asarray(found.out)[unowned].any()
     assert not np.asarray(found.snapshots[1:3]).any()
 
 
@@ -57,9 +57,11 @@ def test_many_short_sequences_share_tiles(rng, tpu):
     case = draw(rng, lengths)
     found = tpu(gated_delta.chunked, *case.arguments())
     expected = np.zeros(found.out.shape)
-    for s, (own, out, memories) in enumerate(truth.sequences(case)):
+    for s, (own, out, states) in enumerate(truth.sequences(case)):
         expected[own] = out
-        assert relative_rms(found.recurrent_state[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
+        assert relative_rms(found.recurrent_state[s], states[-1] if lengths[s] else case.recurrent_state[s]) < tolerance(
+            "float32"
+        )
     assert relative_rms(found.out, expected) < tolerance("float32")
 
 
@@ -67,19 +69,25 @@ def test_many_short_sequences_share_tiles(rng, tpu):
 def test_next_to_nothing(lengths, rng, tpu):
     case = draw(rng, lengths)
     found = tpu(gated_delta.chunked, *case.arguments())
-    for s, (own, out, memories) in enumerate(truth.sequences(case)):
-        assert relative_rms(found.recurrent_state[s], memories[-1] if lengths[s] else case.memory[s]) < tolerance("float32")
+    for s, (own, out, states) in enumerate(truth.sequences(case)):
+        assert relative_rms(found.recurrent_state[s], states[-1] if lengths[s] else case.recurrent_state[s]) < tolerance(
+            "float32"
+        )
         assert not lengths[s] or relative_rms(found.out[own], out) < tolerance("float32")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit(dtype, rng, tpu):
     case = draw(rng, [200], dtype=dtype)
-    start, length = case.starts, case.lengths
+    start, length = case.query_starts, case.query_lens
     whole = tpu(gated_delta.chunked, *case.arguments(), jnp.array([[0, 2]], jnp.int32))
-    first = tpu(gated_delta.chunked, *dataclasses.replace(case, lengths=length - 72).arguments())
+    first = tpu(gated_delta.chunked, *dataclasses.replace(case, query_lens=length - 72).arguments())
     rest = dataclasses.replace(
-        case, memory=first.recurrent_state, tail=first.conv_state, starts=start + 128, lengths=length - 128
+        case,
+        recurrent_state=first.recurrent_state,
+        conv_state=first.conv_state,
+        query_starts=start + 128,
+        query_lens=length - 128,
     )
     second = tpu(gated_delta.chunked, *rest.arguments())
     np.testing.assert_array_equal(first.recurrent_state, whole.snapshots)
@@ -96,17 +104,19 @@ def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(idle, tokens
     slot = slot.at[jnp.array(idle, jnp.int32)].set(-1)
     keep = rng.integers(0, tokens + 1, 5)
     arguments = *inputs[:6], *inputs[6:], slot, jnp.asarray(keep, jnp.int32)
-    out, memory, tail = tpu(recurrent, *arguments, mode=mode)
+    out, recurrent_state, conv_state = tpu(recurrent, *arguments, mode=mode)
     untouched = np.setdiff1d(np.arange(8), np.asarray(slot))
     for r, expected in enumerate(expected_step(*inputs, slot, keep, 1e-6)):
         if r in idle:
             assert not np.asarray(out[r]).any()
             continue
         assert relative_rms(out[r], expected[0]) < tolerance(dtype)
-        assert relative_rms(memory[slot[r]], expected[1]) < tolerance("float32")  # no product of bfloat16 on the way to it
-        np.testing.assert_array_equal(tail[slot[r]], expected[2])
-    np.testing.assert_array_equal(memory[untouched], inputs[6][untouched])
-    np.testing.assert_array_equal(tail[untouched], inputs[7][untouched])
+        assert relative_rms(recurrent_state[slot[r]], expected[1]) < tolerance(
+            "float32"
+        )  # no product of bfloat16 on the way to it
+        np.testing.assert_array_equal(conv_state[slot[r]], expected[2])
+    np.testing.assert_array_equal(recurrent_state[untouched], inputs[6][untouched])
+    np.testing.assert_array_equal(conv_state[untouched], inputs[7][untouched])
 
 
 @pytest.mark.parametrize(("decay", "dtype", "mode"), [(d, *how) for d, how in zip(truth.DECAYS, HOW, strict=False)])
@@ -120,11 +130,11 @@ def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
         found = gated_delta.chunked(*arguments, starts, lengths, wanted, **options)
         return found.out, found.recurrent_state, found.snapshots, found.conv_state
 
-    bars = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in jax.eval_shape(outputs, arguments)]
+    cotangents = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in jax.eval_shape(outputs, arguments)]
 
     def gradients(arguments, backend):
         out, pull = jax.vjp(functools.partial(outputs, backend=backend), arguments)
-        return pull(tuple(bar.astype(x.dtype) for bar, x in zip(bars, out, strict=True)))
+        return pull(tuple(cotangent.astype(x.dtype) for cotangent, x in zip(cotangents, out, strict=True)))
 
     found = jax.tree.leaves(tpu(gradients, arguments, mode=mode))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
@@ -133,14 +143,14 @@ def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
         assert gradient.dtype == argument.dtype
         # Where a head forgets quickly the gates' gradients come from few pairs of tokens, whose products may all be small by
         # chance, and their error is that of usual ones: of cotangents of standard deviation 1 those are about this large.
-        usual = {"a": 1.0, "a_log": 1.0, "dt_bias": 1.0, "b": 2.0}.get(name, 0.0)
+        usual_rms = {"a": 1.0, "a_log": 1.0, "dt_bias": 1.0, "b": 2.0}.get(name, 0.0)
         error = float(jnp.linalg.norm((gradient.astype(jnp.float32) - value).ravel()))
         size = float(jnp.linalg.norm(value.ravel()))
-        assert error < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"] * max(size, usual), f"{name}: {error} of {size}"
+        assert error < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"] * max(size, usual_rms), f"{name}: {error} of {size}"
 
 
-def recurrent(qkv, a, b, z, layer, norm, memory, tail, slots, keep, backend):
-    return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slots, keep, backend=backend)
+def recurrent(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slots, keep, backend):
+    return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, recurrent_state, conv_state, slots, keep, backend=backend)
 
 
 def test_a_draft_that_is_taken_back_leaves_nothing_behind(rng, tpu):

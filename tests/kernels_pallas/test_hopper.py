@@ -41,13 +41,13 @@ def test_chunked_follows_the_recurrence(rng, lengths, decay):
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16)
     found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
     expected = list(truth.sequences(case))
-    usual = truth.usual_output(expected)
+    usual = truth.output_rms(expected)
     for s, (own, out, memories) in enumerate(expected):
         if lengths[s]:
             assert relative_rms(found.out[own], out, usual) < GATED_DELTA["gpu bfloat16"]
             assert relative_rms(found.recurrent_state[s], memories[-1]) < GATED_DELTA["gpu bfloat16"]
         else:
-            np.testing.assert_array_equal(found.recurrent_state[s], case.memory[s])
+            np.testing.assert_array_equal(found.recurrent_state[s], case.recurrent_state[s])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_chunked_follows_the_recurrence(rng, lengths, decay):
 )
 def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16)
-    *inputs, layer, memory, tail, starts, sizes = case.arguments()
+    *inputs, layer, recurrent_state, conv_state, starts, sizes = case.arguments()
     snapshots = jnp.array([[len(lengths) - 1, 1], [0, 9]], jnp.int32)
 
     @functools.partial(jax.jit, static_argnames="backend")
@@ -66,15 +66,17 @@ def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
 
         return jax.vjp(run, *inputs)[1](cotangents)
 
-    inputs = (*inputs, layer, memory, tail)
+    inputs = (*inputs, layer, recurrent_state, conv_state)
     out = normal(rng, *case.qkv.shape[:1], 2, 128)
     place = np.arange(len(out))[:, None]
     own = ((place >= np.asarray(starts)) & (place < np.asarray(starts + sizes))).any(axis=1)
     out = jnp.where(own[:, None, None], out, jnp.zeros((), out.dtype))  # what nobody's tokens read may be anything
-    ends, kept = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (memory.shape, (2, *memory.shape[1:])))
+    ends, kept = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (recurrent_state.shape, (2, *recurrent_state.shape[1:]))
+    )
     found = bars(inputs, (out, ends, kept), "gpu")
     expected = bars(*(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (inputs, (out, ends, kept))), "reference")
-    error, whose = truth.worst_gradient(case, jax.tree.leaves(found), jax.tree.leaves(expected))
+    error, whose = truth.worst_gradient_error(case, jax.tree.leaves(found), jax.tree.leaves(expected))
     assert error < GATED_DELTA["gpu bfloat16 gradient"], whose
 
 
@@ -84,8 +86,8 @@ def test_a_very_long_sequence_beside_short_ones(rng):
     found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
     usual = 0.0
     for s in range(3):  # token by token in float64, a head at a time would take the same: some ten seconds
-        own = slice(int(case.starts[s]), int(case.starts[s]) + lengths[s])
-        out, end = truth.naive_end(case, s)
+        own = slice(int(case.query_starts[s]), int(case.query_starts[s]) + lengths[s])
+        out, end = truth.naive_final(case, s)
         usual = usual or rms(out)  # the long one's
         assert relative_rms(found.out[own], out, usual) < GATED_DELTA["gpu bfloat16"]
         assert relative_rms(found.recurrent_state[s], end) < GATED_DELTA["gpu bfloat16"]
@@ -95,9 +97,9 @@ def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
     case = truth.draw(rng, [512], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)
     run = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))
     whole = run(*case.arguments(), jnp.array([[0, 3]], jnp.int32))
-    qkv, a, b, layer, memory, tail, *_ = case.arguments()
+    qkv, a, b, layer, recurrent_state, conv_state, *_ = case.arguments()
     start, cut = jnp.zeros(1, jnp.int32), 192
-    first = run(qkv[:cut], a[:cut], b[:cut], layer, memory, tail, start, jnp.full(1, cut, jnp.int32))
+    first = run(qkv[:cut], a[:cut], b[:cut], layer, recurrent_state, conv_state, start, jnp.full(1, cut, jnp.int32))
     second = run(
         qkv[cut:], a[cut:], b[cut:], layer, first.recurrent_state, first.conv_state, start, jnp.full(1, 512 - cut, jnp.int32)
     )
@@ -108,13 +110,15 @@ def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (20, 1), (5, 4)])
 def test_steps_follow_the_recurrence(rng, rows, tokens):
-    *inputs, memory, tail, slot = step_inputs(rng, rows, tokens, rows + 2, heads=16, K=128, V=128, dtype=jnp.bfloat16)
+    *inputs, recurrent_state, conv_state, slot = step_inputs(
+        rng, rows, tokens, rows + 2, heads=16, K=128, V=128, dtype=jnp.bfloat16
+    )
     keep = rng.integers(0, tokens + 1, rows)
     step = jax.jit(functools.partial(gated_delta.recurrent, backend="gpu"), static_argnames="eps")
     numbers = {"slots": slot, "keep": jnp.asarray(keep, jnp.int32)}
-    out, new_memory, new_tail = step(*inputs, eps=1e-6, memory=memory, tail=tail, **numbers)
-    for r, expected in enumerate(expected_step(*inputs, memory, tail, slot, keep, 1e-6)):
-        found = out[r], new_memory[slot[r]], new_tail[slot[r]]
+    out, new_state, new_conv_state = step(*inputs, eps=1e-6, recurrent_state=recurrent_state, conv_state=conv_state, **numbers)
+    for r, expected in enumerate(expected_step(*inputs, recurrent_state, conv_state, slot, keep, 1e-6)):
+        found = out[r], new_state[slot[r]], new_conv_state[slot[r]]
         for what, value, target in zip(("gpu bfloat16", "gpu memory", "gpu memory"), found, expected, strict=True):
             assert relative_rms(value, target) < GATED_DELTA[what]
 
@@ -257,8 +261,8 @@ def test_kernels_lowered_once_do_the_same(rng, snapshots):
         for _ in range(2):
             together = jax.jit(functools.partial(gated_delta.chunked, backend="gpu")).lower(*arguments).compile()(*arguments)
             jax.tree.map(np.testing.assert_array_equal, together, apart)
-    *inputs, memory, tail, slots = step_inputs(rng, 3, 1, 4, K=128, V=128, dtype=jnp.bfloat16)
-    named = {"memory": memory, "tail": tail, "slots": slots, "keep": jnp.ones(3, jnp.int32)}
+    *inputs, recurrent_state, conv_state, slots = step_inputs(rng, 3, 1, 4, K=128, V=128, dtype=jnp.bfloat16)
+    named = {"recurrent_state": recurrent_state, "conv_state": conv_state, "slots": slots, "keep": jnp.ones(3, jnp.int32)}
     step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
     apart = jax.jit(lambda *x, **given: step(*x, **given))(*inputs, **named)
     with lowered_once():

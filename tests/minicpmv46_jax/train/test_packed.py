@@ -38,7 +38,7 @@ def test_packed_rule_follows_the_recurrence(decay):
     rng = np.random.default_rng(3)
     case = truth.draw(rng, [TOKENS], heads=4, key_heads=2, K=16, V=24, decay=decay, gaps=False)
     out = packed(case.qkv, case.a, case.b, case.layer, segments(LENGTHS, TOKENS), (16, 24))
-    nothing = np.zeros(case.memory.shape[1:]), np.zeros(case.tail.shape[1:])
+    nothing = np.zeros(case.recurrent_state.shape[1:]), np.zeros(case.conv_state.shape[1:])
     for end, length in zip(np.cumsum(LENGTHS), LENGTHS, strict=True):
         own = slice(end - length, end)
         expected, _ = truth.naive(case.qkv[own], case.a[own], case.b[own], case.layer, *nothing)
@@ -48,16 +48,16 @@ def test_packed_rule_follows_the_recurrence(decay):
 def test_gradients_of_the_rule_are_those_of_sequences_apart():
     lengths = [70, 58]
     case = truth.draw(np.random.default_rng(4), lengths, heads=2, K=16, V=16, gaps=False)
-    order = np.argsort(np.asarray(case.starts))
-    row = segments(np.asarray(case.lengths)[order], 128)
+    order = np.argsort(np.asarray(case.query_starts))
+    row = segments(np.asarray(case.query_lens)[order], 128)
     weights = jnp.asarray(np.random.default_rng(5).standard_normal((128, 2, 16)), jnp.float32)
 
     def ours(qkv, a, b, layer):
         return (rule(qkv, a, b, layer, row, (16, 16)) * weights).sum()
 
     def apart(qkv, a, b, layer):
-        nothing = jnp.zeros_like(case.memory), jnp.zeros_like(case.tail)
-        out = gated_delta.chunked(qkv, a, b, layer, *nothing, case.starts, case.lengths, backend="reference").out
+        nothing = jnp.zeros_like(case.recurrent_state), jnp.zeros_like(case.conv_state)
+        out = gated_delta.chunked(qkv, a, b, layer, *nothing, case.query_starts, case.query_lens, backend="reference").out
         return (out * weights).sum()
 
     arguments = case.qkv, case.a, case.b, case.layer
