@@ -1,4 +1,7 @@
-"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464): a linear attention whose state forgets and overwrites."""
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464).
+
+It is a linear attention whose recurrent state decays and whose writes replace old values.
+"""
 
 from kernels_pallas.gated_delta.api import Chunked, Layer, chunked, recurrent
 from kernels_pallas.gated_delta.packed import packed

@@ -1,9 +1,10 @@
-"""The two operations, each one function; `backend` says who runs it.
+"""The two operations, one function each; `backend` selects the implementation.
 
-Both take what a layer's projections give (q, k and v before the convolution, the gates before their functions), so that a kernel
-may fuse everything between the projections. The memory is kept as `[V, K]`: a row is what one value channel remembers.
-Glossary: S sequences or slots, T tokens, N value heads, K key width, V value width, C channels of q, k and v together
-(2 x key heads x K + N x V), W conv width, P snapshots.
+Both take a layer's projections as they are: q, k and v before the convolution, and the gates before their
+activations. A kernel can therefore fuse everything between the projections. The recurrent state is laid out
+`[V, K]`: each row holds one value channel.
+Glossary: S sequences or slots, T tokens, N value heads, K key width, V value width, C channels of q, k and v
+together (2 x key heads x K + N x V), W conv width, history W - 1 earlier inputs, P snapshots.
 """
 
 from typing import NamedTuple
@@ -17,10 +18,10 @@ from kernels_pallas.gated_delta.packing import CHUNK
 
 
 class Layer(NamedTuple):
-    """What a layer learned, next to its projections.
+    """Learned parameters of a layer, other than its projections.
 
     Attributes:
-      conv: one causal filter a channel, oldest tap first; no bias.
+      conv: one causal filter per channel, oldest tap first; no bias.
       a_log: log of each head's decay rate.
       dt_bias: added to `a` before the softplus.
     """
@@ -31,7 +32,13 @@ class Layer(NamedTuple):
 
 
 class Chunked(NamedTuple):
-    """What `chunked` returns."""
+    """Results of `chunked`.
+
+    Attributes:
+      out: each token's read in qkv's dtype, before the output norm; undefined for tokens of no sequence.
+      recurrent_state, conv_state: states after each sequence's last token.
+      snapshots, snapshot_conv_states: states after the requested chunks; zeros where a sequence has fewer.
+    """
 
     out: Float[Array, "T N V"]
     recurrent_state: Float32[Array, "S N V K"]
@@ -53,24 +60,23 @@ def chunked(
     *,
     backend: str | None = None,
 ) -> Chunked:
-    """Many tokens of several sequences at once: prefill and training.
+    """Applies the rule to many tokens of several sequences at once, for prefill and training.
 
     Args:
       qkv: queries, keys and values as projected, in one row of tokens.
       a, b: the gates as projected: decay `-exp(a_log) softplus(a + dt_bias)`, writing strength `sigmoid(b)`.
       layer: the layer's own parameters.
-      recurrent_state: each sequence's memory before its first token here.
-      conv_state: the W - 1 rows of `qkv` before each sequence's first token here.
-      starts, lengths: sequence s is the tokens `starts[s] : starts[s] + lengths[s]`. They must not overlap; they may be empty.
-      snapshots: (sequence, chunks): return that sequence's memory and tail after its first `chunks` chunks of 64 as well.
-      backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
-
-    Returns:
-      What each token reads, in qkv's dtype, before the output norm; anything at all for tokens of no sequence. Memory and tail
-      after each sequence's last token. Snapshots; zeros where a sequence has fewer whole chunks than asked for.
+      recurrent_state: each sequence's state before its first token in this call.
+      conv_state: the W - 1 rows of `qkv` before each sequence's first token in this call.
+      query_starts, query_lens: sequence s has the tokens `query_starts[s] : query_starts[s] + query_lens[s]`.
+        Sequences must not overlap; they may be empty.
+      snapshots: pairs (sequence, chunks). Each requests that sequence's states after its first `chunks`
+        chunks of 64 tokens.
+      backend: "reference", "gpu", "tpu", or None for the fastest that supports these arguments here.
 
     Raises:
-      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+      ValueError: shapes do not match, there is no such backend, or it is for other devices.
+      NotImplementedError: the backend does not support these arguments; the message names one that does.
     """
     _check(qkv.shape[-1], layer, recurrent_state, conv_state)
     snapshots = jnp.zeros((0, 2), jnp.int32) if snapshots is None else snapshots
@@ -104,22 +110,23 @@ def recurrent(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
-    """A few tokens of each of many sequences: decoding, up to the gated output norm.
+    """Applies the rule and the gated output norm to a few tokens per sequence, for decode.
 
-    Rows may be drafts: all T tokens are read, but only the first `keep` are remembered. To take back what a draft wrote, call
-    with `keep` short of it; to accept it later, give its tokens again. Donate memory and tail, and they are updated in place.
+    Rows may hold draft tokens: all T tokens are read, but only the first `keep` update the states. To reject
+    drafts, call with a smaller `keep`. To accept them later, pass the tokens again. Donated states are
+    updated in place.
 
     Args:
       qkv, a, b, layer: as in `chunked`, for T tokens of each row.
       z: the output gate as projected.
       norm, eps: the output is `out / rms(out) * norm * silu(z)`, per head.
-      recurrent_state, conv_state: of all slots.
-      slots: each row's slot, or -1: such a row reads zeros and writes nothing. No slot may stand in two rows.
-      keep: of each row's tokens, how many leave their mark on memory and tail; 0 to T.
+      recurrent_state, conv_state: states of all slots.
+      slots: each row's slot, or -1 for a row that reads zeros and writes nothing. Slots must be distinct.
+      keep: number of each row's tokens that update the states, 0 to T.
       backend: as in `chunked`.
 
     Returns:
-      The normed outputs in z's dtype, and memory and tail of all slots.
+      The normed outputs in z's dtype, and the recurrent and conv states of all slots.
 
     Raises:
       ValueError, NotImplementedError: as in `chunked`.
@@ -138,15 +145,15 @@ def _check(C: int, layer: Layer, recurrent_state: Array, conv_state: Array) -> N
     _, N, V, K = recurrent_state.shape
     keys, rest = divmod(C - N * V, 2 * K)
     if rest or keys < 1 or N % keys:
-        raise ValueError(f"qkv has {C} channels, expected 2 x key heads x {K} + {N} x {V}, by memory's {(N, V, K)}")
+        raise ValueError(f"qkv has {C} channels, expected 2 x key heads x {K} + {N} x {V}, by recurrent_state's {(N, V, K)}")
     if layer.conv.shape[0] != C or conv_state.shape[1:] != (layer.conv.shape[1] - 1, C):
-        raise ValueError(f"layer.conv is {layer.conv.shape} and tail {conv_state.shape}, and qkv has {C} channels")
+        raise ValueError(f"layer.conv is {layer.conv.shape} and conv_state {conv_state.shape}, and qkv has {C} channels")
 
 
 def _conv_states(
     qkv: Float[Array, "T C"], conv_state: Float[Array, "S tail C"], starts: Int32[Array, " S"], tokens: Int32[Array, " S"]
 ) -> Float[Array, "S tail C"]:
-    """The last rows of `conv_state` followed by the sequence's first `tokens` rows of `qkv`."""
+    """Returns the last rows of `conv_state` followed by the sequence's first `tokens` rows of `qkv`."""
     inputs = conv_state.shape[1]
     back = tokens[:, None] - inputs + jnp.arange(inputs, dtype=jnp.int32)[None]  # counted from the sequence's start
     new = qkv[jnp.clip(starts[:, None] + back, 0, qkv.shape[0] - 1)].astype(conv_state.dtype)

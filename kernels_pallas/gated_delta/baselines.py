@@ -1,8 +1,8 @@
-"""flash-linear-attention's Triton kernels on the same work, for `kernels_pallas.bench --beside fla`: needs torch and fla-core.
+"""flash-linear-attention's Triton kernels on the same workloads; needs torch and fla-core.
 
-`fla` is its fused step alone, which is less than ours does; `fla-layer` adds its kernels for convolution and gated norm.
-
-A process of its own, which prints its figures as JSON: two profilers cannot watch the chip from one process.
+`kernels_pallas.bench` runs this module. `fla` is its fused step alone, which does less work than ours.
+`fla-layer` adds its kernels for convolution and gated norm. The module runs in a process of its own and
+prints its figures as JSON, because two profilers in one process cannot trace the GPU.
 """
 
 import functools
@@ -18,9 +18,9 @@ CALLS = 10
 
 
 def main(library: str, only: str) -> None:
-    """Microseconds of what in the table contains `only`, by the names that `bench` gives its lines."""
+    """Prints microseconds of the benchmark lines whose names contain `only`, as JSON."""
     if library == "fla-layer":
-        steps = [shape for shape in shapes.RECURRENT if shape.tokens == 1]  # its convolution takes no more
+        steps = [shape for shape in shapes.RECURRENT if shape.tokens == 1]  # its convolution supports one token only
         measures = {f"gated delta step, {shape.name}": functools.partial(recurrent, shape, layer=True) for shape in steps}
     else:
         measures = {f"gated delta, {shape.name}": functools.partial(chunked, shape.lengths) for shape in shapes.CHUNKED}
@@ -31,13 +31,16 @@ def main(library: str, only: str) -> None:
 
 
 def chunked(lengths: tuple[int, ...], backward: bool = False) -> float:
-    """Forward or backward, convolution to output, as its own layer does it: norms and gates inside the rule."""
+    """Measures forward or backward from convolution to output.
+
+    Norms and gates are computed inside the rule, as in fla's own layer.
+    """
     import torch
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.ops.common import chunk_o
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    # Under Triton 3.4 to 3.7 it refuses its backward, whose results those get wrong: timed all the same.
+    # fla refuses its backward pass under Triton 3.4 to 3.7, whose results are wrong. Timing still works.
     chunk_o.TRITON_ABOVE_3_7_1 = True
     equal = len(set(lengths)) == 1
     shape = (len(lengths), lengths[0]) if equal else (1, sum(lengths))
@@ -69,7 +72,10 @@ def chunked(lengths: tuple[int, ...], backward: bool = False) -> float:
 
 
 def recurrent(shape: RecurrentShape, layer: bool = False) -> float:
-    """`fused_recurrent`: the rule with norms and gates; if `layer`, with the convolution and the gated norm that ours has."""
+    """Measures `fused_recurrent`, the rule with norms and gates.
+
+    With `layer`, the measurement includes the convolution and the gated norm, which our kernel also computes.
+    """
     import torch
     from fla.modules.causal_conv1d import causal_conv1d_update
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
@@ -89,7 +95,7 @@ def recurrent(shape: RecurrentShape, layer: bool = False) -> float:
     def step() -> Any:
         turn[0] = n = (turn[0] + 1) % len(layers)
         inputs = qkv
-        if layer:  # its layer has three convolutions, too
+        if layer:  # fla's layer also has three convolutions
             parts = zip(qkv, caches[n], taps, strict=True)
             inputs = [causal_conv1d_update(x, cache, weight=w, activation="silu")[0] for x, cache, w in parts]
         q, k, v = (x.view(rows, tokens, HEADS, WIDTH) for x in inputs)
@@ -108,11 +114,14 @@ def _leaf(*shape: int, dtype: Any = None) -> Any:
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """Mean device time of a call, all of its kernels summed: the same measure as `bench.devicemicroseconds`."""
+    """Returns the mean device time of a call, summed over its kernels.
+
+    This is the same measure as `bench.device_microseconds`.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(3):  # Triton compiles and tunes
+    for _ in range(3):  # Triton compiles and tunes on the first calls
         call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:

@@ -1,4 +1,4 @@
-"""What `kernels_pallas.bench` measures of the gated delta rule."""
+"""Benchmark lines of the gated delta rule for `kernels_pallas.bench`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from kernels_pallas.bench import Work, pulling_back
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH, ChunkedShape, RecurrentShape
 
-STATE = HEADS * WIDTH * WIDTH * 4  # bytes of one sequence's memory
-TOKEN = (CHANNELS + 2 * HEADS + HEADS * WIDTH) * 2  # bytes of what a token brings and takes
-# Operations a token and head must cost: writing and reading the memory, nothing for the order within a chunk.
+STATE = HEADS * WIDTH * WIDTH * 4  # bytes of one sequence's recurrent state
+TOKEN = (CHANNELS + 2 * HEADS + HEADS * WIDTH) * 2  # bytes of a token's inputs and outputs
+# Minimum operations per token: writing and reading the state, without the work of ordering a chunk's writes.
 RULE = HEADS * 3 * 2 * WIDTH * WIDTH
 
 
 def works() -> Iterator[Work]:
-    """The table."""
+    """Yields the benchmark lines."""
     for shape in shapes.CHUNKED:
         tokens, sequences = sum(shape.lengths), len(shape.lengths)
         moved = tokens * TOKEN + 2 * sequences * STATE
@@ -46,11 +46,11 @@ def _layer(rng: np.random.Generator) -> gated_delta.Layer:
 
 def _chunked_inputs(shape: ChunkedShape) -> tuple[Any, ...]:
     rng, tokens, sequences = np.random.default_rng(0), sum(shape.lengths), len(shape.lengths)
-    starts = jnp.asarray(np.cumsum([0, *shape.lengths[:-1]]), jnp.int32)
+    query_starts = jnp.asarray(np.cumsum([0, *shape.lengths[:-1]]), jnp.int32)
     projected = (_draw(rng, tokens, width) for width in (CHANNELS, HEADS, HEADS))
-    memory = jnp.zeros((sequences, HEADS, WIDTH, WIDTH), jnp.float32)
-    tail = _draw(rng, sequences, CONV - 1, CHANNELS)
-    return *projected, _layer(rng), memory, tail, starts, jnp.asarray(shape.lengths, jnp.int32)
+    recurrent_state = jnp.zeros((sequences, HEADS, WIDTH, WIDTH), jnp.float32)
+    conv_state = _draw(rng, sequences, CONV - 1, CHANNELS)
+    return *projected, _layer(rng), recurrent_state, conv_state, query_starts, jnp.asarray(shape.lengths, jnp.int32)
 
 
 def _chunked(shape: ChunkedShape, backend: str) -> Callable[[], Any]:
@@ -60,10 +60,10 @@ def _chunked(shape: ChunkedShape, backend: str) -> Callable[[], Any]:
 
 
 def _backward(shape: ChunkedShape, backend: str) -> Callable[[], Any]:
-    *differentiable, starts, lengths = _chunked_inputs(shape)
+    *differentiable, query_starts, query_lens = _chunked_inputs(shape)
 
     def forward(*inputs: Any) -> jax.Array:
-        return gated_delta.chunked(*inputs, starts, lengths, backend=backend).out
+        return gated_delta.chunked(*inputs, query_starts, query_lens, backend=backend).out
 
     return pulling_back(forward, *differentiable)
 
@@ -79,7 +79,7 @@ def _recurrent(shape: RecurrentShape, backend: str) -> Callable[[], Any]:
         out, *state = gated_delta.recurrent(*projected, z, layer, norm, 1e-6, *state, slots, keep, backend=backend)
         return out, tuple(state)
 
-    # As many memories as the model has layers, in turn: one alone would stay in the cache from call to call.
+    # One state per layer of the model, in turn. A single state would stay in the cache from call to call.
     layers = [(jnp.zeros((rows, HEADS, WIDTH, WIDTH)), _draw(rng, rows, CONV - 1, CHANNELS)) for _ in range(18)]
     turn = [0]
 

@@ -1,4 +1,4 @@
-"""The kernels for Hopper, in Mosaic GPU: what they serve, and how gradients pass the chunked form."""
+"""The Hopper kernels in Mosaic GPU: supported arguments, and the gradient of the chunked form."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ WIDTH = 128  # of keys and of values
 
 
 def gap(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Array) -> str | None:
-    """What the kernels lack for these arguments, or None."""
+    """Returns why the kernels do not support these arguments, or None."""
     _, N, V, K = recurrent_state.shape
     if (K, V) != (WIDTH, WIDTH):
         return f"memory has heads of {V} values and {K} keys, and it takes {WIDTH} and {WIDTH}"
@@ -32,7 +32,7 @@ def gap(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Array) -> str | No
 
 @once
 def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `reference.chunked`."""
+    """Computes `reference.chunked`."""
     return _chunked(*arguments)
 
 

@@ -131,7 +131,8 @@ def scan_backward(
     Args:
       d_out: cotangents of the outputs; zeros where a chunk has no token.
       d_read: `d_out * terms.q_scale`, the cotangents of reads from the state before the chunk.
-      d_final_states, d_snapshots: cotangents of the state after each sequence and of snapshots (P at least 1).
+      d_final_states: cotangents of the state after each sequence.
+      d_snapshots: cotangents of snapshots, at least one.
       chunk_snapshots: index of the snapshot taken at each chunk's end, or -1.
     """
     (S, N, V, K), chunks, dtype = d_final_states.shape, chunk_snapshots.shape[0], d_out.dtype
@@ -283,7 +284,7 @@ def chunk_gradients(
         num_threads=2,
         thread_name="group",
         scratch_types=[
-            # Inverse, v, and cotangents of writes. The last buffer is reused for the other warpgroup's share of d_k.
+            # Inverse, v, and cotangents of writes, whose buffer is reused for d_k's other summand.
             [tiles(L, L), tiles(L, V), plgpu.RefUnion(tiles(V, L), tiles(L, K))],
             [tiles(V, L), tiles(L, K), tiles(L, K), tiles(L, V), tiles(L, L)],  # writes, q, k, out_bar, attention
             [tiles(V, K), tiles(V, K)],  # state before the chunk, cotangent of the state after it
@@ -326,7 +327,10 @@ def _chunk_gradients(*refs, N, K):
         store_global(x, dst, grads.d_qkv.at[chunk, :, pl.ds((part * N + head) * K, K)])
 
     def decay_matrix():
-        """Returns the decay from token j to token i times the inverse norm of key j, and the inverse norms as rows."""
+        """Returns decay times inverse key norm, [L, L], and the inverse key norms as rows.
+
+        Entry (i, j) is the decay from token j to token i times the inverse norm of key j.
+        """
         decay, k_norm = load(vectors[2].at[head, chunk]), inverse_norm(k_s)
         store(vectors_s.at[group], k_norm)
         decay_col, norm_col = (along_columns(load(x, COL), L) for x in (vectors[2].at[head, chunk], vectors_s.at[group]))
@@ -435,9 +439,8 @@ def convolution_gradients(
     """
     (T, C), (S, _, _), (chunks, W) = qkv.shape, conv_state.shape, (grads.shape[0], conv.shape[1])
     sequence_ids = jnp.minimum(table.sequence, S - 1)
-    num_rows = jnp.where(
-        table.num_tokens > 0, jnp.minimum(query_lens[sequence_ids] - L * table.index, L + CONV_HISTORY), 0
-    )  # rows with cotangents
+    # Rows of each chunk and its next three that have a cotangent.
+    num_rows = jnp.where(table.num_tokens > 0, jnp.minimum(query_lens[sequence_ids] - L * table.index, L + CONV_HISTORY), 0)
     kernel = plgpu.kernel(
         functools.partial(_convolution_gradients, W=W),
         out_type=(

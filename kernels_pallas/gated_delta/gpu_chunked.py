@@ -228,7 +228,10 @@ def fetch_rows(qkv, conv_state, channels, before, dst, ready, start, index, sequ
 
 
 def _convolve(raw, conv, channels, real):
-    """Applies convolution and SiLU to one slice of a chunk's channels. Rows past the chunk's end become zeros."""
+    """Applies convolution and SiLU to one slice of a chunk's channels.
+
+    Rows past the chunk's end become zeros, whatever they hold.
+    """
     shape = (L, raw.shape[1])
     layout = row_layout(raw.at[pl.ds(0, L)])
     total = 0.0

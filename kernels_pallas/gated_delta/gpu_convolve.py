@@ -1,6 +1,6 @@
-"""The convolution over packed rows, and its gradients, for Hopper: each element read and written once.
+"""Convolution over packed rows, and its gradients, for Hopper. Each element is read and written once.
 
-XLA's fusions of it run at a third to a half of the memory's rate, and its gradient takes three.
+XLA's fusions of it run at a third to a half of the memory's rate, and its gradient takes three fusions.
 Glossary: T tokens of all rows, C channels, W taps, B blocks of L tokens, D channels of a block.
 """
 
@@ -20,12 +20,12 @@ from kernels_pallas.gpu.mosaic import along_columns, along_rows, load, params, s
 
 L, D = CHUNK, 128
 TAPS = 4
-BEFORE, AFTER = 8, 16  # rows read around a block's own: whole tiles of memory, and of what a warpgroup holds
+BEFORE, AFTER = 8, 16  # rows read around a block's own: whole memory tiles, and whole register tiles of a warpgroup
 
 
 @jax.custom_vjp
 def convolve(qkv: BFloat16[Array, "R T C"], conv: Float[Array, "C W"], segments: Int32[Array, "R T"]) -> BFloat16[Array, "R T C"]:
-    """As `packed.convolve_segments`, for 4 taps, and a multiple of 128 channels."""
+    """Computes `packed.convolve_segments` for 4 taps and a multiple of 128 channels."""
     return _convolve_fwd(qkv, conv, segments)[0]
 
 
@@ -46,7 +46,10 @@ convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _num_predecessors(segments: Int32[Array, "R T"]) -> Int32[Array, " ages"]:
-    """How many tokens of its own sequence stand before each token, at most TAPS - 1; 0 behind the last row."""
+    """Returns the number of earlier tokens of each token's own sequence, at most TAPS - 1.
+
+    Entries past the last row are 0.
+    """
     same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0))).astype(jnp.int32)
     count = has_predecessor = same
     for back in range(1, TAPS - 1):
@@ -68,7 +71,7 @@ def _launch(body, name, copies, inputs, dtypes):
         scratch_types=[
             [plgpu.SMEM((rows, D), inputs[0].dtype) for _ in range(copies)],
             plgpu.SMEM((L, D), inputs[0].dtype),
-            tiles(L, D),  # products on their way to another layout, in which columns can be summed
+            tiles(L, D),  # products, to change to a layout whose columns can be summed
             plgpu.Barrier(num_arrivals=3 * copies),
         ],
         compiler_params=params(approximate=True),
@@ -83,7 +86,7 @@ def _kernel(qkv, taps, predecessors, *refs, body, T):
     block, lane = lax.axis_index("block"), lax.axis_index("lane")
     row, run = block * L, pl.ds(lane * D, D)
     sources, (out, *d_taps) = [qkv, *more[: len(buffers) - 1]], more[len(buffers) - 1 :]
-    # What is read before the first and behind the last token is of no one's sequence, and masked.
+    # Rows read before the first token or after the last belong to no sequence; they are masked.
     copies_in = (
         (jnp.maximum(row - BEFORE, 0), 0, BEFORE),
         (row, BEFORE, L),
@@ -101,19 +104,19 @@ def _kernel(qkv, taps, predecessors, *refs, body, T):
 
 
 class _Window(NamedTuple):
-    """A block's rows in shared memory and those around them; rows are counted from the block's first."""
+    """A block's rows in shared memory and the rows around them; rows are counted from the block's first."""
 
-    buffers: Any  # of the inputs, and where there is one of the output's cotangent
+    buffers: Any  # of the inputs, and in the backward pass of the output's cotangent
     taps: Any
     predecessors: Any
-    row: Any  # the block's first, of all
+    row: Any  # index of the block's first row
 
     def rows(self, buffer: int, start: int, size: int) -> Array:
         ref = self.buffers[buffer].at[pl.ds(BEFORE + start, size)]
         return load(ref, row_layout(ref)).astype(jnp.float32)
 
     def has_predecessor(self, start: int, size: int, back: int) -> Array:
-        """1 where a token's sequence has a token so far before it, 0 elsewhere."""
+        """Returns 1 where a token's sequence has a token `back` rows before it, else 0."""
         layout = row_layout(self.buffers[0].at[pl.ds(0, size)])
         count = load(self.predecessors.at[pl.ds(self.row + start, size)], layout.reduce(1))
         return plgpu.layout_cast(along_rows(jnp.where(count >= back, 1.0, 0.0), D), layout)
@@ -124,11 +127,11 @@ class _Window(NamedTuple):
         return plgpu.layout_cast(along_columns(same, size), layout)
 
     def input(self, start: int, size: int, back: int) -> Array:
-        """What stood so far before each token; zeros from other sequences."""
+        """Returns the row `back` rows before each token; zeros if it belongs to another sequence."""
         return self.rows(0, start - back, size) * self.has_predecessor(start, size, back)
 
     def linear(self, start: int, size: int) -> Array:
-        """The convolution before its SiLU."""
+        """Returns the convolution before its SiLU."""
         return sum(self.input(start, size, back) * self.tap(size, back) for back in range(TAPS))
 
 

@@ -1,20 +1,21 @@
-"""`packed` for Hopper, its convolution done: a chunk's own part, in one kernel forwards and one backwards, around `gpu_handover`.
+"""Per-chunk kernels of `packed` for Hopper, forward and backward, around `gpu_state_scan`.
 
-With a chunk's tokens i, j, D the log of the decay from the chunk's start, beta the writing strengths, q and k normalised, and
-e = exp(D) where a token inherits the memory S handed to the chunk, x = exp(D_L - D) where the memory after the chunk is of its
-sequence, all else 0:
+Let i, j be a chunk's tokens, D the log of the decay from the chunk's start, beta the writing strengths, and q
+and k normalised. Let e = exp(D) where a token's sequence owns the incoming state S, else 0. Let x = exp(D_L -
+D) where a token's sequence owns the state after the chunk, else 0. Then
 
-    A_ij = beta_i (k_i k_j) exp(D_i - D_j), i > j,      M = (I + A)^-1,      P_ij = (q_i k_j) exp(D_i - D_j), i >= j,
+    A_ij = beta_i (k_i k_j) exp(D_i - D_j), i > j,      M = (I + A)^-1,
+    P_ij = (q_i k_j) exp(D_i - D_j), i >= j,
     U = M beta v,   W = M beta e k,   Q = e q,   X = x k.
 
-Backwards, with n what the tokens add to S, d its cotangent, o the output's and G that of the memory after the chunk, one product
-with M' (the transposed) passes through the system, and its matrix's gradient takes n itself, since n = M r with
-r = beta (v - e S k):
+In the backward pass, n is the tokens' writes to S, d the cotangent of n, o that of the output, and G that of
+the state after the chunk. One product with M' (the transpose) passes through the system. The gradient of A
+needs only n, because n = M r with r = beta (v - e S k):
 
     dr = M' d,   dA = -dr n' (i > j),   dP = o n' (i >= j),   dv = beta dr,
     dq = dP~ k + e o S,   dk = dA~ k + dA~' k + dP~' q - beta e dr S + x n G,
 
-~ being the factors that turn products of keys and queries into A and P.
+where ~ multiplies by the factors that turn products of keys and queries into A and P.
 Glossary: B chunks of all rows, N heads, L tokens of a chunk, K key width, V value width, C channels.
 """
 
@@ -40,7 +41,7 @@ WIDTH = 128  # of keys and of values
 
 
 def gap(qkv: jax.Array, conv: jax.Array, heads: int, key_width: int, value_width: int) -> str | None:
-    """What the kernels lack for these arguments of `packed`, or None."""
+    """Returns why the kernels do not support these arguments of `packed`, or None."""
     if (key_width, value_width) != (WIDTH, WIDTH):
         return f"heads have {key_width} keys and {value_width} values, and it takes {WIDTH} and {WIDTH}"
     if qkv.shape[-1] != 3 * heads * WIDTH:
@@ -53,11 +54,11 @@ def gap(qkv: jax.Array, conv: jax.Array, heads: int, key_width: int, value_width
 
 
 class ChunkSegments(NamedTuple):
-    """What a chunk's tokens are to the memory.
+    """Sequences of a chunk's tokens and of its incoming state.
 
     Attributes:
-      sequence: of each token.
-      before: whose memory the chunk is handed; -1 for nobody's.
+      segment: each token's sequence.
+      incoming: sequence of the state before the chunk; -1 at a row's first chunk.
     """
 
     segment: Int32[Array, "B L"]
@@ -65,7 +66,7 @@ class ChunkSegments(NamedTuple):
 
 
 class PreparedChunks(NamedTuple):
-    """A chunk's, as `gpu_handover` takes it; and the inverse for the way back."""
+    """Each chunk's solved system, as `gpu_state_scan` takes it, and the inverse for the backward pass."""
 
     writes: BFloat16[Array, "B N V L"]
     reads: BFloat16[Array, "B N L K"]
@@ -82,10 +83,10 @@ def rule(
     beta: Float32[Array, "R T N"],
     segments: Int32[Array, "R T"],
 ) -> BFloat16[Array, "R T N V"]:
-    """What each token reads of its own sequence's memory.
+    """Returns each token's read of its own sequence's state.
 
     Args:
-      channels: queries, keys and values after convolution and SiLU; of any length.
+      channels: queries, keys and values after convolution and SiLU, not normalised.
       g, beta: log decay and writing strength.
       segments: as in `packed`.
     """
@@ -109,7 +110,7 @@ def _rule_bwd(saved: Any, d_out: Array) -> tuple[Array | None, ...]:
     d_after, d = scan_states_backward(d_out, *rest, fade)
     by_chunk = (x.reshape(-1, *x.shape[2:]) for x in (inverse, states, d_after, new, d))
     d_channels, d_beta, shares, d_fade = gradients(channels, d_out.reshape(R * T, -1), g, beta, chunk_segments, *by_chunk)
-    # The decay from the chunk's start to its end fades the whole memory: each of its tokens' share is the same.
+    # The decay over the whole chunk fades the incoming state, so every token of it gets the same summand.
     d_g = shares.sum(axis=0) + (_fade(g, chunk_segments) * d_fade.sum(axis=-1))[..., None]
     return d_channels.reshape(R, T, -1), *(x.reshape(N, R, T).transpose(1, 2, 0) for x in (d_g, d_beta)), None
 
@@ -128,14 +129,14 @@ def _chunk_segments(segments: Int32[Array, "R T"]) -> ChunkSegments:
 
 
 def _fade(g: Float32[Array, "N B L"], chunk_segments: ChunkSegments) -> Float32[Array, "N B"]:
-    """What is left of the memory handed to a chunk at its end; nothing where another sequence has begun."""
+    """Returns the decay of the incoming state over a chunk; 0 if another sequence owns the chunk's end."""
     return jnp.where((chunk_segments.segment[:, -1] == chunk_segments.incoming)[None], jnp.exp(g.sum(axis=-1)), 0.0)
 
 
 def prepare(
     channels: BFloat16[Array, "RT C"], g: Float32[Array, "N B L"], beta: Float32[Array, "N B L"], chunk_segments: ChunkSegments
 ) -> PreparedChunks:
-    """Every chunk's system, solved."""
+    """Solves every chunk's system."""
     N, B, _ = g.shape
     shapes = PreparedChunks((WIDTH, L), (L, WIDTH), (L, WIDTH), (L, WIDTH), (L, L), (L, L))
     kernel = plgpu.kernel(
@@ -146,7 +147,7 @@ def prepare(
         scratch_types=[
             *(tiles(L, WIDTH), tiles(L, WIDTH), tiles(L, WIDTH)),  # q, k, v
             *(tiles(WIDTH, L), tiles(L, WIDTH), tiles(L, L), tiles(L, L)),
-            plgpu.SMEM((2, L), jnp.float32),  # vectors on their way from rows to columns
+            plgpu.SMEM((2, L), jnp.float32),  # vectors, to change from ROW to COL layout
             plgpu.Barrier(num_arrivals=3),
         ],
         compiler_params=params(approximate=True),
@@ -156,7 +157,10 @@ def prepare(
 
 
 class _Factors(NamedTuple):
-    """Of a chunk and head, in registers: vectors along rows, but for those of columns, and matrices."""
+    """Factors of one chunk and head, in registers.
+
+    Vectors have ROW layout, except those named `_col`.
+    """
 
     q_norm: Any
     k_norm: Any
@@ -185,7 +189,7 @@ def _factors(g, segment, handed, q_s, k_s, vectors_s, head, chunk):
 
 
 def _fetch(channels, dst, ready, head, N):
-    """A chunk's queries, keys and values of a head."""
+    """Fetches one head's queries, keys and values of a chunk."""
     rows = pl.ds(lax.axis_index("chunk") * L, L)
     for part, tile in enumerate(dst):
         plgpu.copy_gmem_to_smem(channels.at[rows, pl.ds((part * N + head) * WIDTH, WIDTH)], tile, ready)
@@ -229,7 +233,10 @@ def gradients(
     new: BFloat16[Array, "B N V L"],
     d: BFloat16[Array, "B N V L"],
 ) -> tuple[BFloat16[Array, "RT C"], Float32[Array, "N B L"], Float32[Array, "4 N B L"], Float32[Array, "N B L"]]:
-    """Of the channels; of beta; g's in four shares, and the fade's in one a row, to be added up."""
+    """Returns the gradients of the channels, of beta, of g and of the fade.
+
+    The gradient of g is four summands. The gradient of the fade is one summand per row of the chunk.
+    """
     N, B, _ = g.shape
     vector = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     kernel = plgpu.kernel(
@@ -243,7 +250,7 @@ def gradients(
             *(tiles(L, WIDTH) for _ in range(4)),  # q, k, v, the output's cotangent
             *(tiles(L, L), tiles(WIDTH, WIDTH), tiles(WIDTH, WIDTH), tiles(WIDTH, L), tiles(WIDTH, L)),
             tiles(2, L, L),  # matrices to be transposed
-            tiles(L, WIDTH, dtype=jnp.dtype(jnp.float32)),  # what the second warpgroup has of the keys' gradient
+            tiles(L, WIDTH, dtype=jnp.dtype(jnp.float32)),  # the second warpgroup's summand of the keys' gradient
             plgpu.SMEM((2, 2, L), jnp.float32),
             *(plgpu.Barrier(num_arrivals=9), plgpu.Barrier()),
         ],
@@ -254,7 +261,10 @@ def gradients(
 
 
 def _gradients(*refs, N):
-    """One warpgroup goes back through the system to values and keys, the other through the attention and the memory."""
+    """Computes one chunk's gradients with two warpgroups.
+
+    One propagates through the system to values and keys, the other through the attention and the state.
+    """
     channels, d_out, g, beta, segment, handed, *refs = refs
     matrices, (out, out_beta, out_shares, out_fade), scratch = refs[:5], refs[5:9], refs[9:]
     q_s, k_s, v_s, o_s, m_s, state_s, after_s, n_s, d_s, t_s, share_s, vectors_s, ready, shared = scratch
@@ -298,7 +308,7 @@ def _gradients(*refs, N):
         _store_gate_shares(f, of_row + strength * read_k, None, of_column, out_shares.at[pl.ds(0, 2), head, chunk])
         d_k = accumulate(d_k * _along_width(strength), d_overlap, k_s)
         d_k = accumulate(d_k, t_s.at[0].transpose(ACROSS), k_s)
-        plgpu.barrier_wait(shared)  # the other has read the keys, too
+        plgpu.barrier_wait(shared)  # the other warpgroup has read the keys
         k_s[...] = _norm_backward(d_k + share_s[...], _float32(k_s), f.k_norm, 1.0).astype(k_s.dtype)
         store_part(k_s, 1)
         plgpu.wait_smem_to_gmem(0)
@@ -310,7 +320,7 @@ def _gradients(*refs, N):
         out_fade[head, chunk] = sum(_row_dot(_float32(state_s.at[half]), _float32(after_s.at[half])) for half in halves)
         d_attention = jnp.where(f.i >= f.j, product(o_s, n_s) * f.between, 0.0)
         share = d_attention * product(q_s, k_s.transpose(ACROSS)) * along_rows(f.q_norm, L) * along_columns(f.k_norm_col, L)
-        share = jnp.where(f.i > f.j, share, 0.0)  # the diagonal's decay is 1 whatever the gates are
+        share = jnp.where(f.i > f.j, share, 0.0)  # the diagonal's decay is 1 for any gates
         of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
         store_shared(d_attention * along_rows(f.q_norm, L), t_s.at[1])
         d_attention = (d_attention * along_columns(f.k_norm_col, L)).astype(q_s.dtype)
@@ -342,13 +352,17 @@ def _float32(ref):
 
 
 def _store_gate_shares(f, of_row, of_rest, of_column, out):
-    """A token's gate is in the decay of all from it on, less what columns take back, and in the rest of all before it."""
+    """Stores the summands of the gates' gradients.
+
+    A token's gate is part of the decay of that token and all later ones, with the sign flipped for columns.
+    It is also part of the remaining decay of all earlier tokens.
+    """
     rest = 0.0 if of_rest is None else along_rows(of_rest, L)
     out[0] = jnp.sum(jnp.where(f.i >= f.j, along_rows(of_row, L), rest), axis=0)
     out[1] = -jnp.sum(jnp.where(f.j >= f.i, along_columns(of_column, L), 0.0), axis=1)
 
 
 def _norm_backward(dx, x, norm, unit):
-    """The gradient of a row `x` from that of `norm x`, `norm` being `1 / (unit |x|)`."""
+    """Returns the gradient of a row `x` from that of `norm x`, where `norm` is `1 / (unit |x|)`."""
     inverse = norm * unit
     return (dx - x * _along_width(_row_dot(dx, x) * inverse * inverse)) * _along_width(norm)

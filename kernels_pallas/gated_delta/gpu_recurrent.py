@@ -1,11 +1,13 @@
-"""`recurrent` for Hopper: one kernel from the projections to the gated norm, the memory read and written once.
+"""`recurrent` for Hopper: one kernel from the projections to the gated norm.
 
-The work is bound by moving the memory: 128 KiB a head, both ways, for 100,000 multiplications. A block stays on its processor
-and takes one head of one row after the other, whose value channels its warpgroups share. The copy engine brings the next
-heads' memories while one is computed, and takes each away to where it came from; all else that a head needs is loaded while the
-head before is computed. Where there are too few heads to fill the chip, the blocks of a cluster share one: what their value
-channels have read, which the norm is over, they write into each other's shared memory.
-Glossary: B rows, T tokens, N heads, K key width, V value width, W taps of the convolution, C channels; an item: a head of a row.
+The work is bound by moving the state, which is read and written once: 128 KiB per head, both ways, for
+100,000 multiplications. A persistent block handles one item (a head of a row) after the other. Its warpgroups
+share the item's value channels. The copy engine fetches the states of the next items while one is computed,
+and writes each state back in place. All other inputs of an item are loaded while the item before it is
+computed. Where there are too few heads to fill the chip, the blocks of a cluster share one. The output norm
+is over all value channels, so the blocks write their reads into each other's shared memory.
+Glossary: B rows, T tokens, N heads, K key width, V value width, W taps of the convolution, C channels; an
+item: a head of a row.
 """
 
 import functools
@@ -39,7 +41,8 @@ from kernels_pallas.gpu.mosaic import (
 from kernels_pallas.tuning import chosen
 
 STREAMS = 3  # queries, keys and values
-# A thread has one of 128 channels; or pairs of neighbouring keys of one value channel, 4 or 8 threads a channel.
+# CHANNELS: a thread holds one of 128 channels. MATRICES: it holds pairs of neighbouring keys of one value
+# channel, and 4 or 8 threads share a channel.
 CHANNELS = plgpu.Layout.TILED(plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 MATRICES = {
     share: plgpu.Layout.TILED(plgpu.Tiling(tiling), warp_dims=(warp,), lane_dims=(-3, -2), vector_dim=-1)
@@ -67,7 +70,7 @@ def recurrent(
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
-    """As `api.recurrent`."""
+    """Computes `api.recurrent`."""
     (B, T, N, V), K = z.shape, recurrent_state.shape[-1]
     cut = chosen("gpu", "gated_delta_recurrent", B * N)
     blocks = B * N if cut.parts > 1 else min(PROCESSORS, B * N)
@@ -84,7 +87,7 @@ def recurrent(
         scratch_types=[
             tiles(cut.groups * stages, share, K, dtype=jnp.float32),
             plgpu.SMEM((T, STREAMS, K), jnp.float32),  # queries, keys and values after the convolution
-            plgpu.SMEM((T, V), jnp.float32),  # what was read, for the norm over all of it
+            plgpu.SMEM((T, V), jnp.float32),  # all reads of a head, for its norm
             plgpu.Barrier(num_barriers=cut.groups * stages),
             plgpu.Barrier(num_arrivals=cut.groups),
             barrier_of(cut.parts, cut.groups),
@@ -99,7 +102,7 @@ def recurrent(
 
 def _kernel(*refs, eps, blocks, stages, groups, parts):
     block = _Warpgroup(refs, eps, blocks, stages, groups, parts)
-    prefetched = max(stages - 1, 1)  # items whose memories are under way
+    prefetched = max(stages - 1, 1)  # items whose states are being copied
     slots = [block.slot(n) for n in range(prefetched)]
     fetched, inputs = jnp.int32(0), block.load_inputs(0)
     for n, slot in enumerate(slots):
@@ -111,7 +114,7 @@ def _kernel(*refs, eps, blocks, stages, groups, parts):
         next_inputs, next_slot = block.load_inputs(n + 1), block.slot(n + prefetched)
         next_inputs = next_inputs._replace(history=block.load_history(n + 1, next_inputs.slot))
         block.step(n, inputs, used)
-        plgpu.commit_smem_to_gmem_group()  # one an item, be it empty: so the last but one is the item before
+        plgpu.commit_smem_to_gmem_group()  # one group per item, even if empty, so that waiting counts items
         plgpu.wait_smem_to_gmem(min(stages - 1, 1), wait_read_only=True)
         return used + (inputs.slot >= 0).astype(jnp.int32), block.fetch_state(n + prefetched, next_slot, fetched), next_inputs
 
@@ -122,17 +125,19 @@ def _kernel(*refs, eps, blocks, stages, groups, parts):
         plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0)
     if parts > 1:
-        meet(block.read)  # a block's shared memory must last until the others have written to it
+        meet(block.read)  # other blocks of the cluster may still write to this block's shared memory
 
 
 class _Inputs(NamedTuple):
-    """What an item needs besides its memory, in registers; lists by side (queries, keys, values) or by token.
+    """Inputs of an item except its state, in registers; lists by stream (queries, keys, values) or by token.
 
     Attributes:
-      slot, num_kept: where its memory is, and how many tokens it keeps.
-      qkv, history, filters: inputs of the convolution, those before the first token, and its filters; all of 128 channels.
-      gates, gate_params: `a` and `b` of each token; `a_log` and `dt_bias`.
-      z: the output gates of the value channels.
+      slot: slot of its state, or -1.
+      num_kept: number of tokens to keep.
+      qkv, history, filters: the convolution's new inputs, earlier inputs and filters, 128 channels each.
+      gates: `a` and `b` of each token.
+      gate_params: `a_log` and `dt_bias`.
+      z: output gates of the value channels.
     """
 
     slot: Any
@@ -146,7 +151,7 @@ class _Inputs(NamedTuple):
 
 
 class _Warpgroup:
-    """A warpgroup's view of its block's work."""
+    """One warpgroup's share of its block's work."""
 
     def __init__(self, refs, eps, blocks, stages, groups, parts):
         (
@@ -172,26 +177,26 @@ class _Warpgroup:
         self.own_channels = pl.ds((self.part * groups + self.group) * self.share, self.share)
         self.matrix_layout = MATRICES[self.share]
         self.row_layout, self.column_layout = self.matrix_layout.reduce(1), self.matrix_layout.reduce(0)
-        # The sides that the warpgroup convolves; the last of two or four does one that is another's, or its own again.
+        # Streams to convolve. With 2 or 4 warpgroups, one of them repeats a stream without storing it.
         self.streams = {1: [0, 1, 2], 2: [self.group, 2], 4: [jnp.minimum(self.group, 2)]}[groups]
         self.is_owner = {1: [True, True, True], 2: [True, self.group == 0], 4: [self.group < STREAMS]}[groups]
         self.weight = load(norm.at[self.own_channels], self.row_layout)
 
     def row_and_head(self, n):
-        """An item's row and head; of those past the end the last one's."""
+        """Returns an item's row and head; past the end, the last item's."""
         item = jnp.minimum(n, self.items - 1) * self.blocks + self.block
         return item // self.N, lax.rem(item, self.N)
 
     def slot(self, n):
-        """Of an item's row."""
+        """Returns the slot of an item's row."""
         return self.slots[self.row_and_head(n)[0]]
 
     def channels(self, stream, head):
-        """A head's queries, keys or values among all channels."""
+        """Returns the slice of one head's queries, keys or values among all channels."""
         return pl.ds((stream * self.N + head) * self.K, self.K)
 
     def load_inputs(self, n):
-        """All that can be loaded before the slot's number is known."""
+        """Loads all inputs that do not depend on the slot."""
         (row, head), tokens = self.row_and_head(n), range(self.T)
         channel_slices = [self.channels(stream, head) for stream in self.streams]
         return _Inputs(
@@ -206,13 +211,16 @@ class _Warpgroup:
         )
 
     def load_history(self, n, slot):
-        """The inputs before an item's first token."""
+        """Loads the convolution's inputs before an item's first token."""
         own, head = jnp.maximum(slot, 0), self.row_and_head(n)[1]
         channel_slices = [self.channels(stream, head) for stream in self.streams]
         return [[load(self.conv_state.at[own, i, channels], CHANNELS) for i in range(self.W - 1)] for channels in channel_slices]
 
     def fetch_state(self, n, slot, count):
-        """Sends for an item's memory, the `count`-th of the block, if it has one; how many that makes."""
+        """Starts the copy of an item's state, the block's `count`-th, if the item has one.
+
+        Returns the number of states fetched so far.
+        """
         wanted = (n < self.items) & (slot >= 0)
         at = self.group * self.stages + lax.rem(count, self.stages)
 
@@ -224,7 +232,7 @@ class _Warpgroup:
         return count + wanted.astype(jnp.int32)
 
     def step(self, n, inputs, used):
-        """One item, whose memory is the `used`-th of the block."""
+        """Computes one item, whose state is the block's `used`-th."""
         row, head = self.row_and_head(n)
 
         @pl.when(inputs.slot < 0)
@@ -240,7 +248,7 @@ class _Warpgroup:
             windows = [x + y for x, y in zip(inputs.history, inputs.qkv, strict=True)]
             self.convolve(windows, inputs.filters)
             fades, strengths = self.gates(inputs)
-            meet(self.convolved)  # all have read the tail, too
+            meet(self.convolved)  # every warpgroup has read the conv state, too
             at = self.group * self.stages + lax.rem(used, self.stages)
             reads = self.update_state(at, inputs.num_kept, fades, strengths)
 
@@ -262,7 +270,7 @@ class _Warpgroup:
                 _when(owner & (self.part == 0), functools.partial(self.store_conv_state, own_conv_state, window, inputs.num_kept))
 
     def convolve(self, windows, filters):
-        """Convolution and SiLU of the warpgroup's sides, to shared memory."""
+        """Applies convolution and SiLU to the warpgroup's streams and stores them in shared memory."""
         for stream, owner, window, taps in zip(self.streams, self.is_owner, windows, filters, strict=True):
             x, w = ([y.astype(jnp.float32) for y in ys] for ys in (window, taps))
             for t in range(self.T):
@@ -270,14 +278,18 @@ class _Warpgroup:
                 _when(owner, functools.partial(store, self.qkv_s.at[t, stream], value))
 
     def gates(self, inputs):
-        """Decay and writing strength of each token."""
+        """Returns decay and writing strength of each token."""
         a_log, bias = (x.astype(jnp.float32) for x in inputs.gate_params)
         rate = jnp.exp(a_log)
         fades = [jnp.exp(-rate * softplus(a.astype(jnp.float32) + bias)) for a, _ in inputs.gates]
         return fades, [sigmoid(b.astype(jnp.float32)) for _, b in inputs.gates]
 
     def update_state(self, at, num_kept, fades, strengths):
-        """The rule, token by token: what is read, also for the others; the memory to keep goes back to its place in the ring."""
+        """Applies the rule token by token.
+
+        Returns the reads, and shares them with the other warpgroups. The state to keep is stored in its ring
+        buffer.
+        """
         plgpu.barrier_wait(self.ready.at[at])
         state, reads = load(self.state_s.at[at], self.matrix_layout), []
         for t, (fade, strength) in enumerate(zip(fades, strengths, strict=True)):
@@ -299,7 +311,7 @@ class _Warpgroup:
         return reads
 
     def store_conv_state(self, conv_state, window, num_kept):
-        """Writes the last inputs of the tokens that are remembered."""
+        """Stores the last inputs of the tokens that are kept."""
         for i in range(self.W - 1):
             newest = window[i]
             for t in range(1, self.T + 1):
@@ -307,16 +319,16 @@ class _Warpgroup:
             store(conv_state.at[i], newest)
 
     def along_columns(self, x):
-        """Of keys or queries, the same for every value channel."""
+        """Broadcasts keys or queries over the value channels."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [1]), self.matrix_layout)
 
     def along_rows(self, x):
-        """Of value channels, the same for every key."""
+        """Broadcasts value channels over the keys."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.share, self.K), [0]), self.matrix_layout)
 
 
 def _when(condition, body):
-    """`body()` where the condition holds, which may be known beforehand."""
+    """Runs `body()` where the condition holds. A condition of True is resolved while tracing."""
     if condition is True:
         body()
     else:

@@ -1,15 +1,17 @@
-"""The sequential part of `packed` for Hopper: the memory handed from chunk to chunk, forwards, and its cotangent backwards.
+"""Sequential part of `packed` for Hopper: a scan of the state over chunks, and the scan of its cotangent.
 
-With a chunk's solved system (`gpu_packed.prepare`): writes U, reads W, queries Q, keys X, attention P and fade f, forwards
+With a chunk's solved system (`gpu_packed.prepare`: writes U, reads W, queries Q, keys X, attention P and
+fade f), the forward scan computes
 
     n^T = U^T - S W^T,          out^T = S Q^T + n^T P^T,    S' = f S + n^T X,
 
-and backwards, with D the cotangent of out and G that of S',
+and the backward scan, with D the cotangent of out and G that of S',
 
     d^T = D^T P + G X^T,        G_before = f G + D^T Q - d^T W,
 
-d being the cotangent of n. The running matrix, 64 rows of `[V, K]` a warpgroup, stays in registers, float32, and is its own left
-operand. Each block has a head; its warpgroups share what they load, and one more only fetches.
+where d is the cotangent of n. The running matrix stays in registers, in float32, 64 rows of `[V, K]` per
+warpgroup, and is the left operand of its products. Each block handles one head. Its warpgroups share their
+loads, and one more warpgroup only issues copies.
 Glossary: R rows, c chunks of a row, N heads, L tokens of a chunk, K key width, V value width.
 """
 
@@ -38,7 +40,7 @@ def scan_states(
     attention: BFloat16[Array, "R c N L L"],
     fade: Float32[Array, "R c N"],
 ) -> tuple[BFloat16[Array, "R T NV"], BFloat16[Array, "R c N V K"], BFloat16[Array, "R c N V L"]]:
-    """What each token reads; the memory before each chunk; and what each token adds to it."""
+    """Returns the output of each token, the state before each chunk, and each token's write to the state."""
     (R, c, N, V, _), K = writes.shape, reads.shape[-1]
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=writes.dtype)
     outputs = [shape((R, c * L, N * V)), shape((R, c, N, V, K)), shape(writes.shape)]
@@ -53,7 +55,7 @@ def scan_states_backward(
     attention: BFloat16[Array, "R c N L L"],
     fade: Float32[Array, "R c N"],
 ) -> tuple[BFloat16[Array, "R c N V K"], BFloat16[Array, "R c N V L"]]:
-    """The cotangents of the memory after each chunk, and of what each token adds to it."""
+    """Returns the cotangents of the state after each chunk and of each token's write."""
     (R, c, N, _, K), V = reads.shape, d_out.shape[-1] // reads.shape[2]
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=reads.dtype)
     outputs = [shape((R, c, N, V, K)), shape((R, c, N, V, L))]
@@ -70,7 +72,7 @@ def _launch(body, name, inputs, fade, outputs):
         out_type=outputs,
         grid=(R, N),
         grid_names=("row", "head"),
-        num_threads=groups + 1,  # the last only fetches
+        num_threads=groups + 1,  # the last one only issues copies
         thread_name="group",
         scratch_types=[
             [first, *(tiles(STAGES, L, K) for _ in range(3)), tiles(STAGES, L, L)],

@@ -1,10 +1,13 @@
-"""The rule for training: rows of equal length, several sequences packed in each, from nothing and with nothing kept.
+"""The gated delta rule for training: rows of equal length, each packed with several sequences.
 
-Where `api.chunked` cuts every sequence from its own start, here one grid of chunks lies over all rows, and masks keep the
-sequences apart inside a chunk: nothing is gathered, rows are a batch like any other (jit may spread them over devices), and only
-the hand-over of the memory, two products a chunk, is sequential. All of it is matrix products and differentiable.
-Source: arXiv:2412.06464, section 3.3. Memory, gates and sums are float32; the factors of products have the inputs' dtype.
-Glossary: R rows, T tokens of a row, C channels, c chunks, L tokens of a chunk, N value heads, K key width, V value width.
+States start at zero and are not returned. `api.chunked` cuts every sequence from its own start. Here one grid
+of chunks covers all rows, and masks separate the sequences inside a chunk. Nothing is gathered, so rows are
+an ordinary batch that jit may shard over devices. Only the scan of the state, two products per chunk, is
+sequential. Everything is matrix products and differentiable.
+Source: arXiv:2412.06464, section 3.3. State, gates and sums are float32; factors of products have the inputs'
+dtype.
+Glossary: R rows, T tokens of a row, C channels, c chunks, L tokens of a chunk, N value heads, K key width, V
+value width.
 """
 
 import jax
@@ -18,7 +21,7 @@ from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import gates, heads
 
-SMALL = 8  # blocks up to this size are multiplied entry by entry: a GPU's products of them by the 100,000 take longer
+SMALL = 8  # blocks up to this size are multiplied entry by entry, which is faster on a GPU than 100,000 products
 
 
 def packed(
@@ -32,20 +35,21 @@ def packed(
     *,
     backend: str | None = None,
 ) -> Float[Array, "R T N V"]:
-    """What each token reads of its own sequence's memory, before the output norm.
+    """Returns each token's read of its own sequence's state, before the output norm.
 
     Args:
       qkv, a, b, layer: as in `chunked`.
-      segments: which sequence of its row a token belongs to; a sequence's tokens stand together. T is a multiple of 64.
+      segments: each token's sequence within its row; a sequence's tokens are contiguous. T must be a
+        multiple of 64.
       key_width, value_width: K and V.
-      backend: "reference", or "gpu"; None for the fastest that serves.
+      backend: "reference", or "gpu"; None for the fastest that supports these arguments on this device.
 
     Returns:
-      In qkv's dtype.
+      The reads, in qkv's dtype.
 
     Raises:
-      ValueError: T is no multiple of 64, or the backend is for other devices.
-      NotImplementedError: the backend does not serve these arguments.
+      ValueError: T is not a multiple of 64, or the backend is for other devices.
+      NotImplementedError: the backend does not support these arguments.
     """
     N = a.shape[-1]
     if (T := a.shape[1]) % CHUNK:
@@ -67,7 +71,7 @@ def rule(
     key_width: int,
     value_width: int,
 ) -> Float[Array, "R T N V"]:
-    """As `gpu_packed.rule`, in plain XLA, for any widths."""
+    """Computes `gpu_packed.rule` in plain XLA, for any widths."""
     (R, T, N), dtype = g.shape, channels.dtype
     q, k, v = (x.astype(dtype) for x in heads(channels, N, key_width, value_width))
     q, k, v, g, beta = (_to_chunks(x) for x in (q, k, v, g, beta))  # [R, c, N, L, ...]
@@ -78,7 +82,10 @@ def rule(
 def convolve_segments(
     qkv: Float[Array, "R T C"], conv: Float[Array, "C W"], segments: Int32[Array, "R T"]
 ) -> Float[Array, "R T C"]:
-    """Depthwise causal convolution inside each sequence, oldest tap first, then SiLU: float32 inside, qkv's dtype out."""
+    """Applies the depthwise causal convolution inside each sequence, oldest tap first, then SiLU.
+
+    The arithmetic is float32; the result has qkv's dtype.
+    """
     W, T = conv.shape[1], qkv.shape[1]
     taps = conv.astype(jnp.float32)
     out = qkv.astype(jnp.float32) * taps[:, -1][None, None]
@@ -99,16 +106,17 @@ def _chunk_outputs(
     dtype: jnp.dtype,
 ) -> Float32[Array, "R c N L V"]:
     decay = jnp.cumsum(g, axis=-1)  # log of the decay from the chunk's start to each token
-    incoming = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]  # whose memory a chunk is handed
+    # The sequence that owns the state before each chunk.
+    incoming = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)), constant_values=-1)[..., None]
     is_incoming = (segments == incoming)[:, :, None]  # [R, c, 1, L]
     is_outgoing = (segments == segments[..., -1:])[:, :, None]
     same = (segments[..., :, None] == segments[..., None, :])[:, :, None]
     between = jnp.exp(jnp.where(same & _earlier(), decay[..., :, None] - decay[..., None, :], -jnp.inf))
-    # The diagonal is 1 and no function of the decay. As exp(0) it would give the decay two equal large gradients whose
-    # difference is rounding error: the gradients of a quickly forgetting head were off by 1e-3 in float32.
+    # The diagonal is the constant 1, not a function of the decay. As exp(0) it would give the decay two
+    # large, equal gradients. Their difference is rounding error: 1e-3 in float32 for a quickly decaying head.
     overlap_decay, between = between, jnp.where(jnp.eye(CHUNK, dtype=bool)[None, None, None], 1.0, between)
 
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # as they are read: they lie in the inputs' dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))  # upcast here, because they are stored in the inputs' dtype
     k_beta = k * beta[..., None]
     overlap = _dot("rcnik,rcnjk->rcnij", k_beta, k, dtype) * overlap_decay
     right = jnp.concatenate([v * beta[..., None], k_beta * jnp.where(is_incoming, jnp.exp(decay), 0.0)[..., None]], axis=-1)
@@ -130,7 +138,7 @@ def scan_states(
     keys: Float[Array, "R c N L K"],
     fade: Float32[Array, "R c N"],
 ) -> tuple[Float[Array, "R c N V K"], Float[Array, "R c N V L"]]:
-    """The memory before each chunk, and what each token adds to it: the one sequential part."""
+    """Scans over the chunks. Returns the state before each chunk and each token's write to the state."""
     (R, _, N, V, _), dtype = writes.shape, writes.dtype
 
     def chunk(state, terms):
@@ -145,10 +153,11 @@ def scan_states(
 
 @jax.custom_vjp
 def unit_lower_inverse(a: Float32[Array, "*batch L L"]) -> Float32[Array, "*batch L L"]:
-    """(I + a)^-1 for strictly lower triangular `a`, L a power of two.
+    """Returns (I + a)^-1 for strictly lower triangular `a`, L a power of two.
 
-    Blocks on the diagonal are inverted two by two, from single entries up: matrix products only, and as stable as substitution
-    (the product over powers of `a` is not: with equal keys its terms reach 1e17 and cancel). `a`'s upper half is not read.
+    Diagonal blocks are inverted two by two, from single entries up. This takes matrix products only, and is
+    as stable as substitution. The product over powers of `a` is not: with equal keys its terms reach 1e17 and
+    cancel. The upper half of `a` is not read.
     """
     L = a.shape[-1]
     inverse = jnp.ones_like(a[..., :1]).reshape(*a.shape[:-1], 1, 1)  # [..., blocks, size, size]
@@ -185,7 +194,7 @@ def _exact(a: Float32[Array, "*batch i j"], b: Float32[Array, "*batch j k"]) -> 
 
 
 def _dot(equation: str, x: Array, y: Array, dtype: jnp.dtype) -> Float32[Array, "..."]:
-    """A product of factors in `dtype`, summed in float32."""
+    """Returns a product of factors in `dtype`, summed in float32."""
     precision = Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 

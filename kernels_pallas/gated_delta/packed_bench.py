@@ -1,4 +1,4 @@
-"""What `kernels_pallas.bench` measures of the rule over training's packed rows."""
+"""Benchmark lines of the gated delta rule over training's packed rows, for `kernels_pallas.bench`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ ROWS, TOKENS = 8, 4096
 
 
 def works() -> Iterator[Work]:
-    """The table."""
+    """Yields the benchmark lines."""
     tokens = ROWS * TOKENS
     yield Work("gated delta, packed 8 x 4,096", functools.partial(_run, False), tokens * TOKEN, tokens * RULE)
     yield Work("gated delta backward, packed 8 x 4,096", functools.partial(_run, True), 2 * tokens * TOKEN, 2 * tokens * RULE)

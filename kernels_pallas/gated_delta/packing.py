@@ -1,20 +1,23 @@
-"""Where the chunks of ragged sequences lie: sequences stand in one row of tokens, each cut into chunks from its own start."""
+"""Chunk tables of ragged sequences.
+
+Sequences share one row of tokens, and each is cut into chunks from its own start.
+"""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-CHUNK = 64  # tokens; the tile of the WY form, and the grid on which a prefix may be cut without changing a bit
+CHUNK = 64  # tokens of a tile of the WY form; cutting a prefix at a multiple of it changes no bit
 
 
 class Chunks(NamedTuple):
-    """One entry a chunk, sequence after sequence, padded with entries of no rows.
+    """One entry per chunk, sequence after sequence, padded with entries of no tokens.
 
     Attributes:
-      sequence: whose chunk it is; for padding the number of sequences.
-      row: its first token in the row of tokens.
-      rows: its tokens, 1 to CHUNK; 0 for padding.
+      sequence: the chunk's sequence; for padding, the number of sequences.
+      start: index of its first token in the row of tokens.
+      num_tokens: its tokens, 1 to CHUNK; 0 for padding.
       index: 0 for a sequence's first chunk, then 1, 2, ...
     """
 
@@ -25,12 +28,12 @@ class Chunks(NamedTuple):
 
 
 def max_chunks(tokens: int, sequences: int) -> int:
-    """No `sequences` sequences within a row of `tokens` have more chunks than this."""
+    """Returns the largest number of chunks that `sequences` sequences within `tokens` tokens can have."""
     return (tokens + (CHUNK - 1) * sequences) // CHUNK
 
 
 def chunk_table(query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"], tokens: int) -> Chunks:
-    """Cuts every sequence into chunks; empty ones have none."""
+    """Cuts every sequence into chunks. Empty sequences have none."""
     sequences = query_starts.shape[0]
     ends = jnp.cumsum((query_lens + CHUNK - 1) // CHUNK)
     chunk = jnp.arange(max_chunks(tokens, sequences), dtype=jnp.int32)
@@ -45,7 +48,10 @@ def chunk_table(query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"]
 
 
 def snapshot_of_chunk(table: Chunks, snapshots: Int32[Array, "P 2"]) -> Int32[Array, " chunks"]:
-    """Which snapshot each chunk's end state is, or -1. A chunk can be one snapshot; of several that ask for it the last."""
+    """Returns the index of the snapshot taken at each chunk's end, or -1.
+
+    A chunk fills at most one snapshot: the last that names it.
+    """
     matches = (table.sequence[:, None] == snapshots[None, :, 0]) & (table.index[:, None] + 1 == snapshots[None, :, 1])
     matches &= (table.num_tokens == CHUNK)[:, None]
     order = jnp.arange(snapshots.shape[0], dtype=jnp.int32)[None]

@@ -1,6 +1,7 @@
-"""Both operations in readable jnp, for any platform and any head width: what the kernels are compared with.
+"""Reference of both operations in readable jnp, for any platform and any head width.
 
-State and arithmetic are float32 whatever the inputs are: a bfloat16 state loses small writes once it has grown.
+The kernels are compared with it. State and arithmetic are float32 for every input dtype, because a large
+bfloat16 state loses small writes.
 Glossary: S sequences or slots, T tokens, N value heads, K key width, V value width, L tokens of a chunk,
 C channels, W conv width.
 """
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
 
-L2_EPS = 1e-6  # fixed in the reference implementation, not a field of the checkpoint
+L2_EPS = 1e-6  # fixed in transformers' implementation, not a field of the checkpoint
 
 
 def _dot(equation: str, *operands: Array) -> Array:
@@ -32,10 +33,10 @@ def chunked(
     query_lens: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"],
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
-    """`api.chunked`, less the tails (arXiv:2412.06464, section 3.3).
+    """Computes `api.chunked` without the conv states (arXiv:2412.06464, section 3.3).
 
-    Inside a chunk the writes depend on each other through a unit lower-triangular system, solved for all chunks at once; only
-    the hand-over of the memory from chunk to chunk is sequential.
+    Inside a chunk the writes depend on each other through a unit lower-triangular system. The systems of all
+    chunks are solved at once. Only the scan of the recurrent state over the chunks is sequential.
     """
     T, (S, N, V, K) = qkv.shape[0], recurrent_state.shape
     table = chunk_table(query_starts, query_lens, T)
@@ -68,7 +69,7 @@ def chunked(
         out_NLV = _dot("nlk,nvk->nlv", q_out, current) + _dot("nij,njv->niv", attend, new_NLV)
         current = current * fade + _dot("nlv,nlk->nvk", new_NLV, k_in)
         final_states = final_states.at[sequence].set(current, mode="drop")
-        snapshot_states = snapshot_states.at[snapshot].set(current)  # the last entry, -1, takes those that nobody asked for
+        snapshot_states = snapshot_states.at[snapshot].set(current)  # chunks without a snapshot write to the extra last entry
         return (current, final_states, snapshot_states), out_NLV
 
     carry = (jnp.zeros((N, V, K)), recurrent_state, jnp.zeros((snapshots.shape[0] + 1, N, V, K)))
@@ -94,7 +95,7 @@ def recurrent(
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
-    """`api.recurrent`, token by token."""
+    """Computes `api.recurrent` token by token."""
     S, N, V, K = recurrent_state.shape
     T, history = qkv.shape[1], conv.shape[1] - 1
     active = slots >= 0
@@ -117,7 +118,7 @@ def recurrent(
 
 
 def _step(state_BNVK: Array, q_BNK: Array, k_BNK: Array, v_BNV: Array, g_BN: Array, beta_BN: Array) -> tuple[Array, Array]:
-    """`S = exp(g) S + beta (v - exp(g) S k) k^T`, read as `S q`."""
+    """Updates the state, `S = exp(g) S + beta (v - exp(g) S k) k^T`, and reads it, `S q`."""
     state_BNVK = state_BNVK * jnp.exp(g_BN)[..., None, None]
     error_BNV = v_BNV - _dot("bnvk,bnk->bnv", state_BNVK, k_BNK)
     state_BNVK = state_BNVK + (beta_BN[..., None] * error_BNV)[..., None] * k_BNK[..., None, :]
@@ -125,7 +126,10 @@ def _step(state_BNVK: Array, q_BNK: Array, k_BNK: Array, v_BNV: Array, g_BN: Arr
 
 
 def convolve(window: Float[Array, "... window C"], conv: Float[Array, "C W"]) -> Float[Array, "... T C"]:
-    """Depthwise causal convolution, oldest tap first, then SiLU: float32 inside, the window's dtype out; W - 1 rows fewer."""
+    """Applies the depthwise causal convolution (oldest tap first), then SiLU.
+
+    The arithmetic is float32. The result has the window's dtype and W - 1 rows fewer.
+    """
     W = conv.shape[1]
     T = window.shape[-2] - (W - 1)
     taps = conv.astype(jnp.float32).reshape(*([1] * (window.ndim - 1)), *conv.shape)
@@ -136,7 +140,10 @@ def convolve(window: Float[Array, "... window C"], conv: Float[Array, "C W"]) ->
 def heads(
     channels: Float[Array, "B T C"], value_heads: int, key_width: int, value_width: int
 ) -> tuple[Float32[Array, "B T N K"], Float32[Array, "B T N K"], Float32[Array, "B T N V"]]:
-    """Cuts the channels into normalised queries and keys, and values, one of each for every value head; q scaled by K^-1/2."""
+    """Splits the channels into normalised queries and keys, and values, per value head.
+
+    Queries are scaled by K^-1/2. Value heads that share a key head get copies of its query and key.
+    """
     leading, C = channels.shape[:-1], channels.shape[-1]
     keys = (C - value_heads * value_width) // 2
     q, k, v = jnp.split(channels.astype(jnp.float32), [keys, 2 * keys], axis=-1)
@@ -147,14 +154,14 @@ def heads(
 
 
 def normalised(x: Float32[Array, "... K"]) -> Float32[Array, "... K"]:
-    """`x / sqrt(sum x^2 + eps)` over the last axis."""
+    """Returns `x / sqrt(sum x^2 + eps)` over the last axis."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPS)
 
 
 def gates(
     a: Float[Array, "B T N"], b: Float[Array, "B T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"]
 ) -> tuple[Float32[Array, "B T N"], Float32[Array, "B T N"]]:
-    """Log decay `-exp(a_log) softplus(a + dt_bias)` and writing strength `sigmoid(b)`."""
+    """Returns the log decay `-exp(a_log) softplus(a + dt_bias)` and the writing strength `sigmoid(b)`."""
     rate, bias = (x.astype(jnp.float32)[None, None] for x in (jnp.exp(a_log.astype(jnp.float32)), dt_bias))
     return -rate * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(b.astype(jnp.float32))
 
@@ -162,7 +169,10 @@ def gates(
 def chunk_gates(
     a: Float[Array, "T N"], b: Float[Array, "T N"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"], table: Chunks
 ) -> tuple[Float32[Array, "chunks L N"], Float32[Array, "chunks L N"]]:
-    """`gates` of every chunk's tokens; both 0 in rows past the end, which so change nothing."""
+    """Returns `gates` of every chunk's tokens.
+
+    Both are 0 in rows past a chunk's end, so these rows leave the state unchanged.
+    """
     rows, real = _token_rows(table)
     rows = jnp.clip(rows, 0, a.shape[0] - 1)
     g, beta = gates(a[rows], b[rows], a_log, dt_bias)
@@ -172,7 +182,7 @@ def chunk_gates(
 def gated_norm(
     x: Float[Array, "... V"], z: Float[Array, "... V"], weight: Float[Array, " V"], eps: float
 ) -> Float[Array, "... V"]:
-    """`x / rms(x) * w * silu(z)`, per head; float32 inside, z's dtype out."""
+    """Returns `x / rms(x) * w * silu(z)` per head, computed in float32, in z's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     y = y * weight.astype(jnp.float32).reshape(*([1] * (y.ndim - 1)), -1)
@@ -180,7 +190,7 @@ def gated_norm(
 
 
 def _token_rows(table: Chunks) -> tuple[Int32[Array, "chunks L"], Array]:
-    """Each chunk's tokens in the row of tokens, and which are real."""
+    """Returns the token index of every row of each chunk, and whether the row has a token."""
     within = jnp.arange(CHUNK, dtype=jnp.int32)[None]
     return table.start[:, None] + within, within < table.num_tokens[:, None]
 
@@ -191,7 +201,7 @@ def _convolved_chunks(
     conv_state: Float[Array, "S history C"],
     table: Chunks,
 ) -> Float[Array, "chunks L C"]:
-    """The chunks' channels after convolution; before a sequence's first token stands its tail."""
+    """Returns the chunks' channels after convolution. Conv states precede the sequences' first tokens."""
     history = conv_state.shape[1]
     own = jnp.minimum(table.sequence, conv_state.shape[0] - 1)
     before = jnp.arange(-history, 0, dtype=jnp.int32)[None]

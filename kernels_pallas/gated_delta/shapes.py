@@ -1,4 +1,4 @@
-"""This model's real workloads: one table for tests, benchmark and tuning."""
+"""Workloads of this model, shared by tests, benchmark and tuning."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ CHANNELS = 3 * HEADS * WIDTH
 
 
 class ChunkedShape(NamedTuple):
-    """Sequences of these lengths, one after the other in a row."""
+    """Sequences of these lengths, one after the other in a row of tokens."""
 
     name: str
     lengths: tuple[int, ...]
 
 
 class RecurrentShape(NamedTuple):
-    """That many rows of `tokens` tokens each, every row in a slot of its own."""
+    """A batch of `rows` rows of `tokens` tokens, every row with a slot of its own."""
 
     name: str
     rows: int
@@ -28,7 +28,7 @@ CHUNKED = (
     ChunkedShape("prompt of 2,048", (2048,)),
     ChunkedShape("1 x 8,192", (8192,)),
     ChunkedShape("8 x 1,024", (1024,) * 8),
-    # A fixed draw: 32 conversations of 1 to 2,000 tokens, 16,384 in all.
+    # A fixed random draw: 32 conversations of 1 to 2,000 tokens, 16,384 in all.
     ChunkedShape(
         "ragged 16,384",
         (1203, 64, 1, 977, 130, 511, 2000, 12, 640, 333, 1408, 65, 720, 191, 1024, 47)
@@ -43,7 +43,7 @@ RECURRENT = (
     RecurrentShape("8 slots, 4 drafts", 8, 4),
 )
 
-# Sizes: heads of all sequences.
+# A size is the number of heads of all sequences.
 TUNED = (
     Tuned(
         "gpu",

@@ -1,4 +1,4 @@
-"""Both operations on TPU: what the kernels serve, and their arguments in the shape that the kernels want."""
+"""Both operations on TPU: the supported arguments, and the layouts that the kernels expect."""
 
 import functools
 
@@ -11,7 +11,7 @@ from kernels_pallas.gated_delta.packing import chunk_table
 from kernels_pallas.gated_delta.tpu_math import LANES
 from kernels_pallas.tuning import chosen
 
-TOKENS = 8  # of one row of a decoding step, at most: they are unrolled
+TOKENS = 8  # maximum per row of a decode step, because the kernel unrolls them
 DTYPES = ("float32", "bfloat16")
 
 
@@ -21,7 +21,7 @@ def gap(
     recurrent_state: Float32[Array, "S N V K"],
     conv_state: Float[Array, "S history C"],
 ) -> str | None:
-    """Why the kernels do not serve these arguments, or None."""
+    """Returns why the kernels do not support these arguments, or None."""
     (_, N, V, K), W = recurrent_state.shape, conv.shape[1]
     if (K, V) != (LANES, LANES):
         return f"memory's widths K and V are {(K, V)}, and it takes {(LANES, LANES)}"
@@ -42,7 +42,7 @@ def step_gap(
     recurrent_state: Float32[Array, "S N V K"],
     conv_state: Float[Array, "S history C"],
 ) -> str | None:
-    """Why the kernel does not serve these arguments of `recurrent`, or None."""
+    """Returns why the kernel does not support these arguments of `recurrent`, or None."""
     if qkv.shape[1] > TOKENS:
         return f"qkv has {qkv.shape[1]} tokens a row, and it takes up to {TOKENS}"
     return gap(qkv, conv, recurrent_state, conv_state)
@@ -62,7 +62,7 @@ def chunked(
     query_lens: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"],
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
-    """`api.chunked`, less the tails."""
+    """Computes `api.chunked` without the conv states."""
     out, final_states, snapshot_states = _forward(
         qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots
     )
@@ -72,7 +72,7 @@ def chunked(
 def _forward(
     qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots, *, save_states=False
 ):
-    """`chunked`, and where asked for the memory before each chunk."""
+    """Computes `chunked`, and with `save_states` the state before each chunk."""
     T, (_, N, V, _) = qkv.shape[0], recurrent_state.shape
     padding = _padded_len(T) - T
     windows = tpu_chunked.chunk_windows(query_starts, query_lens, snapshots, T + padding)
@@ -89,7 +89,7 @@ def _chunked_fwd(*arguments):
 
 
 def _chunked_bwd(arguments, cotangents):
-    """Cotangents of `chunked`'s arguments: see tpu_backward."""
+    """Returns the cotangents of `chunked`'s arguments; see tpu_backward."""
     qkv, a, b, conv, a_log, dt_bias, _, conv_state, query_starts, query_lens, snapshots = arguments
     d_out, d_final_states, d_snapshots = cotangents
     T, N = a.shape
@@ -103,7 +103,7 @@ def _chunked_bwd(arguments, cotangents):
     projected, gates, d_out = (
         backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), d_out.reshape(T, -1))
     )
-    d_snapshots = jnp.pad(d_snapshots, ((0, 1), (0, 0), (0, 0), (0, 0)))  # a kernel takes no empty array
+    d_snapshots = jnp.pad(d_snapshots, ((0, 1), (0, 0), (0, 0), (0, 0)))  # kernels do not accept empty arrays
     *grads, d_recurrent_state = tpu_backward.backward(
         projected, gates, states, d_out, d_final_states, d_snapshots, windows, _heads_per_step(N)
     )
@@ -115,7 +115,7 @@ chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def _padded_len(T: int) -> int:
-    """The tokens of a row that the kernels can cut windows from."""
+    """Returns the padded number of tokens, from which the kernels can cut windows."""
     return max(tpu_chunked.WINDOW, -(-T // tpu_chunked.TILE) * tpu_chunked.TILE)
 
 
@@ -134,23 +134,24 @@ def recurrent(
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
-    """`api.recurrent`."""
+    """Computes `api.recurrent`."""
     norm = norm.astype(jnp.float32)[None]
     layer = _layer_rows(conv, a_log, dt_bias)
     return tpu_recurrent.step(qkv, _gate_inputs(a, b), z, *layer, norm, eps, recurrent_state, conv_state, slots, keep)
 
 
 def _heads_per_step(N: int) -> int:
-    """Heads of one step of the grid: the most that divide N, up to as many as hide the matrix unit's latency.
+    """Returns the heads of one grid step: the most that divide N, up to the tuned number.
 
-    On v5e the forward kernel takes 898, 709 and 641 bundles a head and chunk at 4, 8 and 16 heads, the backward kernel 1,058, 867
-    and 806; on v5p 936 and 713, 1,106 and 877 at 4 and 8. With 16 there would be nothing left for v5p's second core.
+    More heads hide the matrix unit's latency. On v5e the forward kernel takes 898, 709 and 641 bundles per
+    head and chunk at 4, 8 and 16 heads; the backward kernel takes 1,058, 867 and 806. On v5p they take 936
+    and 713, 1,106 and 877 at 4 and 8. With 16 heads, v5p's second core would have no work.
     """
     return max(heads for heads in range(1, chosen("tpu", "gated_delta").heads + 1) if N % heads == 0)
 
 
 def _gate_inputs(a: Float[Array, "*tokens N"], b: Float[Array, "*tokens N"]) -> Float32[Array, "*tokens lanes"]:
-    """`a` and `b` side by side in rows of 128, which is the least that a row takes up anyway."""
+    """Returns `a` and `b` side by side in rows of 128 lanes. Shorter rows would occupy 128 lanes anyway."""
     both = jnp.concatenate([a.astype(jnp.float32), b.astype(jnp.float32)], axis=-1)
     return jnp.pad(both, [(0, 0)] * (both.ndim - 1) + [(0, LANES - both.shape[-1])])
 
@@ -158,7 +159,7 @@ def _gate_inputs(a: Float[Array, "*tokens N"], b: Float[Array, "*tokens N"]) -> 
 def _layer_rows(
     conv: Float[Array, "C W"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"]
 ) -> tuple[Float32[Array, "W C"], Float32[Array, "1 lanes"], Float32[Array, "1 lanes"]]:
-    """The filters by tap, and decay rate and bias in rows of 128."""
+    """Returns the filters by tap, and decay rate and bias in rows of 128."""
     rate, bias = (
         jnp.pad(x, (0, LANES - len(x)))[None] for x in (jnp.exp(a_log.astype(jnp.float32)), dt_bias.astype(jnp.float32))
     )

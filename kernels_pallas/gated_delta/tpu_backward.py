@@ -1,10 +1,11 @@
-"""The backward pass of `chunked` on TPU: the recursion over chunks, last to first, as a kernel; what is elementwise as jnp.
+"""Backward pass of `chunked` on TPU.
 
-Nothing of the forward pass is kept but its arguments. The backward pass projects the tokens again, runs the forward kernel again
-for the memory before each chunk, and lays everything out by chunks, [chunks, L, ...]: a token is in one chunk at most, so both
-ways are gathers.
-Glossary: S sequences, T tokens, N heads, H heads of one step, K key width, V value width, L tokens of a chunk, C channels,
-W conv width, P snapshots.
+A kernel computes the recursion over chunks, last to first. Element-wise parts are jnp. The only residuals are
+the arguments. The backward pass projects the tokens again, and runs the forward kernel again for the state
+before each chunk. It lays everything out by chunks, [chunks, L, ...]. A token is in at most one chunk, so
+both directions are gathers.
+Glossary: S sequences, T tokens, N heads, H heads of one step, K key width, V value width, L tokens of a
+chunk, C channels, W conv width, P snapshots.
 """
 
 import functools
@@ -23,7 +24,7 @@ from kernels_pallas.gated_delta.tpu_math import LANES, compiler_params, cumulate
 
 
 def positions(table: Chunks, rows: Int32[Array, "chunks L"], tokens: int) -> Int32[Array, " T"]:
-    """Each token's place in its sequence; -1 for tokens of no sequence."""
+    """Returns each token's position in its sequence; -1 for tokens of no sequence."""
     within = table.index[:, None] * CHUNK + jnp.arange(1, CHUNK + 1, dtype=jnp.int32)[None]
     return to_tokens(within, rows, tokens) - 1
 
@@ -40,9 +41,13 @@ def project(
     query_lens: Int32[Array, " S"],
     position: Int32[Array, " T"],
 ) -> tuple[Float32[Array, "T C"], Float32[Array, "T N"], Float32[Array, "T N"]]:
-    """Normalised queries, keys and values side by side, log decays and writing strengths of a packed row; float32.
+    """Projects the tokens to float32 inputs of the rule.
 
-    The convolution is over the row, less what lies before a token's own sequence; the few tokens that see the tail get it added.
+    The convolution runs over the row of tokens and masks inputs before a token's own sequence. The conv state
+    is then added for the first W - 1 tokens of each sequence.
+
+    Returns:
+      Normalised queries, keys and values side by side, log decays, and writing strengths.
     """
     (T, C), W, N, inputs = qkv.shape, conv.shape[1], a.shape[1], conv_state.shape[1]
     taps, x, history = conv.astype(jnp.float32).T, qkv.astype(jnp.float32), conv_state.astype(jnp.float32)
@@ -68,13 +73,16 @@ def backward(
     windows: ChunkWindows,
     heads: int,
 ) -> tuple[Float[Array, "chunks L C"], Float32[Array, "chunks L N"], Float32[Array, "chunks L N"], Float32[Array, "S N V K"]]:
-    """The kernel over all chunks: cotangents of q, k, v side by side, of log decays, of writing strengths, and of the memory.
+    """Runs the kernel over all chunks.
 
     Args:
       qkv: normalised queries, keys and values of each chunk; zeros where it has no token.
       gates: log decays, then writing strengths, all heads in lanes.
-      states: the memory before each chunk.
-      d_out, d_final_states, d_snapshots: cotangents of what the forward kernel gives.
+      states: the state before each chunk.
+      d_out, d_final_states, d_snapshots: cotangents of the forward kernel's results.
+
+    Returns:
+      Cotangents of q, k and v side by side, of log decays, of writing strengths, and of the initial state.
     """
     (chunks, _, C), N = qkv.shape, states.shape[1]
     groups, width = N // heads, heads * LANES
@@ -138,7 +146,7 @@ def _kernel(
     is_last = (step == 0) | (windows.num_tokens[later] == 0) | (windows.index[later] == 0)
 
     @pl.when(~real & (step == 0))
-    def _():  # if there is no token at all, this is what is written back
+    def _():  # written back if no sequence has a token
         d_recurrent_state_ref[...] = d_final_states_ref[...]
 
     @pl.when(real & is_last)
@@ -170,15 +178,18 @@ def _kernel(
 
 
 def chunk_backward(q, k, v, decay, beta, state, d_out, d_state, heads, dtype):
-    """The transpose of tpu_chunked.chunk_forward, whose steps it computes again; all float32, matrix operands cast to `dtype`.
+    """Transposes tpu_chunked.chunk_forward, whose steps it computes again.
+
+    All is float32; matrix operands are cast to `dtype`.
 
     Args:
-      q, k, v, decay, beta, state: as there.
-      d_out: cotangent of what the tokens read, [H, L, V].
-      d_state: cotangent of the memory after the chunk, [H, V, K].
+      q, k, v, decay, beta, state: as in tpu_chunked.chunk_forward.
+      d_out: cotangent of the outputs, [H, L, V].
+      d_state: cotangent of the state after the chunk, [H, V, K].
 
     Returns:
-      Cotangents of q, k, v, of the cumulated log decay and of beta, [H, L, 1], and of the memory before the chunk.
+      Cotangents of q, k, v, of the cumulative log decay and of beta ([H, L, 1]), and of the state before the
+      chunk.
     """
     d, beta = head_columns(decay, heads), head_columns(beta, heads)
     fade, last = jnp.exp(d), d[:, CHUNK - 1 :]
@@ -225,7 +236,10 @@ def _by_head(ref, heads):
 
 
 def _in_lanes(d_decay, d_beta, heads):
-    """Cotangents of the log decays, cumulated from the chunk's end, then of the strengths, the step's heads in lanes."""
+    """Returns cotangents of the log decays, summed from the chunk's end, then of the strengths.
+
+    The step's heads are in lanes.
+    """
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     decays = strengths = jnp.zeros((CHUNK, LANES), jnp.float32)
     for j in range(heads):

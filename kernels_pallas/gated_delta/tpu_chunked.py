@@ -1,11 +1,13 @@
-"""`chunked` on TPU, forward: from the projections to what each token reads, one chunk of a few heads in each step of the grid.
+"""Forward pass of `chunked` on TPU, from the projections to the outputs.
 
-A sequence starts at any row, but memory moves in tiles of up to 16 rows: a chunk comes and goes in a window of 80 rows that
-starts on a tile. Tokens are shifted into dst by a store and a load at different rows of a scratch buffer. What the window
-holds of other sequences is read back before it is written, merged, and waited for before the next chunk reads: the grid walks
-through the chunks in order. The memory stays in on-chip memory from a sequence's first chunk to its last.
-Glossary: S sequences, T tokens, N heads, H heads of one step, K key width, V value width, L tokens of a chunk, C channels,
-W conv width, P snapshots.
+Each grid step handles one chunk of a few heads. A sequence starts at any row, but copies move tiles of up to
+16 rows. A chunk is therefore read and written in a window of 80 rows that starts on a tile. A store and a
+load at different rows of a scratch buffer shift the tokens into place. The window's rows of other sequences
+are read back and merged before the window is written. The write finishes before the next chunk reads, because
+the grid walks the chunks in order. The recurrent state stays in on-chip memory from a sequence's first chunk
+to its last.
+Glossary: S sequences, T tokens, N heads, H heads of one step, K key width, V value width, L tokens of a
+chunk, C channels, W conv width, P snapshots.
 """
 
 import functools
@@ -30,20 +32,20 @@ from kernels_pallas.gated_delta.tpu_math import (
 )
 
 TILE = 16  # rows: bfloat16 is tiled by 16 rows on chip, float32 by 8
-WINDOW = CHUNK + TILE  # holds a chunk wherever it starts
-LOOKBACK = 8  # rows of scratch before the window, for what the convolution looks back at
+WINDOW = CHUNK + TILE  # holds a chunk at any start
+LOOKBACK = 8  # rows of scratch before the window, for the convolution's earlier inputs
 
 
 class ChunkWindows(NamedTuple):
-    """Where each chunk lies; scalars, known before the kernel starts.
+    """Position of each chunk, as scalars that are known before the kernel starts.
 
     Attributes:
-      sequence: whose chunk it is; for padding the last real chunk's.
-      window: the first row of its window.
-      at: its first token in the window.
-      rows: its tokens; 0 for padding.
+      sequence: the chunk's sequence; for padding, the last real chunk's.
+      start: the first row of its window.
+      offset: index of its first token in the window.
+      num_tokens: its tokens; 0 for padding.
       index: 0 for a sequence's first chunk.
-      snapshot: which snapshot its end is, or -1.
+      snapshot: index of the snapshot taken at its end, or -1.
     """
 
     sequence: Int32[Array, " chunks"]
@@ -57,7 +59,10 @@ class ChunkWindows(NamedTuple):
 def chunk_windows(
     query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"], snapshots: Int32[Array, "P 2"], tokens: int
 ) -> ChunkWindows:
-    """The chunk table as the kernels want it, for a row of `tokens` tokens, a multiple of TILE and at least WINDOW."""
+    """Builds the chunk table for the kernels.
+
+    `tokens` is the length of the row of tokens, a multiple of TILE and at least WINDOW.
+    """
     table = chunk_table(query_starts, query_lens, tokens)
     last = jnp.max(jnp.where(table.num_tokens > 0, table.sequence, 0))
     sequence = jnp.where(table.num_tokens > 0, table.sequence, last)
@@ -82,16 +87,20 @@ def forward(
 ) -> tuple[
     Float[Array, "T out"], Float32[Array, "S N V K"], Float32[Array, "P N V K"], *tuple[Float32[Array, "chunks N V K"], ...]
 ]:
-    """The kernel over all chunks: what is read, the memory after each sequence, snapshots, and the memory before each chunk.
+    """Runs the kernel over all chunks.
 
     Args:
-      gate_inputs: `a` of all heads, then `b` of all heads, then nothing, in rows of 128.
+      gate_inputs: `a` of all heads, then `b` of all heads, then padding, in rows of 128.
       conv: the filters, oldest tap first.
       rate, bias: `exp(a_log)` and `dt_bias`, in rows of 128.
-      at: the chunks.
-      snapshots: how many.
-      heads: of one step of the grid.
-      save_states: whether to give the memory before each chunk, for the backward pass.
+      windows: the chunks.
+      snapshots: number of snapshots.
+      heads: heads of one grid step.
+      save_states: return the state before each chunk, for the backward pass.
+
+    Returns:
+      The outputs, the state after each sequence, the snapshots, and with `save_states` the state before each
+      chunk.
     """
     T, (_, N, V, K), dtype = qkv.shape[0], recurrent_state.shape, qkv.dtype
     chunks, groups, width = windows.num_tokens.shape[0], N // heads, heads * LANES
@@ -102,7 +111,7 @@ def forward(
             block, lambda h, c, windows: (pl.multiple_of(windows.start[c], TILE), pl.multiple_of(column(h), LANES))
         )
 
-    def channels(i):  # what there is of the step's queries, keys or values: rows, taps, tail
+    def channels(i):  # of the step's queries, keys or values: rows, taps, conv state
         return (
             window(width, lambda h: (h + i * groups) * width),
             pl.BlockSpec((conv.shape[0], width), lambda h, c, windows: (0, h + i * groups)),
@@ -117,7 +126,7 @@ def forward(
     shapes = [
         jax.ShapeDtypeStruct((T, N * V), dtype),
         jax.ShapeDtypeStruct(recurrent_state.shape, jnp.float32),
-        jax.ShapeDtypeStruct((max(snapshots, 1), N, V, K), jnp.float32),  # a kernel takes no empty array
+        jax.ShapeDtypeStruct((max(snapshots, 1), N, V, K), jnp.float32),  # kernels do not accept empty arrays
         *[jax.ShapeDtypeStruct((chunks, N, V, K), jnp.float32)] * save_states,
     ]
     zeros = [jnp.zeros(shapes[i].shape, shapes[i].dtype) for i in (0, 2)]
@@ -166,7 +175,7 @@ def _kernel(
     num_tokens, first = windows.num_tokens[chunk], windows.offset[chunk]
     own_heads = pl.ds(group * heads, heads)
 
-    def transfer(chunk, read=False):  # of the chunk's window, from or to the output
+    def transfer(chunk, read=False):  # copies the chunk's window from or to the output
         lanes = pl.ds(pl.multiple_of(group * heads * LANES, LANES), heads * LANES)
         dst = out_ref.at[pl.ds(pl.multiple_of(windows.start[chunk], TILE), WINDOW), lanes]
         ends = (dst, merged_ref) if read else (merged_ref, dst)
@@ -212,17 +221,19 @@ def _kernel(
 
 
 def chunk_forward(q, k, v, decay, beta, state, heads, dtype):
-    """One chunk: what its tokens read, and the memory after it; all float32, matrix operands cast to `dtype`.
+    """Returns the outputs of one chunk's tokens and the state after it.
+
+    All is float32; matrix operands are cast to `dtype`.
 
     Args:
-      q, k, v: [H, L, K] and [H, L, V]; zeros for tokens that are not real.
+      q, k, v: [H, L, K] and [H, L, V]; zeros for rows without a token.
       decay: log of the decay from the chunk's start to each token, all heads in lanes [L, lanes].
       beta: writing strengths, all heads in lanes [L, lanes].
-      state: the memory before the chunk, [H, V, K].
+      state: the state before the chunk, [H, V, K].
     """
     d, beta = head_columns(decay, heads), head_columns(beta, heads)
     between = decay_matrix(decay, heads)
-    qk = jnp.concatenate([q, k], axis=1)  # one product of 128 rows costs the matrix unit less than two of 64
+    qk = jnp.concatenate([q, k], axis=1)  # one product of 128 rows costs less than two of 64
     by_key = dot("nik,njk->nij", qk, k, dtype)
     by_state = dot("nlk,nvk->nlv", qk, state, dtype)
     attention = by_key[:, :CHUNK] * between
@@ -234,19 +245,22 @@ def chunk_forward(q, k, v, decay, beta, state, heads, dtype):
 
 
 def head_columns(x, heads):
-    """The first heads' lanes, each as a column: [L, lanes] to [H, L, 1]."""
+    """Returns the first heads' lanes, each as a column: [L, lanes] to [H, L, 1]."""
     return jnp.stack([x[:, j : j + 1] for j in range(heads)])
 
 
 def decay_matrix(decay, heads):
-    """Decay from token j to token i >= j, zero above the diagonal: [H, L, L]."""
+    """Returns the decay from token j to token i >= j, zero above the diagonal: [H, L, L]."""
     rows, earlier = decay.T, lower_triangle(0)[None]
     between = jnp.stack([decay[:, n : n + 1] - rows[n : n + 1] for n in range(heads)])
     return jnp.where(earlier, jnp.exp(jnp.where(earlier, between, 0.0)), 0.0)
 
 
 def _shift_in(qkv_refs, history_ref, window_ref, first, heads):
-    """Puts the window's rows into scratch, with the three rows before the chunk in front of it; remembers its last three."""
+    """Copies the window's rows into scratch, after the three rows before the chunk.
+
+    Keeps the chunk's last three rows in `history_ref` for the next chunk.
+    """
     for i, j in _head_indices(heads):
         window_ref[i * heads + j, LOOKBACK : LOOKBACK + WINDOW] = qkv_refs[i][:, _lanes(j)].astype(jnp.float32)
     inputs = history_ref.shape[1]
@@ -255,7 +269,7 @@ def _shift_in(qkv_refs, history_ref, window_ref, first, heads):
 
 
 def _merge(placed_ref, merged_ref, first, num_tokens):
-    """Puts the chunk's rows over what the window held."""
+    """Overwrites the chunk's rows of the window; the window's other rows keep their values."""
     token = jax.lax.broadcasted_iota(jnp.int32, (WINDOW, 1), 0) - first
     own = (token >= 0) & (token < num_tokens)
     for j in range(placed_ref.shape[0]):

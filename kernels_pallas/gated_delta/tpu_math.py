@@ -1,4 +1,7 @@
-"""What the TPU kernels compute inside: every function is traced into a kernel and keeps to what Mosaic lowers."""
+"""Functions that the TPU kernels compute inside.
+
+Every function is traced into a kernel, so it uses only operations that Mosaic lowers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +12,32 @@ from jax.lax import Precision
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import L2_EPS
 
-LANES = 128  # of a vector register; the only head width that these kernels take
+LANES = 128  # of a vector register; the only head width that these kernels support
 
 
 def compiler_params(dtype):
-    """Of a grid of (groups of heads, chunks). With float32 blocks v5p's default limit of 16 MiB on chip is too little."""
+    """Returns compiler options for a grid of (groups of heads, chunks).
+
+    With float32 blocks, v5p's default limit of 16 MiB of on-chip memory is too small.
+    """
     limit = 48 * 2**20 if dtype == jnp.float32 else None
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit)
 
 
 def dot(equation, x, y, dtype):
-    """A product of operands cast to `dtype`, accumulated in float32; float32 operands in full precision (six passes)."""
+    """Returns a product of operands cast to `dtype`, accumulated in float32.
+
+    Float32 operands are multiplied in full precision (six passes).
+    """
     precision = Precision.HIGHEST if dtype == jnp.float32 else Precision.DEFAULT
     return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
 def convolved(window_ref, conv_ref, channel, heads, first):
-    """Convolution and SiLU of one chunk: [H, L, lanes], from the scratch window and the filters' taps."""
+    """Applies convolution and SiLU to one chunk.
+
+    Returns [H, L, lanes], from the scratch window and the filters' taps.
+    """
     W = conv_ref.shape[0]
 
     def head(j):
@@ -37,38 +49,42 @@ def convolved(window_ref, conv_ref, channel, heads, first):
 
 
 def normalised(x):
-    """`x / sqrt(sum x^2 + eps)` over the last axis."""
+    """Returns `x / sqrt(sum x^2 + eps)` over the last axis."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPS)
 
 
 def softplus(x):
-    """`log(1 + exp(x))`."""
+    """Returns `log(1 + exp(x))`."""
     return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
 def gates(x, rate, bias, real, first_head, all_heads):
-    """Cumulated log decay and writing strength of a chunk's tokens, [L, lanes] each, the step's heads in the first lanes."""
+    """Returns the cumulative log decay and the writing strength of a chunk's tokens, [L, lanes] each.
+
+    The step's heads are in the first lanes.
+    """
     g = jnp.where(real, -rate * softplus(x + bias), 0.0)
     beta = jnp.where(real, jax.lax.logistic(x), 0.0)
     return pltpu.roll(cumulated(g), LANES - first_head, 1), pltpu.roll(beta, LANES - all_heads - first_head, 1)
 
 
 def lower_triangle(below):
-    """Where i >= j + below, [L, L]."""
+    """Returns the mask i >= j + below, [L, L]."""
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
     return i >= j + below
 
 
 def cumulated(g):
-    """Running sum over the chunk's tokens, as a product with a triangle of ones."""
+    """Returns the running sum over the chunk's tokens, as a product with a triangle of ones."""
     return dot("ij,jn->in", lower_triangle(0).astype(jnp.float32), g, jnp.float32)
 
 
 def unit_inverse(lower, dtype):
-    """The inverse of 1 + the strictly lower triangle of `lower` [H, L, L], by doubling of the blocks on the diagonal.
+    """Returns the inverse of 1 + the strictly lower triangle of `lower` [H, L, L].
 
-    `D - D O D` inverts blocks twice as large, O being what stands below the diagonal between two neighbours. Powers of the whole
-    triangle would need no blocks, but they grow and cancel.
+    Diagonal blocks are doubled: `D - D O D` inverts blocks twice as large. O is the part below the diagonal
+    between two neighbouring blocks. A sum over powers of the whole triangle would need no blocks, but its
+    terms grow and cancel.
     """
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
 

@@ -1,7 +1,8 @@
-"""`recurrent` on TPU: from the projections to the normed output, one row of the batch in each step of the grid.
+"""`recurrent` on TPU, from the projections to the normed output; each grid step handles one batch row.
 
-A row's slot of the memory (N x V x K float32, 1 MiB in this model) is fetched while the row before is computed, and written back
-to the same place. A row of no slot moves nothing: its step holds on to the block of the row before.
+A row's slot of the recurrent state is N x V x K float32, 1 MiB in this model. It is fetched while the row
+before it is computed, and written back in place. A row without a slot moves no state: its step keeps the
+previous row's block.
 Glossary: B rows, S slots, T tokens, N heads, K key width, V value width, C channels, W conv width.
 """
 
@@ -17,7 +18,11 @@ from kernels_pallas.gated_delta.tpu_math import LANES, dot, normalised, softplus
 
 
 def block_slots(slots: Int32[Array, " B"]) -> Int32[Array, " B"]:
-    """Each row's slot; for rows of no slot that of the last row before that has one, or of the first that has one, or 0."""
+    """Returns the slot whose block each grid step holds.
+
+    It is the row's own slot. A row without a slot takes the slot of the last earlier row that has one. If no
+    earlier row has one, it takes the slot of the first row that has one, else 0.
+    """
     row = jnp.arange(slots.shape[0], dtype=jnp.int32)
     last = jax.lax.cummax(jnp.where(slots >= 0, row, -1))
     return jnp.maximum(slots[jnp.where(last >= 0, last, jnp.argmax(slots >= 0))], 0)
@@ -37,7 +42,7 @@ def step(
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
-    """The kernel over all rows; `gate_inputs`, `conv`, `rate` and `bias` as in tpu_chunked.forward."""
+    """Runs the kernel over all rows. The gates and filters are as in tpu_chunked.forward."""
 
     def row(x):
         return pl.BlockSpec((1, *x.shape[1:]), lambda b, *_: (b, *[0] * (x.ndim - 1)))
@@ -96,7 +101,7 @@ def _kernel(
         out_ref[...] = jnp.zeros_like(out_ref)
 
     @pl.when(~active & (row == 0))
-    def _():  # if no row has a slot, this is what is written back; else the first that has one overwrites it
+    def _():  # written back if no row has a slot; else the first row that has one overwrites it
         new_state_ref[...] = state_ref[...]
         new_conv_state_ref[...] = conv_state_ref[...]
 
@@ -115,7 +120,10 @@ def _kernel(
 
 
 def _shift_in(qkv_ref, conv_state_ref, window_ref, new_conv_state_ref, keep):
-    """Puts the tail and the tokens into scratch, [C / lanes, W - 1 + T, lanes], and writes the tail after `keep` tokens."""
+    """Copies the conv state and the tokens into scratch, [C / lanes, W - 1 + T, lanes].
+
+    Also writes the conv state after `keep` tokens.
+    """
     inputs = conv_state_ref.shape[1]
     for j in range(window_ref.shape[0]):
         lanes = slice(j * LANES, (j + 1) * LANES)
@@ -125,18 +133,22 @@ def _shift_in(qkv_ref, conv_state_ref, window_ref, new_conv_state_ref, keep):
 
 
 def _project(window_ref, conv_ref, t, N):
-    """Convolution, SiLU and normalisation of one token: queries, keys and values, [N, lanes] each."""
+    """Convolves, activates and normalises one token. Returns queries, keys and values, [N, lanes] each."""
     x = sum(window_ref[:, t + i] * conv_ref[i] for i in range(conv_ref.shape[0]))
     q, k, v = jnp.split(x * jax.lax.logistic(x), [N, 2 * N])
     return normalised(q) * LANES**-0.5, normalised(k), v
 
 
 def _recur(tokens, decay, beta, keep, state_ref, new_state_ref):
-    """What each token reads, [N, V]; writes the memory after `keep` tokens.
+    """Returns each token's read, [N, V], and writes the state after `keep` tokens.
 
-    `tokens` are (q, k, v), [N, lanes] each; decay and beta are [N, T]. A head's memory, [V, K], is loaded and stored once. The
-    matrix unit reads it, which gives rows: 2,616 bundles a row of the batch on v5e and 2,631 on v5p, where sums over lanes took
-    3,150 and 3,336; on v6e it is the other way round, 3,434 and 2,844.
+    Args:
+      tokens: (q, k, v) of each token, [N, lanes] each.
+      decay, beta: [N, T].
+
+    A head's state, [V, K], is loaded and stored once. The matrix unit reads it, which gives rows: 2,616
+    bundles per batch row on v5e and 2,631 on v5p. Sums over lanes take 3,150 and 3,336 there. On v6e the
+    matrix unit takes 3,434 and sums take 2,844.
     """
     N, T = decay.shape
     reads = [[] for _ in range(T)]
