@@ -1,51 +1,80 @@
-"""Who runs an operation: the readable reference anywhere, or a kernel on the chips it was written for."""
+"""Backends of an operation: the readable reference, which runs on any device, and kernels for one family of chips each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-REFERENCE = "reference"
-# The start of the device kinds (jax.Device.device_kind) that each kernel backend serves.
+REFERENCE, HOPPER, TPU = "reference", "hopper", "tpu"
+ALIASES = {"gpu": HOPPER}  # accepted wherever a backend is given
+# The first words of the device kinds (jax.Device.device_kind) that each kernel backend serves.
 CHIPS = {
-    "gpu": ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200"),
-    "tpu": ("TPU v5", "TPU v6", "TPU7"),
+    HOPPER: ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200"),
+    TPU: ("TPU v5", "TPU v6", "TPU7"),
 }
-MOSAIC_GPU = (0, 11)  # it is young: jax 0.10's loads and layouts are others
+MOSAIC_GPU = (0, 11)  # the first jax whose Mosaic GPU has the loads and layouts that the Hopper kernels use
 
 
-def mosaic_gap() -> str | None:
-    """What the present jax lacks for kernels in Mosaic GPU, or None."""
+class Implementation(NamedTuple):
+    """One backend's implementation of an operation.
+
+    Attributes:
+      function: the implementation; all backends of an operation take the same arguments.
+      unsupported_reason: why it cannot serve the present arguments; None if it can.
+    """
+
+    function: Callable[..., Any]
+    unsupported_reason: str | None = None
+
+
+def mosaic_unsupported_reason() -> str | None:
+    """Returns why the installed jax cannot compile the Mosaic GPU kernels, or None if it can."""
     if jax.__version_info__ < MOSAIC_GPU:
         return f"jax is {jax.__version__}, and it takes {'.'.join(map(str, MOSAIC_GPU))} or newer"
     return None
 
 
 def device_kind() -> str:
-    """The kind of device being compiled for: of the mesh in use, which may be another machine's, or of the default device."""
+    """Returns the kind of the device being compiled for.
+
+    A mesh in use decides, also if it describes devices of another machine; else the default device does.
+    """
     described = jax.sharding.get_abstract_mesh().abstract_device
     return described.device_kind if described else jax.devices()[0].device_kind
 
 
-def choose(backend: str | None, gaps: Mapping[str, str | None]) -> str:
-    """The backend to use.
+def kernel_backend(kind: str) -> str | None:
+    """Returns the name of the kernel backend for devices of this kind, or None if there are no kernels for it."""
+    return next((backend for backend, kinds in CHIPS.items() if kind.startswith(kinds)), None)
+
+
+def dispatch(backend: str | None, implementations: Mapping[str, Implementation]) -> Callable[..., Any]:
+    """Returns the function of the backend to use for an operation.
 
     Args:
-      backend: the one asked for; None takes the kernel for the present device if it serves the arguments, else the reference.
-      gaps: for each backend that the operation has, what it lacks for the present arguments, or None.
+      backend: the backend requested. None selects the kernels for the present device if they serve the arguments, else the
+        reference.
+      implementations: the operation's implementations by backend name, the reference among them.
 
     Raises:
-      ValueError: there is no such backend, or it is for other devices.
-      NotImplementedError: it does not serve these arguments.
+      ValueError: the operation has no such backend, or the backend is for other devices.
+      NotImplementedError: the backend does not serve these arguments.
     """
+    return implementations[_select(backend, implementations)].function
+
+
+def _select(backend: str | None, implementations: Mapping[str, Implementation]) -> str:
     kind = device_kind()
     if backend is None:
-        fitting = (name for name, gap in gaps.items() if name != REFERENCE and gap is None and kind.startswith(CHIPS[name]))
-        return next(fitting, REFERENCE)
-    if backend not in gaps:
-        raise ValueError(f"backend is {backend!r}, and this operation has {', '.join(map(repr, gaps))}")
-    if gaps[backend] is not None:
-        raise NotImplementedError(f"backend {backend!r}: {gaps[backend]}; backend {REFERENCE!r} serves it")
-    if backend != REFERENCE and not kind.startswith(CHIPS[backend]):
-        served = ", ".join(CHIPS[backend])
-        raise ValueError(f"backend {backend!r} is for {served}, and the device is {kind!r}; backend {REFERENCE!r} runs on it")
-    return backend
+        name = kernel_backend(kind)
+        served = name in implementations and implementations[name].unsupported_reason is None
+        return name if served else REFERENCE
+    name = ALIASES.get(backend, backend)
+    if name not in implementations:
+        raise ValueError(f"backend is {backend!r}, and this operation has {', '.join(map(repr, implementations))}")
+    if (reason := implementations[name].unsupported_reason) is not None:
+        raise NotImplementedError(f"backend {name!r}: {reason}; backend {REFERENCE!r} serves it")
+    if name != REFERENCE and not kind.startswith(CHIPS[name]):
+        chips = ", ".join(CHIPS[name])
+        raise ValueError(f"backend {name!r} is for {chips}, and the device is {kind!r}; backend {REFERENCE!r} runs on it")
+    return name

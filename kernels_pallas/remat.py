@@ -1,5 +1,5 @@
-"""What rematerialisation (`jax.checkpoint`) may keep of the operations here."""
+"""The name under which rematerialisation (`jax.checkpoint`) can save results of the operations."""
 
-# The name (`jax.ad_checkpoint.checkpoint_name`) of what attention's backward passes need besides their arguments: small beside
-# what it costs to compute again. A policy of `jax.checkpoint_policies` keeps it by this name.
-KEPT = "attention"
+# The name (`jax.ad_checkpoint.checkpoint_name`) of the results that attention's backward passes need besides their arguments.
+# They are small next to the cost of recomputing them. A policy of `jax.checkpoint_policies` saves them by this name.
+SAVE_NAME = "attention"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels_pallas.bench import device_microseconds, kernels, limits
+from kernels_pallas.benchmarking import device_limits, device_microseconds, kernel_times
 from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax import checkpoint, model
 from minicpmv46_jax.config import GenerationConfig, ModelConfig, TextConfig, VisionConfig
@@ -142,7 +142,7 @@ def beside_attention(config: TextConfig, tokens: int, dtype: jnp.dtype) -> float
 def print_kernels(what: str, run: Callable[[], object], parts: int) -> None:
     """The device's kernels of one of `parts` equal parts of the run: how often each ran, how long all of them took."""
     times = collections.defaultdict(list)
-    for name, us in kernels(run, 1):
+    for name, us in kernel_times(run, 1):
         times[name].append(us)
     total, count = sum(map(sum, times.values())), sum(map(len, times.values()))
     print(f"{what}: {count / parts:.1f} kernels, {total / parts:.1f} us")
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     config, dtype = ModelConfig.from_folder(args.model), jnp.dtype(args.dtype)
     on_cpu = jax.default_backend() == "cpu"
-    bandwidth, rate = (copy_bandwidth(2**26), matrix_rate(1024, dtype)) if on_cpu else limits()
+    bandwidth, rate = (copy_bandwidth(2**26), matrix_rate(1024, dtype)) if on_cpu else device_limits()
     device = jax.devices()[0].device_kind
     print(
         f"{device}, jax {jax.__version__}, {args.dtype}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s"

@@ -90,7 +90,7 @@ class MiniCPMV:
           revision: a hub branch, tag or commit.
           fetch: how pictures and videos given as URLs or paths are read; a server passes its own rules.
           progress: draw a bar on a terminal while parameters are loaded.
-          backend: who runs the kernels: "reference", "gpu", "tpu", or None for the fastest that serves this model here.
+          backend: who runs the kernels: "reference", "hopper", "tpu", or None for the fastest that serves this model here.
 
         Raises:
           ValueError: in one line, naming what is missing, unknown or broken.

@@ -6,9 +6,9 @@ Glossary: R rows, T tokens of a row, N query heads, K key-value heads, H head wi
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.backends import HOPPER, REFERENCE, Implementation, dispatch
 from kernels_pallas.causal_attention import gpu, reference
-from kernels_pallas.remat import KEPT
+from kernels_pallas.remat import SAVE_NAME
 
 
 def causal_attention(
@@ -21,12 +21,12 @@ def causal_attention(
 ) -> Float[Array, "R T N H"]:
     """Each query over its own sequence's tokens up to its own, scaled by H^-1/2; softmax in float32. Differentiable in q, k, v.
 
-    What the backward pass needs besides the arguments bears the name `remat.KEPT`.
+    What the backward pass needs besides the arguments bears the name `remat.SAVE_NAME`.
 
     Args:
       q, k, v: N is a multiple of K; query head n reads key-value head n // (N // K).
       segments: which sequence of its row a token belongs to; a sequence's tokens stand together.
-      backend: "reference", or "gpu"; None for the fastest that serves.
+      backend: "reference", or "hopper"; None for the fastest that serves.
 
     Returns:
       In q's dtype.
@@ -34,6 +34,8 @@ def causal_attention(
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
-    gaps = {REFERENCE: None, "gpu": gpu.gap(q, k)}
-    run = {REFERENCE: reference.causal_attention, "gpu": gpu.causal_attention}[choose(backend, gaps)]
-    return checkpoint_name(run(q, k, v, segments), KEPT)
+    implementations = {
+        REFERENCE: Implementation(reference.causal_attention),
+        HOPPER: Implementation(gpu.causal_attention, gpu.unsupported_reason(q, k)),
+    }
+    return checkpoint_name(dispatch(backend, implementations)(q, k, v, segments), SAVE_NAME)

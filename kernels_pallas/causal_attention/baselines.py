@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import jax
 
-from kernels_pallas.bench import device_microseconds, pulling_back
+from kernels_pallas.benchmarking import backward_call, device_microseconds
 from kernels_pallas.causal_attention.bench import inputs
-from kernels_pallas.causal_attention.shapes import ROWS
+from kernels_pallas.causal_attention.shapes import CAUSAL
 
 
 def calls() -> dict[str, Callable[[], object]]:
     """By the names that `bench` gives its lines. Rows of one sequence alone: jax has no public way to tell cuDNN of more."""
-    (rows,) = (rows for rows in ROWS if len(rows.lengths) == 1)
+    (rows,) = (rows for rows in CAUSAL if len(rows.lengths) == 1)
     *qkv, _ = inputs(rows)
     attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"))
     return {
         f"causal attention, {rows.name}": lambda: attend(*qkv),
-        f"causal attention backward, {rows.name}": pulling_back(attend, *qkv),
+        f"causal attention backward, {rows.name}": backward_call(attend, *qkv),
     }
 
 

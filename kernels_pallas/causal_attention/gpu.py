@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.backends import mosaic_unsupported_reason
 from kernels_pallas.causal_attention.gpu_backward import backward
 from kernels_pallas.causal_attention.gpu_forward import forward
-from kernels_pallas.remat import KEPT
+from kernels_pallas.remat import SAVE_NAME
 
 WIDTH = 256  # of a head
 ALIGNED = 8  # rows of a tile in memory
 
 
-def gap(q: jax.Array, k: jax.Array) -> str | None:
+def unsupported_reason(q: jax.Array, k: jax.Array) -> str | None:
     """What the kernels lack for these arguments, or None."""
     R, T, _, H = q.shape
     if H != WIDTH:
@@ -28,7 +28,7 @@ def gap(q: jax.Array, k: jax.Array) -> str | None:
         return f"q has {R} x {T} tokens, and it takes a multiple of {ALIGNED}"
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
         return f"q is {q.dtype} and k {k.dtype}, and it takes bfloat16 for both"
-    return mosaic_gap()
+    return mosaic_unsupported_reason()
 
 
 def causal_attention(
@@ -55,7 +55,7 @@ def _attend(q: Array, k: Array, v: Array, begin: Array, end: Array) -> Array:
 
 
 def _remember(q: Array, k: Array, v: Array, begin: Array, end: Array) -> tuple[Array, Any]:
-    out, sums = (checkpoint_name(x, KEPT) for x in forward(q, k, v, begin))
+    out, sums = (checkpoint_name(x, SAVE_NAME) for x in forward(q, k, v, begin))
     return out, (q, k, v, out, sums, begin, end)
 
 

@@ -24,17 +24,17 @@ from kernels_pallas.gpu.mosaic import (
     ACROSS,
     COL,
     MATRIX,
-    ROWS,
+    WARPGROUP_ROWS,
     accumulate,
     along_columns,
     along_rows,
+    barrier_sync,
     load,
-    meet,
     params,
     product,
     tiles,
 )
-from kernels_pallas.gpu.tile_ranges import plan, seen
+from kernels_pallas.gpu.tile_ranges import plan_tile_ranges, visible
 
 TILE = 64
 GROUPS = 2  # of queries in a block of the queries' kernel
@@ -55,18 +55,18 @@ def backward(
     """The gradients of `gpu_forward.forward`'s first result with respect to q, k and v; `end`: of each token's sequence."""
     shapes = q.shape, k.shape, v.shape
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1).T
-    reach = (0, GROUPS * ROWS + TILE)  # blocks and tiles may end so far behind the last token
+    reach = (0, GROUPS * WARPGROUP_ROWS + TILE)  # blocks and tiles may end so far behind the last token
     sums, delta = (jnp.pad(x, ((0, 0), reach)) for x in (sums, delta))
     token = jnp.arange(q.shape[0], dtype=jnp.int32)
     q, k, v, cotangent = (x.reshape(x.shape[0], -1) for x in (q, k, v, cotangent))
-    of_queries, of_keys = plan(begin, token + 1, GROUPS, TILE), plan(token, end, 1, TILE)
+    of_queries, of_keys = plan_tile_ranges(begin, token + 1, GROUPS, TILE), plan_tile_ranges(token, end, 1, TILE)
     dq = _queries(q, cotangent, k, v, sums, delta, of_queries, *shapes[0][1:], shapes[1][1])
     dk, dv = _keys(q, cotangent, k, v, sums, delta, of_keys, *shapes[0][1:], shapes[1][1])
     return tuple(x.reshape(shape) for x, shape in zip((dq, dk, dv), shapes, strict=True))
 
 
-def _queries(q, cotangent, k, v, sums, delta, walks, N, H, K):
-    blocks = walks.begin.shape[0]
+def _queries(q, cotangent, k, v, sums, delta, ranges, N, H, K):
+    blocks = ranges.begin.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_queries_kernel, N=N, G=N // K, H=H, blocks=blocks),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -75,7 +75,7 @@ def _queries(q, cotangent, k, v, sums, delta, walks, N, H, K):
         num_threads=GROUPS + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            *(tiles(GROUPS * ROWS, H), tiles(GROUPS * ROWS, H)),
+            *(tiles(GROUPS * WARPGROUP_ROWS, H), tiles(GROUPS * WARPGROUP_ROWS, H)),
             tiles(RING, TILE, H),
             plgpu.Barrier(num_arrivals=2),
             *(plgpu.Barrier(num_barriers=RING), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=RING)),
@@ -83,7 +83,7 @@ def _queries(q, cotangent, k, v, sums, delta, walks, N, H, K):
         compiler_params=params(approximate=True),
         kernel_name="causal_attention_dq",
     )
-    return kernel(q, cotangent, k, v, sums, delta, *walks)
+    return kernel(q, cotangent, k, v, sums, delta, *ranges)
 
 
 def _queries_kernel(*refs, N, G, H, blocks):
@@ -91,12 +91,12 @@ def _queries_kernel(*refs, N, G, H, blocks):
     item, group = lax.axis_index("item"), lax.axis_index("group")
     block, head = blocks - 1 - item // N, lax.rem(item, N)  # a row's last queries see most: they begin first
     start, tiles_here = begin[block], count[block]
-    mine = pl.ds(group * ROWS, ROWS)
+    mine = pl.ds(group * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     @pl.when(group == GROUPS)
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        rows = pl.ds(block * GROUPS * ROWS, GROUPS * ROWS)
+        rows = pl.ds(block * GROUPS * WARPGROUP_ROWS, GROUPS * WARPGROUP_ROWS)
         for source, place in ((q, q_s), (cotangent, o_s)):
             plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], place, rows_ready)
 
@@ -111,7 +111,7 @@ def _queries_kernel(*refs, N, G, H, blocks):
     @pl.when(group < GROUPS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds((block * GROUPS + group) * ROWS, ROWS)
+        rows = pl.ds((block * GROUPS + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
         clear, cloudy = own[block, group, 2], own[block, group, 3]
         low, high = load(first.at[rows]), load(end.at[rows])
         log, drift = (load(x.at[head, rows]) for x in (sums, delta))
@@ -125,19 +125,19 @@ def _queries_kernel(*refs, N, G, H, blocks):
             plgpu.barrier_wait(ready.at[of_k])
             scores = product(q_s.at[mine], ring_s.at[of_k].transpose(ACROSS))
             masked = (i < clear) | (i >= cloudy)
-            scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * TILE), lambda x: x, scores)
+            scores = lax.cond(masked, lambda x: visible(x, low, high, start + i * TILE), lambda x: x, scores)
             slopes = _weights(scores, along_rows(log, TILE), H) * slopes
             total = accumulate(total, slopes.astype(out.dtype), ring_s.at[of_k])
             plgpu.barrier_arrive(free.at[of_k])
             return total
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), MATRIX)
         total = lax.fori_loop(0, tiles_here, visit, zeros)
         _leave(total * H**-0.5, q_s.at[mine], out.at[rows, pl.ds(head * H, H)])
 
 
-def _keys(q, cotangent, k, v, sums, delta, walks, N, H, K):
-    blocks = walks.begin.shape[0]
+def _keys(q, cotangent, k, v, sums, delta, ranges, N, H, K):
+    blocks = ranges.begin.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_keys_kernel, K=K, G=N // K, H=H),
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
@@ -146,7 +146,7 @@ def _keys(q, cotangent, k, v, sums, delta, walks, N, H, K):
         num_threads=3,  # values, keys, and one that only fetches
         thread_name="group",
         scratch_types=[
-            *(tiles(ROWS, H), tiles(ROWS, H)),
+            *(tiles(WARPGROUP_ROWS, H), tiles(WARPGROUP_ROWS, H)),
             *(tiles(STAGES, TILE, H), tiles(STAGES, TILE, H)),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
@@ -156,7 +156,7 @@ def _keys(q, cotangent, k, v, sums, delta, walks, N, H, K):
         compiler_params=params(approximate=True),
         kernel_name="causal_attention_dkv",
     )
-    return kernel(q, cotangent, k, v, sums, delta, *walks)
+    return kernel(q, cotangent, k, v, sums, delta, *ranges)
 
 
 def _keys_kernel(*refs, K, G, H):
@@ -165,7 +165,7 @@ def _keys_kernel(*refs, K, G, H):
     item, group = lax.axis_index("item"), lax.axis_index("group")
     block, head = item // K, lax.rem(item, K)  # a row's first keys are seen by most: they begin first
     start, tiles_here = begin[block], count[block]
-    rows, lanes = pl.ds(block * ROWS, ROWS), pl.ds(head * H, H)
+    rows, lanes = pl.ds(block * WARPGROUP_ROWS, WARPGROUP_ROWS), pl.ds(head * H, H)
 
     def at(n):
         """The query head and first query of a tile."""
@@ -193,19 +193,19 @@ def _keys_kernel(*refs, K, G, H):
 
         def visit(n, total):
             slot, (of_head, query) = lax.rem(n, STAGES), at(n)
-            log, drift = (along_columns(load(x.at[of_head, pl.ds(query, TILE)], COL), ROWS) for x in (sums, delta))
+            log, drift = (along_columns(load(x.at[of_head, pl.ds(query, TILE)], COL), WARPGROUP_ROWS) for x in (sums, delta))
             plgpu.barrier_wait(ready.at[slot])
             scores = product(k_s, q_s.at[slot].transpose(ACROSS))
             i = lax.rem(n, tiles_here)
             masked = (i < clear) | (i >= cloudy)
-            scores = lax.cond(masked, lambda x: seen(x, low, high, query), lambda x: x, scores)
+            scores = lax.cond(masked, lambda x: visible(x, low, high, query), lambda x: x, scores)
             total = gradient(total, _weights(scores, log, H), drift, q_s.at[slot], o_s.at[slot])
             plgpu.barrier_arrive(free.at[slot])
             return total
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), MATRIX)
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), jnp.float32), MATRIX)
         total = lax.fori_loop(0, tiles_here * G, visit, zeros)
-        meet(done)  # the other has read its keys too: their place is free
+        barrier_sync(done)  # the other has read its keys too: their place is free
         _leave(total * factor, place, out.at[rows, lanes])
 
     def of_values(total, weights, drift, queries, cotangents):

@@ -18,18 +18,18 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gpu.mosaic import (
     ACROSS,
-    ROWS,
+    WARPGROUP_ROWS,
     accumulate,
     along_rows,
+    barrier_sync,
+    empty_softmax,
+    finish_softmax,
     load,
-    meet,
-    no_scores,
+    online_softmax,
     params,
-    settle,
     tiles,
-    weigh,
 )
-from kernels_pallas.gpu.tile_ranges import plan, seen
+from kernels_pallas.gpu.tile_ranges import plan_tile_ranges, visible
 
 GROUPS = 2  # warpgroups that compute
 TILE = 64  # keys
@@ -41,17 +41,20 @@ def forward(
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "N T"]]:
     """The attention of tokens over those from `begin` to their own; and the logarithm, base 2, of each's sum of weights."""
     T, N, H = q.shape
-    walks = plan(begin, jnp.arange(1, T + 1, dtype=jnp.int32), GROUPS, TILE)
-    blocks = walks.begin.shape[0]
+    ranges = plan_tile_ranges(begin, jnp.arange(1, T + 1, dtype=jnp.int32), GROUPS, TILE)
+    blocks = ranges.begin.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_kernel, N=N, G=N // k.shape[1], H=H, blocks=blocks),
-        out_type=[jax.ShapeDtypeStruct((T, N * H), q.dtype), jax.ShapeDtypeStruct((N, blocks * GROUPS * ROWS), jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct((T, N * H), q.dtype),
+            jax.ShapeDtypeStruct((N, blocks * GROUPS * WARPGROUP_ROWS), jnp.float32),
+        ],
         grid=(blocks * N,),
         grid_names=("item",),
         num_threads=GROUPS + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            tiles(GROUPS * ROWS, H),
+            tiles(GROUPS * WARPGROUP_ROWS, H),
             *(tiles(STAGES, TILE, H), tiles(STAGES, TILE, H)),
             plgpu.Barrier(),
             *(plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)),
@@ -61,7 +64,7 @@ def forward(
         compiler_params=params(approximate=True),
         kernel_name="causal_attention",
     )
-    out, sums = kernel(*(x.reshape(T, -1) for x in (q, k, v)), *walks)
+    out, sums = kernel(*(x.reshape(T, -1) for x in (q, k, v)), *ranges)
     return out.reshape(T, N, H), sums[:, :T]
 
 
@@ -71,12 +74,12 @@ def _kernel(*refs, N, G, H, blocks):
     item, group = lax.axis_index("item"), lax.axis_index("group")
     block, head = blocks - 1 - item // N, lax.rem(item, N)  # a row's last queries see most: they begin first
     start, tiles_here = begin[block], count[block]
-    mine = pl.ds(group * ROWS, ROWS)
+    mine = pl.ds(group * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     @pl.when(group == GROUPS)
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        rows = pl.ds(block * GROUPS * ROWS, GROUPS * ROWS)
+        rows = pl.ds(block * GROUPS * WARPGROUP_ROWS, GROUPS * WARPGROUP_ROWS)
         plgpu.copy_gmem_to_smem(q.at[rows, pl.ds(head * H, H)], q_s, q_ready)
 
         @pl.loop(0, tiles_here)
@@ -90,11 +93,11 @@ def _kernel(*refs, N, G, H, blocks):
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         scale = H**-0.5 * math.log2(math.e)
-        rows = pl.ds((block * GROUPS + group) * ROWS, ROWS)
+        rows = pl.ds((block * GROUPS + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
         clear, cloudy = own[block, group, 2], own[block, group, 3]
         low, high = load(first.at[rows]), load(end.at[rows])
         plgpu.barrier_wait(q_ready)
-        pl.when(group == 1)(lambda: meet(turn))
+        pl.when(group == 1)(lambda: barrier_sync(turn))
 
         def visit(i, carry):
             total, weight, largest = carry
@@ -103,14 +106,14 @@ def _kernel(*refs, N, G, H, blocks):
 
             def multiply(accumulator):
                 plgpu.wgmma(accumulator, q_s.at[mine], k_s.at[slot].transpose(ACROSS))
-                meet(turn)
+                barrier_sync(turn)
                 return accumulator[...]
 
-            scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE), jnp.float32))
+            scores = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, TILE), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
             masked = (i < clear) | (i >= cloudy)
-            scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * TILE), lambda x: x, scores)
-            weights, faded, weight, largest = weigh(scores, weight, largest, scale)
+            scores = lax.cond(masked, lambda x: visible(x, low, high, start + i * TILE), lambda x: x, scores)
+            weights, faded, weight, largest = online_softmax(scores, weight, largest, scale)
             weights = weights.astype(q.dtype)
             plgpu.barrier_arrive(turn)
             total = total * along_rows(faded, H)
@@ -120,9 +123,9 @@ def _kernel(*refs, N, G, H, blocks):
             plgpu.barrier_arrive(v_free.at[slot])
             return total, weight, largest
 
-        sums_of_rows = lax.fori_loop(0, tiles_here, visit, no_scores(H))
-        pl.when(group == 0)(lambda: meet(turn))
-        result, log = settle(*sums_of_rows)
+        sums_of_rows = lax.fori_loop(0, tiles_here, visit, empty_softmax(H))
+        pl.when(group == 0)(lambda: barrier_sync(turn))
+        result, log = finish_softmax(*sums_of_rows)
         q_s.at[mine][...] = result.astype(out.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s.at[mine], out.at[rows, pl.ds(head * H, H)])

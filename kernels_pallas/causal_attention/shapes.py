@@ -5,7 +5,7 @@ from typing import NamedTuple
 HEADS, KEY_HEADS, WIDTH = 8, 2, 256
 
 
-class Rows(NamedTuple):
+class CausalShape(NamedTuple):
     """So many rows, each of sequences of these lengths."""
 
     name: str
@@ -13,7 +13,7 @@ class Rows(NamedTuple):
     lengths: tuple[int, ...]
 
 
-ROWS = (
-    Rows("8 x 4,096", 8, (4096,)),
-    Rows("8 x 4,096, conversations of 31 to 1,500", 8, (1500, 31, 702, 64, 999, 128, 672)),
+CAUSAL = (
+    CausalShape("8 x 4,096", 8, (4096,)),
+    CausalShape("8 x 4,096, conversations of 31 to 1,500", 8, (1500, 31, 702, 64, 999, 128, 672)),
 )

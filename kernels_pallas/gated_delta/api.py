@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.backends import HOPPER, REFERENCE, TPU, Implementation, dispatch
 from kernels_pallas.gated_delta import gpu, reference, tpu
 from kernels_pallas.gated_delta.packing import CHUNK
 
@@ -72,7 +72,7 @@ def chunked(
         Sequences must not overlap; they may be empty.
       snapshots: pairs (sequence, chunks). Each requests that sequence's states after its first `chunks`
         chunks of 64 tokens.
-      backend: "reference", "gpu", "tpu", or None for the fastest that supports these arguments here.
+      backend: "reference", "hopper", "tpu", or None for the fastest that supports these arguments here.
 
     Raises:
       ValueError: shapes do not match, there is no such backend, or it is for other devices.
@@ -80,12 +80,12 @@ def chunked(
     """
     _check(qkv.shape[-1], layer, recurrent_state, conv_state)
     snapshots = jnp.zeros((0, 2), jnp.int32) if snapshots is None else snapshots
-    gaps = {
-        REFERENCE: None,
-        "gpu": gpu.gap(qkv, layer.conv, recurrent_state),
-        "tpu": tpu.gap(qkv, layer.conv, recurrent_state, conv_state),
+    implementations = {
+        REFERENCE: Implementation(reference.chunked),
+        HOPPER: Implementation(gpu.chunked, gpu.unsupported_reason(qkv, layer.conv, recurrent_state)),
+        TPU: Implementation(tpu.chunked, tpu.unsupported_reason(qkv, layer.conv, recurrent_state, conv_state)),
     }
-    run = {REFERENCE: reference.chunked, "gpu": gpu.chunked, "tpu": tpu.chunked}[choose(backend, gaps)]
+    run = dispatch(backend, implementations)
     out, ends, kept = run(qkv, a, b, *layer, recurrent_state, conv_state, starts, lengths, snapshots)
     sequence, tokens = snapshots[:, 0], snapshots[:, 1] * CHUNK
     whole = (tokens > 0) & (tokens <= lengths[sequence])
@@ -132,12 +132,12 @@ def recurrent(
       ValueError, NotImplementedError: as in `chunked`.
     """
     _check(qkv.shape[-1], layer, recurrent_state, conv_state)
-    gaps = {
-        REFERENCE: None,
-        "gpu": gpu.gap(qkv, layer.conv, recurrent_state),
-        "tpu": tpu.step_gap(qkv, layer.conv, recurrent_state, conv_state),
+    implementations = {
+        REFERENCE: Implementation(reference.recurrent),
+        HOPPER: Implementation(gpu.recurrent, gpu.unsupported_reason(qkv, layer.conv, recurrent_state)),
+        TPU: Implementation(tpu.recurrent, tpu.step_unsupported_reason(qkv, layer.conv, recurrent_state, conv_state)),
     }
-    run = {REFERENCE: reference.recurrent, "gpu": gpu.recurrent, "tpu": tpu.recurrent}[choose(backend, gaps)]
+    run = dispatch(backend, implementations)
     return run(qkv, a, b, z, *layer, norm, eps, recurrent_state, conv_state, slots, keep)
 
 

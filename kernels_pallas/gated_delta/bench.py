@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import gated_delta
-from kernels_pallas.bench import Work, pulling_back
+from kernels_pallas.benchmarking import Benchmark, backward_call
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH, ChunkedShape, RecurrentShape
 
@@ -19,21 +19,21 @@ TOKEN = (CHANNELS + 2 * HEADS + HEADS * WIDTH) * 2  # bytes of a token's inputs 
 RULE = HEADS * 3 * 2 * WIDTH * WIDTH
 
 
-def works() -> Iterator[Work]:
+def benchmarks() -> Iterator[Benchmark]:
     """Yields the benchmark lines."""
     for shape in shapes.CHUNKED:
         tokens, sequences = sum(shape.lengths), len(shape.lengths)
         moved = tokens * TOKEN + 2 * sequences * STATE
-        yield Work(f"gated delta, {shape.name}", functools.partial(_chunked, shape), moved, tokens * RULE)
+        yield Benchmark(f"gated delta, {shape.name}", functools.partial(_chunked, shape), moved, tokens * RULE)
     for shape in shapes.CHUNKED:
         tokens, sequences = sum(shape.lengths), len(shape.lengths)
         moved = 2 * tokens * TOKEN + 4 * sequences * STATE
         backward = functools.partial(_backward, shape)
-        yield Work(f"gated delta backward, {shape.name}", backward, moved, 2 * tokens * RULE)
+        yield Benchmark(f"gated delta backward, {shape.name}", backward, moved, 2 * tokens * RULE)
     for shape in shapes.RECURRENT:
         tokens = shape.rows * shape.tokens
         moved = 2 * shape.rows * STATE + tokens * (TOKEN + HEADS * WIDTH * 2)
-        yield Work(f"gated delta step, {shape.name}", functools.partial(_recurrent, shape), moved, tokens * RULE)
+        yield Benchmark(f"gated delta step, {shape.name}", functools.partial(_recurrent, shape), moved, tokens * RULE)
 
 
 def _draw(rng: np.random.Generator, *shape: int) -> jax.Array:
@@ -65,7 +65,7 @@ def _backward(shape: ChunkedShape, backend: str) -> Callable[[], Any]:
     def forward(*inputs: Any) -> jax.Array:
         return gated_delta.chunked(*inputs, query_starts, query_lens, backend=backend).out
 
-    return pulling_back(forward, *differentiable)
+    return backward_call(forward, *differentiable)
 
 
 def _recurrent(shape: RecurrentShape, backend: str) -> Callable[[], Any]:

@@ -5,18 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.backends import mosaic_unsupported_reason
 from kernels_pallas.gated_delta.gpu_backward import backward
 from kernels_pallas.gated_delta.gpu_chunked import CONV_HISTORY, forward
 from kernels_pallas.gated_delta.gpu_recurrent import recurrent
-from kernels_pallas.gpu.export_cache import once
+from kernels_pallas.gpu.export_cache import exported_once
 
-__all__ = ["chunked", "gap", "recurrent"]
+__all__ = ["chunked", "recurrent", "unsupported_reason"]
 
 WIDTH = 128  # of keys and of values
 
 
-def gap(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Array) -> str | None:
+def unsupported_reason(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Array) -> str | None:
     """Returns why the kernels do not support these arguments, or None."""
     _, N, V, K = recurrent_state.shape
     if (K, V) != (WIDTH, WIDTH):
@@ -27,10 +27,10 @@ def gap(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Array) -> str | No
         return f"layer.conv has {conv.shape[1]} taps, and it takes {CONV_HISTORY + 1}"
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}, and it takes bfloat16"
-    return mosaic_gap()
+    return mosaic_unsupported_reason()
 
 
-@once
+@exported_once
 def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes `reference.chunked`."""
     return _chunked(*arguments)

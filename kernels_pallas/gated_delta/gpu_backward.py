@@ -58,7 +58,7 @@ from kernels_pallas.gpu.mosaic import (
     store,
     tiles,
 )
-from kernels_pallas.tuning import chosen
+from kernels_pallas.tuning import tuned_config
 
 LANES = 128  # channels of a block of the convolution
 
@@ -136,7 +136,7 @@ def scan_backward(
       chunk_snapshots: index of the snapshot taken at each chunk's end, or -1.
     """
     (S, N, V, K), chunks, dtype = d_final_states.shape, chunk_snapshots.shape[0], d_out.dtype
-    cut = chosen("gpu", "gated_delta_scan_backward", S * N)
+    cut = tuned_config("hopper", "gated_delta_scan_backward", S * N)
     groups, stages = cut.groups, cut.stages
     kernel = plgpu.kernel(
         functools.partial(_scan_backward, groups=groups, stages=stages),

@@ -43,7 +43,7 @@ from kernels_pallas.gpu.mosaic import (
     silu,
     tiles,
 )
-from kernels_pallas.tuning import chosen
+from kernels_pallas.tuning import tuned_config
 
 L = CHUNK
 SLICE = 64  # value channels of a warpgroup: the rows of one wgmma
@@ -302,7 +302,7 @@ def scan(
     """
     S, N, V, K = recurrent_state.shape
     slices, dtype = V // SLICE, terms.q.dtype
-    cut = chosen("gpu", "gated_delta_scan", S * N)
+    cut = tuned_config("hopper", "gated_delta_scan", S * N)
     groups, stages = cut.groups, cut.stages
     shape, chunks = jax.ShapeDtypeStruct, chunk_snapshots.shape[0]
     kernel = plgpu.kernel(

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
-from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.backends import mosaic_unsupported_reason
 from kernels_pallas.gated_delta.gpu_chunked import inverse_norm, invert, store_global, store_shared
 from kernels_pallas.gated_delta.gpu_convolve import TAPS
 from kernels_pallas.gated_delta.gpu_state_scan import scan_states, scan_states_backward
@@ -40,7 +40,7 @@ L = CHUNK
 WIDTH = 128  # of keys and of values
 
 
-def gap(qkv: jax.Array, conv: jax.Array, heads: int, key_width: int, value_width: int) -> str | None:
+def unsupported_reason(qkv: jax.Array, conv: jax.Array, heads: int, key_width: int, value_width: int) -> str | None:
     """Returns why the kernels do not support these arguments of `packed`, or None."""
     if (key_width, value_width) != (WIDTH, WIDTH):
         return f"heads have {key_width} keys and {value_width} values, and it takes {WIDTH} and {WIDTH}"
@@ -50,7 +50,7 @@ def gap(qkv: jax.Array, conv: jax.Array, heads: int, key_width: int, value_width
         return f"layer.conv has {conv.shape[1]} taps, and it takes {TAPS}"
     if qkv.dtype != jnp.bfloat16:
         return f"qkv is {qkv.dtype}, and it takes bfloat16"
-    return mosaic_gap()
+    return mosaic_unsupported_reason()
 
 
 class ChunkSegments(NamedTuple):

@@ -21,16 +21,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta.reference import L2_EPS
-from kernels_pallas.gpu.export_cache import once
+from kernels_pallas.gpu.export_cache import exported_once
 from kernels_pallas.gpu.mosaic import (
-    PROCESSORS,
     arrive_cluster,
     barrier_of,
+    barrier_sync,
+    cluster_refs,
     clustered,
-    everywhere,
     fence_cluster,
     load,
-    meet,
+    num_sms,
     params,
     sigmoid,
     silu,
@@ -38,7 +38,7 @@ from kernels_pallas.gpu.mosaic import (
     store,
     tiles,
 )
-from kernels_pallas.tuning import chosen
+from kernels_pallas.tuning import tuned_config
 
 STREAMS = 3  # queries, keys and values
 # CHANNELS: a thread holds one of 128 channels. MATRICES: it holds pairs of neighbouring keys of one value
@@ -54,7 +54,7 @@ MATRICES = {
 }
 
 
-@once
+@exported_once
 def recurrent(
     qkv: Float[Array, "B T C"],
     a: Float[Array, "B T N"],
@@ -72,8 +72,8 @@ def recurrent(
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """Computes `api.recurrent`."""
     (B, T, N, V), K = z.shape, recurrent_state.shape[-1]
-    cut = chosen("gpu", "gated_delta_recurrent", B * N)
-    blocks = B * N if cut.parts > 1 else min(PROCESSORS, B * N)
+    cut = tuned_config("hopper", "gated_delta_recurrent", B * N)
+    blocks = B * N if cut.parts > 1 else min(num_sms(), B * N)
     stages = min(cut.stages, -(-B * N // blocks))
     share = V // (cut.groups * cut.parts)
     recurrent_state, conv_state = jax.new_ref(recurrent_state), jax.new_ref(conv_state)
@@ -125,7 +125,7 @@ def _kernel(*refs, eps, blocks, stages, groups, parts):
         plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0)
     if parts > 1:
-        meet(block.read)  # other blocks of the cluster may still write to this block's shared memory
+        barrier_sync(block.read)  # other blocks of the cluster may still write to this block's shared memory
 
 
 class _Inputs(NamedTuple):
@@ -248,7 +248,7 @@ class _Warpgroup:
             windows = [x + y for x, y in zip(inputs.history, inputs.qkv, strict=True)]
             self.convolve(windows, inputs.filters)
             fades, strengths = self.gates(inputs)
-            meet(self.convolved)  # every warpgroup has read the conv state, too
+            barrier_sync(self.convolved)  # every warpgroup has read the conv state, too
             at = self.group * self.stages + lax.rem(used, self.stages)
             reads = self.update_state(at, inputs.num_kept, fades, strengths)
 
@@ -301,7 +301,7 @@ class _Warpgroup:
             _when(num_kept == t + 1 if self.T > 1 else True, functools.partial(store, self.state_s.at[at], state))
             scale = lax.rsqrt(jnp.sum(q * q, axis=1) + L2_EPS) * self.K**-0.5
             reads.append(jnp.sum(state * q, axis=1) * scale)
-            for buffer in everywhere(self.out_s.at[t, self.own_channels], self.parts):
+            for buffer in cluster_refs(self.out_s.at[t, self.own_channels], self.parts):
                 store(buffer, reads[-1])
         if self.parts > 1:
             arrive_cluster(self.read)

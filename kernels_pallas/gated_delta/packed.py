@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.backends import HOPPER, REFERENCE, Implementation, dispatch
 from kernels_pallas.gated_delta import gpu_convolve, gpu_packed
 from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.packing import CHUNK
@@ -42,7 +42,7 @@ def packed(
       segments: each token's sequence within its row; a sequence's tokens are contiguous. T must be a
         multiple of 64.
       key_width, value_width: K and V.
-      backend: "reference", or "gpu"; None for the fastest that supports these arguments on this device.
+      backend: "reference", or "hopper"; None for the fastest that supports these arguments on this device.
 
     Returns:
       The reads, in qkv's dtype.
@@ -55,11 +55,16 @@ def packed(
     if (T := a.shape[1]) % CHUNK:
         raise ValueError(f"rows have {T} tokens, and packed rows are a multiple of {CHUNK} long")
     g, beta = gates(a, b, layer.a_log, layer.dt_bias)
-    gaps = {REFERENCE: None, "gpu": gpu_packed.gap(qkv, layer.conv, N, key_width, value_width)}
-    if choose(backend, gaps) == "gpu":
+
+    def in_xla() -> Array:
+        channels = convolve_segments(qkv, layer.conv, segments)
+        return rule(channels, g, beta, segments, key_width=key_width, value_width=value_width)
+
+    def on_hopper() -> Array:
         return gpu_packed.rule(gpu_convolve.convolve(qkv, layer.conv, segments), g, beta, segments)
-    channels = convolve_segments(qkv, layer.conv, segments)
-    return rule(channels, g, beta, segments, key_width=key_width, value_width=value_width)
+
+    reason = gpu_packed.unsupported_reason(qkv, layer.conv, N, key_width, value_width)
+    return dispatch(backend, {REFERENCE: Implementation(in_xla), HOPPER: Implementation(on_hopper, reason)})()
 
 
 def rule(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.bench import Work, pulling_back
+from kernels_pallas.benchmarking import Benchmark, backward_call
 from kernels_pallas.gated_delta.api import Layer
 from kernels_pallas.gated_delta.bench import RULE, TOKEN
 from kernels_pallas.gated_delta.packed import packed
@@ -16,11 +16,13 @@ from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
 ROWS, TOKENS = 8, 4096
 
 
-def works() -> Iterator[Work]:
+def benchmarks() -> Iterator[Benchmark]:
     """Yields the benchmark lines."""
     tokens = ROWS * TOKENS
-    yield Work("gated delta, packed 8 x 4,096", functools.partial(_run, False), tokens * TOKEN, tokens * RULE)
-    yield Work("gated delta backward, packed 8 x 4,096", functools.partial(_run, True), 2 * tokens * TOKEN, 2 * tokens * RULE)
+    yield Benchmark("gated delta, packed 8 x 4,096", functools.partial(_run, False), tokens * TOKEN, tokens * RULE)
+    yield Benchmark(
+        "gated delta backward, packed 8 x 4,096", functools.partial(_run, True), 2 * tokens * TOKEN, 2 * tokens * RULE
+    )
 
 
 def _run(back: bool, backend: str) -> Callable[[], Any]:
@@ -32,4 +34,4 @@ def _run(back: bool, backend: str) -> Callable[[], Any]:
     arguments = draw(0, *rows, CHANNELS), draw(1, *rows, HEADS), draw(2, *rows, HEADS), layer
     segments = jnp.ones(rows, jnp.int32)
     forward = jax.jit(lambda *x: packed(*x, segments, WIDTH, WIDTH, backend=backend))
-    return pulling_back(forward, *arguments) if back else lambda: forward(*arguments)
+    return backward_call(forward, *arguments) if back else lambda: forward(*arguments)

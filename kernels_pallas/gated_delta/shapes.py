@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels_pallas.tuning import Tuned
+from kernels_pallas.tuning import TuningSpace
 
 HEADS, WIDTH, CONV = 16, 128, 4  # key and value heads, key and value width, taps of the convolution
 CHANNELS = 3 * HEADS * WIDTH
@@ -44,21 +44,21 @@ RECURRENT = (
 )
 
 # A size is the number of heads of all sequences.
-TUNED = (
-    Tuned(
-        "gpu",
+TUNING_SPACES = (
+    TuningSpace(
+        "hopper",
         "gated_delta_scan",
         ({"groups": 1, "stages": 2}, {"groups": 1, "stages": 3}, {"groups": 2, "stages": 2}),
         {127: ("gated delta, 1 x 8,192",), None: ("gated delta, 8 x 1,024", "gated delta, ragged 16,384")},
     ),
-    Tuned(
-        "gpu",
+    TuningSpace(
+        "hopper",
         "gated_delta_scan_backward",
         ({"groups": 1, "stages": 2}, {"groups": 2, "stages": 2}),
         {127: ("gated delta backward, 1 x 8,192",), None: ("gated delta backward, 8 x 1,024",)},
     ),
-    Tuned(
-        "gpu",
+    TuningSpace(
+        "hopper",
         "gated_delta_recurrent",
         (*({"groups": 1, "parts": parts, "stages": 1} for parts in (4, 8)), {"groups": 2, "parts": 2, "stages": 1})
         + tuple({"groups": groups, "parts": 1, "stages": stages} for groups in (2, 4) for stages in (1, 2, 3)),
@@ -68,5 +68,5 @@ TUNED = (
             None: ("gated delta step, 100 slots",),
         },
     ),
-    Tuned("tpu", "gated_delta", ({"heads": 4}, {"heads": 8}, {"heads": 16}), {None: ("gated delta, 1 x 8,192",)}),
+    TuningSpace("tpu", "gated_delta", ({"heads": 4}, {"heads": 8}, {"heads": 16}), {None: ("gated delta, 1 x 8,192",)}),
 )

@@ -9,13 +9,13 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.gated_delta import backward, tpu_backward, tpu_chunked, tpu_recurrent
 from kernels_pallas.gated_delta.packing import chunk_table
 from kernels_pallas.gated_delta.tpu_math import LANES
-from kernels_pallas.tuning import chosen
+from kernels_pallas.tuning import tuned_config
 
 TOKENS = 8  # maximum per row of a decode step, because the kernel unrolls them
 DTYPES = ("float32", "bfloat16")
 
 
-def gap(
+def unsupported_reason(
     qkv: Float[Array, "... C"],
     conv: Float[Array, "C W"],
     recurrent_state: Float32[Array, "S N V K"],
@@ -36,7 +36,7 @@ def gap(
     return None
 
 
-def step_gap(
+def step_unsupported_reason(
     qkv: Float[Array, "B T C"],
     conv: Float[Array, "C W"],
     recurrent_state: Float32[Array, "S N V K"],
@@ -45,7 +45,7 @@ def step_gap(
     """Returns why the kernel does not support these arguments of `recurrent`, or None."""
     if qkv.shape[1] > TOKENS:
         return f"qkv has {qkv.shape[1]} tokens a row, and it takes up to {TOKENS}"
-    return gap(qkv, conv, recurrent_state, conv_state)
+    return unsupported_reason(qkv, conv, recurrent_state, conv_state)
 
 
 @jax.custom_vjp
@@ -147,7 +147,7 @@ def _heads_per_step(N: int) -> int:
     head and chunk at 4, 8 and 16 heads; the backward kernel takes 1,058, 867 and 806. On v5p they take 936
     and 713, 1,106 and 877 at 4 and 8. With 16 heads, v5p's second core would have no work.
     """
-    return max(heads for heads in range(1, chosen("tpu", "gated_delta").heads + 1) if N % heads == 0)
+    return max(heads for heads in range(1, tuned_config("tpu", "gated_delta").heads + 1) if N % heads == 0)
 
 
 def _gate_inputs(a: Float[Array, "*tokens N"], b: Float[Array, "*tokens N"]) -> Float32[Array, "*tokens lanes"]:

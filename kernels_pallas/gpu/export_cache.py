@@ -1,8 +1,8 @@
-"""Kernels that are lowered once for many programs.
+"""Lowered kernels that several programs share.
 
-Mosaic GPU writes a kernel in Python, 0.3 to 2 s each, and jax does so again for every program that has it: 28 of a server's
-decode or read, in eight shapes. Inside `lowered_once()` the functions marked with `once` are exported on their first use
-(jax.export), and every program calls what was exported. It has no gradient: this is for who compiles programs without.
+Mosaic GPU writes a kernel in Python, 0.3 to 2 s each, and jax repeats that for every program with the kernel; a server compiles
+dozens of such programs. Inside `shared_lowering()` a function marked with `exported_once` is exported (jax.export) on its first
+use, and every program calls the export. An export has no gradient, so this is for programs without one.
 """
 
 import contextlib
@@ -14,23 +14,23 @@ from typing import Any
 import jax
 from jax import export
 
-# The custom call that kernels become. jax promises nothing of it to who keeps an export, which nobody does here.
+# The custom call of the kernels. jax gives it no guarantee of compatibility, which only matters for exports that are stored.
 TARGET = "mosaic_gpu_v2"
 _exports: ContextVar[dict[Any, export.Exported] | None] = ContextVar("exports", default=None)
 
 
 @contextlib.contextmanager
-def lowered_once() -> Iterator[None]:
-    """Within it, and for as long as it lasts, a kernel is lowered once for the same shapes."""
-    before = _exports.set({})
+def shared_lowering() -> Iterator[None]:
+    """Lowers each kernel once per set of shapes for all programs traced inside the context."""
+    outer = _exports.set({})
     try:
         yield
     finally:
-        _exports.reset(before)
+        _exports.reset(outer)
 
 
-def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function of arrays, and of other things that are hashable, whose kernels are for a GPU."""
+def exported_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a function of GPU kernels so that `shared_lowering` exports it once; arguments are arrays or hashable."""
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -45,8 +45,8 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
         if key not in exports:
 
             def of_arrays(*arrays: jax.Array) -> Any:
-                given = iter(arrays)
-                return function(*tree.unflatten(next(given) if leaf is None else leaf for leaf in static))
+                remaining = iter(arrays)
+                return function(*tree.unflatten(next(remaining) if leaf is None else leaf for leaf in static))
 
             check = export.DisabledSafetyCheck.custom_call(TARGET)
             exports[key] = export.export(jax.jit(of_arrays), platforms=("cuda",), disabled_checks=[check])(*shapes)

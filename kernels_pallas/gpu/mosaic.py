@@ -5,18 +5,38 @@ Kernels are written for Mosaic GPU's Lane semantics, where a kernel names the la
 pairs of neighbouring columns of two rows in eight; ROW and COL are vectors along rows or columns, as its threads need them.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from kernels_pallas.backends import device_kind
+
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)
 ACROSS = (1, 0)  # the transposed view of a reference
-ROWS = 64  # of a warpgroup's matrix product
-PROCESSORS = 132  # of an H100 or H200
-FLOOR = -1e30  # below every score
+WARPGROUP_ROWS = 64  # of a warpgroup's matrix product
+NEG_INF = -1e30  # below every score
+
+
+# Streaming multiprocessors by the start of the device kind, longer names first.
+SM_COUNTS = {"NVIDIA H100 PCIe": 114, "NVIDIA H800 PCIe": 114, "NVIDIA H200": 132, "NVIDIA H20": 78}
+
+
+def num_sms() -> int:
+    """Returns the number of streaming multiprocessors of the device being compiled for.
+
+    The mesh in use decides, else the default device. The device kind decides where jax reports no count.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described:
+        count = described.num_cores
+    else:
+        device = jax.devices()[0]
+        count = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return count or next((n for kind, n in SM_COUNTS.items() if device_kind().startswith(kind)), 132)
 
 
 def params(*, approximate: bool, **more: int) -> plgpu.CompilerParams:
@@ -75,7 +95,7 @@ def accumulate(total: object, a: object, b: object) -> object:
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
-def meet(barrier: object) -> None:
+def barrier_sync(barrier: object) -> None:
     """Waits until all of the barrier's warpgroups have come here as often."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
@@ -93,13 +113,13 @@ def barrier_of(parts: int, groups: int) -> object:
     return plgpu.Barrier(num_arrivals=groups)
 
 
-def everywhere(ref: object, parts: int) -> list[object]:
+def cluster_refs(ref: object, parts: int) -> list[object]:
     """The same shared memory of all blocks of the cluster."""
     return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(parts)] if parts > 1 else [ref]
 
 
-def meet_cluster(barrier: object) -> None:
-    """As `meet`, of all blocks of a cluster; what any thread has stored before it is there for all to read after it."""
+def cluster_sync(barrier: object) -> None:
+    """As `barrier_sync`, of all blocks of a cluster; what any thread has stored before it is there for all to read after it."""
     arrive_cluster(barrier)
     plgpu.barrier_wait(barrier)
     fence_cluster()
@@ -126,14 +146,14 @@ def fence_cluster() -> None:
     order()
 
 
-def no_scores(width: int) -> tuple[object, object, object]:
+def empty_softmax(width: int) -> tuple[object, object, object]:
     """A softmax kept up to date (arXiv:2205.14135) that has seen nothing: sum of values, sum of weights, largest score."""
-    total = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), MATRIX)
-    weight = plgpu.layout_cast(jnp.zeros(ROWS, jnp.float32), ROW)
-    return total, weight, plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+    total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), MATRIX)
+    weight = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), ROW)
+    return total, weight, plgpu.layout_cast(jnp.full(WARPGROUP_ROWS, NEG_INF, jnp.float32), ROW)
 
 
-def weigh(scores: object, weight: object, largest: object, scale: float) -> tuple[object, object, object, object]:
+def online_softmax(scores: object, weight: object, largest: object, scale: float) -> tuple[object, object, object, object]:
     """With more scores: their weights `2^(scale score - largest)`, what the sums so far are worth now, and the new two."""
     peak = jnp.maximum(largest, scores.max(axis=1) * scale)
     faded = jnp.exp2(largest - peak)
@@ -141,7 +161,7 @@ def weigh(scores: object, weight: object, largest: object, scale: float) -> tupl
     return weights, faded, weight * faded + weights.sum(axis=1), peak
 
 
-def settle(total: object, weight: object, largest: object) -> tuple[object, object]:
+def finish_softmax(total: object, weight: object, largest: object) -> tuple[object, object]:
     """The weighted mean, and the logarithm, base 2, of the sum of weights; a row without any keeps its zeros."""
     weight = jnp.where(weight > 0, weight, 1.0)
     return total * along_rows(1 / weight, total.shape[1]), largest + jnp.log2(weight)

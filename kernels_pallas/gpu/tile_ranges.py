@@ -18,12 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
-from kernels_pallas.gpu.mosaic import ROWS, along_rows, iota
+from kernels_pallas.gpu.mosaic import WARPGROUP_ROWS, along_rows, iota
 
-SLACK = 8  # columns of a neighbouring head
+HEAD_PAD = 8  # columns of a neighbouring head
 
 
-class Walks(NamedTuple):
+class TileRanges(NamedTuple):
     """What each row sees, and which tiles each block of rows walks over.
 
     Attributes:
@@ -54,48 +54,48 @@ def windows(size: int, rows: int) -> tuple[Int32[Array, " P"], Int32[Array, " P"
     return first, first + size
 
 
-def plan(first: Int32[Array, " P"], end: Int32[Array, " P"], groups: int, tile: int) -> Walks:
+def plan_tile_ranges(first: Int32[Array, " P"], end: Int32[Array, " P"], groups: int, tile: int) -> TileRanges:
     """The walks of blocks of `groups` x 64 rows over tiles of `tile`."""
     rows = first.shape[0]
-    blocks = -(-rows // (groups * ROWS))
-    short = (0, blocks * groups * ROWS - rows)
+    blocks = -(-rows // (groups * WARPGROUP_ROWS))
+    short = (0, blocks * groups * WARPGROUP_ROWS - rows)
     first, end = jnp.pad(first, short, constant_values=rows), jnp.pad(end, short)
-    low, high = (x.reshape(blocks, groups, ROWS) for x in (first, end))
+    low, high = (x.reshape(blocks, groups, WARPGROUP_ROWS) for x in (first, end))
     begin = jnp.minimum(low.min(axis=(1, 2)), rows) // 8 * 8
     count = jnp.maximum(high.max(axis=(1, 2)) - begin + tile - 1, 0) // tile
     since = begin[:, None]
     edges = (low.min(axis=2), high.max(axis=2) + tile - 1, low.max(axis=2) + tile - 1, high.min(axis=2))
     own = jnp.clip(jnp.stack([(edge - since) // tile for edge in edges], axis=-1), 0, count[:, None, None])
     own = own.at[..., 1].max(own[..., 0])  # a warpgroup without rows reads nothing
-    return Walks(first, end, begin, count, own)
+    return TileRanges(first, end, begin, count, own)
 
 
 def columns(head: Array, H: int) -> object:
     """Where a head's 80 columns are."""
-    return pl.ds(head * H - SLACK * lax.rem(head, 2), H + SLACK)
+    return pl.ds(head * H - HEAD_PAD * lax.rem(head, 2), H + HEAD_PAD)
 
 
-def keep_own(ref: object, head: Array, H: int) -> None:
+def zero_neighbour(ref: object, head: Array, H: int) -> None:
     """Makes the neighbour's columns of a tile in shared memory zeros."""
-    column = iota(ref.shape, 1) - SLACK * lax.rem(head, 2)
+    column = iota(ref.shape, 1) - HEAD_PAD * lax.rem(head, 2)
     ref[...] = jnp.where((column >= 0) & (column < H), ref[...], jnp.zeros((), ref.dtype))
     plgpu.commit_smem()
 
 
-def leave(result: Array, head: Array, H: int, place: object, destination: object) -> None:
+def store_head(result: Array, head: Array, H: int, place: object, destination: object) -> None:
     """Sends a head's own columns of a result to device memory through `place` in shared memory, without waiting."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for side in range(2):
 
         @pl.when(lax.rem(head, 2) == side)
         def _(side=side):
-            place[...] = lax.slice(result, (0, SLACK * side), (ROWS, SLACK * side + H))
+            place[...] = lax.slice(result, (0, HEAD_PAD * side), (WARPGROUP_ROWS, HEAD_PAD * side + H))
 
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(place, destination)
 
 
-def seen(scores: Array, first: Array, end: Array, tile_start: Array) -> Array:
+def visible(scores: Array, first: Array, end: Array, tile_start: Array) -> Array:
     """The scores of a tile, -inf where a row does not see the column."""
     j, width = iota(scores.shape, 1) + tile_start, scores.shape[1]
     return jnp.where((j >= along_rows(first, width)) & (j < along_rows(end, width)), scores, -jnp.inf)

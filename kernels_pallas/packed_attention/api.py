@@ -5,7 +5,7 @@ Glossary: P patches in the row, I views, L the longest view, N heads, H head wid
 
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.backends import HOPPER, REFERENCE, TPU, Implementation, dispatch
 from kernels_pallas.packed_attention import gpu, reference, tpu
 
 
@@ -26,7 +26,7 @@ def packed_attention(
       starts: each view's first row, ascending.
       lengths: each view's rows, at most `longest`; 0 for a view that is not there (its start is then P).
       longest: the static bound L; the reference takes I x N x L x L float32.
-      backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
+      backend: "reference", "hopper", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In q's dtype; zeros for rows of no view.
@@ -35,9 +35,12 @@ def packed_attention(
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
     _check(q, k, v)
-    gaps = {REFERENCE: None, "gpu": gpu.gap(q), "tpu": tpu.gap(q)}
-    runs = {REFERENCE: reference.packed_attention, "gpu": gpu.packed_attention, "tpu": tpu.packed_attention}
-    return runs[choose(backend, gaps)](q, k, v, starts, lengths, longest)
+    implementations = {
+        REFERENCE: Implementation(reference.packed_attention),
+        HOPPER: Implementation(gpu.packed_attention, gpu.unsupported_reason(q)),
+        TPU: Implementation(tpu.packed_attention, tpu.unsupported_reason(q)),
+    }
+    return dispatch(backend, implementations)(q, k, v, starts, lengths, longest)
 
 
 def window_attention(
@@ -51,9 +54,12 @@ def window_attention(
     if len(q) % window:
         raise ValueError(f"q has {len(q)} rows, expected a multiple of the window, {window}")
     _check(q, k, v)
-    gaps = {REFERENCE: None, "gpu": gpu.gap(q), "tpu": tpu.gap(q)}
-    runs = {REFERENCE: reference.window_attention, "gpu": gpu.window_attention, "tpu": tpu.window_attention}
-    return runs[choose(backend, gaps)](q, k, v, window)
+    implementations = {
+        REFERENCE: Implementation(reference.window_attention),
+        HOPPER: Implementation(gpu.window_attention, gpu.unsupported_reason(q)),
+        TPU: Implementation(tpu.window_attention, tpu.unsupported_reason(q)),
+    }
+    return dispatch(backend, implementations)(q, k, v, window)
 
 
 def _check(q: Array, k: Array, v: Array) -> None:

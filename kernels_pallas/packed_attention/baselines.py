@@ -30,7 +30,7 @@ def cudnn(lengths: tuple[int, ...], told: bool) -> float:
     import jax
     import jax.numpy as jnp
 
-    from kernels_pallas.bench import device_microseconds
+    from kernels_pallas.benchmarking import device_microseconds
 
     shape = (3, len(lengths), max(lengths), HEADS, WIDTH)
     q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
@@ -56,11 +56,11 @@ def measured(measure: Callable[[tuple[int, ...]], float], only: str) -> Iterator
                 print(f"{name}: {error}", file=sys.stderr)
 
 
-RIVALS = {
+BASELINES = {
     "torch": torch,
     "cudnn": functools.partial(cudnn, told=True),
     "cudnn-padded": functools.partial(cudnn, told=False),
 }
 
 if __name__ == "__main__":
-    print(json.dumps(dict(measured(RIVALS[sys.argv[1]], sys.argv[2]))))
+    print(json.dumps(dict(measured(BASELINES[sys.argv[1]], sys.argv[2]))))

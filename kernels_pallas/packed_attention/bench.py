@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.bench import Work, pulling_back
+from kernels_pallas.benchmarking import Benchmark, backward_call
 from kernels_pallas.packed_attention import packed_attention, shapes, window_attention
 from kernels_pallas.packed_attention.shapes import HEADS, WIDTH, PackedShape
 
@@ -16,17 +16,17 @@ ROW = HEADS * WIDTH * 2  # bytes of a patch's queries, or keys, or values
 WINDOW = 4
 
 
-def works() -> Iterator[Work]:
+def benchmarks() -> Iterator[Benchmark]:
     """The table. Operations are counted at the heads' own width; a backward's as five products for the forward's two."""
     for shape in shapes.PACKED:
         patches, flops = sum(shape.lengths), 4 * HEADS * WIDTH * sum(n * n for n in shape.lengths)
-        yield Work(f"packed attention, {shape.name}", functools.partial(_forward, shape), 4 * patches * ROW, flops)
+        yield Benchmark(f"packed attention, {shape.name}", functools.partial(_forward, shape), 4 * patches * ROW, flops)
     for shape in shapes.PACKED:
         patches, flops = sum(shape.lengths), 10 * HEADS * WIDTH * sum(n * n for n in shape.lengths)
-        yield Work(f"packed attention backward, {shape.name}", functools.partial(_backward, shape), 8 * patches * ROW, flops)
+        yield Benchmark(f"packed attention backward, {shape.name}", functools.partial(_backward, shape), 8 * patches * ROW, flops)
     photos = shapes.PHOTO * 16
     flops = 4 * HEADS * WIDTH * sum(photos) * WINDOW
-    yield Work(
+    yield Benchmark(
         "packed attention, 2x2 windows of 16 photos", functools.partial(_windows, sum(photos)), 4 * sum(photos) * ROW, flops
     )
 
@@ -53,7 +53,7 @@ def _forward(shape: PackedShape, backend: str) -> Callable[[], Any]:
 def _backward(shape: PackedShape, backend: str) -> Callable[[], Any]:
     qkv, where = inputs(shape)
     forward = functools.partial(packed_attention, longest=shape.longest, backend=backend)
-    return pulling_back(lambda *qkv: forward(*qkv, **where), *qkv)
+    return backward_call(lambda *qkv: forward(*qkv, **where), *qkv)
 
 
 def _windows(rows: int, backend: str) -> Callable[[], Any]:

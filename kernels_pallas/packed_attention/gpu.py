@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.backends import mosaic_gap
+from kernels_pallas.backends import mosaic_unsupported_reason
 from kernels_pallas.gpu.tile_ranges import views, windows
 from kernels_pallas.packed_attention.gpu_backward import backward
 from kernels_pallas.packed_attention.gpu_forward import forward
-from kernels_pallas.remat import KEPT
+from kernels_pallas.remat import SAVE_NAME
 
 WIDTH = 72  # of a head
 ALIGNED = 8  # rows of a tile in memory
 
 
-def gap(q: jax.Array) -> str | None:
+def unsupported_reason(q: jax.Array) -> str | None:
     """What the kernels lack for these arguments, or None."""
     _, N, H = q.shape
     if H != WIDTH:
@@ -26,7 +26,7 @@ def gap(q: jax.Array) -> str | None:
         return f"q has {N} heads, and it takes an even number"
     if q.dtype != jnp.bfloat16:
         return f"q is {q.dtype}, and it takes bfloat16"
-    return mosaic_gap()
+    return mosaic_unsupported_reason()
 
 
 def packed_attention(
@@ -64,7 +64,7 @@ def _attend(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
 
 
 def _remember(q: Array, k: Array, v: Array, first: Array, end: Array) -> tuple[Array, Any]:
-    out, sums = (checkpoint_name(x, KEPT) for x in forward(q, k, v, first, end))
+    out, sums = (checkpoint_name(x, SAVE_NAME) for x in forward(q, k, v, first, end))
     return out, (q, k, v, out, sums, first, end)
 
 

@@ -24,7 +24,7 @@ from kernels_pallas.gpu.mosaic import (
     ACROSS,
     COL,
     MATRIX,
-    ROWS,
+    WARPGROUP_ROWS,
     accumulate,
     along_columns,
     along_rows,
@@ -33,8 +33,8 @@ from kernels_pallas.gpu.mosaic import (
     product,
     tiles,
 )
-from kernels_pallas.gpu.tile_ranges import SLACK, columns, keep_own, leave, plan, seen
-from kernels_pallas.tuning import chosen
+from kernels_pallas.gpu.tile_ranges import HEAD_PAD, columns, plan_tile_ranges, store_head, visible, zero_neighbour
+from kernels_pallas.tuning import tuned_config
 
 
 def backward(
@@ -49,33 +49,33 @@ def backward(
 ) -> tuple[Float[Array, "P N H"], Float[Array, "P N H"], Float[Array, "P N H"]]:
     """The gradients of `gpu_forward.forward`'s first result with respect to q, k and v."""
     P, N, H = q.shape
-    cut = chosen("gpu", "packed_attention_backward", P)
+    config = tuned_config("hopper", "packed_attention_backward", P)
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1).T
-    rows = cut.groups * ROWS
-    reach = (0, -(-P // rows) * rows + cut.tile - P)  # a tile may end so far behind the last row
+    rows = config.groups * WARPGROUP_ROWS
+    reach = (0, -(-P // rows) * rows + config.tile - P)  # a tile may end so far behind the last row
     sums, delta = (jnp.pad(x[:, :P], ((0, 0), reach)) for x in (sums, delta))
-    walks = plan(first, end, cut.groups, cut.tile)
+    ranges = plan_tile_ranges(first, end, config.groups, config.tile)
     flat = [x.reshape(P, N * H) for x in (q, k, v, cotangent)]
     q, k, v, cotangent = flat
-    (dq,) = _walk("packed_attention_dq", (q, cotangent, k, v), sums, delta, walks, N, cut, results=1)
-    dk, dv = _walk("packed_attention_dkv", (k, v, q, cotangent), sums, delta, walks, N, cut, results=2)
+    (dq,) = _walk("packed_attention_dq", (q, cotangent, k, v), sums, delta, ranges, N, config, results=1)
+    dk, dv = _walk("packed_attention_dkv", (k, v, q, cotangent), sums, delta, ranges, N, config, results=2)
     return dq, dk, dv
 
 
-def _walk(name, operands, sums, delta, walks, N, cut, results):
+def _walk(name, operands, sums, delta, ranges, N, config, results):
     P, H = operands[0].shape[0], operands[0].shape[1] // N
-    groups, tile, stages = cut.groups, cut.tile, cut.stages
+    groups, tile, stages = config.groups, config.tile, config.stages
     kernel = plgpu.kernel(
         functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages, results=results),
         out_type=[jax.ShapeDtypeStruct((P, N, H), operands[0].dtype)] * results,
-        grid=(walks.begin.shape[0], N),
+        grid=(ranges.begin.shape[0], N),
         grid_names=("block", "head"),
         num_threads=groups + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            *(tiles(groups * ROWS, H + SLACK, swizzle=32) for _ in range(2)),
-            *(tiles(stages, tile, H + SLACK, swizzle=32) for _ in range(2)),
-            plgpu.SMEM((groups, ROWS, H), operands[0].dtype),
+            *(tiles(groups * WARPGROUP_ROWS, H + HEAD_PAD, swizzle=32) for _ in range(2)),
+            *(tiles(stages, tile, H + HEAD_PAD, swizzle=32) for _ in range(2)),
+            plgpu.SMEM((groups, WARPGROUP_ROWS, H), operands[0].dtype),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
@@ -83,7 +83,7 @@ def _walk(name, operands, sums, delta, walks, N, cut, results):
         compiler_params=params(approximate=True),
         kernel_name=name,
     )
-    return kernel(*operands, sums, delta, *walks)
+    return kernel(*operands, sums, delta, *ranges)
 
 
 def _kernel(*refs, N, H, groups, tile, stages, results):
@@ -95,7 +95,7 @@ def _kernel(*refs, N, H, groups, tile, stages, results):
     @pl.when(group == groups)
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        rows = pl.ds(block * groups * ROWS, groups * ROWS)
+        rows = pl.ds(block * groups * WARPGROUP_ROWS, groups * WARPGROUP_ROWS)
         for source, place in zip(row_refs, (rows_a, rows_b), strict=True):
             plgpu.copy_gmem_to_smem(source.at[rows, mine], place, ready_rows)
 
@@ -109,14 +109,14 @@ def _kernel(*refs, N, H, groups, tile, stages, results):
     @pl.when(group < groups)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds((block * groups + group) * ROWS, ROWS)
+        rows = pl.ds((block * groups + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
         since, until, clear, cloudy = (own[block, group, i] for i in range(4))
         low, high = load(first.at[rows]), load(end.at[rows])
         of_rows = [along_rows(load(x.at[head, rows]), tile) for x in (sums, delta)] if results == 1 else None
         plgpu.barrier_wait(ready_rows)
-        a, b = (x.at[pl.ds(group * ROWS, ROWS)] for x in (rows_a, rows_b))
+        a, b = (x.at[pl.ds(group * WARPGROUP_ROWS, WARPGROUP_ROWS)] for x in (rows_a, rows_b))
         for x in (a, b):
-            keep_own(x, head, H)
+            zero_neighbour(x, head, H)
 
         def skip(i, _):
             slot = lax.rem(i, stages)
@@ -125,11 +125,11 @@ def _kernel(*refs, N, H, groups, tile, stages, results):
 
         def visit(i, totals):
             slot, at = lax.rem(i, stages), start + i * tile
-            stats = of_rows or [along_columns(load(x.at[head, pl.ds(at, tile)], COL), ROWS) for x in (sums, delta)]
+            stats = of_rows or [along_columns(load(x.at[head, pl.ds(at, tile)], COL), WARPGROUP_ROWS) for x in (sums, delta)]
             plgpu.barrier_wait(ready.at[slot])
             scores = product(a, tile_a.at[slot].transpose(ACROSS))
             masked = (i < clear) | (i >= cloudy)
-            scores = lax.cond(masked, lambda x: seen(x, low, high, at), lambda x: x, scores)
+            scores = lax.cond(masked, lambda x: visible(x, low, high, at), lambda x: x, scores)
             weights = jnp.exp2(scores * (H**-0.5 * math.log2(math.e)) - stats[0])
             slopes = (weights * (product(b, tile_b.at[slot].transpose(ACROSS)) - stats[1])).astype(tile_a.dtype)
             totals = [accumulate(totals[0], slopes, tile_a.at[slot]), *totals[1:]]
@@ -138,10 +138,10 @@ def _kernel(*refs, N, H, groups, tile, stages, results):
             plgpu.barrier_arrive(free.at[slot])
             return tuple(totals)
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, H + SLACK), jnp.float32), MATRIX)
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H + HEAD_PAD), jnp.float32), MATRIX)
         lax.fori_loop(0, since, skip, None)
         totals = lax.fori_loop(since, until, visit, (zeros,) * results)
         lax.fori_loop(until, tiles_here, skip, None)
         for total, out, factor in zip(totals, outs, (H**-0.5, 1.0), strict=False):
-            leave((total * factor).astype(out.dtype), head, H, out_s.at[group], out.at[rows, head])
+            store_head((total * factor).astype(out.dtype), head, H, out_s.at[group], out.at[rows, head])
         plgpu.wait_smem_to_gmem(0)

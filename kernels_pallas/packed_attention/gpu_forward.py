@@ -17,20 +17,20 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gpu.mosaic import (
     ACROSS,
-    PROCESSORS,
-    ROWS,
+    WARPGROUP_ROWS,
     accumulate,
     along_rows,
+    empty_softmax,
+    finish_softmax,
     load,
-    no_scores,
+    num_sms,
+    online_softmax,
     params,
     product,
-    settle,
     tiles,
-    weigh,
 )
-from kernels_pallas.gpu.tile_ranges import SLACK, columns, keep_own, leave, plan, seen
-from kernels_pallas.tuning import chosen
+from kernels_pallas.gpu.tile_ranges import HEAD_PAD, columns, plan_tile_ranges, store_head, visible, zero_neighbour
+from kernels_pallas.tuning import tuned_config
 
 
 def forward(
@@ -42,23 +42,23 @@ def forward(
 ) -> tuple[Float[Array, "P N H"], Float32[Array, "N R"]]:
     """The attention of rows over the rows from `first` to `end`; and the logarithm, base 2, of each row's sum of weights."""
     P, N, H = q.shape
-    cut = chosen("gpu", "packed_attention", P)
-    groups, tile, stages = cut.groups, cut.tile, cut.stages
-    walks = plan(first, end, groups, tile)
+    config = tuned_config("hopper", "packed_attention", P)
+    groups, tile, stages, sms = config.groups, config.tile, config.stages, num_sms()
+    ranges = plan_tile_ranges(first, end, groups, tile)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages),
+        functools.partial(_kernel, N=N, H=H, groups=groups, tile=tile, stages=stages, sms=sms),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((N, walks.first.shape[0]), jnp.float32),
+            jax.ShapeDtypeStruct((N, ranges.first.shape[0]), jnp.float32),
         ],
-        grid=(PROCESSORS,),
-        grid_names=("processor",),
+        grid=(sms,),
+        grid_names=("sm",),
         num_threads=groups + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            tiles(2, groups * ROWS, H + SLACK, swizzle=32),
-            *(tiles(stages, tile, H + SLACK, swizzle=32) for _ in range(2)),
-            plgpu.SMEM((groups, ROWS, H), q.dtype),
+            tiles(2, groups * WARPGROUP_ROWS, H + HEAD_PAD, swizzle=32),
+            *(tiles(stages, tile, H + HEAD_PAD, swizzle=32) for _ in range(2)),
+            plgpu.SMEM((groups, WARPGROUP_ROWS, H), q.dtype),
             *(plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_arrivals=groups, num_barriers=2)),
             *(plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=groups, num_barriers=stages)),
             *(plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=groups, num_barriers=stages)),
@@ -66,18 +66,18 @@ def forward(
         compiler_params=params(approximate=True),
         kernel_name="packed_attention",
     )
-    out, sums = kernel(*(x.reshape(P, N * H) for x in (q, k, v)), *walks)
+    out, sums = kernel(*(x.reshape(P, N * H) for x in (q, k, v)), *ranges)
     return out, sums
 
 
-def _kernel(*refs, N, H, groups, tile, stages):
+def _kernel(*refs, N, H, groups, tile, stages, sms):
     q, k, v, first, end, begin, count, own, out, sums, q_s, k_s, v_s, out_s, *barriers = refs
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    processor, group = lax.axis_index("processor"), lax.axis_index("group")
-    wide, items = H + SLACK, (begin.shape[0] * N - processor + PROCESSORS - 1) // PROCESSORS
+    sm, group = lax.axis_index("sm"), lax.axis_index("group")
+    wide, items = H + HEAD_PAD, (begin.shape[0] * N - sm + sms - 1) // sms
 
     def pair(n):
-        item = n * PROCESSORS + processor
+        item = n * sms + sm
         return item // N, lax.rem(item, N)
 
     @pl.when(group == groups)
@@ -88,7 +88,7 @@ def _kernel(*refs, N, H, groups, tile, stages):
             (block, head), at = pair(n), lax.rem(n, 2)
             start, tiles_here, mine = begin[block], count[block], columns(head, H)
             pl.when(n >= 2)(lambda: plgpu.barrier_wait(q_free.at[at]))
-            rows = pl.ds(block * groups * ROWS, groups * ROWS)
+            rows = pl.ds(block * groups * WARPGROUP_ROWS, groups * WARPGROUP_ROWS)
             plgpu.copy_gmem_to_smem(q.at[rows, mine], q_s.at[at], q_ready.at[at])
 
             @pl.loop(0, tiles_here)
@@ -109,13 +109,13 @@ def _kernel(*refs, N, H, groups, tile, stages):
 
         def item(n, ring):
             (block, head), at = pair(n), lax.rem(n, 2)
-            rows = pl.ds((block * groups + group) * ROWS, ROWS)
+            rows = pl.ds((block * groups + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
             start, tiles_here = begin[block], count[block]
             since, until, clear, cloudy = (own[block, group, i] for i in range(4))
             low, high = load(first.at[rows]), load(end.at[rows])
             plgpu.barrier_wait(q_ready.at[at])
-            mine_s = q_s.at[at, pl.ds(group * ROWS, ROWS)]
-            keep_own(mine_s, head, H)
+            mine_s = q_s.at[at, pl.ds(group * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+            zero_neighbour(mine_s, head, H)
 
             def skip(i, _):
                 slot = lax.rem(ring + i, stages)
@@ -130,8 +130,8 @@ def _kernel(*refs, N, H, groups, tile, stages):
                 scores = product(mine_s, k_s.at[slot].transpose(ACROSS))
                 plgpu.barrier_arrive(k_free.at[slot])
                 masked = (i < clear) | (i >= cloudy)
-                scores = lax.cond(masked, lambda x: seen(x, low, high, start + i * tile), lambda x: x, scores)
-                weights, faded, weight, largest = weigh(scores, weight, largest, scale)
+                scores = lax.cond(masked, lambda x: visible(x, low, high, start + i * tile), lambda x: x, scores)
+                weights, faded, weight, largest = online_softmax(scores, weight, largest, scale)
                 total = total * along_rows(faded, wide)
                 plgpu.barrier_wait(v_ready.at[slot])
                 total = accumulate(total, weights.astype(q.dtype), v_s.at[slot])
@@ -139,11 +139,11 @@ def _kernel(*refs, N, H, groups, tile, stages):
                 return total, weight, largest
 
             lax.fori_loop(0, since, skip, None)
-            sums_of_rows = lax.fori_loop(since, until, visit, no_scores(wide))
+            sums_of_rows = lax.fori_loop(since, until, visit, empty_softmax(wide))
             lax.fori_loop(until, tiles_here, skip, None)
             plgpu.barrier_arrive(q_free.at[at])
-            result, log = settle(*sums_of_rows)
-            leave(result.astype(out.dtype), head, H, out_s.at[group], out.at[rows, head])
+            result, log = finish_softmax(*sums_of_rows)
+            store_head(result.astype(out.dtype), head, H, out_s.at[group], out.at[rows, head])
             sums[head, rows] = log
             return ring + tiles_here
 

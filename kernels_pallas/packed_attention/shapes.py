@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels_pallas.tuning import Tuned
+from kernels_pallas.tuning import TuningSpace
 
 HEADS, WIDTH = 16, 72  # of the vision tower
 
@@ -28,20 +28,20 @@ PACKED = (
 
 PHOTOS = tuple(f"{{}}, {name}" for name in ("1 photo", "16 photos", "ragged 8,192"))
 # Sizes: patches.
-TUNED = (
-    Tuned(
-        "gpu",
+TUNING_SPACES = (
+    TuningSpace(
+        "hopper",
         "packed_attention",
         tuple({"groups": groups, "tile": tile, "stages": 3} for groups in (2, 3) for tile in (96, 128)),
         {None: tuple(line.format("packed attention") for line in PHOTOS)},
     ),
-    Tuned(
-        "gpu",
+    TuningSpace(
+        "hopper",
         "packed_attention_backward",
         tuple({"groups": 2, "tile": tile, "stages": stages} for tile in (64, 96) for stages in (2, 3)),
         {None: tuple(line.format("packed attention backward") for line in PHOTOS)},
     ),
-    Tuned(
+    TuningSpace(
         "tpu",
         "packed_attention",
         tuple({"block_bytes": 1024, "window_bytes": 2304, "together": together} for together in (2, 4, 8)),

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 WIDEST = 1152  # of all heads together: what is kept on chip was laid out for it
 
 
-def gap(q: Float[Array, "P N H"]) -> str | None:
+def unsupported_reason(q: Float[Array, "P N H"]) -> str | None:
     """Why the kernels do not serve these arguments, or None."""
     _, N, H = q.shape
     if H > LANES:
@@ -75,14 +75,14 @@ def _attention(
     lower: Int32[Array, " P"],
     upper: Int32[Array, " P"],
 ) -> Float[Array, "P D"]:
-    plan = tpu_forward.plan(N, len(q), longest, q.dtype)
-    (out,) = tpu_forward.forward(q, k, v, lower, upper, plan)
+    sizes = tpu_forward.block_sizes(N, len(q), longest, q.dtype)
+    (out,) = tpu_forward.forward(q, k, v, lower, upper, sizes)
     return out
 
 
 def _forward(N, longest, q, k, v, lower, upper):
-    plan = tpu_forward.plan(N, len(q), longest, q.dtype)
-    out, sums = tpu_forward.forward(q, k, v, lower, upper, plan, sums=True)
+    sizes = tpu_forward.block_sizes(N, len(q), longest, q.dtype)
+    out, sums = tpu_forward.forward(q, k, v, lower, upper, sizes, sums=True)
     return out, (q, k, v, lower, upper, out, sums)
 
 
@@ -91,7 +91,7 @@ def _backward(N, longest, kept, out_bar):
     P, out_bar = len(q), _cleared(out_bar, lower, upper)
     products = (out_bar.astype(jnp.float32) * out.astype(jnp.float32)).reshape(P, N, -1).sum(-1)
     sums = sums + jnp.pad(products, ((0, 0), (N, LANES - 2 * N)))
-    arguments = (q, k, v, out_bar, sums, lower, upper, tpu_backward.plan(N, P, longest, q.dtype))
+    arguments = (q, k, v, out_bar, sums, lower, upper, tpu_backward.block_sizes(N, P, longest, q.dtype))
     return tpu_backward.queries(*arguments), *tpu_backward.keys_values(*arguments), None, None
 
 

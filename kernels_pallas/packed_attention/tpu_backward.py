@@ -14,14 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_forward import TILE, Plan, for_heads, overlaps, split, window_rows
-from kernels_pallas.packed_attention.tpu_views import column, cut, strangers, window
+from kernels_pallas.packed_attention.tpu_forward import TILE, BlockSizes, for_heads, overlaps_tile, split_heads, window_rows
+from kernels_pallas.packed_attention.tpu_views import column, cut_blocks, outside_mask, visit_window
 from kernels_pallas.tpu.stream import LANES, LOG2_E, block_index, dot, grid, visit_all
 
 
-def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:
+def block_sizes(N: int, P: int, longest: int, dtype: jnp.dtype) -> BlockSizes:
     """The cut for a row of P rows."""
-    return Plan(N, TILE, TILE, window_rows(P, longest, dtype))
+    return BlockSizes(N, TILE, TILE, window_rows(P, longest, dtype))
 
 
 def queries(
@@ -32,10 +32,10 @@ def queries(
     sums: Float32[Array, "P lanes"],
     lower: Int32[Array, " P"],
     upper: Int32[Array, " P"],
-    plan: Plan,
+    sizes: BlockSizes,
 ) -> Float[Array, "P D"]:
     """The queries' cotangents."""
-    (bar,) = _call(_add_queries, "packed_attention_queries", (q, out_bar, sums), (k, v), lower, upper, plan, 1)
+    (bar,) = _call(_add_queries, "packed_attention_queries", (q, out_bar, sums), (k, v), lower, upper, sizes, 1)
     return bar
 
 
@@ -47,29 +47,29 @@ def keys_values(
     sums: Float32[Array, "P lanes"],
     lower: Int32[Array, " P"],
     upper: Int32[Array, " P"],
-    plan: Plan,
+    sizes: BlockSizes,
 ) -> tuple[Float[Array, "P D"], Float[Array, "P D"]]:
     """The keys' and the values' cotangents."""
-    return _call(_add_keys_values, "packed_attention_keys_values", (k, v), (q, out_bar, sums), lower, upper, plan, 2)
+    return _call(_add_keys_values, "packed_attention_keys_values", (k, v), (q, out_bar, sums), lower, upper, sizes, 2)
 
 
-def _call(add, name, own, others, lower, upper, plan, results):
+def _call(add, name, own, others, lower, upper, sizes, results):
     """Over blocks of `own`, each of which visits windows of `others`; `results` arrays like the first of `own`.
 
     `sums` is the third of either; the first two have heads.
     """
-    (P, D), (N, L, tile, W) = own[0].shape, plan
+    (P, D), (N, L, tile, W) = own[0].shape, sizes
     assert tile == L, f"blocks of {L} rows are computed {tile} rows at once"
     blocks = pl.cdiv(P, L)
     cores, steps = grid(blocks)
-    *scalars, lower, upper = cut(lower, upper, L, tile, W, 2 * cores)
+    *scalars, lower, upper = cut_blocks(lower, upper, L, tile, W, 2 * cores)
 
     def block(*shape):
         return pl.BlockSpec(shape, lambda core, step, *_: (block_index(core, step, blocks), *[0] * (len(shape) - 1)))
 
     views, hbm = block(1, 1, tile), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
-        functools.partial(_kernel, add=add, own=len(own), plan=plan),
+        functools.partial(_kernel, add=add, own=len(own), sizes=sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
@@ -85,21 +85,21 @@ def _call(add, name, own, others, lower, upper, plan, results):
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct((P, D), own[0].dtype)] * results,
-        compiler_params=plan.limits(),
+        compiler_params=sizes.limits(),
         name=name,
     )(*scalars, lower, upper, *own, *others)
 
 
-def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, own, plan):
+def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, own, sizes):
     *refs, buffers, own_heads, window_heads, total_refs, slot_ref, semaphores = refs
     own_refs, sources, out_refs = refs[:own], refs[own : own + len(buffers)], refs[own + len(buffers) :]
     cores, step = pl.num_programs(0), pl.program_id(1)
     block = step * cores + pl.program_id(0)
-    (N, L, _, W), P = plan, sources[0].shape[0]
+    (N, L, _, W), P = sizes, sources[0].shape[0]
     H = out_refs[0].shape[1] // N
 
     def fetch(ahead, visit, slot, action):
-        row = window(begin, size, visits, block + ahead * cores, visit, W, P).row
+        row = visit_window(begin, size, visits, block + ahead * cores, visit, W, P).row
         for source, buffer in zip(sources, buffers, strict=True):
             transfer = pltpu.make_async_copy(source.at[pl.ds(row, W)], buffer.at[slot], semaphores.at[slot])
             getattr(transfer, action)()
@@ -110,16 +110,16 @@ def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, 
     @pl.when(visits[block] > 0)
     def _():
         for rows_ref, heads_ref in zip(own_refs[:2], own_heads, strict=True):
-            split(rows_ref, heads_ref)
+            split_heads(rows_ref, heads_ref)
 
     def compute(visit, slot):
-        seen = window(begin, size, visits, block, visit, W, P)
+        seen = visit_window(begin, size, visits, block, visit, W, P)
 
-        @pl.when(overlaps(least, most, block, seen))
+        @pl.when(overlaps_tile(least, most, block, seen))
         def _():
             here = [buffer.at[slot] for buffer in buffers]
             for rows_ref, heads_ref in zip(here[:2], window_heads, strict=True):
-                split(rows_ref, heads_ref)
+                split_heads(rows_ref, heads_ref)
             (sums_ref,) = *own_refs[2:], *here[2:]
             add(lower_ref[0], upper_ref[0], seen, own_heads, window_heads, sums_ref, total_refs)
 
@@ -134,7 +134,7 @@ def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, 
 
 def _add_queries(lower, upper, seen, own, window, sums_ref, total_refs):
     (q_ref, bar_ref), (k_ref, v_ref), (total_ref,) = own, window, total_refs
-    unseen = strangers(column(lower), column(upper), seen, (q_ref.shape[1], k_ref.shape[1]), 1)
+    unseen = outside_mask(column(lower), column(upper), seen, (q_ref.shape[1], k_ref.shape[1]), 1)
 
     def add(heads):
         changes = [change for _, change in _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen)]
@@ -146,7 +146,7 @@ def _add_queries(lower, upper, seen, own, window, sums_ref, total_refs):
 
 def _add_keys_values(lower, upper, seen, own, window, sums_ref, total_refs):
     (k_ref, v_ref), (q_ref, bar_ref), (key_ref, value_ref) = own, window, total_refs
-    unseen = strangers(lower, upper, seen, (q_ref.shape[1], k_ref.shape[1]), 0)
+    unseen = outside_mask(lower, upper, seen, (q_ref.shape[1], k_ref.shape[1]), 0)
 
     def add(heads):
         found = _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen)

@@ -15,14 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.packed_attention.tpu_views import ALIGNED, column, cut, strangers, window
-from kernels_pallas.tpu.stream import LANES, LOG2_E, LOWEST, Softmax, add, block_index, dot, grid, visit_all
-from kernels_pallas.tuning import chosen
+from kernels_pallas.packed_attention.tpu_views import ALIGNED, column, cut_blocks, outside_mask, visit_window
+from kernels_pallas.tpu.stream import LANES, LOG2_E, NEG_INF, SoftmaxUpdate, block_index, dot, grid, update_softmaxes, visit_all
+from kernels_pallas.tuning import tuned_config
 
 TILE = 128  # rows computed at once
 
 
-class Plan(NamedTuple):
+class BlockSizes(NamedTuple):
     """How the work is cut: heads, rows of a block, rows computed at once, rows of a window."""
 
     heads: int
@@ -38,11 +38,11 @@ class Plan(NamedTuple):
 def window_rows(P: int, longest: int, dtype: jnp.dtype) -> int:
     """Rows of a window: the longest view in one, or in as many as it takes; it begins up to a tile before the view."""
     # 2,304 bytes of a column are 1,152 rows of bfloat16: all views of most pictures fit one window.
-    rows, most = max(longest, TILE) + ALIGNED - 1, chosen("tpu", "packed_attention").window_bytes // dtype.itemsize
+    rows, most = max(longest, TILE) + ALIGNED - 1, tuned_config("tpu", "packed_attention").window_bytes // dtype.itemsize
     return min(-(-rows // pl.cdiv(rows, most) // ALIGNED) * ALIGNED, P)
 
 
-def split(rows_ref, heads_ref) -> None:
+def split_heads(rows_ref, heads_ref) -> None:
     """[rows, N x H] to [N, rows, H]."""
     N, _, H = heads_ref.shape
     for n in range(N):
@@ -51,7 +51,7 @@ def split(rows_ref, heads_ref) -> None:
 
 def for_heads(N: int, compute) -> None:
     """Calls `compute` with the numbers of a few heads, whose steps hide each other's latency, until all have been."""
-    together = math.gcd(N, chosen("tpu", "packed_attention").together)
+    together = math.gcd(N, tuned_config("tpu", "packed_attention").together)
 
     def group(i, _):
         compute([i * together + j for j in range(together)])
@@ -59,9 +59,11 @@ def for_heads(N: int, compute) -> None:
     jax.lax.fori_loop(0, N // together, group, None)
 
 
-def plan(N: int, P: int, longest: int, dtype: jnp.dtype) -> Plan:
+def block_sizes(N: int, P: int, longest: int, dtype: jnp.dtype) -> BlockSizes:
     """The cut for a row of P rows."""
-    return Plan(N, chosen("tpu", "packed_attention").block_bytes // dtype.itemsize, TILE, window_rows(P, longest, dtype))
+    return BlockSizes(
+        N, tuned_config("tpu", "packed_attention").block_bytes // dtype.itemsize, TILE, window_rows(P, longest, dtype)
+    )
 
 
 def forward(
@@ -70,7 +72,7 @@ def forward(
     v: Float[Array, "P D"],
     lower: Int32[Array, " P"],
     upper: Int32[Array, " P"],
-    plan: Plan,
+    sizes: BlockSizes,
     *,
     sums: bool = False,
 ) -> tuple[Float[Array, "P D"], *tuple[Float32[Array, "P lanes"], ...]]:
@@ -79,17 +81,17 @@ def forward(
     P is a multiple of 16 and at least a window; `lower` and `upper` are the bounds of each row's view. Rows of no view must be
     finite; their results are zeros.
     """
-    (P, D), (N, L, tile, W) = q.shape, plan
+    (P, D), (N, L, tile, W) = q.shape, sizes
     blocks = pl.cdiv(P, L)
     cores, steps = grid(blocks)
-    *scalars, lower, upper = cut(lower, upper, L, tile, W, 2 * cores)
+    *scalars, lower, upper = cut_blocks(lower, upper, L, tile, W, 2 * cores)
 
     def block(*shape):
         return pl.BlockSpec(shape, lambda core, step, *_: (block_index(core, step, blocks), *[0] * (len(shape) - 1)))
 
     rows, views, hbm = block(L, D), block(1, L // tile, tile), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_kernel, sizes=sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores, steps),
@@ -109,7 +111,7 @@ def forward(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *[jax.ShapeDtypeStruct((P, LANES), jnp.float32)] * sums],
-        compiler_params=plan.limits(),
+        compiler_params=sizes.limits(),
         name="packed_attention",
     )(*scalars, lower, upper, q, k, v)
 
@@ -126,47 +128,47 @@ def _kernel(
     k_hbm,
     v_hbm,
     *outputs_and_scratch,
-    plan,
+    sizes,
 ):
     out_ref, *sums_refs = outputs_and_scratch[:-10]
     k_buffers, v_buffers, q_heads, k_heads, v_heads, *running, slot_ref, semaphores = outputs_and_scratch[-10:]
     total_ref, largest_ref, weight_ref = running
     cores, step = pl.num_programs(0), pl.program_id(1)
     block = step * cores + pl.program_id(0)
-    N, L, tile, W = plan
+    N, L, tile, W = sizes
     P, H = k_hbm.shape[0], q_ref.shape[1] // N
 
     def fetch(ahead, visit, slot, action):
-        row = window(begin, size, visits, block + ahead * cores, visit, W, P).row
+        row = visit_window(begin, size, visits, block + ahead * cores, visit, W, P).row
         for source, buffers in ((k_hbm, k_buffers), (v_hbm, v_buffers)):
             transfer = pltpu.make_async_copy(source.at[pl.ds(row, W)], buffers.at[slot], semaphores.at[slot])
             getattr(transfer, action)()
 
     total_ref[...] = jnp.zeros_like(total_ref)
     weight_ref[...] = jnp.zeros_like(weight_ref)
-    largest_ref[...] = jnp.full_like(largest_ref, LOWEST)
+    largest_ref[...] = jnp.full_like(largest_ref, NEG_INF)
 
     @pl.when(visits[block] > 0)
     def _():
-        split(q_ref, q_heads)
+        split_heads(q_ref, q_heads)
 
     def compute(visit, slot):
-        split(k_buffers.at[slot], k_heads)
-        split(v_buffers.at[slot], v_heads)
-        seen = window(begin, size, visits, block, visit, W, P)
+        split_heads(k_buffers.at[slot], k_heads)
+        split_heads(v_buffers.at[slot], v_heads)
+        seen = visit_window(begin, size, visits, block, visit, W, P)
 
         def attend(i, _):
-            @pl.when(overlaps(least, most, block * (L // tile) + i, seen))
+            @pl.when(overlaps_tile(least, most, block * (L // tile) + i, seen))
             def _():
                 rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
                 own = (column(ref[0, pl.ds(i, 1)]) for ref in (lower_ref, upper_ref))
-                unseen = strangers(*own, seen, (tile, W), 1)
+                unseen = outside_mask(*own, seen, (tile, W), 1)
 
                 def softmax(n):
                     scores = dot("qh,kh->qk", q_heads[n, rows], k_heads[n]) * (H**-0.5 * LOG2_E) + unseen
-                    return Softmax(scores, v_heads[n], *(x.at[n, rows] for x in running))
+                    return SoftmaxUpdate(scores, v_heads[n], *(x.at[n, rows] for x in running))
 
-                for_heads(N, lambda heads: add([softmax(n) for n in heads]))
+                for_heads(N, lambda heads: update_softmaxes([softmax(n) for n in heads]))
 
         jax.lax.fori_loop(0, L // tile, attend, None)
 
@@ -183,6 +185,6 @@ def _kernel(
                 sums_ref[...] = jnp.where(lane == n, sum_, sums_ref[...] if n else jnp.zeros_like(sum_))
 
 
-def overlaps(least, most, tile, seen):
+def overlaps_tile(least, most, tile, seen):
     """Whether a visit is for rows that belong to views of a tile's rows."""
     return (least[tile] < seen.end) & (most[tile] > seen.first)

@@ -17,7 +17,7 @@ ALIGNED = 16  # rows: bfloat16 is tiled by 16 rows on chip, float32 by 8
 NOWHERE = 2**24  # the beginning of the view of a row that has none; the largest row number that float32 counts to
 
 
-class Blocks(NamedTuple):
+class BlockWindows(NamedTuple):
     """The cut. The scalars of all blocks, and of some of nothing behind them, are known before the kernel starts.
 
     Attributes:
@@ -45,7 +45,9 @@ def bounds(starts: Int32[Array, " I"], lengths: Int32[Array, " I"], P: int) -> t
     return lower, jnp.max(jnp.where(inside_PI, ends[None], 0), axis=1, initial=0)
 
 
-def cut(lower: Int32[Array, " P"], upper: Int32[Array, " P"], rows: int, tile: int, window: int, spare: int) -> Blocks:
+def cut_blocks(
+    lower: Int32[Array, " P"], upper: Int32[Array, " P"], rows: int, tile: int, window: int, spare: int
+) -> BlockWindows:
     """Blocks of `rows` rows, in tiles of `tile`, that visit windows of `window`; scalars of `spare` blocks of nothing behind.
 
     A block over two views that each fit a window visits one and then the other, so that no row of the second is in both windows.
@@ -61,10 +63,10 @@ def cut(lower: Int32[Array, " P"], upper: Int32[Array, " P"], rows: int, tile: i
     visits = jnp.where(two, 2, jnp.maximum(-(-(end - begin) // reach), 0))
     scalars = (jnp.pad(x, (0, spare)) for x in (begin, jnp.where(two, last - begin, reach), visits))
     tiles = lower.min(2).reshape(-1), upper.max(2).reshape(-1)
-    return Blocks(*scalars, *tiles, lower.astype(jnp.float32), upper.astype(jnp.float32))
+    return BlockWindows(*scalars, *tiles, lower.astype(jnp.float32), upper.astype(jnp.float32))
 
 
-class Window(NamedTuple):
+class VisitWindow(NamedTuple):
     """Of a visit: the rows that it is for, and the first row that its window holds, on a tile and so that it ends within P."""
 
     first: jax.Array
@@ -72,11 +74,11 @@ class Window(NamedTuple):
     row: jax.Array
 
 
-def window(begin, size, visits, block, visit, W: int, P: int) -> Window:
+def visit_window(begin, size, visits, block, visit, W: int, P: int) -> VisitWindow:
     """That of a block's visit."""
     first = begin[block] + visit * size[block]
     end = jnp.where(visit + 1 < visits[block], first + size[block], NOWHERE)
-    return Window(first, end, pl.multiple_of(jnp.minimum(first // ALIGNED * ALIGNED, P - W), ALIGNED))
+    return VisitWindow(first, end, pl.multiple_of(jnp.minimum(first // ALIGNED * ALIGNED, P - W), ALIGNED))
 
 
 def column(row):
@@ -84,7 +86,7 @@ def column(row):
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-def strangers(lower, upper, seen: Window, shape, axis):
+def outside_mask(lower, upper, seen: VisitWindow, shape, axis):
     """-inf where a row of the window, counted along `axis`, is not in the view from `lower` to `upper`; else 0. Float32."""
     row = (seen.row + jax.lax.broadcasted_iota(jnp.int32, shape, axis)).astype(jnp.float32)
     known = (row >= jnp.maximum(lower, seen.first.astype(jnp.float32))) & (row < jnp.minimum(upper, seen.end.astype(jnp.float32)))

@@ -10,10 +10,9 @@ sequence.
 
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.backends import HOPPER, REFERENCE, TPU, Implementation, dispatch
+from kernels_pallas.page_size import PAGE
 from kernels_pallas.paged_attention import gpu, reference, tpu
-
-PAGE = 64  # tokens; a chunk of the gated delta rule, so that a prefix is whole pages and whole chunks
 
 
 def paged_attention(
@@ -37,7 +36,7 @@ def paged_attention(
       query_starts, query_lens: may leave gaps and may be empty, must not overlap.
       context_lens: tokens of each sequence, its queries counted in.
       max_query_len: static bound of `query_lens`; 1 in decoding.
-      backend: "reference", "gpu", "tpu", or None for the fastest that serves these arguments here.
+      backend: "reference", "hopper", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
       In q's dtype; zeros for queries of no sequence.
@@ -50,6 +49,10 @@ def paged_attention(
         raise ValueError(f"keys are {keys.shape}, expected pages of {PAGE} and heads of q's width {H} that divide its {N}")
     if (values.shape, values.dtype) != (keys.shape, keys.dtype):
         raise ValueError(f"values are {values.dtype} {values.shape} and keys {keys.dtype} {keys.shape}, expected them alike")
-    gaps = {REFERENCE: None, "gpu": gpu.gap(q, keys), "tpu": tpu.gap(q, keys)}
-    runs = {REFERENCE: reference.paged_attention, "gpu": gpu.paged_attention, "tpu": tpu.paged_attention}
-    return runs[choose(backend, gaps)](q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len)
+    implementations = {
+        REFERENCE: Implementation(reference.paged_attention),
+        HOPPER: Implementation(gpu.paged_attention, gpu.unsupported_reason(q, keys)),
+        TPU: Implementation(tpu.paged_attention, tpu.unsupported_reason(q, keys)),
+    }
+    run = dispatch(backend, implementations)
+    return run(q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len)

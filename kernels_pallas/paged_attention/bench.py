@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.bench import Work
+from kernels_pallas.benchmarking import Benchmark
 from kernels_pallas.paged_attention import PAGE, paged_attention, shapes
 from kernels_pallas.paged_attention.shapes import HEADS, KEY_HEADS, WIDTH, PagedShape
 
 TOKEN = 2 * KEY_HEADS * WIDTH * 2  # bytes of a token's keys and values
 
 
-def works() -> Iterator[Work]:
+def benchmarks() -> Iterator[Benchmark]:
     """The table. A query's operations are those over the tokens that it sees."""
     for shape in shapes.PAGED:
         moved = sum(shape.context_lens) * TOKEN + 2 * sum(shape.query_lens) * HEADS * WIDTH * 2
-        yield Work(f"paged attention, {shape.name}", functools.partial(_paged, shape), moved, flops(shape))
+        yield Benchmark(f"paged attention, {shape.name}", functools.partial(_paged, shape), moved, flops(shape))
 
 
 def flops(shape: PagedShape) -> float:

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.gpu.export_cache import once
-from kernels_pallas.gpu.mosaic import ROWS
+from kernels_pallas.backends import mosaic_unsupported_reason
+from kernels_pallas.gpu.export_cache import exported_once
+from kernels_pallas.gpu.mosaic import WARPGROUP_ROWS
 from kernels_pallas.paged_attention.gpu_decode import decode
 from kernels_pallas.paged_attention.gpu_prefill import prefill
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # what shared memory and registers were shared out for
 
 
-def gap(q: jax.Array, keys: jax.Array) -> str | None:
+def unsupported_reason(q: jax.Array, keys: jax.Array) -> str | None:
     """What the kernels lack for these arguments, or None."""
     _, N, H = q.shape
     if H != WIDTH:
@@ -22,10 +22,10 @@ def gap(q: jax.Array, keys: jax.Array) -> str | None:
         return f"there are {N} query and {keys.shape[2] // H} key-value heads, and it takes {HEADS} and {KEY_HEADS}"
     if q.dtype != jnp.bfloat16 or keys.dtype != q.dtype:
         return f"q is {q.dtype} and keys {keys.dtype}, and it takes bfloat16 for both"
-    return mosaic_gap()
+    return mosaic_unsupported_reason()
 
 
-@once
+@exported_once
 def paged_attention(
     q: Float[Array, "T N H"],
     keys: Float[Array, "P page KH"],
@@ -37,5 +37,5 @@ def paged_attention(
     max_query_len: int,
 ) -> Float[Array, "T N H"]:
     """As `reference.paged_attention`."""
-    run = decode if max_query_len * q.shape[1] <= ROWS else prefill
+    run = decode if max_query_len * q.shape[1] <= WARPGROUP_ROWS else prefill
     return run(q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len)

@@ -25,54 +25,54 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.gpu.mosaic import (
     ACROSS,
-    FLOOR,
-    PROCESSORS,
-    ROWS,
+    NEG_INF,
+    WARPGROUP_ROWS,
     accumulate,
     along_rows,
+    empty_softmax,
+    finish_softmax,
     iota,
     load,
-    no_scores,
+    num_sms,
+    online_softmax,
     params,
     product,
-    settle,
     store,
     tiles,
-    weigh,
 )
-from kernels_pallas.tuning import chosen
+from kernels_pallas.page_size import PAGE
+from kernels_pallas.tuning import tuned_config
 
-PAGE = 64
 
-
-class Shares(NamedTuple):
-    """Who reads what.
+class PageSplit(NamedTuple):
+    """An even split of all sequences' pages over the blocks of the grid.
 
     Attributes:
-      before: pages of all sequences before each, and of all.
-      share: pages of a block.
-      first, count: the sequences that each block meets.
+      page_offsets: the number of pages of all sequences before each; the last entry is the number of all pages.
+      pages_per_block: pages that each block reads.
+      first_sequence: the sequence of each block's first page.
+      num_sequences: the number of sequences that each block reads pages of.
     """
 
-    before: Int32[Array, " S+1"]
-    share: Int32[Array, " 1"]
-    first: Int32[Array, " blocks"]
-    count: Int32[Array, " blocks"]
+    page_offsets: Int32[Array, " S+1"]
+    pages_per_block: Int32[Array, " 1"]
+    first_sequence: Int32[Array, " blocks"]
+    num_sequences: Int32[Array, " blocks"]
 
 
-def shares(context_lens: Int32[Array, " S"]) -> Shares:
-    """Shares out the pages evenly."""
+def split_pages(context_lens: Int32[Array, " S"], blocks: int) -> PageSplit:
+    """Splits the sequences' pages evenly over the blocks."""
     pages = (context_lens + PAGE - 1) // PAGE
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pages)]).astype(jnp.int32)
-    total = before[-1]
-    share = jnp.maximum((total + PROCESSORS - 1) // PROCESSORS, 1)
-    begin = jnp.minimum(jnp.arange(PROCESSORS, dtype=jnp.int32) * share, total)
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pages)]).astype(jnp.int32)
+    total = offsets[-1]
+    share = jnp.maximum((total + blocks - 1) // blocks, 1)
+    begin = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * share, total)
     end = jnp.minimum(begin + share, total)
     first, last = (
-        jnp.searchsorted(before[1:], page, side="right", method="compare_all").astype(jnp.int32)
+        jnp.searchsorted(offsets[1:], page, side="right", method="compare_all").astype(jnp.int32)
         for page in (begin, jnp.maximum(end - 1, 0))
     )
-    return Shares(before, share[None], first, jnp.where(end > begin, last - first + 1, 0))
+    return PageSplit(offsets, share[None], first, jnp.where(end > begin, last - first + 1, 0))
 
 
 def decode(
@@ -87,39 +87,42 @@ def decode(
 ) -> Float[Array, "T N H"]:
     """As `reference.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
-    S, R = context_lens.shape[0], max_query_len * N
-    cut = chosen("gpu", "paged_attention_decode", S)
+    S, R, blocks = context_lens.shape[0], max_query_len * N, num_sms()
+    config = tuned_config("hopper", "paged_attention_decode", S)
     context_lens = jnp.where(query_lens > 0, context_lens, 0)
-    plan = shares(context_lens)
-    slots = PROCESSORS + S
+    split = split_pages(context_lens, blocks)
+    slots, ring = blocks + S, K * config.stages
     flat = (x.reshape(-1, K * H) for x in (keys, values))
     rows = jnp.pad(q, ((0, max_query_len - 1), (0, 0), (0, 0))).reshape(-1, H)
     read = plgpu.kernel(
-        functools.partial(_read, N=N, K=K, H=H, R=R, stages=cut.stages),
-        out_type=[jax.ShapeDtypeStruct((slots, K, R, H), jnp.float32), jax.ShapeDtypeStruct((slots, K, ROWS), jnp.float32)],
-        grid=(PROCESSORS,),
+        functools.partial(_read, N=N, K=K, H=H, R=R, stages=config.stages),
+        out_type=[
+            jax.ShapeDtypeStruct((slots, K, R, H), jnp.float32),
+            jax.ShapeDtypeStruct((slots, K, WARPGROUP_ROWS), jnp.float32),
+        ],
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=K + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            tiles(ROWS, H),
-            plgpu.RefUnion(tiles(K * cut.stages, PAGE, H), plgpu.SMEM((K * cut.stages, ROWS, H // 2), jnp.float32)),
+            tiles(WARPGROUP_ROWS, H),
+            plgpu.RefUnion(tiles(ring, PAGE, H), plgpu.SMEM((ring, WARPGROUP_ROWS, H // 2), jnp.float32)),
             *(plgpu.Barrier(), plgpu.Barrier(num_arrivals=K)),
-            *(plgpu.Barrier(num_barriers=K * cut.stages), plgpu.Barrier(num_barriers=K * cut.stages)),
+            *(plgpu.Barrier(num_barriers=ring), plgpu.Barrier(num_barriers=ring)),
         ],
         compiler_params=params(approximate=True),
         kernel_name="paged_attention_decode",
     )
-    partial, weights = read(rows, *flat, block_tables, query_starts, query_lens, context_lens, *plan)
+    partial, weights = read(rows, *flat, block_tables, query_starts, query_lens, context_lens, *split)
     join = plgpu.kernel(
-        functools.partial(_join, N=N, K=K, at_once=cut.at_once),
+        functools.partial(_join, N=N, K=K, at_once=config.at_once),
         out_type=jax.ShapeDtypeStruct((S, R, H), q.dtype),
         grid=(S, R),
         grid_names=("sequence", "row"),
         compiler_params=params(approximate=True),
         kernel_name="paged_attention_join",
     )
-    out = join(partial, weights, plan.before, plan.share).reshape(S, max_query_len, N, H)
+    out = join(partial, weights, split.page_offsets, split.pages_per_block).reshape(S, max_query_len, N, H)
     if max_query_len == 1 and T == S:
         return out.reshape(q.shape)
     within = jnp.arange(max_query_len, dtype=jnp.int32)[None]
@@ -185,7 +188,7 @@ def _read(*refs, N, K, H, R, stages):
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         scale = H**-0.5 * math.log2(math.e)
-        token = iota((ROWS, PAGE), 0) // N
+        token = iota((WARPGROUP_ROWS, PAGE), 0) // N
 
         def sequence(n, ring):
             s, low, high = part(n)
@@ -202,10 +205,10 @@ def _read(*refs, N, K, H, R, stages):
                 left = context - i * PAGE  # tokens from here on
 
                 def mask(x):
-                    return jnp.where(iota((ROWS, PAGE), 1) < left - length + token + 1, x, -jnp.inf)
+                    return jnp.where(iota((WARPGROUP_ROWS, PAGE), 1) < left - length + token + 1, x, -jnp.inf)
 
                 scores = lax.cond(left - length < PAGE, mask, lambda x: x, scores)
-                weights_here, faded, weight, largest = weigh(scores, weight, largest, scale)
+                weights_here, faded, weight, largest = online_softmax(scores, weight, largest, scale)
                 total = total * along_rows(faded, H)
                 t = t + 1
                 slot = group * stages + lax.rem(t, stages)
@@ -215,15 +218,15 @@ def _read(*refs, N, K, H, R, stages):
                 pl.when(i < high - 1)(lambda: plgpu.barrier_arrive(free.at[slot]))
                 return total, weight, largest, t + 1
 
-            *sums, ring = lax.fori_loop(low, high, page, (*no_scores(H), ring))
+            *sums, ring = lax.fori_loop(low, high, page, (*empty_softmax(H), ring))
 
             @pl.when(high > low)
             def _out():
-                total, log = settle(*sums)
+                total, log = finish_softmax(*sums)
                 # The last tile of values is still ours: the answer leaves through it, half after half.
                 slot, to = group * stages + lax.rem(ring - 1, stages), block + s
                 for half in range(2):
-                    store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (ROWS, (half + 1) * H // 2)))
+                    store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (WARPGROUP_ROWS, (half + 1) * H // 2)))
                     plgpu.commit_smem()
                     for t in range(R // N):
                         mine = pl.ds(t * N + group * G, G)
@@ -262,7 +265,7 @@ def _join(partial, weights, before, share, out, *, N, K, at_once):
         slots = [first + s + n * at_once + i for i in range(at_once)]
         there = [n * at_once + i < count for i in range(at_once)]
         slots = [jnp.where(here, slot, first + s) for here, slot in zip(there, slots, strict=True)]
-        logs = [jnp.where(here, weights[slot, head, row], FLOOR) for here, slot in zip(there, slots, strict=True)]
+        logs = [jnp.where(here, weights[slot, head, row], NEG_INF) for here, slot in zip(there, slots, strict=True)]
         parts = [load(partial.at[slot, head, row], layout) for slot in slots]
         peak = functools.reduce(jnp.maximum, logs, largest)
         faded = jnp.exp2(largest - peak)
@@ -271,7 +274,7 @@ def _join(partial, weights, before, share, out, *, N, K, at_once):
         return total, weight * faded + sum(shares_), peak
 
     zeros = plgpu.layout_cast(jnp.zeros(width, jnp.float32), layout)
-    start = (zeros, jnp.float32(0), jnp.float32(FLOOR))
+    start = (zeros, jnp.float32(0), jnp.float32(NEG_INF))
     total, weight, _ = lax.fori_loop(0, (count + at_once - 1) // at_once, several, start)
     scale = jnp.where(count > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
     out[s, row] = (total * scale).astype(out.dtype)

@@ -19,23 +19,24 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.gpu.mosaic import (
     ACROSS,
-    FLOOR,
     MATRIX,
-    PROCESSORS,
+    NEG_INF,
     ROW,
-    ROWS,
+    WARPGROUP_ROWS,
     accumulate,
     along_rows,
+    barrier_sync,
+    empty_softmax,
+    finish_softmax,
     iota,
-    meet,
-    no_scores,
+    num_sms,
+    online_softmax,
     params,
-    settle,
     store,
     tiles,
-    weigh,
 )
-from kernels_pallas.paged_attention.gpu_decode import PAGE, clear
+from kernels_pallas.page_size import PAGE
+from kernels_pallas.paged_attention.gpu_decode import clear
 from kernels_pallas.paged_attention.reference import places, query_blocks
 
 GROUPS = 2  # warpgroups that compute
@@ -57,10 +58,10 @@ def prefill(
     """As `reference.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
     G = N // K
-    L = GROUPS * ROWS // G
+    L = GROUPS * WARPGROUP_ROWS // G
     blocks = query_blocks(query_starts, query_lens, context_lens, T, L)
     C = blocks.sequence.shape[0]
-    splits = splits or max(PROCESSORS // (C * K), 1)
+    splits = splits or max(num_sms() // (C * K), 1)
     real = blocks.real.sum(axis=1, dtype=jnp.int32)
     first = blocks.positions[:, 0]
     rows = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, K, G, H).swapaxes(1, 2).reshape(C * K * L * G, H)
@@ -73,7 +74,7 @@ def prefill(
         num_threads=GROUPS + 1,  # the last only fetches
         thread_name="group",
         scratch_types=[
-            tiles(GROUPS * ROWS, H),
+            tiles(GROUPS * WARPGROUP_ROWS, H),
             *(tiles(STAGES, PAGE, H), tiles(STAGES, PAGE, H)),
             plgpu.Barrier(),
             *(plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)),
@@ -101,12 +102,12 @@ def _kernel(*refs, K, G, H, splits):
     context = first + real
     pages = jnp.where(real > 0, (context + PAGE - 1) // PAGE, 0)
     low, high = pages * split // splits, pages * (split + 1) // splits
-    base = (block * K + head) * GROUPS * ROWS
+    base = (block * K + head) * GROUPS * WARPGROUP_ROWS
 
     @pl.when((group == GROUPS) & (high > low))
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        plgpu.copy_gmem_to_smem(q.at[pl.ds(base, GROUPS * ROWS)], q_s, q_ready)
+        plgpu.copy_gmem_to_smem(q.at[pl.ds(base, GROUPS * WARPGROUP_ROWS)], q_s, q_ready)
 
         @pl.loop(low, high)
         def _(i):
@@ -120,10 +121,10 @@ def _kernel(*refs, K, G, H, splits):
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         scale = H**-0.5 * math.log2(math.e)
-        mine = pl.ds(group * ROWS, ROWS)
-        position = first + (iota((ROWS, PAGE), 0) + group * ROWS) // G
+        mine = pl.ds(group * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        position = first + (iota((WARPGROUP_ROWS, PAGE), 0) + group * WARPGROUP_ROWS) // G
         plgpu.barrier_wait(q_ready)
-        pl.when(group == 1)(lambda: meet(turn))
+        pl.when(group == 1)(lambda: barrier_sync(turn))
 
         def page(i, carry):
             total, weight, largest = carry
@@ -132,17 +133,17 @@ def _kernel(*refs, K, G, H, splits):
 
             def multiply(accumulator):
                 plgpu.wgmma(accumulator, q_s.at[mine], k_s.at[slot].transpose(ACROSS))
-                meet(turn)
+                barrier_sync(turn)
                 return accumulator[...]
 
-            scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, PAGE), jnp.float32))
+            scores = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, PAGE), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
 
             def mask(x):
-                return jnp.where(iota((ROWS, PAGE), 1) + i * PAGE <= position, x, -jnp.inf)
+                return jnp.where(iota((WARPGROUP_ROWS, PAGE), 1) + i * PAGE <= position, x, -jnp.inf)
 
             scores = lax.cond((i + 1) * PAGE > first, mask, lambda x: x, scores)
-            weights, faded, weight, largest = weigh(scores, weight, largest, scale)
+            weights, faded, weight, largest = online_softmax(scores, weight, largest, scale)
             weights = weights.astype(q.dtype)
             plgpu.barrier_arrive(turn)
             total = total * along_rows(faded, H)
@@ -153,10 +154,10 @@ def _kernel(*refs, K, G, H, splits):
             plgpu.barrier_arrive(v_free.at[slot])
             return total, weight, largest
 
-        sums = lax.fori_loop(low, high, page, no_scores(H))
-        pl.when(group == 0)(lambda: meet(turn))
-        total, log = settle(*sums)
-        rows = pl.ds(base + group * ROWS, ROWS)
+        sums = lax.fori_loop(low, high, page, empty_softmax(H))
+        pl.when(group == 0)(lambda: barrier_sync(turn))
+        total, log = finish_softmax(*sums)
+        rows = pl.ds(base + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
         if splits == 1:
             q_s.at[mine][...] = total.astype(out.dtype)
             plgpu.commit_smem()
@@ -169,6 +170,6 @@ def _kernel(*refs, K, G, H, splits):
     # A part without pages weighs nothing; what stands there must still be a number.
     @pl.when((group < GROUPS) & (high <= low) & (splits > 1))
     def _nothing():
-        rows = pl.ds(base + group * ROWS, ROWS)
-        store(out.at[split, rows], plgpu.layout_cast(jnp.zeros((ROWS, H), out.dtype), MATRIX))
-        logs[split, rows] = plgpu.layout_cast(jnp.full(ROWS, FLOOR, jnp.float32), ROW)
+        rows = pl.ds(base + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        store(out.at[split, rows], plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), out.dtype), MATRIX))
+        logs[split, rows] = plgpu.layout_cast(jnp.full(WARPGROUP_ROWS, NEG_INF, jnp.float32), ROW)

@@ -18,7 +18,7 @@ QUERY_BLOCK = 64  # queries; a prompt's last block wastes at most as many rows
 PAGES_AT_ONCE = 8  # 512 tokens: one visit for most chats, and scores of 64 x 512 a head
 
 
-class Blocks(NamedTuple):
+class QueryBlocks(NamedTuple):
     """Queries of one sequence that stand side by side: `real` of `rows`, at these positions of their sequence."""
 
     sequence: Int32[Array, " C"]
@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     real: Bool[Array, "C L"]
 
 
-class Running(NamedTuple):
+class OnlineSoftmax(NamedTuple):
     """The softmax so far: weighted sum of the values, sum of the weights, largest score."""
 
     total: Float32[Array, "C L K G H"]
@@ -54,7 +54,7 @@ def paged_attention(
     block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % PAGES_AT_ONCE)))[blocks.sequence]
     visits = -(-jnp.max(context_lens, initial=0) // (PAGES_AT_ONCE * page))
 
-    def visit(i: Array, running: Running) -> Running:
+    def visit(i: Array, running: OnlineSoftmax) -> OnlineSoftmax:
         table = jax.lax.dynamic_slice_in_dim(block_tables, i * PAGES_AT_ONCE, PAGES_AT_ONCE, axis=1)
         k, v = (x[jnp.clip(table, 0, None)].reshape(C, -1, K, H) for x in (keys, values))
         position_W = i * PAGES_AT_ONCE * page + jnp.arange(k.shape[1], dtype=jnp.int32)
@@ -62,7 +62,7 @@ def paged_attention(
         return _add(running, q_CLKGH, k, v, seen_CLW)
 
     nothing = jnp.zeros((C, L, K, N // K), jnp.float32)
-    running = Running(jnp.zeros(q_CLKGH.shape, jnp.float32), nothing, jnp.full_like(nothing, -jnp.inf))
+    running = OnlineSoftmax(jnp.zeros(q_CLKGH.shape, jnp.float32), nothing, jnp.full_like(nothing, -jnp.inf))
     running = jax.lax.fori_loop(0, visits, visit, running)
     out = running.total / jnp.where(running.weight > 0, running.weight, 1.0)[..., None]
     rows = jnp.where(blocks.real, blocks.rows, T)
@@ -71,7 +71,7 @@ def paged_attention(
 
 def query_blocks(
     query_starts: Int32[Array, " S"], query_lens: Int32[Array, " S"], context_lens: Int32[Array, " S"], tokens: int, size: int
-) -> Blocks:
+) -> QueryBlocks:
     """Cuts every sequence's queries into blocks of `size`; as many blocks as there can be."""
     sequences = query_starts.shape[0]
     ends = jnp.cumsum((query_lens + size - 1) // size)
@@ -81,7 +81,7 @@ def query_blocks(
     own = jnp.minimum(sequence, sequences - 1)
     within = (size * (block - before))[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     real = (sequence < sequences)[:, None] & (within < query_lens[own][:, None])
-    return Blocks(own, query_starts[own][:, None] + within, (context_lens - query_lens)[own][:, None] + within, real)
+    return QueryBlocks(own, query_starts[own][:, None] + within, (context_lens - query_lens)[own][:, None] + within, real)
 
 
 def places(
@@ -98,12 +98,12 @@ def places(
 
 
 def _add(
-    running: Running,
+    running: OnlineSoftmax,
     q: Float[Array, "C L K G H"],
     k: Float[Array, "C W K H"],
     v: Float[Array, "C W K H"],
     seen: Bool[Array, "C L W"],
-) -> Running:
+) -> OnlineSoftmax:
     """The softmax with W more tokens."""
     precision = Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("clkgh,cwkh->clkgw", q, k, precision=precision, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -113,4 +113,4 @@ def _add(
     faded = jnp.exp(running.largest - anchor)
     weights = jnp.exp(scores - anchor[..., None])
     mixed = jnp.einsum("clkgw,cwkh->clkgh", weights.astype(q.dtype), v, precision=precision, preferred_element_type=jnp.float32)
-    return Running(running.total * faded[..., None] + mixed, running.weight * faded + weights.sum(axis=-1), largest)
+    return OnlineSoftmax(running.total * faded[..., None] + mixed, running.weight * faded + weights.sum(axis=-1), largest)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels_pallas.tuning import Tuned
+from kernels_pallas.tuning import TuningSpace
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # query heads, key-value heads, width of either
 
@@ -33,14 +33,14 @@ PAGED = (
 )
 
 DECODE = tuple(f"paged attention, {shape.name}" for shape in PAGED if shape.max_query_len == 1)
-TUNED = (
-    Tuned(
-        "gpu",
+TUNING_SPACES = (
+    TuningSpace(
+        "hopper",
         "paged_attention_decode",
         tuple({"stages": stages, "at_once": at_once} for stages in (2, 3) for at_once in (4, 8)),
         {None: DECODE},
     ),
-    Tuned(  # sizes: the most queries of a sequence
+    TuningSpace(  # sizes: the most queries of a sequence
         "tpu",
         "paged_attention",
         tuple({"queries": 128, "pages": pages} for pages in (4, 8, 16)),

@@ -13,7 +13,7 @@ from kernels_pallas.tpu.stream import LANES
 DTYPES = ("float32", "bfloat16")
 
 
-def gap(q: Float[Array, "T N H"], keys: Float[Array, "P page KH"]) -> str | None:
+def unsupported_reason(q: Float[Array, "T N H"], keys: Float[Array, "P page KH"]) -> str | None:
     """Why the kernel does not serve these arguments, or None."""
     if q.shape[2] % LANES:
         return f"q's heads are {q.shape[2]} wide, and it takes multiples of {LANES}"
@@ -34,13 +34,13 @@ def paged_attention(
 ) -> Float[Array, "T N H"]:
     """`api.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
-    plan = tpu_kernel.plan(N, K, max_query_len, q.dtype)
-    blocks = query_blocks(query_starts, query_lens, context_lens, T, plan.queries)
+    tiling = tpu_kernel.query_tiling(N, K, max_query_len, q.dtype)
+    blocks = query_blocks(query_starts, query_lens, context_lens, T, tiling.queries)
     C, L = blocks.rows.shape
-    groups = 1 if plan.joint else K
+    groups = 1 if tiling.joint else K
     q_CLKGH = q[jnp.clip(blocks.rows, 0, T - 1)].reshape(C, L, groups, N // groups, H)
     q_CKRH = q_CLKGH.swapaxes(1, 2).reshape(C, groups, -1, H)
-    out_CKRH = tpu_kernel.forward(q_CKRH, keys, values, block_tables, blocks, plan)
+    out_CKRH = tpu_kernel.forward(q_CKRH, keys, values, block_tables, blocks, tiling)
     out_RNH = out_CKRH.reshape(-1, groups, L, N // groups, H).swapaxes(1, 2).reshape(-1, N, H)
     row_T, real_T = places(query_starts, query_lens, T, L)
     return jnp.where(real_T[:, None, None], out_RNH[row_T], jnp.zeros((), q.dtype))

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float32, Int32
 
-from kernels_pallas.backends import REFERENCE, choose
+from kernels_pallas.backends import HOPPER, REFERENCE, Implementation, dispatch
 from kernels_pallas.top_k_top_p import gpu, reference
 
 
@@ -21,11 +21,13 @@ def sampling_threshold(
       best: each row's largest score.
       top_k: how many stay; 0, or V and more, for all.
       top_p: the fewest of those stay whose probabilities, among those, come to it; 1 for all.
-      backend: "reference", "gpu", or None for the fastest that serves these arguments here.
+      backend: "reference", "hopper", or None for the fastest that serves these arguments here.
 
     Raises:
       ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
     """
-    gaps = {REFERENCE: None, "gpu": gpu.gap(scores)}
-    runs = {REFERENCE: reference.sampling_threshold, "gpu": gpu.sampling_threshold}
-    return runs[choose(backend, gaps)](scores, best, top_k, top_p)
+    implementations = {
+        REFERENCE: Implementation(reference.sampling_threshold),
+        HOPPER: Implementation(gpu.sampling_threshold, gpu.unsupported_reason(scores)),
+    }
+    return dispatch(backend, implementations)(scores, best, top_k, top_p)

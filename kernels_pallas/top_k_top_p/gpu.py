@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 
-from kernels_pallas.backends import mosaic_gap
-from kernels_pallas.gpu.export_cache import once
-from kernels_pallas.gpu.mosaic import barrier_of, clustered, everywhere, load, meet, meet_cluster, params, store
+from kernels_pallas.backends import mosaic_unsupported_reason
+from kernels_pallas.gpu.export_cache import exported_once
+from kernels_pallas.gpu.mosaic import barrier_of, barrier_sync, cluster_refs, cluster_sync, clustered, load, params, store
 
 PARTS, GROUPS = 8, 4  # blocks of a cluster, which has a row; warpgroups of a block
 BITS = 2  # found in a pass
@@ -30,15 +30,15 @@ BY_LEVEL = plgpu.Layout.TILED(plgpu.Tiling(((16, 16), (4, 16), (2,))), warp_dims
 LEVEL = BY_LEVEL.reduce(1)
 
 
-def gap(scores: jax.Array) -> str | None:
+def unsupported_reason(scores: jax.Array) -> str | None:
     """What the kernel lacks for these arguments, or None."""
     V, most = scores.shape[1], PARTS * GROUPS * LANES * HELD
     if not LANES <= V <= most:
         return f"a row has {V} scores, and it takes {LANES} to {most}"
-    return mosaic_gap()
+    return mosaic_unsupported_reason()
 
 
-@once
+@exported_once
 def sampling_threshold(
     scores: Float32[Array, "B V"], best: Float32[Array, " B"], top_k: Int32[Array, " B"], top_p: Float32[Array, " B"]
 ) -> Float32[Array, " B"]:
@@ -118,9 +118,9 @@ class _Share:
         plgpu.commit_smem()
         own = jnp.sum(load(self.lanes_s.at[self.group], BY_LEVEL), axis=1)
         sums = self.sums_s.at[lax.rem(turn, 2)]
-        for ref in everywhere(sums.at[self.worker], PARTS):
+        for ref in cluster_refs(sums.at[self.worker], PARTS):
             store(ref, own)
-        (meet_cluster if PARTS > 1 else meet)(self.met)
+        (cluster_sync if PARTS > 1 else barrier_sync)(self.met)
         totals = [load(sums.at[worker], LEVEL) for worker in range(sums.shape[0])]
         store(self.totals_s.at[self.group], functools.reduce(jnp.add, totals))
         plgpu.commit_smem()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 VOCABULARY = 248_094
 
 
-class NucleusShape(NamedTuple):
+class TopKTopPShape(NamedTuple):
     """So many rows, which all ask for the same."""
 
     name: str
@@ -14,11 +14,11 @@ class NucleusShape(NamedTuple):
     top_p: float
 
 
-NUCLEUS = (
-    NucleusShape("top-p, 1 row", 1, 0, 0.8),
-    NucleusShape("top-p, 8 rows", 8, 0, 0.8),
-    NucleusShape("top-p, 32 rows", 32, 0, 0.8),
-    NucleusShape("top-p, 128 rows", 128, 0, 0.8),
-    NucleusShape("top-k and top-p, 128 rows", 128, 50, 0.8),
-    NucleusShape("neither, 128 rows", 128, 0, 1.0),
+TOP_K_TOP_P = (
+    TopKTopPShape("top-p, 1 row", 1, 0, 0.8),
+    TopKTopPShape("top-p, 8 rows", 8, 0, 0.8),
+    TopKTopPShape("top-p, 32 rows", 32, 0, 0.8),
+    TopKTopPShape("top-p, 128 rows", 128, 0, 0.8),
+    TopKTopPShape("top-k and top-p, 128 rows", 128, 50, 0.8),
+    TopKTopPShape("neither, 128 rows", 128, 0, 1.0),
 )

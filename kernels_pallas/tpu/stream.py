@@ -17,7 +17,7 @@ from jax.lax import Precision
 LANES = 128  # of a vector register
 CORES = 2  # of a v5p; a chip of one core walks through the one's blocks, then through the other's
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # the largest score before any was seen: finite, so that no difference of two is NaN
+NEG_INF = -1e30  # the largest score before any was seen: finite, so that no difference of two is NaN
 
 
 def dot(equation, x, y):
@@ -80,7 +80,7 @@ def visit_all(step, visits, next_visits, fetch: Callable, compute: Callable, slo
     slot_ref[0] = jax.lax.fori_loop(0, visits, visit, slot)
 
 
-class Softmax(NamedTuple):
+class SoftmaxUpdate(NamedTuple):
     """One softmax and more keys for it.
 
     Attributes:
@@ -97,7 +97,7 @@ class Softmax(NamedTuple):
     weight: Any
 
 
-def add(softmaxes: Sequence[Softmax]) -> None:
+def update_softmaxes(softmaxes: Sequence[SoftmaxUpdate]) -> None:
     """Adds keys to independent softmaxes (arXiv:2205.14135), step by step for all of them.
 
     A step of one hides the latency of the others': on a v5e 128 rows of 72 and 1,104 keys take 910 bundles a head alone, and

@@ -70,7 +70,8 @@ class PrefillInput:
 def schema(config: ModelConfig, backend: str | None = None) -> Schema:
     """Which modules the model has; built without allocating a parameter.
 
-    `backend` is who runs the operations of `kernels_pallas`: "reference", "gpu", "tpu", or None for the fastest that serves them.
+    `backend` selects the implementation of the operations of `kernels_pallas`: "reference", "hopper", "tpu", or None for the
+    fastest that serves them.
     """
     module = _abstract(config, backend)
     return Schema(nnx.split(module.text)[0], nnx.split(module.vision)[0])

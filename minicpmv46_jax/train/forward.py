@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.remat import KEPT
+from kernels_pallas.remat import SAVE_NAME
 from minicpmv46_jax import model
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.model.batch import PackedBatch
@@ -34,8 +34,8 @@ _keep = jax.checkpoint_policies
 # keep what attention read, too: it costs most to read again.
 REMAT = {
     "none": None,
-    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(KEPT)),
-    "layer": _keep.save_only_these_names(KEPT),
+    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names(SAVE_NAME)),
+    "layer": _keep.save_only_these_names(SAVE_NAME),
 }
 
 

@@ -92,7 +92,7 @@ class RunSection:
       dtype: to compute in, "bfloat16" or "float32".
       z_loss: weight of the squared log-sum-exp.
       remat, scan_layers: see `forward.loss`.
-      backend: who runs the operations of `kernels_pallas`: "reference", "gpu", or "" for the fastest that serves.
+      backend: who runs the operations of `kernels_pallas`: "reference", "hopper", or "" for the fastest that serves.
     """
 
     folder: str
@@ -126,7 +126,7 @@ class Settings:
                 raise ValueError(f"run.{name} is {getattr(self.run, name)}, expected 1 or more")
         _one_of("run.dtype", self.run.dtype, ("bfloat16", "float32"))
         _one_of("run.remat", self.run.remat, REMAT)
-        _one_of("run.backend", self.run.backend, ("", "reference", "gpu"))
+        _one_of("run.backend", self.run.backend, ("", "reference", "hopper", "gpu"))
         _one_of("data.errors", self.data.errors, ERRORS)
         if self.lora is not None and self.lora.rank < 1:
             raise ValueError(f"lora.rank is {self.lora.rank}, expected 1 or more")

@@ -19,7 +19,7 @@ from jax.experimental import serialize_executable
 from tqdm import tqdm
 
 from kernels_pallas import tuning
-from kernels_pallas.gpu.export_cache import lowered_once
+from kernels_pallas.gpu.export_cache import shared_lowering
 from serve.runtime import xla_autotune_cache as autotuned
 
 log = logging.getLogger("serve")
@@ -133,7 +133,7 @@ class ProgramCache:
         bar.update(len(self._added) - len(missing := [key for key in self._added if key not in self._compiled]))
         firsts = {self._group_of[key]: key for key in reversed(missing)}
         jobs: dict[Hashable, Future] = {}
-        with lowered_once():
+        with shared_lowering():
             for key in sorted(missing, key=lambda key: firsts[self._group_of[key]] != key):  # the firsts first
                 check()
                 jobs[key] = pool.submit(self._finish, key, self._added[key](), jobs.get(firsts[self._group_of[key]]))

@@ -34,10 +34,10 @@ FORWARD, QUERIES, KEYS_VALUES = "packed_attention", "packed_attention_queries", 
 
 
 def paged(shape: PagedShape) -> tuple[Callable, tuple]:
-    T, S, H = sum(shape.lengths), len(shape.lengths), paged_shapes.WIDTH
+    T, S, H = sum(shape.query_lens), len(shape.query_lens), paged_shapes.WIDTH
     pages = array(POOL, PAGE, paged_shapes.KEY_HEADS * H)
     arguments = array(T, paged_shapes.HEADS, H), pages, pages, ints(S, TABLE), ints(S), ints(S), ints(S)
-    return functools.partial(paged_attention, max_query_len=shape.longest, backend="tpu"), arguments
+    return functools.partial(paged_attention, max_query_len=shape.max_query_len, backend="tpu"), arguments
 
 
 def packed(shape: PackedShape) -> tuple[Callable, tuple]:

@@ -30,7 +30,7 @@ from kernels_pallas import gated_delta
 from kernels_pallas.gated_delta import shapes, tpu_backward, tpu_chunked
 from kernels_pallas.gated_delta.packing import CHUNK, max_chunks
 from kernels_pallas.gated_delta.tpu_math import LANES
-from kernels_pallas.tuning import chosen
+from kernels_pallas.tuning import tuned_config
 
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
 EXPECTED = ROOT / "tests" / "expected" / "gated_delta_tpu.json"
@@ -73,7 +73,7 @@ def step_arguments() -> tuple:
 
 def backward_kernel(qkv, gates, states, out_bar, ends_bar, kept_bar, starts, lengths, snapshots):
     at = tpu_chunked.places(starts, lengths, snapshots, T)
-    return tpu_backward.backward(qkv, gates, states, out_bar, ends_bar, kept_bar, at, chosen("tpu", "gated_delta").heads)
+    return tpu_backward.backward(qkv, gates, states, out_bar, ends_bar, kept_bar, at, tuned_config("tpu", "gated_delta").heads)
 
 
 def backward_arguments() -> tuple:

@@ -21,14 +21,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from kernels_pallas import causal_attention, gated_delta, packed_attention, paged_attention, tuning
-from kernels_pallas import top_k_top_p as nucleus
+from kernels_pallas import causal_attention, gated_delta, packed_attention, paged_attention, top_k_top_p, tuning
 from kernels_pallas.gated_delta import shapes
 from kernels_pallas.gated_delta.shapes import CHANNELS, CONV, HEADS, WIDTH
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention.shapes import PAGED
 from kernels_pallas.top_k_top_p.shapes import VOCABULARY
-from kernels_pallas.tune import TUNED
+from kernels_pallas.tune import TUNING_SPACES
 
 TUNED_IN = {  # the program to try a kernel's cuts in
     "gated_delta_recurrent": "100 slots",
@@ -85,12 +84,12 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         tokens, S = sum(lengths), len(lengths)
         projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
         arguments = (*projected, layer(), *state(S), integers(S), integers(S), integers(1, 2))
-        yield name, functools.partial(gated_delta.chunked, backend="gpu"), arguments, ()
+        yield name, functools.partial(gated_delta.chunked, backend="hopper"), arguments, ()
     yield "gradients of 1 x 8,192", *gradients(8192)
     for shape in (shapes.RECURRENT[0], *shapes.RECURRENT[2:]):  # a cluster a head, a ring of heads a block
         B, T = shape.rows, shape.tokens
         projected = like(B, T, CHANNELS), like(B, T, HEADS), like(B, T, HEADS), like(B, T, HEADS, WIDTH)
-        step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
+        step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="hopper")
 
         def run(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slots, keep, step=step):
             return step(qkv, a, b, z, layer, norm, recurrent_state=recurrent_state, conv_state=conv_state, slots=slots, keep=keep)
@@ -98,7 +97,7 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
     single, wishes = functools.partial(like, dtype=jnp.float32), like(128, dtype=jnp.int32)
-    yield "nucleus of 128 rows", nucleus.sampling_threshold, (single(128, VOCABULARY), single(128), wishes, single(128)), ()
+    yield "nucleus of 128 rows", top_k_top_p.sampling_threshold, (single(128, VOCABULARY), single(128), wishes, single(128)), ()
     yield from training()
 
 
@@ -108,7 +107,7 @@ def gradients(tokens: int) -> tuple[Callable, tuple, tuple[int, ...]]:
     projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
 
     def run(cotangent, starts, lengths, *inputs):
-        forward = functools.partial(gated_delta.chunked, starts=starts, lengths=lengths, backend="gpu")
+        forward = functools.partial(gated_delta.chunked, starts=starts, lengths=lengths, backend="hopper")
         return jax.vjp(lambda *x: forward(*x).out, *inputs)[1](cotangent)
 
     return run, (like(tokens, HEADS, WIDTH), integers(1), integers(1), *projected, layer(), *state(1)), ()
@@ -118,12 +117,12 @@ def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
     """As `programs`."""
     integers = functools.partial(like, dtype=jnp.int32)
     for shape in (PAGED[1], PAGED[5]):
-        S, T, pages = len(shape.lengths), sum(shape.lengths), max(shape.contexts) // 64 + 1
+        S, T, pages = len(shape.query_lens), sum(shape.query_lens), max(shape.context_lens) // 64 + 1
         pool, numbers = like(4096, 64, 512), (integers(S), integers(S), integers(S))
-        run = functools.partial(paged_attention.paged_attention, max_query_len=shape.longest, backend="gpu")
+        run = functools.partial(paged_attention.paged_attention, max_query_len=shape.max_query_len, backend="hopper")
         yield shape.name, run, (like(T, 8, 256), pool, pool, integers(S, pages), *numbers), ()
     patches, views = like(sum(PHOTO), 16, 72), (integers(len(PHOTO)), integers(len(PHOTO)))
-    packed = functools.partial(packed_attention.packed_attention, longest=1088, backend="gpu")
+    packed = functools.partial(packed_attention.packed_attention, longest=1088, backend="hopper")
     yield "1 photo", packed, (patches, patches, patches, *views), ()
 
     def gradients(q, k, v, cotangent, starts, lengths):
@@ -190,11 +189,11 @@ def compiled(function: Callable, arguments: tuple, donated: tuple[int, ...]) -> 
 def candidates() -> None:
     """Compiles each kernel with every cut that it may be given; fails at one that does not fit the chip."""
     by_name = {name: program for name, *program in programs()}
-    ours = [tuned for tuned in TUNED if tuned.family == "gpu"]
+    ours = [tuned for tuned in TUNING_SPACES if tuned.backend == "hopper"]
     for tuned in ours:
         for cut in tuned.candidates:
             kernels = {other.kernel: [cut if other is tuned else other.candidates[-1]] for other in ours}
-            with tuning.using({"gpu": {"any": kernels}}):
+            with tuning.using({"hopper": {"any": kernels}}):
                 jax.clear_caches()
                 with overheard():
                     compiled(*by_name[TUNED_IN[tuned.kernel]])

@@ -13,7 +13,7 @@ from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.causal_attention import gpu as causal_gpu
 from kernels_pallas.causal_attention import gpu_backward as causal_backward
 from kernels_pallas.causal_attention import gpu_forward as causal_forward
-from kernels_pallas.gpu import tile_ranges as gpu_walks
+from kernels_pallas.gpu import tile_ranges
 from kernels_pallas.packed_attention import gpu_backward, gpu_forward, packed_attention, window_attention
 from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_attention
 from tests.kernels_pallas.mosaic_interpreted import product
@@ -51,7 +51,7 @@ def rows():
 )
 def test_the_kernels_are_in_the_program(operation, arguments, kernels):
     with described_gpu():
-        for backend in ("gpu", None):
+        for backend in ("hopper", None):
             program = exported(functools.partial(operation, backend=backend), *arguments)
             assert all(kernel in program for kernel in kernels)
         assert "mosaic_gpu" not in exported(functools.partial(operation, backend="reference"), *arguments)
@@ -61,7 +61,7 @@ def test_the_kernels_are_in_the_program(operation, arguments, kernels):
 @needs_mosaic
 def test_the_gradients_kernels_are_in_the_program():
     def loss(q, k, v, starts, lengths):
-        return packed_attention(q, k, v, starts, lengths, longest=96, backend="gpu").astype(jnp.float32).sum()
+        return packed_attention(q, k, v, starts, lengths, longest=96, backend="hopper").astype(jnp.float32).sum()
 
     with described_gpu():
         program = exported(jax.grad(loss, (0, 1, 2)), *packed())
@@ -88,8 +88,8 @@ def test_the_gradients_kernels_are_in_the_program():
     ],
 )
 def test_what_the_kernels_do_not_serve_is_refused(operation, arguments, message):
-    with pytest.raises(NotImplementedError, match=f"backend 'gpu': {message}; backend 'reference' serves it"):
-        jax.eval_shape(functools.partial(operation, backend="gpu"), *arguments)
+    with pytest.raises(NotImplementedError, match=f"backend 'hopper': {message}; backend 'reference' serves it"):
+        jax.eval_shape(functools.partial(operation, backend="hopper"), *arguments)
 
 
 def test_windows_that_do_not_fit_are_refused():
@@ -105,14 +105,14 @@ def test_walks_reach_every_key_and_mask_what_must_be(seed):
     lengths = rng.integers(1, 500, 7)
     starts = np.cumsum(rng.integers(0, 9, 7) + np.concatenate([[0], lengths[:-1]]))
     rows = int(starts[-1] + lengths[-1] + rng.integers(0, 400))
-    first, end = gpu_walks.views(jnp.asarray(starts, jnp.int32), jnp.asarray(lengths, jnp.int32), rows)
-    walks = jax.tree.map(np.asarray, gpu_walks.plan(first, end, groups, tile))
-    for block, (begin, count) in enumerate(zip(walks.begin, walks.count, strict=True)):
+    first, end = tile_ranges.views(jnp.asarray(starts, jnp.int32), jnp.asarray(lengths, jnp.int32), rows)
+    ranges = jax.tree.map(np.asarray, tile_ranges.plan_tile_ranges(first, end, groups, tile))
+    for block, (begin, count) in enumerate(zip(ranges.begin, ranges.count, strict=True)):
         assert begin % 8 == 0
         for group in range(groups):
             at = (block * groups + group) * 64
-            low, high = walks.first[at : at + 64], walks.end[at : at + 64]
-            since, until, clear, cloudy = walks.own[block, group]
+            low, high = ranges.first[at : at + 64], ranges.end[at : at + 64]
+            since, until, clear, cloudy = ranges.own[block, group]
             assert 0 <= since <= until <= count
             real = low < high
             if real.any():
@@ -129,12 +129,12 @@ def test_walks_reach_every_key_and_mask_what_must_be(seed):
 def test_pages_are_shared_out_evenly_and_once(seed):
     rng = np.random.default_rng(seed)
     contexts = rng.integers(0, [1, 200, 3000, 20000, 70000][seed] + 1, 50) * (rng.random(50) < 0.8)
-    plan = jax.tree.map(np.asarray, gpu_decode.shares(jnp.asarray(contexts, jnp.int32)))
+    plan = jax.tree.map(np.asarray, gpu_decode.split_pages(jnp.asarray(contexts, jnp.int32), 132))
     pages, slots = -(-contexts // PAGE), set()
-    for block, (first, count) in enumerate(zip(plan.first, plan.count, strict=True)):
-        begin, end = block * plan.share[0], (block + 1) * plan.share[0]
+    for block, (first, count) in enumerate(zip(plan.first_sequence, plan.num_sequences, strict=True)):
+        begin, end = block * plan.pages_per_block[0], (block + 1) * plan.pages_per_block[0]
         for s in range(first, first + count):
-            low, high = max(begin - plan.before[s], 0), min(end, plan.before[s + 1]) - plan.before[s]
+            low, high = max(begin - plan.page_offsets[s], 0), min(end, plan.page_offsets[s + 1]) - plan.page_offsets[s]
             pages[s] -= max(high - low, 0)
             if high > low:
                 assert block + s not in slots
@@ -149,8 +149,9 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
         if hasattr(module, "product"):
             monkeypatch.setattr(module, "product", product)
-    monkeypatch.setattr(gpu_forward, "PROCESSORS", 2)
-    monkeypatch.setattr(gpu_decode, "PROCESSORS", 3)
+    monkeypatch.setattr(gpu_forward, "num_sms", lambda: 2)
+    monkeypatch.setattr(gpu_decode, "num_sms", lambda: 3)
+    monkeypatch.setattr(gpu_prefill, "num_sms", lambda: 132)
     with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
         yield
 
@@ -161,9 +162,9 @@ def test_packed_attention_and_its_gradients_interpreted(interpreted):
     lengths, rows = [40, 30, 50], 144
     starts, sizes = jnp.asarray([3, 43, 80], jnp.int32), jnp.asarray(lengths, jnp.int32)
     q, k, v, cotangent = jnp.asarray(rng.standard_normal((4, rows, 2, 72)), jnp.bfloat16)
-    first, end = gpu_walks.views(starts, sizes, rows)
+    first, end = tile_ranges.views(starts, sizes, rows)
     cut = [{"groups": 2, "tile": 64, "stages": 2}]
-    with tuning.using({"gpu": {"any": {"packed_attention": cut, "packed_attention_backward": cut}}}):
+    with tuning.using({"hopper": {"any": {"packed_attention": cut, "packed_attention_backward": cut}}}):
         out, sums = gpu_forward.forward(q, k, v, first, end)
         gradients = gpu_backward.backward(q, k, v, out, sums, cotangent, first, end)
     dense = functools.partial(packed_attention, starts=starts, lengths=sizes, longest=50, backend="reference")

@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas import gated_delta
 from kernels_pallas.gated_delta import gpu_recurrent
-from kernels_pallas.gpu.export_cache import lowered_once, once
+from kernels_pallas.gpu.export_cache import exported_once, shared_lowering
 from kernels_pallas.paged_attention import paged_attention
 from kernels_pallas.paged_attention.shapes import HEADS, KEY_HEADS, WIDTH
 from tests.kernels_pallas.test_gated_delta_gpu import described_gpu, exported, needs_mosaic, step
@@ -30,7 +30,7 @@ def programs(rng):
         inputs, named = step(rng, rows=rows, slots=3, heads=2)
 
         def run(*inputs, factor=factor, **named):
-            out, recurrent_state, conv_state = gated_delta.recurrent(*inputs, eps=1e-6, **named, backend="gpu")
+            out, recurrent_state, conv_state = gated_delta.recurrent(*inputs, eps=1e-6, **named, backend="hopper")
             return factor * out, recurrent_state, conv_state
 
         found.append((run, inputs, named))
@@ -53,10 +53,10 @@ def test_a_kernel_is_written_once_for_the_same_shapes(rng, written):
     with described_gpu():
         apart = [exported(run, *inputs, **named) for run, inputs, named in drawn]
         assert len(written) == 3
-        with lowered_once():
+        with shared_lowering():
             together = [exported(run, *inputs, **named) for run, inputs, named in programs_again(drawn)]
         assert len(written) == 3 + 2
-        with lowered_once():  # and nothing is kept for the next
+        with shared_lowering():  # and nothing is kept for the next
             run, inputs, named = programs_again(drawn)[0]
             exported(run, *inputs, **named)
         assert len(written) == 3 + 2 + 1
@@ -72,10 +72,10 @@ def test_what_is_no_array_is_told_apart():
     shape = jax.ShapeDtypeStruct
     pool = shape((pages, 64, KEY_HEADS * WIDTH), jnp.bfloat16)
     numbers = [shape((rows, pages), jnp.int32)] + [shape((rows,), jnp.int32)] * 3
-    with described_gpu(), lowered_once():
+    with described_gpu(), shared_lowering():
         found = [
             exported(
-                lambda *x, longest=longest: paged_attention(*x, max_query_len=longest, backend="gpu"),
+                lambda *x, longest=longest: paged_attention(*x, max_query_len=longest, backend="hopper"),
                 shape((rows, HEADS, WIDTH), jnp.bfloat16),
                 *(pool, pool, *numbers),
             )
@@ -86,5 +86,5 @@ def test_what_is_no_array_is_told_apart():
 
 def test_outside_nothing_is_exported():
     calls = []
-    double = once(lambda x, factor: (calls.append(1), x * factor)[1])
+    double = exported_once(lambda x, factor: (calls.append(1), x * factor)[1])
     assert double(np.float32(3), 2) == 6 and len(calls) == 1

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas import backends, gated_delta
+from kernels_pallas.backends import Implementation
 from tests.kernels_pallas import gated_delta_truth as truth
 from tests.tolerances import GATED_DELTA, relative_rms
 
@@ -147,8 +148,18 @@ def test_what_cannot_be_served_is_refused_in_one_line():
 
 
 def test_none_falls_back_and_a_name_does_not():
-    assert backends.choose(None, {"reference": None, "gpu": None}) == "reference"  # no such chip here
-    with pytest.raises(ValueError, match=r"backend 'gpu' is for NVIDIA H100.* and the device is 'cpu'"):
-        backends.choose("gpu", {"reference": None, "gpu": None})
+    def select(backend, reason=None):
+        return backends.dispatch(backend, {"reference": Implementation(min), "hopper": Implementation(max, reason)})
+
+    assert select(None) is min  # this machine has no such chip
+    assert select("reference") is min
+    with pytest.raises(ValueError, match=r"backend 'hopper' is for NVIDIA H100.* and the device is 'cpu'"):
+        select("hopper")
     with pytest.raises(NotImplementedError, match="K is 16, and it takes 128; backend 'reference' serves it"):
-        backends.choose("gpu", {"reference": None, "gpu": "K is 16, and it takes 128"})
+        select("hopper", "K is 16, and it takes 128")
+
+
+def test_gpu_is_an_alias_of_hopper(monkeypatch):
+    monkeypatch.setattr(backends, "device_kind", lambda: "NVIDIA H200")
+    implementations = {"reference": Implementation(min), "hopper": Implementation(max)}
+    assert backends.dispatch("gpu", implementations) is backends.dispatch(None, implementations) is max

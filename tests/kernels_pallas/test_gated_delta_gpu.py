@@ -79,7 +79,7 @@ def test_the_kernels_are_in_the_program(rng):
     ]
     for f, args, kwargs, kernels in operations:
         with described_gpu():
-            for backend in ("gpu", None):
+            for backend in ("hopper", None):
                 program = exported(functools.partial(f, backend=backend), *args, **kwargs)
                 assert all(kernel in program for kernel in kernels)
             assert "mosaic_gpu" not in exported(functools.partial(f, backend="reference"), *args, **kwargs)
@@ -96,17 +96,17 @@ def test_the_kernels_are_in_the_program(rng):
 )
 def test_what_the_kernels_do_not_serve_is_refused(rng, options, message):
     case = truth.draw(rng, [3], **{"heads": 2, "K": 128, "V": 128, "dtype": jnp.bfloat16} | options)
-    with pytest.raises(NotImplementedError, match=f"backend 'gpu': {message}; backend 'reference' serves it"):
-        gated_delta.chunked(*case.arguments(), backend="gpu")
+    with pytest.raises(NotImplementedError, match=f"backend 'hopper': {message}; backend 'reference' serves it"):
+        gated_delta.chunked(*case.arguments(), backend="hopper")
 
 
 @needs_mosaic
 def test_another_device_is_refused(rng):
     case = truth.draw(rng, [3], heads=2, K=128, V=128, dtype=jnp.bfloat16)
     with pytest.raises(
-        ValueError, match=r"backend 'gpu' is for NVIDIA H100.*, and the device is 'cpu'; backend 'reference' runs on it"
+        ValueError, match=r"backend 'hopper' is for NVIDIA H100.*, and the device is 'cpu'; backend 'reference' runs on it"
     ):
-        gated_delta.chunked(*case.arguments(), backend="gpu")
+        gated_delta.chunked(*case.arguments(), backend="hopper")
 
 
 @needs_mosaic
@@ -193,7 +193,7 @@ def test_the_kernels_of_packed_rows_are_in_the_program():
         return gated_delta.packed(*arguments, 128, 128, backend=backend).astype(jnp.float32).sum()
 
     with described_gpu():
-        for backend in ("gpu", None):
+        for backend in ("hopper", None):
             program = exported(jax.grad(functools.partial(loss, backend=backend)), *arguments)
             for kernel in ("convolve", "convolve_backward", "prepare", "scan_states", "scan_states_backward", "gradients"):
                 assert f"gated_delta_{kernel}" in program
@@ -202,15 +202,15 @@ def test_the_kernels_of_packed_rows_are_in_the_program():
     narrow = gated_delta.Layer(like((512, 4)), like((2,)), like((2,)))
     arguments = like((1, 64, 512)), like((1, 64, 2)), like((1, 64, 2)), narrow, jax.ShapeDtypeStruct((1, 64), jnp.int32)
     with pytest.raises(NotImplementedError, match="heads have 64 keys and 128 values, and it takes 128 and 128"):
-        jax.eval_shape(lambda *x: gated_delta.packed(*x, 64, 128, backend="gpu"), *arguments)
+        jax.eval_shape(lambda *x: gated_delta.packed(*x, 64, 128, backend="hopper"), *arguments)
 
 
 @needs_mosaic
 @pytest.mark.parametrize(("tokens", "processors", "groups", "stages"), [(1, 2, 4, 3), (1, 6, 4, 1), (2, 3, 4, 2), (2, 3, 2, 2)])
 def test_the_step_interpreted(rng, monkeypatch, tokens, processors, groups, stages):
     """Several heads a block, with rows at rest between them, and one; not in clusters, which the interpreter does not know."""
-    monkeypatch.setattr(gpu_recurrent, "PROCESSORS", processors)
-    cuts = {"gpu": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
+    monkeypatch.setattr(gpu_recurrent, "num_sms", lambda: processors)
+    cuts = {"hopper": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
     *inputs, recurrent_state, conv_state, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
     slot, keep = slot.at[1].set(-1), np.array([tokens, 1, 0])
     with tuning.using(cuts), plgpu.force_gpu_interpret_mode():

@@ -15,7 +15,7 @@ import pytest
 from kernels_pallas import gated_delta
 from kernels_pallas.backends import CHIPS, device_kind
 from kernels_pallas.causal_attention import causal_attention
-from kernels_pallas.gpu.export_cache import lowered_once
+from kernels_pallas.gpu.export_cache import shared_lowering
 from kernels_pallas.packed_attention import packed_attention, window_attention
 from kernels_pallas.packed_attention.shapes import PHOTO
 from kernels_pallas.paged_attention import PAGE, paged_attention
@@ -25,10 +25,10 @@ from tests.kernels_pallas import gated_delta_truth as truth
 from tests.kernels_pallas.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, relative_rms, rms
 
-STEPS, BACKEND = 30, "gpu"  # of training runs
+STEPS, BACKEND = 30, "hopper"  # of training runs
 SAME_CURVE = 0.05  # relative; on a CPU two devices were 0.017 from one in bfloat16, and runs of another shuffle 0.15
 
-pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["gpu"]), reason="there is no Hopper GPU here")
+pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["hopper"]), reason="there is no Hopper GPU here")
 
 
 def normal(rng, *shape):
@@ -39,7 +39,7 @@ def normal(rng, *shape):
 @pytest.mark.parametrize("lengths", [[1, 0, 63, 64, 65, 300], [1500], [128] * 3])
 def test_chunked_follows_the_recurrence(rng, lengths, decay):
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16)
-    found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
+    found = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))(*case.arguments())
     expected = list(truth.sequences(case))
     usual = truth.output_rms(expected)
     for s, (own, out, memories) in enumerate(expected):
@@ -74,7 +74,7 @@ def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
     ends, kept = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (recurrent_state.shape, (2, *recurrent_state.shape[1:]))
     )
-    found = bars(inputs, (out, ends, kept), "gpu")
+    found = bars(inputs, (out, ends, kept), "hopper")
     expected = bars(*(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (inputs, (out, ends, kept))), "reference")
     error, whose = truth.worst_gradient_error(case, jax.tree.leaves(found), jax.tree.leaves(expected))
     assert error < GATED_DELTA["gpu bfloat16 gradient"], whose
@@ -83,7 +83,7 @@ def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
 def test_a_very_long_sequence_beside_short_ones(rng):
     lengths = [70_000, 1, 5_000]
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, dtype=jnp.bfloat16)
-    found = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*case.arguments())
+    found = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))(*case.arguments())
     usual = 0.0
     for s in range(3):  # token by token in float64, a head at a time would take the same: some ten seconds
         own = slice(int(case.query_starts[s]), int(case.query_starts[s]) + lengths[s])
@@ -95,7 +95,7 @@ def test_a_very_long_sequence_beside_short_ones(rng):
 
 def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
     case = truth.draw(rng, [512], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)
-    run = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))
+    run = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))
     whole = run(*case.arguments(), jnp.array([[0, 3]], jnp.int32))
     qkv, a, b, layer, recurrent_state, conv_state, *_ = case.arguments()
     start, cut = jnp.zeros(1, jnp.int32), 192
@@ -114,7 +114,7 @@ def test_steps_follow_the_recurrence(rng, rows, tokens):
         rng, rows, tokens, rows + 2, heads=16, K=128, V=128, dtype=jnp.bfloat16
     )
     keep = rng.integers(0, tokens + 1, rows)
-    step = jax.jit(functools.partial(gated_delta.recurrent, backend="gpu"), static_argnames="eps")
+    step = jax.jit(functools.partial(gated_delta.recurrent, backend="hopper"), static_argnames="eps")
     numbers = {"slots": slot, "keep": jnp.asarray(keep, jnp.int32)}
     out, new_state, new_conv_state = step(*inputs, eps=1e-6, recurrent_state=recurrent_state, conv_state=conv_state, **numbers)
     for r, expected in enumerate(expected_step(*inputs, recurrent_state, conv_state, slot, keep, 1e-6)):
@@ -158,7 +158,7 @@ def test_paged_attention(rng, name):
     q = normal(rng, tokens, 8, 256)
     numbers = [jnp.asarray(x, jnp.int32) for x in (tables, starts, lengths, contexts)]
     run = jax.jit(paged_attention, static_argnames=("max_query_len", "backend"))
-    out = run(q, *(jnp.asarray(x, jnp.bfloat16) for x in pools), *numbers, max_query_len=longest, backend="gpu")
+    out = run(q, *(jnp.asarray(x, jnp.bfloat16) for x in pools), *numbers, max_query_len=longest, backend="hopper")
     rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in clean]
     expected = run(q.astype(jnp.float32), *rounded, *numbers, max_query_len=longest, backend="reference")
     assert relative_rms(out, expected) < PAGED_ATTENTION["gpu bfloat16"]
@@ -186,7 +186,7 @@ def test_packed_attention_and_its_gradients(rng, lengths, gaps):
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(cotangent)
 
-    found = run(q, k, v, cotangent, backend="gpu")
+    found = run(q, k, v, cotangent, backend="hopper")
     expected = run(*(x.astype(jnp.float32) for x in (q, k, v, cotangent)), backend="reference")
     kinds = ("gpu bfloat16", *["gpu bfloat16 gradient"] * 3)
     for x, y, kind in zip(found, expected, kinds, strict=True):
@@ -195,7 +195,7 @@ def test_packed_attention_and_its_gradients(rng, lengths, gaps):
 
 def test_windows(rng):
     q, k, v = (normal(rng, 7104, 16, 72) for _ in range(3))
-    found = window_attention(q, k, v, window=4, backend="gpu")
+    found = window_attention(q, k, v, window=4, backend="hopper")
     expected = window_attention(*(x.astype(jnp.float32) for x in (q, k, v)), window=4, backend="reference")
     assert relative_rms(found, expected) < PACKED_ATTENTION["gpu bfloat16"]
 
@@ -225,7 +225,7 @@ def test_causal_attention_and_its_gradients(rng, tokens):
     def run(inputs, cotangent, backend):
         return with_gradients(functools.partial(causal_attention, segments=segments, backend=backend), inputs, cotangent)
 
-    out, *gradients = run(inputs, cotangent, "gpu")
+    out, *gradients = run(inputs, cotangent, "hopper")
     expected, *targets = run(in_float32(inputs), in_float32(cotangent), "reference")
     assert relative_rms(out, expected) < PACKED_ATTENTION["gpu bfloat16"]
     for found, target in zip(gradients, targets, strict=True):
@@ -248,7 +248,7 @@ def test_the_packed_rule_and_its_gradients(rng, decay):
         return with_gradients(packed, inputs, cotangent)
 
     exact = run(in_float32(inputs), in_float32(cotangent), "reference")
-    for found, plain, target in zip(*(run(inputs, cotangent, name) for name in ("gpu", "reference")), exact, strict=True):
+    for found, plain, target in zip(*(run(inputs, cotangent, name) for name in ("hopper", "reference")), exact, strict=True):
         assert relative_rms(found, target) < max(1.5 * relative_rms(plain, target), GATED_DELTA["gpu bfloat16"])
 
 
@@ -256,16 +256,16 @@ def test_the_packed_rule_and_its_gradients(rng, decay):
 def test_kernels_lowered_once_do_the_same(rng, snapshots):
     case = truth.draw(rng, [70, 300], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)  # what gaps hold is anything
     arguments = (*case.arguments(), *([] if snapshots is None else [jnp.array(snapshots, jnp.int32)]))
-    apart = jax.jit(functools.partial(gated_delta.chunked, backend="gpu"))(*arguments)
-    with lowered_once():
+    apart = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))(*arguments)
+    with shared_lowering():
         for _ in range(2):
-            together = jax.jit(functools.partial(gated_delta.chunked, backend="gpu")).lower(*arguments).compile()(*arguments)
+            together = jax.jit(functools.partial(gated_delta.chunked, backend="hopper")).lower(*arguments).compile()(*arguments)
             jax.tree.map(np.testing.assert_array_equal, together, apart)
     *inputs, recurrent_state, conv_state, slots = step_inputs(rng, 3, 1, 4, K=128, V=128, dtype=jnp.bfloat16)
     named = {"recurrent_state": recurrent_state, "conv_state": conv_state, "slots": slots, "keep": jnp.ones(3, jnp.int32)}
-    step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="gpu")
+    step = functools.partial(gated_delta.recurrent, eps=1e-6, backend="hopper")
     apart = jax.jit(lambda *x, **given: step(*x, **given))(*inputs, **named)
-    with lowered_once():
+    with shared_lowering():
         together = jax.jit(lambda *x, **given: step(*x, **given)).lower(*inputs, **named).compile()(*inputs, **named)
     jax.tree.map(np.testing.assert_array_equal, together, apart)
 
@@ -280,14 +280,14 @@ def test_what_may_be_drawn_is_the_references(rng, rows, size):
     top_p = rng.choice([1.0, 0.999, 0.9, 0.5, 1e-6], rows).astype(np.float32)
     arguments = [jnp.asarray(x) for x in (scores, scores.max(axis=1), top_k, top_p)]
     run = jax.jit(sampling_threshold, static_argnames="backend")
-    found = np.asarray(run(*arguments, backend="gpu"))
+    found = np.asarray(run(*arguments, backend="hopper"))
     expected = np.asarray(run(*arguments, backend="reference"))
     for row, low, target, p in zip(scores.astype(np.float64), found, expected, top_p, strict=True):
         if low != target:  # the sums are rounded in another order
             between = np.exp(row[(row >= min(low, target)) & (row < max(low, target))] - row.max()).sum()
             assert p < 1 and between < 1e-4 * np.exp(row - row.max()).sum() + np.exp(max(low, target) - row.max())
     for _ in range(20):
-        np.testing.assert_array_equal(run(*arguments, backend="gpu"), found)
+        np.testing.assert_array_equal(run(*arguments, backend="hopper"), found)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import top_k_top_p as nucleus
+from kernels_pallas import top_k_top_p
 from kernels_pallas.top_k_top_p import reference
 
 TOP_P = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
@@ -43,6 +43,6 @@ def test_the_search_keeps_what_sorting_keeps(monkeypatch, device, size):
 def test_it_is_refused_in_words():
     case = [jnp.zeros((1, 50)), jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.ones(1)]
     with pytest.raises(NotImplementedError, match="a row has 50 scores, and it takes 128 to 262144"):
-        nucleus.sampling_threshold(*case, backend="gpu")
+        top_k_top_p.sampling_threshold(*case, backend="hopper")
     with pytest.raises(ValueError, match="backend is 'cuda'"):
-        nucleus.sampling_threshold(*case, backend="cuda")
+        top_k_top_p.sampling_threshold(*case, backend="cuda")

@@ -8,10 +8,11 @@ import pytest
 
 from kernels_pallas import tune, tuning
 from kernels_pallas.backends import CHIPS
-from kernels_pallas.bench import Work, works
-from kernels_pallas.tuning import FILE, Tuned, chosen, read, write
+from kernels_pallas.bench import benchmarks
+from kernels_pallas.benchmarking import Benchmark
+from kernels_pallas.tuning import FILE, TuningSpace, read, tuned_config, write
 
-KERNELS = {(tuned.family, tuned.kernel): tuned for tuned in tune.TUNED}
+KERNELS = {(tuned.backend, tuned.kernel): tuned for tuned in tune.TUNING_SPACES}
 
 
 def test_every_entry_is_one_of_its_kernels_candidates():
@@ -21,14 +22,14 @@ def test_every_entry_is_one_of_its_kernels_candidates():
             assert set(kernels) == {kernel for of, kernel in KERNELS if of == family}
             for kernel, cuts in kernels.items():
                 tuned = KERNELS[family, kernel]
-                assert [cut.get("most") for cut in cuts] == list(tuned.works)
+                assert [cut.get("most") for cut in cuts] == list(tuned.benchmarks)
                 assert all({name: x for name, x in cut.items() if name != "most"} in tuned.candidates for cut in cuts)
 
 
 def test_every_kernel_is_measured_by_lines_of_the_benchmark():
-    lines = {work.name for work in works()}
-    for tuned in tune.TUNED:
-        assert all(set(names) <= lines for names in tuned.works.values())
+    lines = {work.name for work in benchmarks()}
+    for tuned in tune.TUNING_SPACES:
+        assert all(set(names) <= lines for names in tuned.benchmarks.values())
 
 
 def test_the_file_is_as_the_tuner_writes_it(tmp_path):
@@ -37,12 +38,14 @@ def test_the_file_is_as_the_tuner_writes_it(tmp_path):
 
 
 def test_a_device_without_an_entry_takes_the_nearest(monkeypatch):
-    table = {"gpu": {kind: {"x": [{"most": 8, "n": n}, {"n": -n}]} for n, kind in enumerate(("NVIDIA H200", "NVIDIA H100"), 1)}}
+    table = {
+        "hopper": {kind: {"x": [{"most": 8, "n": n}, {"n": -n}]} for n, kind in enumerate(("NVIDIA H200", "NVIDIA H100"), 1)}
+    }
     found = {}
     for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "cpu"):
         monkeypatch.setattr(tuning, "device_kind", lambda kind=kind: kind)
         with tuning.using(table):
-            found[kind] = chosen("gpu", "x", 8).n, chosen("gpu", "x", 9).n
+            found[kind] = tuned_config("hopper", "x", 8).n, tuned_config("hopper", "x", 9).n
     assert found == {
         "NVIDIA H100 80GB HBM3": (2, -2),
         "NVIDIA H200": (1, -1),
@@ -55,25 +58,27 @@ def test_a_device_without_an_entry_takes_the_nearest(monkeypatch):
 def test_bounds_must_go_up_and_end_in_none(tmp_path, bounds):
     path = tmp_path / "table.json"
     cuts = [{"n": 1} if most is None else {"most": most, "n": 1} for most in bounds]
-    path.write_text(json.dumps({"gpu": {"NVIDIA H200": {"x": cuts}}}))
-    with pytest.raises(ValueError, match=r"table.json: gpu, NVIDIA H200, x has bounds \[.*\], which must go up and end in none"):
+    path.write_text(json.dumps({"hopper": {"NVIDIA H200": {"x": cuts}}}))
+    with pytest.raises(
+        ValueError, match=r"table.json: hopper, NVIDIA H200, x has bounds \[.*\], which must go up and end in none"
+    ):
         read(path)
 
 
 def test_the_tuner_takes_the_fastest_of_each_class(monkeypatch):
-    tuned = Tuned("gpu", "x", ({"n": 1}, {"n": 2}, {"n": 3}), {127: ("small",), None: ("large", "larger")})
+    tuned = TuningSpace("hopper", "x", ({"n": 1}, {"n": 2}, {"n": 3}), {127: ("small",), None: ("large", "larger")})
     best, calls = {"small": 3, "large": 2, "larger": 2}, []
 
     def run(name, backend):  # what is chosen is asked for where the call is made, as in a kernel
         calls.append((name, backend))
-        return lambda: abs(chosen("gpu", "x", 500).n - best[name])
+        return lambda: abs(tuned_config("hopper", "x", 500).n - best[name])
 
-    lines = [Work(name, functools.partial(run, name), 1, 1) for name in best]
-    monkeypatch.setattr(tune, "all_works", lambda: lines)
-    table = {"gpu": {"NVIDIA H200": {"x": [{"n": 1}], "y": [{"n": 5}]}}}
+    lines = [Benchmark(name, functools.partial(run, name), 1, 1) for name in best]
+    monkeypatch.setattr(tune, "benchmarks", lambda: lines)
+    table = {"hopper": {"NVIDIA H200": {"x": [{"n": 1}], "y": [{"n": 5}]}}}
     cuts = tune.tune(tuned, "NVIDIA H100", table, timer=lambda call: call())
     assert cuts == [{"most": 127, "n": 3}, {"n": 2}]
-    assert set(calls) == {(name, "gpu") for name in best}
+    assert set(calls) == {(name, "hopper") for name in best}
 
 
 def test_what_has_been_measured_is_kept_when_the_tuner_is_stopped(monkeypatch, tmp_path):
@@ -91,5 +96,5 @@ def test_what_has_been_measured_is_kept_when_the_tuner_is_stopped(monkeypatch, t
     monkeypatch.setattr("sys.argv", ["tune"])
     with pytest.raises(KeyboardInterrupt):
         tune.main()
-    found, before = json.loads(path.read_text())["gpu"], read(FILE)["gpu"]
+    found, before = json.loads(path.read_text())["hopper"], read(FILE)["hopper"]
     assert found == before | {kind: before["NVIDIA H200"] | {"gated_delta_scan": [{"groups": 7}]}}
