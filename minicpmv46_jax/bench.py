@@ -26,7 +26,7 @@ from minicpmv46_jax.config import GenerationConfig, ModelConfig, TextConfig, Vis
 from minicpmv46_jax.generation.generate import Generator
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.model import packing
-from minicpmv46_jax.model.attention import Attention, write
+from minicpmv46_jax.model.attention import Attention, write_pages
 from minicpmv46_jax.model.packing import MERGES
 from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, View
@@ -126,8 +126,8 @@ def beside_attention(config: TextConfig, tokens: int, dtype: jnp.dtype) -> float
 
     @functools.partial(jax.jit, donate_argnums=3)
     def run(q: jax.Array, k: jax.Array, v: jax.Array, state: KeyValues) -> tuple[jax.Array, KeyValues]:
-        q, k = nnx.merge(graph, params).turned(q[..., :H], k, places)
-        return q, write(state, k, v, places, places // PAGE)
+        q, k = nnx.merge(graph, params).norm_and_rotate(q[..., :H], k, places)
+        return q, write_pages(state, k, v, places, places // PAGE)
 
     state = KeyValues(empty, empty + 0)
 

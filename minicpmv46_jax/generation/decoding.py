@@ -1,11 +1,14 @@
-"""What a device carries from step to step, and the steps over it: start an answer, decode some tokens of many.
+"""The decode state that stays on the device, and the steps over it: sample a first token, decode several
+rows.
 
-All that a step needs of a sequence lies on the device by its slot: pages, sampling, stop tokens, newest token. The host says no
-more than which slots take part and which pages they have been given, so that it may be a step behind in what it knows.
+The device keeps everything that a step needs by slot: pages, sampling options, stop tokens, the newest token.
+The host only passes the slots that take part and their new pages, so it can run one step behind the device.
 
-Where the host has a say in a token (a mask that depends on the one before), a step is taken apart: `decode` computes the scores,
-which needs no mask, and keeps them; `sample_held` samples from them. The mask is made in between, while the device computes.
-Glossary: S slots, B rows of a step, E stop tokens watched, N steps of a dispatch, T tokens, V vocabulary, W words of a mask.
+Some masks depend on the token before. Such a step has two parts: `decode` computes the logits, which needs no
+mask, and keeps them in `held_logits`; `sample_held` samples from them. The host makes the mask while the
+device computes.
+Glossary: S slots, B rows of a step, E stop tokens per slot, N steps per dispatch, T tokens, V vocabulary, W
+words of a mask.
 """
 
 import dataclasses
@@ -35,117 +38,136 @@ from minicpmv46_jax.model.batch import DecodeBatch, scatter_index
 from minicpmv46_jax.model.state import Layers, TextState
 from minicpmv46_jax.trees import tree_dataclass
 
-NUM_DEVICE_STOPS = 16  # stop tokens the device looks out for; the host looks out for all
+NUM_DEVICE_STOPS = 16  # stop tokens that the device compares with; the host compares with all
 
 
 @tree_dataclass
 class DecodeState:
-    """All slots. `tokens_left` is how many tokens an answer may still get; at 0 its row rests, as it does after a stop token.
+    """Decode state of all slots.
 
-    `held_logits`: scores of rows whose token is still to be chosen.
+    Attributes:
+      state: layer states, block tables and sequence lengths.
+      sampling: sampling options.
+      stop_ids: stop token ids that the device compares with; -1 for none.
+      history: tokens of the prompt and of the output, for penalties.
+      bias: logit biases.
+      held_logits: logits of rows whose token `sample_held` has yet to sample.
+      last_ids: newest token id.
+      num_output_tokens: number of output tokens so far.
+      tokens_left: number of output tokens still allowed. At 0, also after a stop token, the row is inactive.
     """
 
     state: TextState
     sampling: SamplingParams
-    stops: Int32[Array, "S E"]
+    stop_ids: Int32[Array, "S E"]
     history: History
     bias: Bias
     held_logits: Float32[Array, "S V"]
-    last: Int32[Array, " S"]
+    last_ids: Int32[Array, " S"]
     num_output_tokens: Int32[Array, " S"]
     tokens_left: Int32[Array, " S"]
 
 
 @tree_dataclass
 class FirstTokenInput:
-    """Answers that begin, or go on after they were interrupted: their slots (-1: no row), and what is to be known of each.
+    """Requests whose prefill is complete, also after a preemption.
 
-    `num_output_tokens` counts the tokens the answer has already, `tokens_left` those it may still get.
+    Attributes:
+      slots: -1 for an unused row.
+      sampling, stop_ids: as in `DecodeState`.
+      num_output_tokens: number of output tokens so far; above 0 after a preemption.
+      tokens_left: number of output tokens still allowed.
     """
 
     slots: Int32[Array, " B"]
     sampling: SamplingParams
-    stops: Int32[Array, "B E"]
+    stop_ids: Int32[Array, "B E"]
     num_output_tokens: Int32[Array, " B"]
     tokens_left: Int32[Array, " B"]
 
 
 def new_decode_state(state: TextState, vocabulary: int) -> DecodeState:
-    """Slots in which no answer is."""
+    """Creates the decode state of slots without requests."""
     S = state.seq_lens.shape[0]
     zeros = jnp.zeros(S, jnp.int32)
-    params = SamplingParams(*[jnp.zeros(S, kind) for kind in _KINDS], seed=jnp.zeros((S, 2), jnp.uint32))
-    stops = jnp.full((S, NUM_DEVICE_STOPS), -1, jnp.int32)
+    params = SamplingParams(*[jnp.zeros(S, dtype) for dtype in _FIELD_DTYPES], seed=jnp.zeros((S, 2), jnp.uint32))
+    stop_ids = jnp.full((S, NUM_DEVICE_STOPS), -1, jnp.int32)
     held_logits = jnp.zeros((S, vocabulary), jnp.float32)
-    return DecodeState(state, params, stops, new_history(S, vocabulary), new_bias(S), held_logits, zeros, zeros, zeros)
+    return DecodeState(state, params, stop_ids, new_history(S, vocabulary), new_bias(S), held_logits, zeros, zeros, zeros)
 
 
 def sample_first(
     decode_state: DecodeState,
     logits: Float32[Array, "B V"],
-    begin: FirstTokenInput,
+    inputs: FirstTokenInput,
     allowed: UInt32[Array, "B W"] | None = None,
     *,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Sampled]:
-    """Samples the next token of answers whose prompts have been read.
+    """Samples the next token of requests whose prefill is complete.
 
     Args:
       decode_state: donated.
-      logits: after each prompt's last token.
-      begin: whose they are; rows without a slot sample too, for nothing.
-      allowed: which tokens may come, see `sampling.sample`; None for all.
-      mode: what to sample (static).
+      logits: logits after each prompt's last token.
+      inputs: the requests of the rows. Unused rows are sampled too; their tokens are undefined.
+      allowed: mask of allowed tokens, see `sampling.sample`; None for all.
+      mode: the sampling program (static).
+
+    Returns:
+      The new decode state, and the tokens, [B].
     """
-    slots = scatter_index(begin.slots, decode_state.last.shape[0])
-    table = (decode_state.sampling, decode_state.stops, decode_state.num_output_tokens, decode_state.tokens_left)
-    new = (begin.sampling, begin.stops, begin.num_output_tokens, begin.tokens_left)
-    params, stops, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
-    begun = dataclasses.replace(
-        decode_state, sampling=params, stops=stops, num_output_tokens=num_output_tokens, tokens_left=tokens_left
+    slots = scatter_index(inputs.slots, decode_state.last_ids.shape[0])
+    old = (decode_state.sampling, decode_state.stop_ids, decode_state.num_output_tokens, decode_state.tokens_left)
+    new = (inputs.sampling, inputs.stop_ids, inputs.num_output_tokens, inputs.tokens_left)
+    params, stop_ids, num_output_tokens, tokens_left = _scatter_rows(old, slots, new)
+    decode_state = dataclasses.replace(
+        decode_state, sampling=params, stop_ids=stop_ids, num_output_tokens=num_output_tokens, tokens_left=tokens_left
     )
-    return _sample(begun, logits, slots, allowed, mode)
+    return _sample_rows(decode_state, logits, slots, allowed, mode)
 
 
 def sample_held(
     decode_state: DecodeState, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: SamplingMode
 ) -> tuple[DecodeState, Sampled]:
-    """Samples the tokens of rows that `decode` has held: from the scores that it kept, those that are allowed.
+    """Samples the tokens of held rows from the logits that `decode` kept.
 
     Args:
       decode_state: donated.
-      slots: whose rows they are, -1 for none.
-      allowed: which tokens may come, see `sampling.sample`.
-      mode: what to sample (static).
+      slots: the rows' slots; -1 for an unused row.
+      allowed: mask of allowed tokens, see `sampling.sample`.
+      mode: the sampling program (static).
+
+    Returns:
+      The new decode state, and the tokens, [B].
     """
-    rows = scatter_index(slots, decode_state.last.shape[0])
-    return _sample(decode_state, _rows(decode_state.held_logits, rows), rows, allowed, mode)
+    rows = scatter_index(slots, decode_state.last_ids.shape[0])
+    return _sample_rows(decode_state, _gather_rows(decode_state.held_logits, rows), rows, allowed, mode)
 
 
-def _sample(
+def _sample_rows(
     decode_state: DecodeState,
     logits: Float32[Array, "B V"],
     slots: Int32[Array, " B"],
     allowed: UInt32[Array, "B W"] | None,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Sampled]:
-    """A token for each of these slots, entered."""
+    """Samples a token for each of these slots and records it in the decode state."""
     known = (
         decode_state.sampling,
-        decode_state.stops,
+        decode_state.stop_ids,
         decode_state.history,
         decode_state.bias,
         decode_state.num_output_tokens,
         decode_state.tokens_left,
     )
-    params, stops, history, bias, num_output_tokens, tokens_left = _rows(known, slots)
+    params, stop_ids, history, bias, num_output_tokens, tokens_left = _gather_rows(known, slots)
     sampled = sample(logits, params, history, num_output_tokens, mode, bias, allowed)
     history = record_token(decode_state.history, slots, sampled.ids) if uses_history(mode) else decode_state.history
-    table = (decode_state.last, decode_state.num_output_tokens, decode_state.tokens_left)
-    new = (sampled.ids, num_output_tokens + 1, jnp.where(is_stop(sampled.ids, stops), 0, tokens_left - 1))
-    last, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[slots].set(x, mode="drop"), table, new)
+    old = (decode_state.last_ids, decode_state.num_output_tokens, decode_state.tokens_left)
+    new = (sampled.ids, num_output_tokens + 1, jnp.where(is_stop(sampled.ids, stop_ids), 0, tokens_left - 1))
+    last_ids, num_output_tokens, tokens_left = _scatter_rows(old, slots, new)
     return dataclasses.replace(
-        decode_state, history=history, last=last, num_output_tokens=num_output_tokens, tokens_left=tokens_left
+        decode_state, history=history, last_ids=last_ids, num_output_tokens=num_output_tokens, tokens_left=tokens_left
     ), sampled
 
 
@@ -154,105 +176,109 @@ def decode(
     params: Params,
     decode_state: DecodeState,
     slots: Int32[Array, " B"],
-    pages: Int32[Array, "B 2"],
+    new_pages: Int32[Array, "B 2"],
     held: Bool[Array, " B"] | None = None,
     *,
     steps: int,
     mode: SamplingMode,
 ) -> tuple[DecodeState, Sampled]:
-    """The next `steps` tokens of some rows, in one loop on the device.
+    """Decodes the next `steps` tokens of some rows, in one loop on the device.
 
-    The number of steps is static: on an H200 a loop that looks each time whether to go on took 1.53 ms a step, this one 1.46.
+    The number of steps is static, because a loop with a condition makes each step slower.
 
     Args:
       graph, params: the text backbone.
       decode_state: donated.
-      slots: whose rows they are, -1 for none. A row that has ended rests and repeats its last token.
-      pages: for each row (place in its table, page) of a page it is given before the first step; page -1 for none.
-      held: rows that get no token here; `sample_held` draws it from their held logits, before the next `decode` of that row.
-        None: no row is held, and `steps` may be more than 1.
-      steps: static number N of tokens.
-      mode: what to sample (static).
+      slots: the rows' slots; -1 for an unused row. A row that has ended repeats its last token.
+      new_pages: (index in the block table, page) that each row gets before the first step; page -1 for none.
+      held: rows without a sampled token in this call; `sample_held` samples it from their held logits before
+        the row's next `decode`. None: no row is held, and `steps` may be more than 1.
+      steps: number N of tokens (static).
+      mode: the sampling program (static).
 
     Returns:
-      The slots after it, and what was sampled, [B, N, ...]; of held rows it means nothing.
+      The new decode state, and the tokens, [B, N, ...]; those of held rows are undefined.
     """
     assert held is None or steps == 1
-    rows = scatter_index(slots, decode_state.last.shape[0])
-    given = jnp.where(pages[:, 1] >= 0, rows, decode_state.last.shape[0])
-    tables = decode_state.state.block_tables.at[given, pages[:, 0]].set(pages[:, 1], mode="drop")
-    sampling, stops, bias, table = _rows((decode_state.sampling, decode_state.stops, decode_state.bias, tables), rows)
-    if held is not None:  # nothing is drawn for them
+    num_slots = decode_state.last_ids.shape[0]
+    rows = scatter_index(slots, num_slots)
+    with_page = jnp.where(new_pages[:, 1] >= 0, rows, num_slots)
+    block_tables = decode_state.state.block_tables.at[with_page, new_pages[:, 0]].set(new_pages[:, 1], mode="drop")
+    known = (decode_state.sampling, decode_state.stop_ids, decode_state.bias, block_tables)
+    sampling, stop_ids, bias, row_tables = _gather_rows(known, rows)
+    if held is not None:  # greedy, because the token is discarded
         sampling = dataclasses.replace(sampling, temperature=jnp.where(held, 0.0, sampling.temperature))
 
-    def step(at: _At, _: None) -> tuple[_At, Sampled]:
-        active = (slots >= 0) & (at.tokens_left > 0)
-        batch = DecodeBatch(jnp.where(active, slots, -1), at.length, table)
-        logits, layers = model.decode_step(graph, params, at.layers, at.last, batch)
-        gets = active if held is None else active & ~held
-        held_logits = at.held_logits if held is None else _at_rows(at.held_logits, rows, active & held, logits)
-        sampled = sample(logits, sampling, _rows(at.history, rows), at.num_output_tokens, mode, bias)
-        ids = jnp.where(gets, sampled.ids, at.last)
-        history = (
-            record_token(at.history, jnp.where(gets, rows, decode_state.last.shape[0]), ids) if uses_history(mode) else at.history
-        )
-        more = gets.astype(jnp.int32)
-        tokens_left = jnp.where(gets & is_stop(ids, stops), 0, at.tokens_left - more)
-        length = at.length + active.astype(jnp.int32)
-        return _At(layers, history, held_logits, ids, length, at.num_output_tokens + more, tokens_left), sampled._replace(ids=ids)
+    def step(carry: _LoopCarry, _: None) -> tuple[_LoopCarry, Sampled]:
+        active = (slots >= 0) & (carry.tokens_left > 0)
+        batch = DecodeBatch(jnp.where(active, slots, -1), carry.seq_lens, row_tables)
+        logits, layers = model.decode_step(graph, params, carry.layers, carry.last_ids, batch)
+        gets_token = active if held is None else active & ~held
+        held_logits = carry.held_logits
+        if held is not None:
+            held_logits = held_logits.at[jnp.where(active & held, rows, num_slots)].set(logits, mode="drop")
+        sampled = sample(logits, sampling, _gather_rows(carry.history, rows), carry.num_output_tokens, mode, bias)
+        ids = jnp.where(gets_token, sampled.ids, carry.last_ids)
+        history = carry.history
+        if uses_history(mode):
+            history = record_token(history, jnp.where(gets_token, rows, num_slots), ids)
+        one = gets_token.astype(jnp.int32)
+        tokens_left = jnp.where(gets_token & is_stop(ids, stop_ids), 0, carry.tokens_left - one)
+        seq_lens = carry.seq_lens + active.astype(jnp.int32)
+        num_output_tokens = carry.num_output_tokens + one
+        carry = _LoopCarry(layers, history, held_logits, ids, seq_lens, num_output_tokens, tokens_left)
+        return carry, sampled._replace(ids=ids)
 
-    carried = (decode_state.last, decode_state.state.seq_lens, decode_state.num_output_tokens, decode_state.tokens_left)
-    at = _At(decode_state.state.layers, decode_state.history, decode_state.held_logits, *_rows(carried, rows))
-    at, sampled = jax.lax.scan(step, at, None, length=steps)
-    new = (at.last, at.length, at.num_output_tokens, at.tokens_left)
-    last, lengths, num_output_tokens, tokens_left = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), carried, new)
+    old = (decode_state.last_ids, decode_state.state.seq_lens, decode_state.num_output_tokens, decode_state.tokens_left)
+    carry = _LoopCarry(decode_state.state.layers, decode_state.history, decode_state.held_logits, *_gather_rows(old, rows))
+    carry, sampled = jax.lax.scan(step, carry, None, length=steps)
+    new = (carry.last_ids, carry.seq_lens, carry.num_output_tokens, carry.tokens_left)
+    last_ids, seq_lens, num_output_tokens, tokens_left = _scatter_rows(old, rows, new)
     changed = {
-        "history": at.history,
-        "held_logits": at.held_logits,
-        "last": last,
+        "history": carry.history,
+        "held_logits": carry.held_logits,
+        "last_ids": last_ids,
         "num_output_tokens": num_output_tokens,
         "tokens_left": tokens_left,
     }
-    decode_state = dataclasses.replace(decode_state, state=TextState(at.layers, tables, lengths), **changed)
+    decode_state = dataclasses.replace(decode_state, state=TextState(carry.layers, block_tables, seq_lens), **changed)
     return decode_state, jax.tree.map(lambda x: x.swapaxes(0, 1), sampled)
 
 
 @tree_dataclass
-class _At:
-    """What the loop carries: everything of the layers, of the rest the rows taking part."""
+class _LoopCarry:
+    """Values that change from step to step: layers, history and held logits per slot, others per row."""
 
     layers: Layers
     history: History
     held_logits: Float32[Array, "S V"]
-    last: Int32[Array, " B"]
-    length: Int32[Array, " B"]
+    last_ids: Int32[Array, " B"]
+    seq_lens: Int32[Array, " B"]
     num_output_tokens: Int32[Array, " B"]
     tokens_left: Int32[Array, " B"]
 
 
-def _rows(tree, slots: Int32[Array, " B"]):
-    """The entries of these slots; a slot past the last gives the last one's, which nobody may use."""
+def _gather_rows(tree, slots: Int32[Array, " B"]):
+    """Returns the entries of these slots; a slot past the last yields undefined values."""
     return jax.tree.map(lambda x: x[jnp.minimum(slots, x.shape[0] - 1)], tree)
 
 
-def _at_rows(
-    held_logits: Float32[Array, "S V"], slots: Int32[Array, " B"], which: Bool[Array, " B"], new: Float32[Array, "B V"]
-) -> Float32[Array, "S V"]:
-    """With some of these rows at their slots."""
-    return held_logits.at[jnp.where(which, slots, held_logits.shape[0])].set(new, mode="drop")
+def _scatter_rows(tree, slots: Int32[Array, " B"], rows):
+    """Writes rows to these slots; a slot past the last is dropped."""
+    return jax.tree.map(lambda x, new: x.at[slots].set(new, mode="drop"), tree, rows)
 
 
-def is_stop(ids: Int32[Array, " B"], stops: Int32[Array, "B E"]) -> Bool[Array, " B"]:
-    """Which rows have sampled a token that ends them."""
-    return (ids[:, None] == stops).any(axis=1)
+def is_stop(ids: Int32[Array, " B"], stop_ids: Int32[Array, "B E"]) -> Bool[Array, " B"]:
+    """Returns True for rows whose token is one of the row's stop tokens."""
+    return (ids[:, None] == stop_ids).any(axis=1)
 
 
-_KINDS = tuple(np.dtype(kind) for kind in "f4 i4 f4 f4 f4 f4 f4 i4".split())  # of SamplingParams' fields but the seed
+_FIELD_DTYPES = tuple(np.dtype(dtype) for dtype in "f4 i4 f4 f4 f4 f4 f4 i4".split())  # of SamplingParams, but the seed
 
 
 def sampling_params(options: list[GenerationOptions], seeds: list[int]) -> SamplingParams:
-    """Requests' sampling, a row each."""
-    wished = [
+    """Returns the sampling options of requests, one row each."""
+    values = [
         (
             o.temperature,
             min(o.top_k, 2**31 - 1),
@@ -265,13 +291,13 @@ def sampling_params(options: list[GenerationOptions], seeds: list[int]) -> Sampl
         )
         for o in options
     ]
-    columns = zip(_KINDS, zip(*wished, strict=True), strict=True)
-    halves = np.array([(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF) for seed in seeds], np.uint32)
-    return SamplingParams(*[np.array(column, kind) for kind, column in columns], seed=halves)
+    columns = zip(_FIELD_DTYPES, zip(*values, strict=True), strict=True)
+    words = np.array([(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF) for seed in seeds], np.uint32)
+    return SamplingParams(*[np.array(column, dtype) for dtype, column in columns], seed=words)
 
 
 def bias_row(options: GenerationOptions) -> tuple[Int32[np.ndarray, " E"], Float32[np.ndarray, " E"]]:
-    """A request's row of `Bias`."""
+    """Returns a request's row of `Bias`: token ids and amounts."""
     ids, amounts = np.zeros(MAX_BIASED, np.int32), np.zeros(MAX_BIASED, np.float32)
     for i, (token, amount) in enumerate(options.logit_bias):
         ids[i], amounts[i] = token, amount
@@ -279,12 +305,12 @@ def bias_row(options: GenerationOptions) -> tuple[Int32[np.ndarray, " E"], Float
 
 
 def set_bias(bias: Bias, slot: Int32[Array, ""], ids: Int32[Array, " E"], amounts: Float32[Array, " E"]) -> Bias:
-    """With a slot's row replaced; `bias` is donated."""
+    """Replaces a slot's row; `bias` is donated."""
     return Bias(bias.ids.at[slot].set(ids), bias.amounts.at[slot].set(amounts))
 
 
 def sampling_mode(options: GenerationOptions) -> SamplingMode:
-    """The least that serves a request."""
+    """Returns the cheapest mode that computes everything that a request needs."""
     if options.logprobs is not None or options.logit_bias:
         return "full"
     draws = options.temperature > 0
@@ -294,12 +320,12 @@ def sampling_mode(options: GenerationOptions) -> SamplingMode:
 
 
 def has_penalties(options: GenerationOptions) -> bool:
-    """Whether a request needs its history."""
+    """Returns True if a request needs its token history."""
     return options.repetition_penalty != 1.0 or options.presence_penalty != 0.0 or options.frequency_penalty != 0.0
 
 
-def device_stop_ids(stops) -> Int32[np.ndarray, " E"]:
-    """As many stop tokens as the device looks out for, -1 where there are fewer."""
+def device_stop_ids(stop_ids) -> Int32[np.ndarray, " E"]:
+    """Returns the lowest NUM_DEVICE_STOPS stop token ids, padded with -1."""
     out = np.full(NUM_DEVICE_STOPS, -1, np.int32)
-    out[: min(len(stops), NUM_DEVICE_STOPS)] = sorted(stops)[:NUM_DEVICE_STOPS]
+    out[: min(len(stop_ids), NUM_DEVICE_STOPS)] = sorted(stop_ids)[:NUM_DEVICE_STOPS]
     return out

@@ -1,9 +1,10 @@
 """Gated full attention of the text backbone (transformers: models/qwen3_5, Qwen3_5Attention).
 
-Quirks: `q_proj` gives each head its query and then its output gate (`[head, 2, head_dim]`); q and k pass a zero-centred RMSNorm
-per head before rotary; rotary turns only the first `rotary_dim` of `head_dim`, in halves; the output is multiplied by
-sigmoid(gate).
-Glossary: T tokens, D width, N query heads, K key-value heads, G query heads each, H head width; B sequences of L tokens.
+Quirks: `q_proj` gives each head its query and then its output gate (`[head, 2, head_dim]`). q and k pass a
+zero-centred RMSNorm per head before rotary. Rotary acts on the first `rotary_dim` of `head_dim`, in halves.
+The output is multiplied by sigmoid(gate).
+Glossary: T tokens, D width, N query heads, K key-value heads, G query heads per key-value head, H head width;
+B sequences of L tokens.
 """
 
 import jax
@@ -18,11 +19,14 @@ from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatc
 from minicpmv46_jax.model.layers import Linear, RMSNorm, matmul_precision
 from minicpmv46_jax.model.state import KeyValues
 
-QUERY_BLOCK = 128  # queries scored at once in whole sequences: 2,048 of them at 262,144 tokens would make 17 GB of scores
+QUERY_BLOCK = 128  # queries scored at once in `dense_attention`: all 262,144 at once would make terabytes of scores
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with per-head norms and a sigmoid output gate; `backend` as in `kernels_pallas.paged_attention`."""
+    """Grouped-query attention with per-head norms and a sigmoid output gate.
+
+    `backend` selects the kernels, as in `kernels_pallas.paged_attention`.
+    """
 
     def __init__(self, config: TextConfig, *, backend: str | None = None, rngs: nnx.Rngs):
         self.config, self.backend = config, backend
@@ -42,51 +46,56 @@ class Attention(nnx.Module):
         q, gate = jnp.split(self.q_proj(x).reshape(T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
         k = self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
-        q, k = self.turned(q, k, positions)
+        q, k = self.norm_and_rotate(q, k, positions)
         if isinstance(batch, FullBatch):
-            out = causal(q, k, v, batch.query_lens.shape[0])
+            out = dense_attention(q, k, v, batch.query_lens.shape[0])
         elif isinstance(batch, PackedBatch):
             rows = (x.reshape(*batch.segments.shape, *x.shape[1:]) for x in (q, k, v))
             out = causal_attention(*rows, batch.segments, backend=self.backend).reshape(q.shape)
         else:
-            state = write(state, k, v, positions, batch.pages(T))
-            out = self.remembered(q, state, batch)
+            state = write_pages(state, k, v, positions, batch.token_pages(T))
+            out = self.attend_pages(q, state, batch)
         return self.o_proj((out * jax.nn.sigmoid(gate)).reshape(T, -1)), state
 
-    def turned(
+    def norm_and_rotate(
         self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], positions: Int32[Array, " T"]
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"]]:
-        """Queries and keys with their norms and their places."""
-        place = positions, self.config.rotary_dim, self.config.rope_theta
-        return rotate(self.q_norm(q), *place), rotate(self.k_norm(k), *place)
+        """Applies the per-head norms and the rotary embedding to queries and keys."""
+        rotary = positions, self.config.rotary_dim, self.config.rope_theta
+        return apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary)
 
-    def remembered(self, q: Float[Array, "T N H"], state: KeyValues, batch: PrefillBatch | DecodeBatch) -> Float[Array, "T N H"]:
-        """Each query over all of its sequence so far."""
-        where = batch.block_tables, batch.query_starts, batch.query_lens, batch.context_lens
+    def attend_pages(
+        self, q: Float[Array, "T N H"], state: KeyValues, batch: PrefillBatch | DecodeBatch
+    ) -> Float[Array, "T N H"]:
+        """Attends from each query to the pages of its sequence, up to the query's own position."""
+        sequences = batch.block_tables, batch.query_starts, batch.query_lens, batch.context_lens
         return paged_attention(
-            q, state.keys, state.values, *where, max_query_len=batch.max_query_len(q.shape[0]), backend=self.backend
+            q, state.keys, state.values, *sequences, max_query_len=batch.max_query_len(q.shape[0]), backend=self.backend
         )
 
 
-def rotate(x: Float[Array, "T N H"], positions: Int32[Array, " T"], rotary_dim: int, theta: float) -> Float[Array, "T N H"]:
-    """Rotary position embedding on the first `rotary_dim` widths, pairing width i with i + rotary_dim/2 (arXiv:2104.09864)."""
+def apply_rotary(x: Float[Array, "T N H"], positions: Int32[Array, " T"], rotary_dim: int, theta: float) -> Float[Array, "T N H"]:
+    """Applies the rotary position embedding (arXiv:2104.09864) to the first `rotary_dim` widths.
+
+    Width i is paired with width i + rotary_dim/2. The angles are float32.
+    """
     half = rotary_dim // 2
     frequency = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) * 2 / rotary_dim)
     angle = positions[:, None, None].astype(jnp.float32) * frequency[None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:rotary_dim].astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., rotary_dim:]], axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], axis=-1)
 
 
-def write(
+def write_pages(
     state: KeyValues,
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     positions: Int32[Array, " T"],
     pages: Int32[Array, " T"],
 ) -> KeyValues:
-    """Puts each token into its place in its page; tokens without a page are dropped."""
+    """Writes each token's key and value at `positions % PAGE` of its page; tokens of page -1 are dropped."""
     pages = scatter_index(pages, state.keys.shape[0])
     k, v = (x.reshape(x.shape[0], -1) for x in (k, v))
     return KeyValues(
@@ -95,30 +104,32 @@ def write(
     )
 
 
-def causal(q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], sequences: int) -> Float[Array, "T N H"]:
-    """Each query over its own sequence's tokens up to its own; softmax in float32."""
+def dense_attention(
+    q: Float[Array, "T N H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], sequences: int
+) -> Float[Array, "T N H"]:
+    """Attends causally inside each of `sequences` equally long sequences; softmax in float32."""
     (T, N, H), K = q.shape, k.shape[1]
     L = T // sequences
     k, v = (x.reshape(sequences, L, K, H) for x in (k, v))
     size = QUERY_BLOCK if L % QUERY_BLOCK == 0 else L
     blocks = q.reshape(sequences, -1, size, K, N // K, H).swapaxes(0, 1)
     positions = jnp.arange(L, dtype=jnp.int32).reshape(-1, size)
-    out = jax.lax.map(lambda block: _attend(block[0], k, v, block[1]), (blocks, positions))
+    out = jax.lax.map(lambda block: _attend_block(block[0], k, v, block[1]), (blocks, positions))
     return out.swapaxes(0, 1).reshape(T, N, H)
 
 
-def _attend(
+def _attend_block(
     q: Float[Array, "B l K G H"], k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], positions: Int32[Array, " l"]
 ) -> Float[Array, "B l K G H"]:
-    return _softmax_read(q, k, v, (jnp.arange(k.shape[1])[None] <= positions[:, None])[None])
+    return _masked_attention(q, k, v, (jnp.arange(k.shape[1])[None] <= positions[:, None])[None])
 
 
-def _softmax_read(
-    q: Float[Array, "B l K G H"], k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], seen: Bool[Array, "#B l L"]
+def _masked_attention(
+    q: Float[Array, "B l K G H"], k: Float[Array, "B L K H"], v: Float[Array, "B L K H"], visible: Bool[Array, "#B l L"]
 ) -> Float[Array, "B l K G H"]:
-    """Each query over the keys that it sees, at least one."""
+    """Attends from each query to its visible keys; each query needs at least one."""
     precision = matmul_precision(q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision)

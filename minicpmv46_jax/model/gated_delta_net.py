@@ -1,9 +1,12 @@
-"""Gated delta net: the linear attention of 18 of the 24 layers (arXiv:2412.06464; transformers: Qwen3_5GatedDeltaNet).
+"""Gated delta net, the linear attention of 18 of the 24 layers.
 
-Quirks: q, k and v pass one causal depthwise convolution and SiLU; q and k are L2-normalised per head, q scaled by K^-1/2; gates,
-memory and their arithmetic are float32 always; the output norm multiplies by `w` (not `1 + w`) and then by silu(z). All of it
-but the projections is `kernels_pallas.gated_delta`.
-Glossary: T tokens, S sequences, D width, N heads, K key width, V value width, C channels of q, k and v together.
+Source: arXiv:2412.06464; transformers Qwen3_5GatedDeltaNet.
+
+Quirks: q, k and v pass one causal depthwise convolution and SiLU. q and k are L2-normalised per head, and q
+is scaled by K^-1/2. Gates, the recurrent state and their arithmetic are always float32. The output norm
+multiplies by `w` (not `1 + w`) and then by silu(z). `kernels_pallas.gated_delta` computes everything except
+the projections.
+Glossary: T tokens, S sequences, D width, N heads, K key width, V value width, C channels of q, k and v.
 """
 
 import jax
@@ -19,9 +22,11 @@ from minicpmv46_jax.model.state import GatedDeltaState
 
 
 class GatedDeltaNet(nnx.Module):
-    """Token mixer with a memory of fixed size: chunked over a prompt, one step a token in decoding.
+    """Token mixer with a recurrent state of fixed size.
 
-    `backend` says who runs the rule: see `kernels_pallas.gated_delta.chunked`.
+    Prefill runs the chunked kernel, decode one recurrent step per token.
+
+    `backend` selects the kernels, as in `kernels_pallas.gated_delta.chunked`.
     """
 
     def __init__(self, config: TextConfig, *, backend: str | None = None, rngs: nnx.Rngs):
@@ -44,38 +49,42 @@ class GatedDeltaNet(nnx.Module):
         z = self.in_proj_z(x).reshape(T, self.config.linear_num_value_heads, -1)
         projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
         if isinstance(batch, DecodeBatch):
-            out, state = self.step(*projected, z, state, batch)
+            out, state = self.run_decode(*projected, z, state, batch)
         elif isinstance(batch, PackedBatch):
-            out = self.norm(self.packed(*projected, batch), z)
+            out = self.norm(self.run_packed(*projected, batch), z)
         else:
-            out, state = self.whole(*projected, batch) if isinstance(batch, FullBatch) else self.read(*projected, state, batch)
-            real = batch.real(T)[:, None, None]  # other tokens' outputs may be anything, NaN too
-            out = self.norm(jnp.where(real, out, jnp.zeros((), out.dtype)), z)
+            if isinstance(batch, FullBatch):
+                out, state = self.run_full(*projected, batch), None
+            else:
+                out, state = self.run_prefill(*projected, state, batch)
+            valid = batch.valid(T)[:, None, None]  # the kernel leaves padding undefined, NaN included
+            out = self.norm(jnp.where(valid, out, jnp.zeros((), out.dtype)), z)
         return self.out_proj(out.reshape(T, -1)), state
 
-    def whole(
+    def run_full(
         self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: FullBatch
-    ) -> tuple[Float[Array, "T N V"], None]:
-        """Sequences from nothing, and nothing kept."""
+    ) -> Float[Array, "T N V"]:
+        """Runs complete sequences from a zero state and discards the final state."""
         c, S = self.config, batch.query_lens.shape[0]
         recurrent_state = jnp.zeros((S, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim))
         conv_state = jnp.zeros((S, c.linear_conv_kernel_dim - 1, c.linear_conv_dim), qkv.dtype)
         query_starts = qkv.shape[0] // S * jnp.arange(S, dtype=jnp.int32)
+        sequences = query_starts, batch.query_lens
         return gated_delta.chunked(
-            qkv, a, b, self.layer, recurrent_state, conv_state, query_starts, batch.query_lens, backend=self.backend
-        ).out, None
+            qkv, a, b, self.kernel_params, recurrent_state, conv_state, *sequences, backend=self.backend
+        ).out
 
-    def packed(
+    def run_packed(
         self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: PackedBatch
     ) -> Float[Array, "T N V"]:
-        """Sequences from nothing, several in a row, and nothing kept."""
+        """Runs complete sequences, several per row, from a zero state and discards the final states."""
         c, rows = self.config, batch.segments.shape
         qkv, a, b = (x.reshape(*rows, -1) for x in (qkv, a, b))
         widths = c.linear_key_head_dim, c.linear_value_head_dim
-        out = gated_delta.packed(qkv, a, b, self.layer, batch.segments, *widths, backend=self.backend)
+        out = gated_delta.packed(qkv, a, b, self.kernel_params, batch.segments, *widths, backend=self.backend)
         return out.reshape(-1, *out.shape[2:])
 
-    def read(
+    def run_prefill(
         self,
         qkv: Float[Array, "T C"],
         a: Float[Array, "T N"],
@@ -83,20 +92,23 @@ class GatedDeltaNet(nnx.Module):
         state: GatedDeltaState,
         batch: PrefillBatch,
     ) -> tuple[Float[Array, "T N V"], GatedDeltaState]:
-        """Pieces of prompts, each from where its source left off; ends and snapshots go to their slots."""
-        begun = (batch.source_slots >= 0)[:, None, None]
+        """Runs chunks of prompts, each from its source slot.
+
+        Writes final states and snapshots to their slots.
+        """
+        has_source = (batch.source_slots >= 0)[:, None, None]
         source = jnp.maximum(batch.source_slots, 0)
-        recurrent_state = jnp.where(begun[..., None], state.recurrent_state[source], 0.0)
-        conv_state = jnp.where(begun, state.conv_state[source], jnp.zeros((), state.conv_state.dtype))
-        where = batch.query_starts, batch.query_lens, batch.snapshots
-        read = gated_delta.chunked(qkv, a, b, self.layer, recurrent_state, conv_state, *where, backend=self.backend)
-        kept = scatter_index(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.recurrent_state.shape[0])
-        return read.out, GatedDeltaState(
-            state.recurrent_state.at[kept].set(jnp.concatenate([read.recurrent_state, read.snapshots]), mode="drop"),
-            state.conv_state.at[kept].set(jnp.concatenate([read.conv_state, read.snapshot_conv_states]), mode="drop"),
+        recurrent_state = jnp.where(has_source[..., None], state.recurrent_state[source], 0.0)
+        conv_state = jnp.where(has_source, state.conv_state[source], jnp.zeros((), state.conv_state.dtype))
+        sequences = batch.query_starts, batch.query_lens, batch.snapshots
+        after = gated_delta.chunked(qkv, a, b, self.kernel_params, recurrent_state, conv_state, *sequences, backend=self.backend)
+        to = scatter_index(jnp.concatenate([batch.slots, batch.snapshot_slots]), state.recurrent_state.shape[0])
+        return after.out, GatedDeltaState(
+            state.recurrent_state.at[to].set(jnp.concatenate([after.recurrent_state, after.snapshots]), mode="drop"),
+            state.conv_state.at[to].set(jnp.concatenate([after.conv_state, after.snapshot_conv_states]), mode="drop"),
         )
 
-    def step(
+    def run_decode(
         self,
         qkv: Float[Array, "T C"],
         a: Float[Array, "T N"],
@@ -105,22 +117,23 @@ class GatedDeltaNet(nnx.Module):
         state: GatedDeltaState,
         batch: DecodeBatch,
     ) -> tuple[Float[Array, "T N V"], GatedDeltaState]:
-        """One token of each sequence."""
+        """Runs one token of each sequence, the output norm included."""
         qkv, a, b, z = (x[:, None] for x in (qkv, a, b, z))
         norm, keep = (self.norm.weight[...], self.norm.eps), jnp.ones_like(batch.slots)
+        states = state.recurrent_state, state.conv_state
         out, recurrent_state, conv_state = gated_delta.recurrent(
-            qkv, a, b, z, self.layer, *norm, state.recurrent_state, state.conv_state, batch.slots, keep, backend=self.backend
+            qkv, a, b, z, self.kernel_params, *norm, *states, batch.slots, keep, backend=self.backend
         )
         return out[:, 0], GatedDeltaState(recurrent_state, conv_state)
 
     @property
-    def layer(self) -> gated_delta.Layer:
-        """What the rule needs of this layer's parameters."""
+    def kernel_params(self) -> gated_delta.Layer:
+        """Parameters that the kernels read: convolution, decay and time-step bias."""
         return gated_delta.Layer(self.conv[...], self.A_log[...], self.dt_bias[...])
 
 
 class GatedRMSNorm(nnx.Module):
-    """`x / rms(x) * w * silu(z)`, per head."""
+    """Per-head norm `x / rms(x) * w * silu(z)`."""
 
     def __init__(self, width: int, eps: float):
         self.weight = nnx.Param(jnp.ones(width))

@@ -1,7 +1,7 @@
-"""The small pieces every part of the model is made of.
+"""Basic layers that every part of the model uses.
 
-Quirks: weights lie `[out, in]`, as the checkpoint has them (at batch 1 a decode step on an H200 took 1.02 ms so, 1.51 ms with
-`[in, out]`). Norms compute in float32 and return their input's dtype. The text's RMSNorm multiplies by `1 + w`.
+Quirks: weights are stored `[out, in]`, as in the checkpoint; decoding is a third slower with `[in, out]`.
+Norms compute in float32 and return their input's dtype. The text's RMSNorm multiplies by `1 + w`.
 """
 
 import jax
@@ -16,23 +16,26 @@ normal_init = nnx.initializers.normal(0.02)
 
 
 def matmul_precision(dtype: jnp.dtype) -> Precision | None:
-    """float32 products are exact ones, also where a chip would rather round them to TF32 or bfloat16."""
+    """Returns HIGHEST for float32: accelerators round float32 products to TF32 or bfloat16 by default."""
     return Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def tap(taps: Taps | None, name: str, x: Array) -> None:
-    """Keeps `x` under `name` where a caller asked for the intermediate results."""
+    """Stores `x` in `taps` under `name`; does nothing where `taps` is None."""
     if taps is not None:
         taps[name] = x
 
 
-def last(w: Float[Array, " D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """A vector of weights shaped to act along the last axis of `x`; ranks are never promoted in silence here."""
+def along_last_axis(w: Float[Array, " D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Reshapes a vector of weights to broadcast along the last axis of `x`.
+
+    Explicit, because the tests run with jax_numpy_rank_promotion="raise".
+    """
     return w.reshape((1,) * (x.ndim - 1) + w.shape)
 
 
 class Linear(nnx.Module):
-    """`y = x W^T + b`."""
+    """Linear layer `y = x W^T + b`."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs):
         self.weight = nnx.Param(normal_init(rngs.params(), (outputs, inputs)))
@@ -40,11 +43,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=matmul_precision(x.dtype))
-        return y if self.bias is None else y + last(self.bias[...], y)
+        return y if self.bias is None else y + along_last_axis(self.bias[...], y)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by row."""
+    """Table of vectors, looked up by row."""
 
     def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(normal_init(rngs.params(), (rows, width)))
@@ -54,7 +57,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, zero-centred: `x / rms(x) * (1 + w)` (arXiv:1910.07467; Qwen3_5RMSNorm)."""
+    """Zero-centred root-mean-square norm: `x / rms(x) * (1 + w)` (arXiv:1910.07467; Qwen3_5RMSNorm)."""
 
     def __init__(self, width: int, eps: float):
         self.weight = nnx.Param(jnp.zeros(width))
@@ -62,7 +65,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = rms_normalise(x.astype(jnp.float32), self.eps)
-        return (y * last(1.0 + self.weight[...].astype(jnp.float32), y)).astype(x.dtype)
+        return (y * along_last_axis(1.0 + self.weight[...].astype(jnp.float32), y)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -77,12 +80,12 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = rms_normalise(y, self.eps)
-        weight, bias = (last(p[...].astype(jnp.float32), y) for p in (self.weight, self.bias))
+        weight, bias = (along_last_axis(p[...].astype(jnp.float32), y) for p in (self.weight, self.bias))
         return (y * weight + bias).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (arXiv:2002.05202)."""
+    """Gated MLP `down(silu(gate(x)) * up(x))` (arXiv:2002.05202)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         self.gate_proj = Linear(width, hidden, rngs=rngs)
@@ -94,5 +97,5 @@ class SwiGLU(nnx.Module):
 
 
 def rms_normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
-    """`x` over the root of its mean square."""
+    """Divides `x` by the root of its mean square."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

@@ -1,14 +1,15 @@
-"""The whole model: its schema as one NNX module, and the pure functions that run it on plain trees.
+"""The whole model: its schema as one NNX module, and pure functions that run it on plain trees.
 
-    graph = schema(config)                                              # static: which modules there are
-    params = checkpoint.load_params(folder, config)                     # nested dicts of arrays
-    features = encode(graph.vision, params["vision"], packed_views)     # pictures, once
-    logits, state = prefill(graph.text, params["text"], state, pieces, features)  # pieces of prompts
-    logits, layers = decode_step(graph.text, params["text"], layers, last, rows)      # one token of each sequence
+    graph = schema(config)                                                      # static: the modules
+    params = checkpoint.load_params(folder, config)                             # nested dicts of arrays
+    features = encode(graph.vision, params["vision"], packed_views)             # images, once
+    logits, state = prefill(graph.text, params["text"], state, inputs, features)  # chunks of prompts
+    logits, layers = decode_step(graph.text, params["text"], layers, token_ids, batch)  # a token per sequence
 
-A Module never crosses `jit`: the functions take a graph (bind it with functools.partial) and parameters, and merge them while
-tracing; a Module as an argument costs 18.6 ms a call on the host, a plain tree 0.3 ms. Each function takes only the part it
-reads: on an H200 a call with all 779 parameters took 1.8 ms to dispatch.
+A Module never crosses `jit`, because flattening it costs much more per call than a plain tree. The functions
+take a graph (bind it with functools.partial) and parameters, and merge them while tracing. Each function
+takes only the parameters that it reads, because each array of an argument adds to the time of a call.
+Glossary: T tokens, S sequences, B rows, R feature rows, D width, V vocabulary.
 """
 
 import functools
@@ -32,7 +33,7 @@ Params = dict[str, Any]
 
 
 class MiniCPMV46(nnx.Module):
-    """Vision tower and text backbone; names, shapes and initialisation of every parameter."""
+    """Vision tower and text backbone; defines names, shapes and initialisation of every parameter."""
 
     def __init__(self, config: ModelConfig, *, backend: str | None = None, rngs: nnx.Rngs):
         self.text = TextModel(config.text, backend=backend, rngs=rngs)
@@ -40,7 +41,7 @@ class MiniCPMV46(nnx.Module):
 
 
 class Schema(NamedTuple):
-    """The static halves of the model's two parts, for `merge`."""
+    """Static graphs of the model's two parts, for `merge`."""
 
     text: nnx.GraphDef
     vision: nnx.GraphDef
@@ -48,9 +49,12 @@ class Schema(NamedTuple):
 
 @tree_dataclass
 class TokenBlock:
-    """B whole sequences, padded to T tokens; of each row the first `num_valid` are real.
+    """B whole sequences, padded to T tokens.
 
-    `feature_rows` is the row of the features that replaces a token's embedding, -1 where the token is a word.
+    Attributes:
+      ids: token ids.
+      feature_rows: the row of the image features that replaces a token's embedding; -1 for text tokens.
+      num_valid: number of valid tokens at the start of each row.
     """
 
     ids: Int32[Array, "B T"]
@@ -60,88 +64,103 @@ class TokenBlock:
 
 @tree_dataclass
 class PrefillInput:
-    """Pieces of prompts in one row; `feature_rows` as in `TokenBlock`. A piece may end anywhere, inside a picture too."""
+    """Chunks of prompts, concatenated; `feature_rows` as in `TokenBlock`.
+
+    A chunk may end at any token, inside an image too.
+    """
 
     ids: Int32[Array, " T"]
     feature_rows: Int32[Array, " T"]
-    chunks: PrefillBatch
+    batch: PrefillBatch
 
 
 def schema(config: ModelConfig, backend: str | None = None) -> Schema:
-    """Which modules the model has; built without allocating a parameter.
+    """Returns the model's graphs; allocates no parameter.
 
-    `backend` selects the implementation of the operations of `kernels_pallas`: "reference", "hopper", "tpu", or None for the
-    fastest that serves them.
+    `backend` selects the kernels of `kernels_pallas`: "reference", "hopper", "tpu", or None for the fastest
+    that supports the device and the shapes.
     """
-    module = _abstract(config, backend)
+    module = _abstract_model(config, backend)
     return Schema(nnx.split(module.text)[0], nnx.split(module.vision)[0])
 
 
 def parameter_shapes(config: ModelConfig) -> Params:
-    """Every parameter's shape, as a plain tree of `jax.ShapeDtypeStruct` (float32)."""
-    return nnx.to_pure_dict(nnx.split(_abstract(config, None))[1])
+    """Returns every parameter's shape, as a plain tree of `jax.ShapeDtypeStruct` (float32)."""
+    return nnx.to_pure_dict(nnx.split(_abstract_model(config, None))[1])
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> Params:
-    """Freshly initialised parameters, as a plain tree.
+    """Returns randomly initialised parameters, as a plain tree.
 
-    Not jitted: as one program the full-size model's took minutes to compile on an H200; op by op it compiles once a shape.
+    Not jitted: one program for the full-size model takes minutes to compile; op by op is fast.
     """
     params = nnx.to_pure_dict(nnx.split(MiniCPMV46(config, rngs=nnx.Rngs(seed)))[1])
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
-    """The module over these parameters; call it while tracing."""
+    """Returns the module with these parameters; for use while tracing."""
     return nnx.merge(graph, params)
 
 
 @functools.cache
-def _abstract(config: ModelConfig, backend: str | None) -> MiniCPMV46:
-    """The module without a parameter allocated; made once, for it takes half a second."""
-    return nnx.eval_shape(lambda: MiniCPMV46(config, backend=backend, rngs=_OneKey(0)))
+def _abstract_model(config: ModelConfig, backend: str | None) -> MiniCPMV46:
+    """Returns the module without allocated parameters; cached, because it takes half a second."""
+    return nnx.eval_shape(lambda: MiniCPMV46(config, backend=backend, rngs=_SameKeyRngs(0)))
 
 
-class _OneKey(nnx.Rngs):
-    """For shapes alone: draws one key. nnx counts draws in a traced number, each slower to trace than the last: 2.6 s in all."""
+class _SameKeyRngs(nnx.Rngs):
+    """Random keys for abstract evaluation: always the same key.
+
+    nnx counts draws in a traced number, which makes each draw slower to trace than the last.
+    """
 
     def params(self) -> Key[Array, ""]:
         return jax.random.key(0)
 
 
 def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, taps: Taps | None = None) -> Float[Array, "R D"]:
-    """The tower: text embeddings of one pass of packed views, in the order of the views; padding rows at the end."""
+    """Encodes one pass of packed views with the vision tower.
+
+    Returns the text embeddings of all views, one view after another; padding rows are at the end.
+    """
     return merge(graph, params)(views, taps)
 
 
 def embed(
     table: Params, ids: Int32[Array, " T"], feature_rows: Int32[Array, " T"], features: Float[Array, "R D"]
 ) -> Float[Array, "T D"]:
-    """Token embeddings, with picture features gathered into the places that hold them."""
-    pictures = features[jnp.maximum(feature_rows, 0)]
-    return jnp.where((feature_rows >= 0)[:, None], pictures, table["weight"][ids])
+    """Returns token embeddings, with image features in place of the placeholder tokens."""
+    image_features = features[jnp.maximum(feature_rows, 0)]
+    return jnp.where((feature_rows >= 0)[:, None], image_features, table["weight"][ids])
 
 
 def prefill(
-    graph: nnx.GraphDef, params: Params, state: TextState, pieces: PrefillInput, features: Float[Array, "R D"]
+    graph: nnx.GraphDef, params: Params, state: TextState, inputs: PrefillInput, features: Float[Array, "R D"]
 ) -> tuple[Float32[Array, "S V"], TextState]:
-    """The backbone over pieces of prompts: logits after each piece's last token, and the state after them."""
-    text, chunks = merge(graph, params), pieces.chunks
-    x = embed(params["embed"], pieces.ids, pieces.feature_rows, features)
-    hidden, layers = text(x, state.layers, chunks)
-    ends = jnp.clip(chunks.query_starts + chunks.query_lens - 1, 0, x.shape[0] - 1)
-    slots = scatter_index(chunks.slots, state.seq_lens.shape[0])
-    tables = state.block_tables.at[slots].set(chunks.block_tables, mode="drop")
-    lengths = state.seq_lens.at[slots].set(chunks.context_lens, mode="drop")
-    return text.logits(hidden[ends]), TextState(layers, tables, lengths)
+    """Runs the backbone over chunks of prompts.
+
+    Returns the logits after each chunk's last token, and the state after the chunks.
+    """
+    text, batch = merge(graph, params), inputs.batch
+    x = embed(params["embed"], inputs.ids, inputs.feature_rows, features)
+    hidden, layers = text(x, state.layers, batch)
+    last = jnp.clip(batch.query_starts + batch.query_lens - 1, 0, x.shape[0] - 1)
+    slots = scatter_index(batch.slots, state.seq_lens.shape[0])
+    block_tables = state.block_tables.at[slots].set(batch.block_tables, mode="drop")
+    seq_lens = state.seq_lens.at[slots].set(batch.context_lens, mode="drop")
+    return text.logits(hidden[last]), TextState(layers, block_tables, seq_lens)
 
 
 def decode_step(
-    graph: nnx.GraphDef, params: Params, layers: Layers, last: Int32[Array, " S"], rows: DecodeBatch
+    graph: nnx.GraphDef, params: Params, layers: Layers, token_ids: Int32[Array, " S"], batch: DecodeBatch
 ) -> tuple[Float32[Array, "S V"], Layers]:
-    """The backbone over one token of each sequence: logits after it, and the layers' state."""
+    """Runs the backbone over one token of each sequence.
+
+    Returns the logits after the token, and the layers' state.
+    """
     text = merge(graph, params)
-    hidden, layers = text(text.embed(last), layers, rows)
+    hidden, layers = text(text.embed(token_ids), layers, batch)
     return text.logits(hidden), layers
 
 
@@ -152,12 +171,12 @@ def forward(
     features: Float[Array, "R D"],
     taps: Taps | None = None,
 ) -> Float32[Array, "B T V"]:
-    """Logits at every token, from nothing: the readable, cache-free forward. Differentiable.
+    """Computes logits at every token of whole sequences: the readable, cache-free forward. Differentiable.
 
     Args:
       graph, params: the whole model.
       tokens: whole sequences.
-      features: picture embeddings, as `encode` gives them; any [1, D] array where there is no picture.
+      features: image features from `encode`; any [1, D] array for prompts without images.
       taps: if given, receives the embeddings, every layer's output and the last hidden states, by name.
     """
     text = merge(graph.text, params["text"])

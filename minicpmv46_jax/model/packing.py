@@ -1,10 +1,12 @@
-"""Lays pictures in one row for the tower (numpy only).
+"""Packs views of images into passes of the vision tower (numpy only).
 
-The tower merges 2x2 neighbours, once in the middle ("16x" alone) and once at the end. The packer therefore orders each view's
-patches by blocks: all patches that end in one token stand together, and inside them all that end in one mid-tower window.
-Attention does not care about order (the position embedding is added by index), and both merges become plain reshapes.
+The tower merges 2x2 neighbours, once in the middle ("16x" only) and once at the end. The packer therefore
+orders each view's patches by blocks: the patches of one token are adjacent, and inside them those of one
+window in the middle. Attention ignores the order, because the position embedding is added by index. Both
+merges become plain reshapes.
 
 Sizes are rounded up to few buckets, so that few programs are compiled: patches to eighths of a power of two.
+Glossary: P patches of a pass or a view, I views of a pass.
 """
 
 import dataclasses
@@ -16,16 +18,26 @@ from jaxtyping import Float32, Int32, UInt8
 
 from minicpmv46_jax.trees import tree_dataclass
 
-MERGES = {"16x": 2, "4x": 1}  # 2x2 merges on the way from patches to tokens
-MAX_VIEW_LENS = (64, 256, 576, 1088, 2304, 4928)  # bounds of the longest view; 1088 holds the 448 x 448 slices of every aspect
-PACK_PATCHES = 16384  # one pass through the tower; larger requests take several
+MERGES = {"16x": 2, "4x": 1}  # number of 2x2 merges from patches to tokens
+MAX_VIEW_LENS = (64, 256, 576, 1088, 2304, 4928)  # buckets; 1088 holds 448 x 448 pixels in every aspect ratio
+PACK_PATCHES = 16384  # patches of one pass; larger requests take several passes
 
 
 @tree_dataclass
 class PackedViews:
-    """One pass through the tower. P patches in the row, I views; `max_view_len` bounds a view and is static.
+    """One pass of the vision tower.
 
-    Patches are the picture's bytes, a quarter of the traffic of their values; the tower computes `byte * scale + offset`.
+    Patches stay bytes, which are a quarter of their float32 values to transfer; the tower computes
+    `byte * scale + offset`.
+
+    Attributes:
+      patches: bytes of all views' patches, each view in block order.
+      scale, offset: per patch and channel.
+      position_ids: row of the learned position table of each patch.
+      view_starts, view_lens: view i has the patches `view_starts[i] : view_starts[i] + view_lens[i]`. An
+        unused entry starts at P.
+      max_view_len: static upper bound of `view_lens`.
+      downsample_mode: "16x" or "4x", static.
     """
 
     patches: UInt8[np.ndarray, "P patch_dim"]
@@ -40,35 +52,37 @@ class PackedViews:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedView:
-    """A view in the order the tower takes its patches; `scale` and `offset` are one for each channel."""
+    """A view with its patches in block order; one `scale` and one `offset` per channel."""
 
     patches: UInt8[np.ndarray, "P patch_dim"]
     scale: Float32[np.ndarray, " channels"]
     offset: Float32[np.ndarray, " channels"]
     position_ids: Int32[np.ndarray, " P"]
-    mode: str
+    downsample_mode: str
     num_tokens: int
 
 
 def block_order(height: int, width: int, merges: int) -> np.ndarray:
-    """Row-major patch indices in the order the tower takes them, int64 [height * width].
+    """Returns row-major patch indices in block order, int64 [height * width].
 
-    Raises ValueError where the grid cannot be merged: the sides must be multiples of 2**merges.
+    Raises:
+      ValueError: a side is not a multiple of 2**merges.
     """
     side = 2**merges
     if height % side or width % side:
         raise ValueError(f"a patch grid of {height} x {width} cannot be merged {merges} times: sides must be multiples of {side}")
-    # [rows, 2, 2, ..., columns, 2, 2, ...] -> [rows, columns, (2, 2) of the last merge, ..., (2, 2) of the first]
+    # [rows, 2, 2, ..., columns, 2, 2, ...]
+    # -> [rows, columns, (2, 2) of the last merge, ..., (2, 2) of the first]
     index = np.arange(height * width).reshape(height // side, *(2,) * merges, width // side, *(2,) * merges)
     pairs = [axis for merge in range(merges) for axis in (1 + merge, 2 + merges + merge)]
     return index.transpose(0, 1 + merges, *pairs).reshape(-1)
 
 
 def nearest_positions(height: int, width: int, side: int) -> np.ndarray:
-    """For every patch, the row of the learned `side` x `side` position table nearest to it, int64 [height, width].
+    """Returns the nearest row of the learned `side` x `side` position table per patch, int64 [height, width].
 
-    The reference puts float32 coordinates i / height into float32 buckets (transformers: get_vision_nearest_position_ids);
-    the same arithmetic here, so that a coordinate on a boundary falls on the same side.
+    The reference (transformers: get_vision_nearest_position_ids) sorts float32 coordinates i / height into
+    float32 buckets. The arithmetic is the same here, so that a coordinate on a boundary is not moved.
     """
     step = 1 / side
     count = int(np.ceil((1.0 - step) / step))
@@ -79,8 +93,8 @@ def nearest_positions(height: int, width: int, side: int) -> np.ndarray:
     return rows[:, None] * side + columns
 
 
-def bucket(size: int) -> int:
-    """The next size with at most four significant bits: 64, 72, 80, ..., 128, 144, ...; at least 64."""
+def bucket_size(size: int) -> int:
+    """Rounds up to a size of at most four significant bits: 64, 72, 80, ..., 128, 144, ...; at least 64."""
     step = max(1 << max(size.bit_length() - 4, 0), 8)
     return max(-(-size // step) * step, 64)
 
@@ -91,10 +105,10 @@ def pack(views: Sequence, positions_per_side: int, limit: int = PACK_PATCHES) ->
     Args:
       views: `processing.View`s.
       positions_per_side: side of the learned position table.
-      limit: patches in a pass; a single larger view gets a pass of its own.
+      limit: patches of a pass; a single larger view gets a pass of its own.
 
     Yields:
-      The indices of the views in a pass, and the pass. The pass's tokens are those of its views, one after another.
+      (indices of the pass's views, the pass). The tower's tokens are those of the views, in order.
     """
     group: list[int] = []
     patches = 0
@@ -110,43 +124,47 @@ def pack(views: Sequence, positions_per_side: int, limit: int = PACK_PATCHES) ->
 
 
 def pack_view(view, positions_per_side: int) -> PackedView:
-    """A view (`processing.View`) as the tower takes it."""
-    order, positions = _places(view.grid, MERGES[view.downsample_mode], positions_per_side)
+    """Returns a view (`processing.View`) with its patches in block order."""
+    order, positions = _block_layout(view.grid, MERGES[view.downsample_mode], positions_per_side)
     scale, offset = (view.table[:, 255] - view.table[:, 0]) / 255, view.table[:, 0]
     return PackedView(view.pixels[order], scale, offset, positions, view.downsample_mode, view.num_tokens)
 
 
-def pack_views(views: Sequence[PackedView], patches: int, slots: int, longest: int) -> PackedViews:
-    """Views of one mode as one pass, padded to so many patches and views."""
+def pack_views(views: Sequence[PackedView], patches: int, max_views: int, max_view_len: int) -> PackedViews:
+    """Concatenates views of one downsample mode into one pass.
+
+    The pass is padded to `patches` patches and `max_views` views.
+    """
     lengths = np.array([len(view.patches) for view in views], np.int32)
     ends = np.cumsum(lengths)
-    assert len(views) <= slots and ends[-1] <= patches and lengths.max() <= longest, "the views are larger than the pass"
+    fits = len(views) <= max_views and ends[-1] <= patches and lengths.max() <= max_view_len
+    assert fits, "the views are larger than the pass"
     row = np.zeros((patches, views[0].patches.shape[1]), np.uint8)
     scale, offset = np.zeros((2, patches, len(views[0].scale)), np.float32)
     positions = np.zeros(patches, np.int32)
     for view, end in zip(views, ends, strict=True):
         own = slice(end - len(view.patches), end)
         row[own], scale[own], offset[own], positions[own] = view.patches, view.scale, view.offset, view.position_ids
-    starts, padded_lengths = np.full(slots, patches, np.int32), np.zeros(slots, np.int32)
-    starts[: len(views)], padded_lengths[: len(views)] = ends - lengths, lengths
-    return PackedViews(row, scale, offset, positions, starts, padded_lengths, longest, views[0].mode)
+    view_starts, view_lens = np.full(max_views, patches, np.int32), np.zeros(max_views, np.int32)
+    view_starts[: len(views)], view_lens[: len(views)] = ends - lengths, lengths
+    return PackedViews(row, scale, offset, positions, view_starts, view_lens, max_view_len, views[0].downsample_mode)
 
 
 def _pack_group(views: Sequence, positions_per_side: int) -> PackedViews:
-    laid = [pack_view(view, positions_per_side) for view in views]
-    lengths = [len(view.patches) for view in laid]
-    longest = next((bound for bound in MAX_VIEW_LENS if bound >= max(lengths)), bucket(max(lengths)))
-    return pack_views(laid, bucket(sum(lengths)), _view_slots(len(views)), longest)
+    packed = [pack_view(view, positions_per_side) for view in views]
+    lengths = [len(view.patches) for view in packed]
+    max_view_len = next((bound for bound in MAX_VIEW_LENS if bound >= max(lengths)), bucket_size(max(lengths)))
+    return pack_views(packed, bucket_size(sum(lengths)), _round_view_count(len(views)), max_view_len)
 
 
-@functools.lru_cache(maxsize=256)  # few shapes: a slice's sides are those of 448 x 448 in some aspect
-def _places(grid: tuple[int, int], merges: int, positions_per_side: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tower's order of a grid's patches, and each one's position in that order."""
+@functools.lru_cache(maxsize=256)  # few grids occur: the slices of 448 x 448 pixels in some aspect ratio
+def _block_layout(grid: tuple[int, int], merges: int, positions_per_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the block order of a grid's patches, and their position ids in that order."""
     order = block_order(*grid, merges)
     return order, nearest_positions(*grid, positions_per_side).reshape(-1)[order].astype(np.int32)
 
 
-def _view_slots(count: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ...: the next power of two or one and a half of one."""
+def _round_view_count(count: int) -> int:
+    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: a power of two or one and a half of one."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power

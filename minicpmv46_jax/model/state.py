@@ -1,9 +1,10 @@
-"""What sequences remember between calls: keys and values in pages, gated-delta memory in slots.
+"""State of sequences between calls: keys and values in pages, recurrent and conv states in slots.
 
-A sequence holds a slot and as many pages of 64 tokens as it needs; its row of `block_tables` names the pages. There may be more
-slots than sequences: the others keep snapshots, from which a sequence with the same prefix may start.
-Frozen; every function returns a new one. The jitted steps donate the old one, so the arrays are updated in place.
-Glossary: S sequences, s slots of memory (at least S), P pages, M pages a sequence may have.
+A sequence holds one slot and as many pages of 64 tokens as it needs; its row of `block_tables` lists the
+pages. There may be more slots than sequences: the additional slots hold snapshots, from which a sequence
+with the same prefix can start. All classes are frozen, and functions return new ones. Jitted steps donate
+the old one, so the arrays are updated in place.
+Glossary: S sequences, s slots (at least S), P pages, M pages a sequence may have, N heads, V and K widths.
 """
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from minicpmv46_jax.trees import tree_dataclass
 
 @tree_dataclass
 class KeyValues:
-    """Keys and values of one full-attention layer; a token's heads side by side."""
+    """Keys and values of one full-attention layer; a token's heads are concatenated."""
 
     keys: Float[Array, "P page KH"]
     values: Float[Array, "P page KH"]
@@ -24,7 +25,7 @@ class KeyValues:
 
 @tree_dataclass
 class GatedDeltaState:
-    """Memory of one gated-delta layer: its size does not depend on the length of the sequence."""
+    """Recurrent and conv state of one gated-delta layer; its size is independent of sequence lengths."""
 
     recurrent_state: Float32[Array, "s N V K"]
     conv_state: Float[Array, "s tail C"]
@@ -35,7 +36,13 @@ Layers = tuple[KeyValues | GatedDeltaState, ...]
 
 @tree_dataclass
 class TextState:
-    """All sequences: `layers` in the model's order, each sequence's pages (-1: none), and how many tokens it has seen."""
+    """State of all sequences.
+
+    Attributes:
+      layers: one state per layer, in the model's order.
+      block_tables: each sequence's pages; -1 for none.
+      seq_lens: tokens of each sequence so far.
+    """
 
     layers: Layers
     block_tables: Int32[Array, "S M"]
@@ -45,15 +52,15 @@ class TextState:
 def empty_state(
     config: TextConfig, sequences: int, pages: int, dtype: jnp.dtype, *, max_pages: int, snapshots: int = 0
 ) -> TextState:
-    """Sequences that have seen nothing.
+    """Creates the state of sequences without tokens.
 
     Args:
       config: the text backbone.
       sequences: S.
       pages: P, shared by all sequences.
-      dtype: of keys, values and convolution inputs; the gated-delta memory is float32 always.
+      dtype: dtype of keys, values and conv states; recurrent states are always float32.
       max_pages: M, pages of one sequence.
-      snapshots: slots of memory beyond those of the sequences.
+      snapshots: slots beyond those of the sequences.
     """
 
     def layer(kind: str) -> KeyValues | GatedDeltaState:
@@ -70,5 +77,5 @@ def empty_state(
 
 
 def pages_of(tokens: int) -> int:
-    """Pages that hold so many tokens."""
+    """Returns the number of pages that hold `tokens` tokens."""
     return -(-tokens // PAGE)

@@ -1,9 +1,9 @@
-"""The vision tower: SigLIP2 over packed views, a mid-tower window merger, and the final merger into text embeddings.
+"""The vision tower: SigLIP2 over packed views, with two mergers.
 
-Source: transformers models/minicpmv4_6. Quirks: no class token, no pooling; attention stays inside each view; after layer
-`insert_layer_id` the window merger turns every 2x2 window into one token ("16x"; "4x" skips it), with the window's mean as
-residual; the tower's MLPs and the window merger use the tanh GELU, the final merger the exact one. Patches come in the packer's
-block order, which makes both merges reshapes.
+Source: transformers models/minicpmv4_6. Quirks: there is no class token and no pooling. Attention stays
+inside each view. After layer `insert_layer_id` the window merger turns every 2x2 window into one token, with
+the window's mean as residual ("16x"; "4x" skips it). The tower's MLPs and the window merger use the tanh
+GELU, the final merger the exact one. The packer orders patches by blocks, which makes both merges reshapes.
 Glossary: P rows (patches, later tokens), D width, N heads, H head width, I views, E text width.
 """
 
@@ -31,7 +31,7 @@ exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 class VisionAttention(nnx.Module):
-    """Multi-head attention with biases; who attends to whom is the caller's."""
+    """Multi-head attention with biases; `attend` (q, k, v) -> out decides which rows are visible."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.heads = config.num_attention_heads
@@ -47,7 +47,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionMLP(nnx.Module):
-    """Two linear layers around a tanh GELU."""
+    """MLP of two linear layers around a tanh GELU."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
@@ -72,7 +72,7 @@ class VisionBlock(nnx.Module):
 
 
 class WindowMerger(nnx.Module):
-    """Mid-tower: attention inside each 2x2 window, then an MLP that makes one token of it."""
+    """Merger in the middle of the tower: attention inside each 2x2 window, then an MLP to one token."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
@@ -90,7 +90,7 @@ class WindowMerger(nnx.Module):
 
 
 class FinalMerger(nnx.Module):
-    """Each 2x2 of the tower's tokens becomes one text embedding."""
+    """MLP that makes one text embedding of each 2x2 window of the tower's tokens."""
 
     def __init__(self, width: int, text_width: int, *, rngs: nnx.Rngs):
         merged = WINDOW * width
@@ -104,7 +104,10 @@ class FinalMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Packed views in, text embeddings out; `backend` as in `kernels_pallas.packed_attention`."""
+    """Packed views in, text embeddings out.
+
+    `backend` selects the kernels, as in `kernels_pallas.packed_attention`.
+    """
 
     def __init__(self, config: VisionConfig, text_width: int, *, backend: str | None = None, rngs: nnx.Rngs):
         D = config.hidden_size
@@ -119,62 +122,70 @@ class VisionTower(nnx.Module):
     def __call__(
         self, views: PackedViews, taps: Taps | None = None, run: Callable[..., Array] | None = None
     ) -> Float[Array, "tokens E"]:
-        """Every view's tokens, one view after another; P/16 rows in "16x", P/4 in "4x", padding at the end.
+        """Encodes one pass of packed views.
 
         Args:
-          views: one pass, as `packing.pack` lays it.
-          taps: if given, receives the embeddings, each layer's output, both mergers'.
-          run: (first, blocks, x, attend) -> x, in place of calling the blocks from the first on one after another; training
-            computes what is inside them again.
+          views: one pass, as `packing.pack` makes it.
+          taps: if given, receives the embeddings and the outputs of each layer and of both mergers.
+          run: (first, blocks, x, attend) -> x, called in place of running `blocks` one after another; `first`
+            is the index of the first. Training uses it for rematerialisation.
+
+        Returns:
+          The tokens of all views, one view after another: P/16 rows in "16x", P/4 in "4x", padding last.
         """
         x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
         x = x + self.position_embed(views.position_ids)
         tap(taps, "vision.embeddings", x)
-        run = run or functools.partial(_one_by_one, taps=taps)
-        blocks, attend = list(self.layers), self.within_views(views, 1)
-        merged = self.insert_layer_id + 1 if views.downsample_mode == "16x" else len(blocks)
-        x = run(0, blocks[:merged], x, attend)
+        run = run or functools.partial(_run_blocks, taps=taps)
+        blocks, attend = list(self.layers), self.view_attention(views, 1)
+        split = self.insert_layer_id + 1 if views.downsample_mode == "16x" else len(blocks)
+        x = run(0, blocks[:split], x, attend)
         if views.downsample_mode == "16x":
             x = self.window_merger(x, functools.partial(window_attention, window=WINDOW, backend=self.backend))
             tap(taps, "vision.window_merger", x)
-            x = run(merged, blocks[merged:], x, self.within_views(views, WINDOW))
+            x = run(split, blocks[split:], x, self.view_attention(views, WINDOW))
         features = self.merger(self.post_norm(x))
         tap(taps, "vision.merger", features)
         return features
 
-    def within_views(self, views: PackedViews, merged: int) -> "Within":
-        """An attention that keeps each view to itself, where `merged` patches have become one row."""
-        return Within(views.view_starts // merged, views.view_lens // merged, views.max_view_len // merged, self.backend)
+    def view_attention(self, views: PackedViews, patches_per_row: int) -> "ViewAttention":
+        """Returns an attention inside each view, for rows that each stand for `patches_per_row` patches."""
+        starts, lengths = views.view_starts // patches_per_row, views.view_lens // patches_per_row
+        return ViewAttention(starts, lengths, views.max_view_len // patches_per_row, self.backend)
 
 
 @tree_dataclass
-class Within:
-    """An attention that keeps each view to itself; a tree, so that it can be given to a jitted function."""
+class ViewAttention:
+    """Attention inside each view; a pytree, so that it can be an argument of a jitted function."""
 
-    starts: Int32[Array, " I"]
-    lengths: Int32[Array, " I"]
-    longest: int = dataclasses.field(metadata={"static": True})
+    view_starts: Int32[Array, " I"]
+    view_lens: Int32[Array, " I"]
+    max_view_len: int = dataclasses.field(metadata={"static": True})
     backend: str | None = dataclasses.field(metadata={"static": True})
 
     def __call__(self, q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"]) -> Float[Array, "P N H"]:
-        return packed_attention(q, k, v, self.starts, self.lengths, longest=self.longest, backend=self.backend)
+        views = self.view_starts, self.view_lens
+        return packed_attention(q, k, v, *views, longest=self.max_view_len, backend=self.backend)
 
 
-def _one_by_one(first: int, blocks: list[VisionBlock], x: Float[Array, "P D"], attend: Within, taps: Taps | None) -> Array:
+def _run_blocks(first: int, blocks: list[VisionBlock], x: Float[Array, "P D"], attend: ViewAttention, taps: Taps | None) -> Array:
     for i, block in enumerate(blocks, start=first):
-        x = _run(*nnx.split(block), x, attend)
+        x = _run_block(*nnx.split(block), x, attend)
         tap(taps, f"vision.layers.{i}", x)
     return x
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(graph: nnx.GraphDef, params: Any, x: Float[Array, "P D"], attend: Within) -> Float[Array, "P D"]:
-    """A block, traced and lowered once for all: with a kernel inside, one by one took 15 s, not 2."""
+def _run_block(graph: nnx.GraphDef, params: Any, x: Float[Array, "P D"], attend: ViewAttention) -> Float[Array, "P D"]:
+    """Runs one block. Jitted, so that all layers share one trace and one lowering of the kernels."""
     return nnx.merge(graph, params)(x, attend)
 
 
 def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
-    """The normalised values of the patches' bytes: those of `processing.View.pixel_values`, to float32's last digit."""
+    """Returns the normalised values of the patches' bytes.
+
+    They equal `processing.View.pixel_values` up to the last digit of float32.
+    """
     P, channels = views.scale.shape
     values = views.patches.reshape(P, channels, -1).astype(jnp.float32)
     return (values * views.scale[..., None] + views.offset[..., None]).reshape(P, -1)

@@ -304,7 +304,7 @@ class Engine(EngineClient):
 
     def _fits(self, views: list[MultimodalItem], picture: MultimodalItem) -> bool:
         """Whether the picture may join the pass."""
-        if views and views[0].laid.mode != picture.laid.mode:
+        if views and views[0].laid.downsample_mode != picture.laid.downsample_mode:
             return False
         return self._device.pass_for([len(view.laid.patches) for view in (*views, picture)]) is not None
 

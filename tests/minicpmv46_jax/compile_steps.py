@@ -64,7 +64,7 @@ def main(topology: str, config: ModelConfig) -> None:
     pieces = model.PrefillInput(
         ids=numbers((BLOCK,)),
         feature_rows=numbers((BLOCK,)),
-        chunks=PrefillBatch(
+        batch=PrefillBatch(
             *[numbers((PIECES,))] * 5,
             block_tables=numbers((PIECES, PAGES)),
             snapshots=numbers((PIECES, 2)),

@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.generation import decoding, generate
-from minicpmv46_jax.generation.generate import Generator, blocks, grow
+from minicpmv46_jax.generation.generate import Generator, grow_state, prefill_blocks
 from minicpmv46_jax.model import PrefillInput
 from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import empty_state
@@ -89,7 +89,7 @@ def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
 
 def test_blocks_cover_the_prompt_with_few_sizes():
     for total in (1, 64, 65, 256, 1000, 1024, 1025, 5000):
-        cut = list(blocks(total))
+        cut = list(prefill_blocks(total))
         assert sum(size for _, size, _ in cut) == total
         assert [start for start, _, _ in cut] == list(np.cumsum([0] + [size for _, size, _ in cut])[:-1])
         assert all(size <= padded and padded in generate.PREFILL_BUCKETS for _, size, padded in cut)
@@ -99,14 +99,14 @@ def test_growing_the_cache_changes_nothing(demo, monkeypatch):
     inputs = prompt(demo, "a" * 40)
     options = demo.options(max_new_tokens=100, temperature=0.0, ignore_eos=True)
     expected = [t.id for t in demo.generator.tokens(inputs, options)]
-    monkeypatch.setattr(generate, "SMALLEST_CAPACITY", 64)
+    monkeypatch.setattr(generate, "MIN_CAPACITY", 64)
     assert PAGE * demo.generator.pages(len(inputs.token_ids) + 1) < len(inputs.token_ids) + 100
     assert [t.id for t in demo.generator.tokens(inputs, options)] == expected
 
 
 def test_grow_keeps_what_was_there(demo):
     _, state = demo.generator.prefill(prompt(demo, "hello"))
-    bigger = grow(state, 32)
+    bigger = grow_state(state, 32)
     assert bigger.block_tables.tolist() == [list(range(32))]
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(bigger), strict=True):
         np.testing.assert_array_equal(new[tuple(slice(0, n) for n in old.shape)], old)
@@ -118,8 +118,8 @@ def test_compilations_are_as_many_as_buckets(demo, photos):
     for words in ("a", "ab", "abc" * 9, "b" * 70, "c" * 100, "d" * 150):
         list(generator.tokens(prompt(demo, words), options))
     programs = generator.programs()
-    assert programs["read"] == 2  # blocks of 64 and 256, one number of pages
-    assert programs["decode"] == programs["start"] == 1
+    assert programs["prefill"] == 2  # blocks of 64 and 256, one number of pages
+    assert programs["decode"] == programs["sample_first"] == 1
     for size in ((100, 100), (101, 99), (98, 102)):
         list(generator.tokens(prompt(demo, "a", [photos[0].resize(size)], max_slice_nums=1), options))
     assert generator.programs()["encode"] == 1

@@ -23,10 +23,10 @@ from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.generation.sampling import (
     MAX_LOGPROBS,
     Bias,
+    apply_penalties,
     filter_scores,
     new_bias,
     new_history,
-    penalise,
     record_prompt,
     record_token,
     sample,
@@ -90,13 +90,13 @@ def test_repetition_penalty_is_transformers(seed, penalty):
     scores, prompt, answer = logits(seed), [3, 7, 7, 12], [7, 20]
     history = noted(prompt, answer)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + answer]), torch.tensor(scores))
-    found = penalise(jnp.asarray(scores), params(repetition_penalty=penalty), history)
+    found = apply_penalties(jnp.asarray(scores), params(repetition_penalty=penalty), history)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
 def test_presence_and_frequency_penalties_look_at_the_answer_alone():
     history = noted([1, 2], [2, 2, 2])
-    change = penalise(jnp.zeros((1, V)), params(presence_penalty=0.5, frequency_penalty=0.25), history)
+    change = apply_penalties(jnp.zeros((1, V)), params(presence_penalty=0.5, frequency_penalty=0.25), history)
     expected = np.zeros((1, V))
     expected[0, 2] = -0.5 - 3 * 0.25
     np.testing.assert_allclose(change, expected)

@@ -51,10 +51,10 @@ def test_a_grid_that_cannot_be_merged_is_refused(h, w):
 
 @given(st.integers(1, 10**6))
 def test_buckets_waste_at_most_an_eighth_and_are_few(size):
-    bucket = packing.bucket(size)
+    bucket = packing.bucket_size(size)
     assert size <= bucket <= max(64, size * 9 / 8 + 8)
     assert bucket % 8 == 0
-    assert len({packing.bucket(s) for s in range(1, 4097)}) <= 8 * math.log2(4096 / 64) + 1
+    assert len({packing.bucket_size(s) for s in range(1, 4097)}) <= 8 * math.log2(4096 / 64) + 1
 
 
 TABLE = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(3, axis=0)
