@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> str:
-    _refuse_strays(args)
+    _reject_unused_options(args)
     if args.hf:
         out = args.out or default_out(args.hf, args.dtype)
         return f"wrote {convert(args.hf, out, args.dtype, args.revision, progress=True)}"
@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> str:
     return f"wrote {write_demo_checkpoint(args.demo)}"
 
 
-def _refuse_strays(args: argparse.Namespace) -> None:
+def _reject_unused_options(args: argparse.Namespace) -> None:
     """An option that the chosen command would ignore is a mistake."""
     takes = {"hf": {"out", "dtype", "revision"}, "export_hf": {"model"}, "demo": set()}
     command = next(name for name in takes if getattr(args, name))
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quiet() -> None:
+def _silence_orbax() -> None:
     """Keeps Orbax from printing a failed write 30 times over, with tracebacks: the exception says it once.
 
     It talks in absl's log; in asyncio's, which tells of other failed writes that nobody asked about; and by writes that end after
@@ -78,5 +78,5 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    _quiet()
+    _silence_orbax()
     sys.exit(main())

@@ -9,11 +9,9 @@ import numpy as np
 import orbax.checkpoint
 import tqdm
 
-from convert.folder import building, copy_side_files
+from convert.folder import atomic_folder, copy_side_files
 from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import Slot, manifest
-from minicpmv46_jax.checkpoint import hf_folder as released
-from minicpmv46_jax.checkpoint import orbax_folder as store
+from minicpmv46_jax.checkpoint import ParamSpec, hf_folder, manifest, orbax_folder
 from minicpmv46_jax.config import ModelConfig
 
 
@@ -44,21 +42,21 @@ def convert(
     if checkpoint.is_converted(folder):
         raise ValueError(f"{folder} is converted already")
     out = default_out(source, dtype) if out is None else Path(out)
-    slots = checkpoint.slots(ModelConfig.from_folder(folder))
-    tensors = checkpoint.read_tensors(folder, slots, dtype)
+    param_specs = checkpoint.param_specs(ModelConfig.from_folder(folder))
+    tensors = checkpoint.read_tensors(folder, param_specs, dtype)
     records: dict[str, dict[str, Any]] = {}
     nbytes = _total_bytes(folder, dtype)
-    with building(out, nbytes) as partial:
-        inputs = [*released.weight_files(folder), *copy_side_files(folder, partial, dtype)]
+    with atomic_folder(out, nbytes) as partial:
+        inputs = [*hf_folder.weight_files(folder), *copy_side_files(folder, partial, dtype)]
         with tqdm.tqdm(total=nbytes, unit="B", unit_scale=True, disable=None if progress else True) as bar:
-            store.write(partial / checkpoint.PARAMS, _recorded(tensors, records), bar.update)
+            orbax_folder.write(partial / checkpoint.PARAMS, _record_tensors(tensors, records), bar.update)
         manifest.Manifest(
             source=str(source),
             revision=_commit(folder) if not Path(source).is_dir() else None,
             dtype=dtype,
             jax=jax.__version__,
             orbax=orbax.checkpoint.__version__,
-            parameters=sum(int(np.prod(slot.shape)) for slot in slots),
+            parameters=sum(int(np.prod(spec.shape)) for spec in param_specs),
             files={path.name: manifest.file_sha256(path) for path in inputs},
             tensors=records,
         ).write(partial)
@@ -71,21 +69,21 @@ def default_out(source: str | Path, dtype: str | None) -> Path:
     return Path(f"{name}-jax" if dtype is None else f"{name}-jax-{dtype}")
 
 
-def _recorded(
-    tensors: Iterator[tuple[Slot, np.ndarray]], records: dict[str, dict[str, Any]]
-) -> Iterator[tuple[Slot, np.ndarray]]:
+def _record_tensors(
+    tensors: Iterator[tuple[ParamSpec, np.ndarray]], records: dict[str, dict[str, Any]]
+) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Passes the tensors on, and notes each for the manifest."""
-    for slot, tensor in tensors:
-        records[slot.dotted] = manifest.tensor_record(slot, tensor)
-        yield slot, tensor
+    for spec, tensor in tensors:
+        records[spec.dotted] = manifest.tensor_record(spec, tensor)
+        yield spec, tensor
         del tensor  # one tensor at a time: drop this one before the next is read
 
 
 def _total_bytes(folder: Path, dtype: str | None) -> int:
-    entries = [entry for name, entry in released.entries(folder).items() if name != released.HEAD]
+    entries = [info for name, info in hf_folder.read_tensor_infos(folder).items() if name != hf_folder.LM_HEAD]
     if dtype is None:
-        return sum(entry.nbytes for entry in entries)
-    return sum(int(np.prod(entry.shape)) for entry in entries) * np.dtype(dtype).itemsize
+        return sum(info.nbytes for info in entries)
+    return sum(int(np.prod(info.shape)) for info in entries) * np.dtype(dtype).itemsize
 
 
 def _commit(folder: Path) -> str:

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from convert.folder import building, copy_side_files
+from convert.folder import atomic_folder, copy_side_files
 from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import Slot, manifest, names
-from minicpmv46_jax.checkpoint import hf_folder as released
+from minicpmv46_jax.checkpoint import ParamSpec, hf_folder, manifest, names
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import Params
 
@@ -31,34 +30,34 @@ def export_hf(params: Params, config_folder: str | Path, out: str | Path) -> Pat
       `out`.
 
     Raises:
-      ValueError: `params` is not the model of that config.json (all disagreements are listed); see `building`.
+      ValueError: `params` is not the model of that config.json (all disagreements are listed); see `atomic_folder`.
     """
     config_folder = Path(config_folder)
-    slots = checkpoint.slots(ModelConfig.from_folder(config_folder))
+    param_specs = checkpoint.param_specs(ModelConfig.from_folder(config_folder))
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    held = {".".join(map(str, names.tree_path(keys))): leaf for keys, leaf in leaves}
-    found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in held.items()}
-    faults = released.coverage_faults(found, {slot.dotted: slot.shape for slot in slots})
-    if faults:
-        raise ValueError(f"params are not the model of {config_folder / 'config.json'}:\n  " + "\n  ".join(faults))
-    return _write({slot: np.asarray(held[slot.dotted]) for slot in slots}, config_folder, Path(out))
+    leaves_by_name = {".".join(map(str, names.tree_path(keys))): leaf for keys, leaf in leaves}
+    found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in leaves_by_name.items()}
+    mismatches = hf_folder.find_mismatches(found, {spec.dotted: spec.shape for spec in param_specs})
+    if mismatches:
+        raise ValueError(f"params are not the model of {config_folder / 'config.json'}:\n  " + "\n  ".join(mismatches))
+    return _write({spec: np.asarray(leaves_by_name[spec.dotted]) for spec in param_specs}, config_folder, Path(out))
 
 
 def export_converted(folder: str | Path, out: str | Path) -> Path:
     """Writes a converted folder as a released one; the inverse of `convert`.
 
     Raises:
-      ValueError: `folder` is not a converted one, or is damaged: a tensor does not match the manifest; see `building`.
+      ValueError: `folder` is not a converted one, or is damaged: a tensor does not match the manifest; see `atomic_folder`.
     """
     folder = Path(folder)
     if not checkpoint.is_converted(folder):
         raise ValueError(f"{folder} is not a converted folder: it has no {manifest.FILE} of ours")
     records = manifest.Manifest.read(folder).tensors
     tensors = {}
-    for slot, tensor in checkpoint.read_tensors(folder, checkpoint.slots(ModelConfig.from_folder(folder))):
-        if records.get(slot.dotted) != manifest.tensor_record(slot, tensor):
-            raise ValueError(f"{folder}: tensor {slot.dotted} is not the one that {manifest.FILE} records: convert again")
-        tensors[slot] = tensor
+    for spec, tensor in checkpoint.read_tensors(folder, checkpoint.param_specs(ModelConfig.from_folder(folder))):
+        if records.get(spec.dotted) != manifest.tensor_record(spec, tensor):
+            raise ValueError(f"{folder}: tensor {spec.dotted} is not the one that {manifest.FILE} records: convert again")
+        tensors[spec] = tensor
     return _write(tensors, folder, Path(out))
 
 
@@ -66,7 +65,7 @@ def export_run(folder: str | Path, out: str | Path) -> Path:
     """Writes what a training run has made of its model as a released folder, adapters merged, each tensor in its first dtype.
 
     Raises:
-      ValueError: the run has no checkpoint yet, or one of other settings; see `building`.
+      ValueError: the run has no checkpoint yet, or one of other settings; see `atomic_folder`.
     """
     from minicpmv46_jax.train.run import trained_params  # training's dependencies are an extra
 
@@ -74,13 +73,13 @@ def export_run(folder: str | Path, out: str | Path) -> Path:
     return export_hf(params, source, out)
 
 
-def _write(tensors: dict[Slot, np.ndarray], config_folder: Path, out: Path) -> Path:
+def _write(tensors: dict[ParamSpec, np.ndarray], config_folder: Path, out: Path) -> Path:
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
-    with building(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+    with atomic_folder(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         copy_side_files(config_folder, partial, dtypes.pop() if len(dtypes) == 1 else None)
-        weights = {slot.name: np.ascontiguousarray(tensor.reshape(slot.released_shape)) for slot, tensor in tensors.items()}
-        safetensors.numpy.save_file(weights, partial / released.WEIGHTS, metadata={"format": "pt"})
+        weights = {spec.hf_name: np.ascontiguousarray(tensor.reshape(spec.hf_shape)) for spec, tensor in tensors.items()}
+        safetensors.numpy.save_file(weights, partial / hf_folder.WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(
-            partial / "config.json", partial / released.WEIGHTS
+            partial / "config.json", partial / hf_folder.WEIGHTS
         )  # safetensors makes files that only the owner may read
     return out

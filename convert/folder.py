@@ -18,7 +18,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def building(out: Path, nbytes: int) -> Iterator[Path]:
+def atomic_folder(out: Path, nbytes: int) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` at the end, or vanishes if the block raises (Ctrl-C too).
 
     What a killed run of this machine left beside `out` is removed first.
@@ -60,29 +60,29 @@ def copy_side_files(source: Path, out: Path, dtype: str | None) -> list[Path]:
     for file in files:
         shutil.copyfile(file, out / file.name)
     config = read_json(source / "config.json")
-    renamed = config if dtype is None else _with_dtype(config, dtype)
+    renamed = config if dtype is None else _replace_dtype(config, dtype)
     if renamed != config:
         (out / "config.json").write_text(json.dumps(renamed, indent=2) + "\n", encoding="utf-8")
     return files
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
+def _replace_dtype(config: Any, dtype: str) -> Any:
     """The same JSON with every `dtype` or `torch_dtype` that it names replaced (`mamba_ssm_dtype` is no such field)."""
     if not isinstance(config, dict):
         return config
     named = ("dtype", "torch_dtype")
-    return {key: dtype if key in named and value is not None else _with_dtype(value, dtype) for key, value in config.items()}
+    return {key: dtype if key in named and value is not None else _replace_dtype(value, dtype) for key, value in config.items()}
 
 
 def _remove_stale(out: Path) -> None:
     prefix = f"{out.absolute().name}.partial-{socket.gethostname()}-"
     for path in out.absolute().parent.glob("*.partial-*"):
         pid = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and pid.isdigit() and not _alive(int(pid)):
+        if path.name.startswith(prefix) and pid.isdigit() and not _is_alive(int(pid)):
             _remove(path)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     if pid == os.getpid():
         return False  # an earlier call of this very process, or of another that had its number
     try:

@@ -18,14 +18,13 @@ import tqdm
 from jax.typing import DTypeLike
 
 from minicpmv46_jax import model
-from minicpmv46_jax.checkpoint import hf_folder as released
-from minicpmv46_jax.checkpoint import manifest
-from minicpmv46_jax.checkpoint.names import Slot, slots
+from minicpmv46_jax.checkpoint import hf_folder, manifest
+from minicpmv46_jax.checkpoint.names import ParamSpec, param_specs
 from minicpmv46_jax.checkpoint.source import SIDE_FILES, resolve
 from minicpmv46_jax.config import ModelConfig, read_json
 from minicpmv46_jax.model import Params
 
-__all__ = ["PARAMS", "SIDE_FILES", "Slot", "is_converted", "load_params", "read_tensors", "resolve", "slots"]
+__all__ = ["PARAMS", "SIDE_FILES", "ParamSpec", "is_converted", "load_params", "param_specs", "read_tensors", "resolve"]
 
 PARAMS = "params"  # a converted folder's Orbax checkpoint
 
@@ -45,7 +44,7 @@ def load_params(
 ) -> Params:
     """Every parameter of a released or converted folder, on jax's default device.
 
-    Memory peaks at about the parameters and one tensor (of a converted folder: one group of `store.GROUP_BYTES`).
+    Memory peaks at about the parameters and one tensor (of a converted folder: one group of `orbax_folder.GROUP_BYTES`).
 
     Args:
       folder: a released folder (model.safetensors, or shards and their index) or a converted one.
@@ -61,7 +60,7 @@ def load_params(
       ValueError: the folder's files are missing or damaged, or hold another model than `config`; all disagreements are listed.
       CancelledError: it was `stopped`.
     """
-    wanted = slots(config)
+    wanted = param_specs(config)
     tensors = read_tensors(Path(folder), wanted, dtype)
     leaves = []
     for _, tensor in tqdm.tqdm(tensors, total=len(wanted), unit=" tensors", leave=False, disable=None if progress else True):
@@ -71,7 +70,9 @@ def load_params(
     return jax.tree.unflatten(jax.tree.structure(model.parameter_shapes(config)), leaves)
 
 
-def read_tensors(folder: Path, wanted: tuple[Slot, ...], dtype: DTypeLike | None = None) -> Iterator[tuple[Slot, np.ndarray]]:
+def read_tensors(
+    folder: Path, wanted: tuple[ParamSpec, ...], dtype: DTypeLike | None = None
+) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Checks a released or converted folder against `wanted` at once, then reads one tensor at a time, in the order of `wanted`.
 
     Raises ValueError as `load_params` does.
@@ -79,32 +80,32 @@ def read_tensors(folder: Path, wanted: tuple[Slot, ...], dtype: DTypeLike | None
     if is_converted(folder):
         tensors = _converted_tensors(folder, wanted)
     else:
-        found = released.entries(folder)
-        released.check(folder, found, wanted)
-        tensors = released.tensors(found, wanted)
-    return tensors if dtype is None else _cast(tensors, _floating(dtype))
+        found = hf_folder.read_tensor_infos(folder)
+        hf_folder.check_tensors(folder, found, wanted)
+        tensors = hf_folder.read_tensors(found, wanted)
+    return tensors if dtype is None else _cast(tensors, _check_dtype(dtype))
 
 
-def _cast(tensors: Iterator[tuple[Slot, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[Slot, np.ndarray]]:
-    for slot, tensor in tensors:
+def _cast(tensors: Iterator[tuple[ParamSpec, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    for spec, tensor in tensors:
         tensor = tensor.astype(dtype, copy=False)  # rebinding drops the original before the caller takes over
-        yield slot, tensor
+        yield spec, tensor
         del tensor  # and this one before the next is read
 
 
-def _converted_tensors(folder: Path, wanted: tuple[Slot, ...]) -> Iterator[tuple[Slot, np.ndarray]]:
+def _converted_tensors(folder: Path, wanted: tuple[ParamSpec, ...]) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     from minicpmv46_jax.checkpoint import (
-        orbax_folder as store,  # Orbax takes a second to import, and a released folder needs none of it
+        orbax_folder,  # Orbax takes a second to import, and a released folder needs none of it
     )
 
     manifest.Manifest.read(folder)
-    found = store.contents(folder / PARAMS)
-    released.raise_faults(folder, released.coverage_faults(found, {slot.dotted: slot.shape for slot in wanted}))
-    return store.read(folder / PARAMS, wanted, found)
+    found = orbax_folder.read_metadata(folder / PARAMS)
+    hf_folder.raise_mismatches(folder, hf_folder.find_mismatches(found, {spec.dotted: spec.shape for spec in wanted}))
+    return orbax_folder.read(folder / PARAMS, wanted, found)
 
 
-def _floating(dtype: DTypeLike) -> np.dtype:
+def _check_dtype(dtype: DTypeLike) -> np.dtype:
     found = jnp.dtype(dtype)
-    if found not in released.DTYPES.values():
+    if found not in hf_folder.DTYPES.values():
         raise ValueError(f"dtype {found.name} was asked for, parameters are bfloat16, float16 or float32")
     return found

@@ -13,17 +13,17 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from minicpmv46_jax.checkpoint.names import EMBEDDING, HEAD, Shape, Slot
+from minicpmv46_jax.checkpoint.names import EMBEDDING, LM_HEAD, ParamSpec, Shape
 from minicpmv46_jax.config import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-COMPARED_ROWS = 8192  # of two copies of the embedding at once: 16 MiB each in bfloat16
+COMPARE_ROWS = 8192  # of two copies of the embedding at once: 16 MiB each in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """What a header says of one tensor; `dtype` as numpy names it, or the file's own code for a kind that is not read."""
 
     file: Path
@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise ValueError(_no_weights(folder))
+        raise ValueError(_missing_weights_message(folder))
     files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -52,40 +52,40 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def entries(folder: Path) -> dict[str, Entry]:
+def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a released folder by name; reads headers only.
 
     Raises:
       ValueError: see `weight_files`; a file is truncated or corrupt; index and shards disagree; two shards hold one tensor.
     """
     files = weight_files(folder)
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorInfo] = {}
     for file in files:
-        for name, entry in _header(file).items():
+        for name, info in _read_header(file).items():
             if name in found:
                 raise ValueError(f"tensor {name} is in two files: {found[name].file} and {file}")
-            found[name] = entry
+            found[name] = info
     if files[0].name != WEIGHTS:
         _check_index(folder, found)
     return found
 
 
-def check(folder: Path, found: dict[str, Entry], wanted: Iterable[Slot]) -> None:
+def check_tensors(folder: Path, found: dict[str, TensorInfo], wanted: Iterable[ParamSpec]) -> None:
     """Holds a folder's tensors against the model's, both ways.
 
     Raises:
       ValueError: lists every tensor that is missing, left over, of another shape or of a dtype that is not read.
     """
-    shapes = {slot.name: slot.released_shape for slot in wanted}
-    tied = {EMBEDDING: found[EMBEDDING], HEAD: found[HEAD]} if EMBEDDING in found and HEAD in found else {}
-    rest = {name: entry for name, entry in found.items() if not (tied and name == HEAD)}
-    faults = coverage_faults({name: (entry.shape, entry.dtype) for name, entry in rest.items()}, shapes)
-    if tied and not _same_bytes(tied[EMBEDDING], tied[HEAD]):
-        faults.append(f"untied: {HEAD} differs from {EMBEDDING}, but config.json ties them")
-    raise_faults(folder, faults)
+    shapes = {spec.hf_name: spec.hf_shape for spec in wanted}
+    tied = {EMBEDDING: found[EMBEDDING], LM_HEAD: found[LM_HEAD]} if EMBEDDING in found and LM_HEAD in found else {}
+    rest = {name: info for name, info in found.items() if not (tied and name == LM_HEAD)}
+    mismatches = find_mismatches({name: (info.shape, info.dtype) for name, info in rest.items()}, shapes)
+    if tied and not _have_same_bytes(tied[EMBEDDING], tied[LM_HEAD]):
+        mismatches.append(f"untied: {LM_HEAD} differs from {EMBEDDING}, but config.json ties them")
+    raise_mismatches(folder, mismatches)
 
 
-def coverage_faults(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape]) -> list[str]:
+def find_mismatches(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape]) -> list[str]:
     """A line for every disagreement between tensors found (shape and dtype by name) and wanted (shape by name)."""
     known = {dtype.name for dtype in DTYPES.values()}
     both = [name for name in wanted if name in found]
@@ -105,31 +105,31 @@ def coverage_faults(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape
     ]
 
 
-def raise_faults(folder: Path, faults: list[str]) -> None:
-    """Raises one ValueError that lists all `faults`, if there are any."""
-    if faults:
-        raise ValueError(f"{folder} does not hold the model that its config.json describes:\n  " + "\n  ".join(faults))
+def raise_mismatches(folder: Path, mismatches: list[str]) -> None:
+    """Raises one ValueError that lists all `mismatches`, if there are any."""
+    if mismatches:
+        raise ValueError(f"{folder} does not hold the model that its config.json describes:\n  " + "\n  ".join(mismatches))
 
 
-def tensors(found: dict[str, Entry], wanted: Iterable[Slot]) -> Iterator[tuple[Slot, np.ndarray]]:
-    """Reads one tensor after another, in our shape and the file's dtype; `found` must have passed `check`.
+def read_tensors(found: dict[str, TensorInfo], wanted: Iterable[ParamSpec]) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    """Reads one tensor after another, in our shape and the file's dtype; `found` must have passed `check_tensors`.
 
     Raises ValueError naming the file where reading fails.
     """
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(_opened(file)) for file in sorted({entry.file for entry in found.values()})}
-        for slot in wanted:
-            yield slot, _read(files, found[slot.name].file, slot)
+        files = {file: stack.enter_context(_open(file)) for file in sorted({info.file for info in found.values()})}
+        for spec in wanted:
+            yield spec, _read_tensor(files, found[spec.hf_name].file, spec)
 
 
-def _read(files: dict[Path, safe_open], file: Path, slot: Slot) -> np.ndarray:
+def _read_tensor(files: dict[Path, safe_open], file: Path, spec: ParamSpec) -> np.ndarray:
     try:
-        return files[file].get_tensor(slot.name).reshape(slot.shape)
+        return files[file].get_tensor(spec.hf_name).reshape(spec.shape)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: tensor {slot.name} cannot be read: {error}") from None
+        raise ValueError(f"{file}: tensor {spec.hf_name} cannot be read: {error}") from None
 
 
-def _no_weights(folder: Path) -> str:
+def _missing_weights_message(folder: Path) -> str:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if not pickles:
         return f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there (only safetensors are read)"
@@ -151,39 +151,39 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, found: dict[str, Entry]) -> None:
+def _check_index(folder: Path, found: dict[str, TensorInfo]) -> None:
     weight_map = _weight_map(folder)
     for name, shard in weight_map.items():
         if name not in found or found[name].file.name != shard:
             raise ValueError(f"{folder / INDEX} puts tensor {name} into {shard}, which lacks it")
-    for name, entry in found.items():
+    for name, info in found.items():
         if name not in weight_map:
-            raise ValueError(f"{entry.file} holds tensor {name}, which {INDEX} does not name")
+            raise ValueError(f"{info.file} holds tensor {name}, which {INDEX} does not name")
 
 
-def _header(file: Path) -> dict[str, Entry]:
-    with _opened(file) as reader:
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    with _open(file) as reader:
         views = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
-        return {name: _entry(file, view.get_dtype(), view.get_shape()) for name, view in views.items()}
+        return {name: _tensor_info(file, view.get_dtype(), view.get_shape()) for name, view in views.items()}
 
 
-def _entry(file: Path, code: str, shape: list[int]) -> Entry:
-    return Entry(file, DTYPES[code].name if code in DTYPES else code, tuple(shape))
+def _tensor_info(file: Path, code: str, shape: list[int]) -> TensorInfo:
+    return TensorInfo(file, DTYPES[code].name if code in DTYPES else code, tuple(shape))
 
 
-def _opened(file: Path) -> safe_open:
+def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="numpy", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
 
 
-def _same_bytes(a: Entry, b: Entry) -> bool:
+def _have_same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    with _opened(a.file) as file_a, _opened(b.file) as file_b:
-        rows_a, rows_b = file_a.get_slice(EMBEDDING), file_b.get_slice(HEAD)
-        ends = [min(start + COMPARED_ROWS, a.shape[0]) for start in range(0, a.shape[0], COMPARED_ROWS)]
+    with _open(a.file) as file_a, _open(b.file) as file_b:
+        rows_a, rows_b = file_a.get_slice(EMBEDDING), file_b.get_slice(LM_HEAD)
+        ends = [min(start + COMPARE_ROWS, a.shape[0]) for start in range(0, a.shape[0], COMPARE_ROWS)]
         return all(
             rows_a[start:end].tobytes() == rows_b[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)
         )

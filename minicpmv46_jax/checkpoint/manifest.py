@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minicpmv46_jax.checkpoint.names import Slot
+from minicpmv46_jax.checkpoint.names import ParamSpec
 from minicpmv46_jax.config import read_json
 
 FILE = "manifest.json"
@@ -59,9 +59,9 @@ def is_manifest(raw: Any) -> bool:
     return isinstance(raw, dict) and raw.get("format") == FORMAT
 
 
-def tensor_record(slot: Slot, tensor: np.ndarray) -> dict[str, Any]:
+def tensor_record(spec: ParamSpec, tensor: np.ndarray) -> dict[str, Any]:
     """One tensor's row of the manifest."""
-    return {"released": slot.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": tensor_sha256(tensor)}
+    return {"released": spec.hf_name, "dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": tensor_sha256(tensor)}
 
 
 def tensor_sha256(tensor: np.ndarray) -> str:

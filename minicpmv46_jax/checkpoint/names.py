@@ -17,16 +17,16 @@ TreePath = tuple[str | int, ...]
 Shape = tuple[int, ...]
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
-HEAD = "lm_head.weight"  # tied to the embedding: checkpoints leave it out, some writers repeat it
+LM_HEAD = "lm_head.weight"  # tied to the embedding: checkpoints leave it out, some writers repeat it
 
 # Ours -> released, a module or a lone parameter a row; `#` is a layer's number. A module's `weight` and `bias` keep their names.
-_TEXT = ("text.layers.#", "model.language_model.layers.#")
-_TOWER = ("vision.layers.#", "model.vision_tower.encoder.layers.#")
-_WINDOW = ("vision.window_merger", "model.vision_tower.vit_merger")
-_FINAL = ("vision.merger", "model.merger.mlp.0")
+_TEXT_LAYERS = ("text.layers.#", "model.language_model.layers.#")
+_VISION_LAYERS = ("vision.layers.#", "model.vision_tower.encoder.layers.#")
+_WINDOW_MERGER = ("vision.window_merger", "model.vision_tower.vit_merger")
+_MERGER = ("vision.merger", "model.merger.mlp.0")
 
 
-def _rows(
+def _map_names(
     prefixes: tuple[str, str], renamed: dict[str, str], group: tuple[str, str] = ("", ""), kept: str = ""
 ) -> dict[str, str]:
     """Rows under two prefixes: those renamed, and those whose name `kept` is the same inside `group`."""
@@ -34,37 +34,39 @@ def _rows(
     return {f"{prefixes[0]}.{ours}": f"{prefixes[1]}.{released}" for ours, released in names.items()}
 
 
-MODULES: dict[str, str] = {
+WEIGHT_MAP: dict[str, str] = {
     "text.embed": "model.language_model.embed_tokens",
     "text.norm": "model.language_model.norm",
     "vision.patch_embed": "model.vision_tower.embeddings.patch_embedding",
     "vision.position_embed": "model.vision_tower.embeddings.position_embedding",
     "vision.post_norm": "model.vision_tower.post_layernorm",
-    **_rows(_TEXT, {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}),
-    **_rows(_TEXT, {}, ("mlp.", "mlp."), "gate_proj up_proj down_proj"),
-    **_rows(_TEXT, {}, ("mixer.", "self_attn."), "q_proj k_proj v_proj o_proj q_norm k_norm"),
-    **_rows(
-        _TEXT,
+    **_map_names(_TEXT_LAYERS, {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}),
+    **_map_names(_TEXT_LAYERS, {}, ("mlp.", "mlp."), "gate_proj up_proj down_proj"),
+    **_map_names(_TEXT_LAYERS, {}, ("mixer.", "self_attn."), "q_proj k_proj v_proj o_proj q_norm k_norm"),
+    **_map_names(
+        _TEXT_LAYERS,
         {"mixer.conv": "linear_attn.conv1d.weight"},
         ("mixer.", "linear_attn."),
         "in_proj_qkv in_proj_z in_proj_b in_proj_a dt_bias A_log norm out_proj",
     ),
-    **_rows(_TOWER, {"norm1": "layer_norm1", "norm2": "layer_norm2"}, ("attn.", "self_attn."), "q_proj k_proj v_proj out_proj"),
-    **_rows(_TOWER, {}, ("mlp.", "mlp."), "fc1 fc2"),
-    **_rows(_WINDOW, {"norm1": "layer_norm1"}, ("attn.", "self_attn."), "q_proj k_proj v_proj out_proj"),
-    **_rows(_WINDOW, {}, kept="pre_norm linear_1 linear_2"),
-    **_rows(_FINAL, {}, kept="pre_norm linear_1 linear_2"),
+    **_map_names(
+        _VISION_LAYERS, {"norm1": "layer_norm1", "norm2": "layer_norm2"}, ("attn.", "self_attn."), "q_proj k_proj v_proj out_proj"
+    ),
+    **_map_names(_VISION_LAYERS, {}, ("mlp.", "mlp."), "fc1 fc2"),
+    **_map_names(_WINDOW_MERGER, {"norm1": "layer_norm1"}, ("attn.", "self_attn."), "q_proj k_proj v_proj out_proj"),
+    **_map_names(_WINDOW_MERGER, {}, kept="pre_norm linear_1 linear_2"),
+    **_map_names(_MERGER, {}, kept="pre_norm linear_1 linear_2"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class ParamSpec:
     """One parameter: where it sits in our tree, what the release calls it, and its shape on either side."""
 
     path: TreePath
-    name: str
+    hf_name: str
     shape: Shape
-    released_shape: Shape
+    hf_shape: Shape
 
     @property
     def dotted(self) -> str:
@@ -72,10 +74,10 @@ class Slot:
         return ".".join(map(str, self.path))
 
 
-def slots(config: ModelConfig) -> tuple[Slot, ...]:
+def param_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     """Every parameter of the model, in the order of `jax.tree.leaves` over a tree of them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model.parameter_shapes(config))
-    return tuple(_slot(tree_path(keys), leaf.shape, config) for keys, leaf in leaves)
+    return tuple(_param_spec(tree_path(keys), leaf.shape, config) for keys, leaf in leaves)
 
 
 def tree_path(keys: Sequence[Any]) -> TreePath:
@@ -83,22 +85,22 @@ def tree_path(keys: Sequence[Any]) -> TreePath:
     return tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key for key in keys)
 
 
-def released_name(path: TreePath) -> str:
+def hf_name(path: TreePath) -> str:
     """What the release calls the parameter at `path`. Raises KeyError for a path that the map lacks."""
     numbers = [str(part) for part in path if isinstance(part, int)]
     parts = ["#" if isinstance(part, int) else part for part in path]
     whole, module = ".".join(parts), ".".join(parts[:-1])
-    pattern = MODULES[whole] if whole in MODULES else f"{MODULES[module]}.{parts[-1]}"
+    pattern = WEIGHT_MAP[whole] if whole in WEIGHT_MAP else f"{WEIGHT_MAP[module]}.{parts[-1]}"
     for number in numbers:
         pattern = pattern.replace("#", number, 1)
     return pattern
 
 
-def _slot(path: TreePath, shape: Shape, config: ModelConfig) -> Slot:
-    return Slot(path, released_name(path), tuple(shape), _released_shape(path, tuple(shape), config))
+def _param_spec(path: TreePath, shape: Shape, config: ModelConfig) -> ParamSpec:
+    return ParamSpec(path, hf_name(path), tuple(shape), _hf_shape(path, tuple(shape), config))
 
 
-def _released_shape(path: TreePath, shape: Shape, config: ModelConfig) -> Shape:
+def _hf_shape(path: TreePath, shape: Shape, config: ModelConfig) -> Shape:
     if path[-1] == "conv":
         channels, kernel = shape
         return (channels, 1, kernel)  # torch's Conv1d: a depthwise filter has one input channel

@@ -19,13 +19,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.experimental.v1 import Context, partial
 
-from minicpmv46_jax.checkpoint.names import Shape, Slot
+from minicpmv46_jax.checkpoint.names import ParamSpec, Shape
 
 GROUP_BYTES = 64 * 2**20  # saved or restored at once; a larger tensor goes alone. One call costs some 30 ms, whatever it moves
 TREE_FILE = "_METADATA"
 
 
-def write(path: Path, tensors: Iterable[tuple[Slot, np.ndarray]], on_saved: Callable[[int], Any] = lambda nbytes: None) -> None:
+def write(
+    path: Path, tensors: Iterable[tuple[ParamSpec, np.ndarray]], on_saved: Callable[[int], Any] = lambda nbytes: None
+) -> None:
     """Writes an Orbax checkpoint at `path`, which must not exist, holding no more than a group of tensors in memory.
 
     Args:
@@ -34,17 +36,17 @@ def write(path: Path, tensors: Iterable[tuple[Slot, np.ndarray]], on_saved: Call
       on_saved: told the number of bytes after each group.
     """
     session = path.with_name(path.name + "-session").absolute()
-    group: dict[Slot, np.ndarray] = {}
-    for slot, tensor in tensors:
+    group: dict[ParamSpec, np.ndarray] = {}
+    for spec, tensor in tensors:
         if group and _nbytes(group) + tensor.nbytes > GROUP_BYTES:
             _save(session, group, on_saved)
-        group[slot] = tensor
+        group[spec] = tensor
         del tensor  # the generator's next tensor must not share memory with this one
         if _nbytes(group) >= GROUP_BYTES:
             _save(session, group, on_saved)
     if group:
         _save(session, group, on_saved)
-    with _uninterrupted():
+    with _delay_interrupts():
         partial.finalize(session)
     # Orbax puts its item into a folder of its own inside the session; on its own it is the layout that every Orbax call restores.
     item = next(child for child in session.iterdir() if (child / TREE_FILE).is_file())
@@ -52,7 +54,7 @@ def write(path: Path, tensors: Iterable[tuple[Slot, np.ndarray]], on_saved: Call
     shutil.rmtree(session)
 
 
-def contents(path: Path) -> dict[str, tuple[Shape, str]]:
+def read_metadata(path: Path) -> dict[str, tuple[Shape, str]]:
     """Shape and dtype of every tensor by dotted path. Raises ValueError if `path` holds no Orbax checkpoint."""
     if not (path / TREE_FILE).is_file():
         raise ValueError(f"{path} is not an Orbax checkpoint: {TREE_FILE} is missing")
@@ -60,34 +62,36 @@ def contents(path: Path) -> dict[str, tuple[Shape, str]]:
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in _leaves(tree)}
 
 
-def read(path: Path, wanted: Iterable[Slot], sizes: dict[str, tuple[Shape, str]]) -> Iterator[tuple[Slot, np.ndarray]]:
-    """Reads the wanted tensors in order, a group at a time, each in its own dtype; `sizes` is what `contents` gave.
+def read(
+    path: Path, wanted: Iterable[ParamSpec], metadata: dict[str, tuple[Shape, str]]
+) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    """Reads the wanted tensors in order, a group at a time, each in its own dtype; `metadata` is what `read_metadata` gave.
 
     Raises ValueError naming the checkpoint if its data cannot be read.
     """
-    for group in _groups(list(wanted), sizes):
+    for group in _group_by_bytes(list(wanted), metadata):
         restored = dict(_leaves(_restore(path.absolute(), group)))
-        for slot in group:
-            yield slot, restored.pop(slot.dotted)
+        for spec in group:
+            yield spec, restored.pop(spec.dotted)
 
 
-def _save(session: Path, group: dict[Slot, np.ndarray], on_saved: Callable[[int], Any]) -> None:
+def _save(session: Path, group: dict[ParamSpec, np.ndarray], on_saved: Callable[[int], Any]) -> None:
     """Adds the group to the session and empties it."""
     nbytes = _nbytes(group)
-    with _uninterrupted(), _uncompressed():
-        partial.save(session, _nested(group))
+    with _delay_interrupts(), _without_compression():
+        partial.save(session, _nest(group))
     group.clear()
     on_saved(nbytes)
 
 
-def _uncompressed() -> Context:
+def _without_compression() -> Context:
     context = Context()
     context.array.saving.use_compression = False
     return context
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _delay_interrupts() -> Iterator[None]:
     """Holds Ctrl-C back: raised inside Orbax it would leave threads that write into the folder being removed."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals, and only it may set handlers
@@ -102,22 +106,22 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _groups(wanted: list[Slot], sizes: dict[str, tuple[Shape, str]]) -> Iterator[list[Slot]]:
+def _group_by_bytes(wanted: list[ParamSpec], metadata: dict[str, tuple[Shape, str]]) -> Iterator[list[ParamSpec]]:
     group, held = [], 0
-    for slot in wanted:
-        shape, dtype = sizes[slot.dotted]
+    for spec in wanted:
+        shape, dtype = metadata[spec.dotted]
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if group and held + nbytes > GROUP_BYTES:
             yield group
             group, held = [], 0
-        group, held = [*group, slot], held + nbytes
+        group, held = [*group, spec], held + nbytes
     if group:
         yield group
 
 
-def _restore(path: Path, group: list[Slot]) -> Any:
-    item = _nested(dict.fromkeys(group, 0))
-    how = _nested(dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray)))
+def _restore(path: Path, group: list[ParamSpec]) -> Any:
+    item = _nest(dict.fromkeys(group, 0))
+    how = _nest(dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray)))
     try:
         return ocp.PyTreeCheckpointHandler().restore(
             path, args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
@@ -127,13 +131,13 @@ def _restore(path: Path, group: list[Slot]) -> Any:
         raise ValueError(f"{path} cannot be read: {first[0] if first else type(error).__name__}") from error
 
 
-def _nested(leaves: dict[Slot, Any]) -> dict[str, Any]:
+def _nest(leaves: dict[ParamSpec, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for slot, leaf in leaves.items():
+    for spec, leaf in leaves.items():
         node = tree
-        for key in slot.path[:-1]:
+        for key in spec.path[:-1]:
             node = node.setdefault(str(key), {})
-        node[str(slot.path[-1])] = leaf
+        node[str(spec.path[-1])] = leaf
     return tree
 
 
@@ -145,5 +149,5 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _nbytes(group: dict[Slot, np.ndarray]) -> int:
+def _nbytes(group: dict[ParamSpec, np.ndarray]) -> int:
     return sum(tensor.nbytes for tensor in group.values())

@@ -47,7 +47,7 @@ def resolve(
             allow_patterns=[*SIDE_FILES, WEIGHTS, INDEX, "*.safetensors"],
         )
     except Exception as error:
-        reason = _reason(error, repo, revision)
+        reason = _hub_error_message(error, repo, revision)
         if reason is None:
             raise
         raise ValueError(reason) from error
@@ -62,7 +62,7 @@ def _is_hub_id(repo: str) -> bool:
     return repo.count("/") == 1
 
 
-def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
+def _hub_error_message(error: Exception, repo: str, revision: str | None) -> str | None:
     """One line for what the hub may answer to a user's request; None for what is nobody's mistake."""
     match error:
         case errors.GatedRepoError():
@@ -81,11 +81,11 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str | None:
             )
         case errors.HfHubHTTPError():
             return f"the hub refused {repo} (status {error.response.status_code}): pass a checkpoint folder instead of the id"
-        case OSError() if _lost_connection(error):
+        case OSError() if _is_connection_loss(error):
             return f"the connection to the hub was lost while downloading {repo}: run again to go on, or pass a checkpoint folder"
     return None
 
 
-def _lost_connection(error: BaseException) -> bool:
+def _is_connection_loss(error: BaseException) -> bool:
     """huggingface_hub's HTTP library differs between its versions, so its errors go by kind, not by class."""
     return isinstance(error, ConnectionError | TimeoutError)

@@ -26,8 +26,7 @@ from convert import convert, export_converted, export_hf, folder
 from convert.__main__ import main
 from convert.convert import default_out
 from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import manifest
-from minicpmv46_jax.checkpoint import orbax_folder as store
+from minicpmv46_jax.checkpoint import manifest, orbax_folder
 from minicpmv46_jax.config import ModelConfig
 from tests import ROOT
 
@@ -247,7 +246,7 @@ def test_a_fault_leaves_nothing_and_shows_its_traceback(demo_folder, converted, 
     def broken(*args, **options):
         raise RuntimeError("a fault in the code")
 
-    monkeypatch.setattr(store.partial, "finalize", broken)
+    monkeypatch.setattr(orbax_folder.partial, "finalize", broken)
     monkeypatch.setattr(safetensors.numpy, "save_file", broken)
     words = ["--hf", str(demo_folder), "--out"] if command == "convert" else ["--model", str(converted), "--export-hf"]
     with pytest.raises(RuntimeError):
@@ -263,7 +262,7 @@ def test_a_full_disk_is_one_line(demo_folder, tmp_path, monkeypatch, capsys, wra
         except OSError as error:
             raise ValueError("RESOURCE_EXHAUSTED") if wrapped else error from error
 
-    monkeypatch.setattr(store.partial, "save", full)
+    monkeypatch.setattr(orbax_folder.partial, "save", full)
     assert main(["--hf", str(demo_folder), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"error: no space left on the disk of {tmp_path}: nothing was written\n"
     assert no_leftovers(tmp_path)
@@ -298,7 +297,7 @@ def test_a_disk_that_fills_up_is_one_line(demo_folder, converted, tmp_path, comm
 def test_a_disk_too_small_is_told_before_writing(demo_folder, converted, tmp_path, monkeypatch, capsys, command):
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(store, "write", None)
+    monkeypatch.setattr(orbax_folder, "write", None)
     words = ["--hf", str(demo_folder), "--out"] if command == "convert" else ["--model", str(converted), "--export-hf"]
     assert main([*words, str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'out'} takes 3 MB, but its disk has 2 MB left\n"
@@ -306,7 +305,7 @@ def test_a_disk_too_small_is_told_before_writing(demo_folder, converted, tmp_pat
 
 
 def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_path, monkeypatch, capsys):
-    save, finished = store.partial.save, []
+    save, finished = orbax_folder.partial.save, []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
 
     def interrupted(*args):
@@ -314,7 +313,7 @@ def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_
         save(*args)
         finished.append(True)
 
-    monkeypatch.setattr(store.partial, "save", interrupted)
+    monkeypatch.setattr(orbax_folder.partial, "save", interrupted)
     assert main(["--hf", str(demo_folder), "--out", str(tmp_path / "out")]) == 130
     assert finished == [True]
     assert capsys.readouterr().err == "interrupted: nothing was written\n"

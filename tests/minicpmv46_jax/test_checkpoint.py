@@ -22,11 +22,10 @@ from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
 from convert.demo.random_checkpoint import demo_config
 from minicpmv46_jax import checkpoint, model
-from minicpmv46_jax.checkpoint import names
-from minicpmv46_jax.checkpoint import orbax_folder as store
+from minicpmv46_jax.checkpoint import names, orbax_folder
 from minicpmv46_jax.config import ModelConfig
 
-EMBEDDING, HEAD = names.EMBEDDING, names.HEAD
+EMBEDDING, LM_HEAD = names.EMBEDDING, names.LM_HEAD
 NORM = "model.language_model.norm.weight"
 UP_PROJ = "model.language_model.layers.0.mlp.up_proj.weight"
 
@@ -98,19 +97,19 @@ def test_map_has_every_tensor_of_transformers_model_and_no_other(changes):
     raw["text_config"]["layer_types"] *= raw["text_config"]["num_hidden_layers"] // 4
     with torch.device("meta"):
         theirs = MiniCPMV4_6ForConditionalGeneration(AutoConfig.for_model(**raw)).state_dict()
-    theirs = {name: tuple(x.shape) for name, x in theirs.items() if name != HEAD}
-    assert {slot.name: slot.released_shape for slot in checkpoint.slots(ModelConfig.from_dict(raw))} == theirs
+    theirs = {name: tuple(x.shape) for name, x in theirs.items() if name != LM_HEAD}
+    assert {spec.hf_name: spec.hf_shape for spec in checkpoint.param_specs(ModelConfig.from_dict(raw))} == theirs
 
 
 def test_map_goes_both_ways(config):
-    slots = checkpoint.slots(config)
-    assert len({slot.name for slot in slots}) == len({slot.path for slot in slots}) == len(slots)
-    assert all(np.prod(slot.shape) == np.prod(slot.released_shape) for slot in slots)
+    param_specs = checkpoint.param_specs(config)
+    assert len({spec.hf_name for spec in param_specs}) == len({spec.path for spec in param_specs}) == len(param_specs)
+    assert all(np.prod(spec.shape) == np.prod(spec.hf_shape) for spec in param_specs)
 
 
 def test_map_refuses_a_path_it_lacks():
     with pytest.raises(KeyError):
-        names.released_name(("text", "layers", 0, "mixer", "rope", "weight"))
+        names.hf_name(("text", "layers", 0, "mixer", "rope", "weight"))
 
 
 # Loading.
@@ -119,9 +118,9 @@ def test_map_refuses_a_path_it_lacks():
 def test_load_gives_the_schemas_tree_with_the_files_values(demo_folder, config, weights):
     params = checkpoint.load_params(demo_folder, config)
     assert jax.tree.structure(params) == jax.tree.structure(model.parameter_shapes(config))
-    for slot, leaf in zip(checkpoint.slots(config), jax.tree.leaves(params), strict=True):
+    for spec, leaf in zip(checkpoint.param_specs(config), jax.tree.leaves(params), strict=True):
         assert isinstance(leaf, jax.Array)
-        np.testing.assert_array_equal(leaf, weights[slot.name].reshape(slot.shape), strict=True)
+        np.testing.assert_array_equal(leaf, weights[spec.hf_name].reshape(spec.shape), strict=True)
 
 
 def test_load_puts_a_tensor_where_the_schema_has_it(demo_folder, config, weights):
@@ -143,9 +142,9 @@ def test_load_keeps_each_tensors_dtype(write, config, weights):
 
 def test_load_casts_as_torch_does(demo_folder, config, weights):
     params = checkpoint.load_params(demo_folder, config, dtype=jnp.bfloat16)
-    for slot, leaf in zip(checkpoint.slots(config), jax.tree.leaves(params), strict=True):
-        theirs = torch.from_numpy(weights[slot.name]).to(torch.bfloat16).view(torch.int16)
-        assert np.asarray(leaf).tobytes() == theirs.numpy().tobytes(), slot.name
+    for spec, leaf in zip(checkpoint.param_specs(config), jax.tree.leaves(params), strict=True):
+        theirs = torch.from_numpy(weights[spec.hf_name]).to(torch.bfloat16).view(torch.int16)
+        assert np.asarray(leaf).tobytes() == theirs.numpy().tobytes(), spec.hf_name
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64"])
@@ -181,23 +180,23 @@ def test_all_faults_are_reported_at_once(write, config, weights):
 
 
 def test_a_repeated_head_equal_to_the_embedding_is_accepted(write, demo_folder, config, weights):
-    folder = write(weights | {HEAD: weights[EMBEDDING]})
+    folder = write(weights | {LM_HEAD: weights[EMBEDDING]})
     assert same_trees(checkpoint.load_params(folder, config), checkpoint.load_params(demo_folder, config))
 
 
 @pytest.mark.parametrize("change", ["one value", "dtype", "rows"])
 def test_a_head_of_its_own_is_refused_by_name(write, config, weights, change, monkeypatch):
-    monkeypatch.setattr(checkpoint.released, "COMPARED_ROWS", 100)  # so that the last value lies in the last of several blocks
+    monkeypatch.setattr(checkpoint.hf_folder, "COMPARE_ROWS", 100)  # so that the last value lies in the last of several blocks
     head = weights[EMBEDDING].copy()
     head[-1, -1] += change == "one value"
     head = {"one value": head, "dtype": head.astype(np.float16), "rows": head[:-1]}[change]
-    assert f"untied: {HEAD} differs from {EMBEDDING}" in refusal(write(weights | {HEAD: head}), config)
+    assert f"untied: {LM_HEAD} differs from {EMBEDDING}" in refusal(write(weights | {LM_HEAD: head}), config)
 
 
 def test_a_head_without_an_embedding_is_no_substitute(write, config, weights):
-    renamed = {HEAD if name == EMBEDDING else name: tensor for name, tensor in weights.items()}
+    renamed = {LM_HEAD if name == EMBEDDING else name: tensor for name, tensor in weights.items()}
     message = refusal(write(renamed), config)
-    assert f"missing: {EMBEDDING}" in message and f"extra: {HEAD}" in message
+    assert f"missing: {EMBEDDING}" in message and f"extra: {LM_HEAD}" in message
 
 
 # Damaged folders: one line that names the file.
@@ -273,28 +272,30 @@ def test_folder_without_weights_is_refused(tmp_path, config):
 
 
 def test_store_writes_in_groups_and_reads_back_the_same(tmp_path, config, weights, monkeypatch):
-    monkeypatch.setattr(store, "GROUP_BYTES", 200_000)
-    slots, saved = checkpoint.slots(config), []
-    store.write(tmp_path / "params", ((slot, weights[slot.name].reshape(slot.shape)) for slot in slots), saved.append)
+    monkeypatch.setattr(orbax_folder, "GROUP_BYTES", 200_000)
+    param_specs, saved = checkpoint.param_specs(config), []
+    orbax_folder.write(
+        tmp_path / "params", ((spec, weights[spec.hf_name].reshape(spec.shape)) for spec in param_specs), saved.append
+    )
     assert len(saved) > 4 and sum(saved) == sum(tensor.nbytes for tensor in weights.values())
     assert [path.name for path in tmp_path.iterdir()] == ["params"]
-    read = list(store.read(tmp_path / "params", slots, store.contents(tmp_path / "params")))
-    assert [slot for slot, _ in read] == list(slots)
-    for slot, tensor in read:
-        np.testing.assert_array_equal(tensor, weights[slot.name].reshape(slot.shape), strict=True)
+    read = list(orbax_folder.read(tmp_path / "params", param_specs, orbax_folder.read_metadata(tmp_path / "params")))
+    assert [spec for spec, _ in read] == list(param_specs)
+    for spec, tensor in read:
+        np.testing.assert_array_equal(tensor, weights[spec.hf_name].reshape(spec.shape), strict=True)
 
 
 def test_store_takes_one_tensor_at_a_time(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(store, "GROUP_BYTES", 1)
-    slots, made = checkpoint.slots(config)[:5], []
+    monkeypatch.setattr(orbax_folder, "GROUP_BYTES", 1)
+    param_specs, made = checkpoint.param_specs(config)[:5], []
 
     def tensors():
-        for slot in slots:
+        for spec in param_specs:
             made.append(len(saved))
-            yield slot, np.zeros(slot.shape, np.float32)
+            yield spec, np.zeros(spec.shape, np.float32)
 
     saved = []
-    store.write(tmp_path / "params", tensors(), saved.append)
+    orbax_folder.write(tmp_path / "params", tensors(), saved.append)
     assert made == [0, 1, 2, 3, 4]
 
 
