@@ -2,7 +2,7 @@
 
 Each worker has a pipe of its own and sends a batch as the bytes of its arrays, whose shapes are static, compressed twenty-fold
 (most of it is plain ground); a thread a pipe puts them on the device. When training is faster than the drawing, it goes over
-batches it has seen (`Batches.take`).
+batches it has seen (`BatchLoader.take`).
 """
 
 import contextlib
@@ -25,16 +25,18 @@ from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import AnswerMarkers, BatchShape, Conversation, TrainBatch, conversation, fill, pack, stack
 
-MOST_TURNS = 9  # of a conversation: several questions cost one look at the pictures
-THINKING = 0.12  # of the conversations think before the last answer
-DENSE = 0.5  # of the conversations are sure to have the scene's first question, which asks for all there is to see or read
-ALONE = 0.15  # of the conversations have one question, as most of a server's have
-SEEDS = 1_000_000_000  # of a run's scenes; the next run's come after them
-LOOK = "I look at the picture."  # a thought where a scene has none of its own
+MAX_TURNS = 9  # of a conversation: several questions cost one look at the pictures
+THINKING_SHARE = 0.12  # of the conversations think before the last answer
+FIRST_QUESTION_SHARE = (
+    0.5  # of the conversations are sure to have the scene's first question, which asks for all there is to see or read
+)
+SINGLE_QUESTION_SHARE = 0.15  # of the conversations have one question, as most of a server's have
+SEEDS_PER_RUN = 1_000_000_000  # of a run's scenes; the next run's come after them
+DEFAULT_THOUGHT = "I look at the picture."  # a thought where a scene has none of its own
 
 
 @dataclass(frozen=True)
-class Task:
+class DataConfig:
     """What a worker is to draw.
 
     Attributes:
@@ -59,62 +61,62 @@ class Task:
     easy: float = 0.0
 
 
-class Teacher:
+class ConversationBuilder:
     """Makes conversations to learn from out of scenes."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: DataConfig):
         self.processor, self.mode = Processor.from_folder(task.folder), task.shape.downsample_mode
         self.markers = AnswerMarkers.from_processor(self.processor)
 
     def conversation(self, scene: scenes.Scene, turns: list[scenes.Turn], think: bool) -> Conversation:
         """A scene's pictures and some of its questions; the last answer may come after a thought."""
         spoken = scenes.messages(scene, turns)
-        spoken[-1]["reasoning_content"] = (turns[-1].thought or LOOK) if think else ""
+        spoken[-1]["reasoning_content"] = (turns[-1].thought or DEFAULT_THOUGHT) if think else ""
         tools = [json.loads(tool) for tool in scene.tools] or None
         return conversation(self.processor, self.markers, spoken, where=scene.kind, tools=tools, downsample_mode=self.mode)
 
 
-def lessons(task: Task) -> Iterator[Conversation]:
+def training_conversations(task: DataConfig) -> Iterator[Conversation]:
     """The task's conversations, without end or as many as it counts: of each scene the turns that a dice picks."""
-    teacher, seed = Teacher(task), task.first
+    builder, seed = ConversationBuilder(task), task.first
     while task.count is None or seed < task.first + task.step * task.count:
-        dice = random.Random(f"turns {seed}")
-        easy = max(task.easy, 1 - seed % SEEDS / task.ramp) if task.ramp else task.easy
-        scene = scenes.draw(seed, task.held_out, scenes.EASY if dice.random() < easy else task.mix)
-        wanted = 1 if dice.random() < ALONE else dice.randint(2, MOST_TURNS)
-        turns = dice.sample(scene.turns, min(wanted, len(scene.turns)))
-        if dice.random() < DENSE and scene.turns[0] not in turns:
+        rng = random.Random(f"turns {seed}")
+        easy = max(task.easy, 1 - seed % SEEDS_PER_RUN / task.ramp) if task.ramp else task.easy
+        scene = scenes.draw(seed, task.held_out, scenes.EASY if rng.random() < easy else task.mix)
+        wanted = 1 if rng.random() < SINGLE_QUESTION_SHARE else rng.randint(2, MAX_TURNS)
+        turns = rng.sample(scene.turns, min(wanted, len(scene.turns)))
+        if rng.random() < FIRST_QUESTION_SHARE and scene.turns[0] not in turns:
             turns = [scene.turns[0], *turns]
         turns.sort(key=lambda turn: turn.call is not None)  # a call ends the conversation: its result is not known
-        think = bool(scene.media) and turns[-1].call is None and dice.random() < THINKING
-        lesson = teacher.conversation(scene, turns, think)
-        while task.shape.unsupported_reason(lesson) and len(turns) > 1:  # a large picture leaves less room for questions
+        think = bool(scene.media) and turns[-1].call is None and rng.random() < THINKING_SHARE
+        example = builder.conversation(scene, turns, think)
+        while task.shape.unsupported_reason(example) and len(turns) > 1:  # a large picture leaves less room for questions
             turns = turns[len(turns) // 2 :]
-            lesson = teacher.conversation(scene, turns, think)
-        if task.shape.unsupported_reason(lesson) is None:
-            yield lesson
+            example = builder.conversation(scene, turns, think)
+        if task.shape.unsupported_reason(example) is None:
+            yield example
         seed += task.step
 
 
-def examination(task: Task) -> Iterator[tuple[str, Conversation]]:
+def eval_conversations(task: DataConfig) -> Iterator[tuple[str, Conversation]]:
     """Every question alone of each of the task's scenes, with its group; thinking is a group of its own."""
-    teacher = Teacher(task)
+    builder = ConversationBuilder(task)
     for seed in range(task.first, task.first + (task.count or 0)):
         scene = scenes.draw(seed, held_out=True, mix=task.mix)
         turn, think = scenes.exam_turn(seed, scene)
-        question = teacher.conversation(scene, [turn], think)
+        question = builder.conversation(scene, [turn], think)
         if task.shape.unsupported_reason(question) is None:
             yield ("thinking" if think else turn.group), question
 
 
-def batches(task: Task) -> Iterator[TrainBatch]:
+def batches(task: DataConfig) -> Iterator[TrainBatch]:
     """The task's batches, on the host."""
     vision = ModelConfig.from_folder(task.folder).vision
-    for rows in fill(lessons(task), task.shape):
+    for rows in fill(training_conversations(task), task.shape):
         yield stack([pack(rows, task.shape, vision)])
 
 
-def _work(task: Task, pipe: Connection) -> None:
+def _work(task: DataConfig, pipe: Connection) -> None:
     for batch in batches(task):
         try:
             pipe.send_bytes(zlib.compress(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(batch)), 1))
@@ -122,7 +124,7 @@ def _work(task: Task, pipe: Connection) -> None:
             return  # nobody reads any more
 
 
-class Batches:
+class BatchLoader:
     """Batches on the device, drawn by one process for each task. Use it as a context manager.
 
     Args:
@@ -131,12 +133,12 @@ class Batches:
       kept: how many batches stay on the device, to be gone over again when no new one is ready.
     """
 
-    def __init__(self, tasks: list[Task], config: ModelConfig, kept: int):
+    def __init__(self, tasks: list[DataConfig], config: ModelConfig, kept: int):
         self.ready: queue.Queue[TrainBatch] = queue.Queue(maxsize=8)
         self.seen: list[TrainBatch] = []
         self.kept, self.fresh, self.repeated = kept, 0, 0
         self.closed = False
-        spawn, self.dice = multiprocessing.get_context("spawn"), random.Random(0)
+        spawn, self.rng = multiprocessing.get_context("spawn"), random.Random(0)
         self.processes, self.threads = [], []
         for task in tasks:
             receiver, sender = spawn.Pipe(duplex=False)
@@ -167,15 +169,15 @@ class Batches:
             batch = self.ready.get(block=not self.seen)
         except queue.Empty:
             self.repeated += 1
-            return self.dice.choice(self.seen)
+            return self.rng.choice(self.seen)
         self.fresh += 1
         if len(self.seen) < self.kept:
             self.seen.append(batch)
         else:
-            self.seen[self.dice.randrange(self.kept)] = batch
+            self.seen[self.rng.randrange(self.kept)] = batch
         return batch
 
-    def __enter__(self) -> "Batches":
+    def __enter__(self) -> "BatchLoader":
         return self
 
     def __exit__(self, *_) -> None:

@@ -13,11 +13,13 @@ from convert.demo.vocabulary import BYTES, Merge
 
 RESOLUTION = 224  # a view covers about its square
 MAX_SLICES = 6
-MODE = "4x"  # unless a request says "16x": a token for 28 x 28 pixels, about a letter of the scenes' print
+DOWNSAMPLE_MODE = "4x"  # unless a request says "16x": a token for 28 x 28 pixels, about a letter of the scenes' print
 # Light grounds come out near 0. With the release's 0.5 all of a white patch is 1, so every step of Adam moves its 588 weights the
 # same way: in 12,600 steps at 1.5e-3 embeddings grew from 1 to 19, beside positions of 0.3.
-MEAN = [0.93, 0.93, 0.93]
-POSITIONS = 24  # of the learned table, a side: the patches of a 224 x 224 view, and of a 336 x 168 one, have rows of their own
+IMAGE_MEAN = [0.93, 0.93, 0.93]
+POSITIONS_PER_SIDE = (
+    24  # of the learned table, a side: the patches of a 224 x 224 view, and of a 336 x 168 one, have rows of their own
+)
 TEXT = {
     "full_attention_interval": 2,
     "head_dim": 32,
@@ -36,7 +38,7 @@ TEXT = {
 }
 VISION = {
     "hidden_size": 192,
-    "image_size": POSITIONS * 14,
+    "image_size": POSITIONS_PER_SIDE * 14,
     "intermediate_size": 256,
     "num_attention_heads": 6,
     "num_hidden_layers": 6,
@@ -46,7 +48,12 @@ VISION = {
 def model_config(merges: Sequence[Merge]) -> dict[str, Any]:
     """config.json of the demo model with a vocabulary of bytes, these merges and the added tokens."""
     config, ids = copy.deepcopy(demo_config()), added_ids(BYTES + len(merges))
-    config |= {"insert_layer_id": 2, "image_size": RESOLUTION, "eos_token_id": ids["<|endoftext|>"], "downsample_mode": MODE}
+    config |= {
+        "insert_layer_id": 2,
+        "image_size": RESOLUTION,
+        "eos_token_id": ids["<|endoftext|>"],
+        "downsample_mode": DOWNSAMPLE_MODE,
+    }
     config |= {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"]}
     config["text_config"] |= {**TEXT, "vocab_size": BYTES + len(merges) + len(ids)}
     config["vision_config"] |= VISION
@@ -55,7 +62,12 @@ def model_config(merges: Sequence[Merge]) -> dict[str, Any]:
 
 def model_files(merges: Sequence[Merge]) -> dict[str, Any]:
     """Every file of the folder but the weights."""
-    views = {"scale_resolution": RESOLUTION, "max_slice_nums": MAX_SLICES, "image_mean": MEAN, "downsample_mode": MODE}
+    views = {
+        "scale_resolution": RESOLUTION,
+        "max_slice_nums": MAX_SLICES,
+        "image_mean": IMAGE_MEAN,
+        "downsample_mode": DOWNSAMPLE_MODE,
+    }
     files = side_files(model_config(merges), merges, **views)
     files["generation_config.json"] |= {"do_sample": False, "temperature": 1.0}  # its answers are right or wrong, not many
     return files

@@ -18,31 +18,31 @@ from minicpmv46_jax.model import Params
 MOMENTUM = 0.95
 # Of singular values from 0 to 1 it takes all but the least to about 1 (0.7 to 1.2) in five rounds.
 QUINTIC = 3.4445, -4.7750, 2.0315
-ROUNDS = 5
-LEAST_SIDE = 16  # smaller matrices are not worth it
+NUM_STEPS = 5
+MIN_SIDE = 16  # smaller matrices are not worth it
 
 
 def is_matrix(path: TreePath, leaf: Array) -> bool:
     """Whether the leaf is a product's weights: no table, no filter, and not the patches' embedding, whose inputs are alike."""
-    return leaf.ndim == 2 and min(leaf.shape) >= LEAST_SIDE and "embed" not in path[-2]
+    return leaf.ndim == 2 and min(leaf.shape) >= MIN_SIDE and "embed" not in path[-2]
 
 
-def orthogonal(x: Float[Array, "n rows columns"]) -> Float[Array, "n rows columns"]:
+def orthogonalise(x: Float[Array, "n rows columns"]) -> Float[Array, "n rows columns"]:
     """Matrices near the closest ones with orthonormal rows or columns, by Newton and Schulz; bfloat16 inside, float32 out."""
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.swapaxes(1, 2)).astype(jnp.bfloat16)
     x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True) + 1e-7).astype(x.dtype)
     a, b, c = QUINTIC
 
-    def nearer(_: Array, x: Array) -> Array:
+    def newton_schulz_step(_: Array, x: Array) -> Array:
         square = jnp.einsum("nij,nkj->nik", x, x)
         return a * x + jnp.einsum("nik,nkj->nij", b * square + c * jnp.einsum("nij,njk->nik", square, square), x)
 
-    x = jax.lax.fori_loop(0, ROUNDS, nearer, x)
+    x = jax.lax.fori_loop(0, NUM_STEPS, newton_schulz_step, x)
     return (x if wide else x.swapaxes(1, 2)).astype(jnp.float32)
 
 
-def orthogonalised(updates: Params, params: Params | None = None) -> Params:
+def orthogonalise_updates(updates: Params, params: Params | None = None) -> Params:
     """Every matrix of the tree made orthogonal, and larger where it is taller than wide."""
     del params
     leaves, tree = jax.tree.flatten(updates)
@@ -50,25 +50,25 @@ def orthogonalised(updates: Params, params: Params | None = None) -> Params:
     for i, leaf in enumerate(leaves):
         stacks[leaf.shape].append(i)
     for (rows, columns), places in stacks.items():
-        stack = orthogonal(jnp.stack([leaves[i] for i in places])) * max(1.0, rows / columns) ** 0.5
+        stack = orthogonalise(jnp.stack([leaves[i] for i in places])) * max(1.0, rows / columns) ** 0.5
         for i, matrix in zip(places, stack, strict=True):
             leaves[i] = matrix
     return jax.tree.unflatten(tree, leaves)
 
 
-def muon(rate: Any, weight_decay: float, rest: optax.GradientTransformation) -> optax.GradientTransformation:
+def muon(learning_rate: Any, weight_decay: float, rest: optax.GradientTransformation) -> optax.GradientTransformation:
     """Muon for matrices, `rest` for all else.
 
     Args:
-      rate: how far a matrix moves, as the largest singular value of its step (of a wide one; a tall one moves further).
-      weight_decay: of matrices, times `rate`.
+      learning_rate: largest singular value of a wide matrix's step; a tall matrix moves further.
+      weight_decay: of matrices, times `learning_rate`.
       rest: its own rate is in it.
     """
     own = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
-        optax.stateless(orthogonalised),
+        optax.stateless(orthogonalise_updates),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
     def label(keys: Any, leaf: Array) -> str:

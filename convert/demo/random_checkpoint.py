@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert.demo.vocabulary import BYTES, SPLIT, TEMPLATE, Merge, byte_letters
+from convert.demo.vocabulary import BYTES, SPLIT, TEMPLATE, Merge, bytes_to_unicode
 from convert.export import export_hf
 from minicpmv46_jax import model
 from minicpmv46_jax.checkpoint import names
@@ -105,12 +105,12 @@ def _values(random: np.random.Generator, path: names.TreePath, shape: names.Shap
     if path[-1] == "A_log":
         return np.log(random.uniform(0.01, 16.0, shape))  # the delta net's own initialisation
     if len(shape) == 1:
-        return centre(path) + VECTOR_SPREAD * random.standard_normal(shape)
+        return vector_mean(path) + VECTOR_SPREAD * random.standard_normal(shape)
     spread = EMBEDDING_SPREAD if "embed" in path[-2] and path[-2] != "patch_embed" else shape[-1] ** -0.5
     return spread * random.standard_normal(shape)
 
 
-def centre(path: names.TreePath) -> float:
+def vector_mean(path: names.TreePath) -> float:
     """Where a vector starts: biases and the text's zero-centred norms at 0, other norms and the delta net's step at 1."""
     if path[-1] == "dt_bias":
         return 1.0
@@ -250,7 +250,7 @@ def _tokenizer(merges: Sequence[Merge]) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate([*byte_letters(), *("".join(merge) for merge in merges)])},
+            "vocab": {piece: i for i, piece in enumerate([*bytes_to_unicode(), *("".join(merge) for merge in merges)])},
             "merges": [list(merge) for merge in merges],
         },
     }

@@ -23,17 +23,17 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
 WORD = re.compile(r"([^A-Za-z0-9][A-Z]?|[A-Z])[a-z]+| ?[^\sA-Za-z0-9]+")
 # Words with no sign or capital before them, which template and functions are made of. Their merges may cut into one another's,
 # so this order matters: a test holds each to one token.
-BARE = (
+BARE_WORDS = (
     "assistant system user string function parameters properties description object integer type name value "
     "shape colour count place text pick move save report tools"
 ).split()
-SAMPLED = 1000  # scenes whose texts are looked through
-OFTEN = 3  # a word that comes so often is one token
+NUM_SCENES = 1000  # scenes whose texts are looked through
+MIN_COUNT = 3  # a word that comes so often is one token
 
 Merge = tuple[str, str]
 
 
-def byte_letters() -> list[str]:
+def bytes_to_unicode() -> list[str]:
     """GPT-2's printable letter for each byte: itself where it prints, else one of those from 256 on."""
     prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(BYTES, 2 * BYTES))
@@ -48,14 +48,14 @@ def scene_words() -> list[str]:
         for word, _ in split.pre_tokenize_str(text):
             if WORD.fullmatch(word):
                 found[word] = found.get(word, 0) + 1
-    return [*sorted(word for word, count in found.items() if count >= OFTEN), *BARE]
+    return [*sorted(word for word, count in found.items() if count >= MIN_COUNT), *BARE_WORDS]
 
 
 def _texts() -> Iterable[str]:
     """Each scene as one conversation about all its questions, and what announces the functions."""
     template = jinja2.Environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     even = dict.fromkeys(scenes.KINDS, 1.0)
-    for seed in range(SAMPLED):
+    for seed in range(NUM_SCENES):
         scene = scenes.draw(seed, mix=even)
         tools = [json.loads(tool) for tool in scene.tools]
         for turn in scene.turns:
@@ -65,7 +65,7 @@ def _texts() -> Iterable[str]:
 
 def merges(words: Iterable[str]) -> list[Merge]:
     """What spells the words: the beginnings of each, once; and a pair of line breaks."""
-    letters = byte_letters()
+    letters = bytes_to_unicode()
     out: dict[Merge, None] = {}
     for word in words:
         spelt = [letters[byte] for byte in word.encode()]

@@ -11,17 +11,19 @@ from transformers import AutoTokenizer
 
 from convert.demo import drawing
 from convert.demo import train as train_demo
-from convert.demo.drawing import Task
-from convert.demo.model_shape import MEAN, MODE, model_config, model_files
+from convert.demo.drawing import DataConfig
+from convert.demo.model_shape import DOWNSAMPLE_MODE, IMAGE_MEAN, model_config, model_files
 from convert.demo.random_checkpoint import write_files
-from convert.demo.vocabulary import BARE, merges, scene_words
+from convert.demo.vocabulary import BARE_WORDS, merges, scene_words
 from minicpmv46_jax import scenes
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.processing.images import patchify
 from minicpmv46_jax.train import BatchShape
 
-SMALL = BatchShape(rows=2, tokens=640, patches=2048, views=8, longest=train_demo.LONGEST, downsample_mode=MODE)
+SMALL = BatchShape(
+    rows=2, tokens=640, patches=2048, views=8, longest=train_demo.MAX_VIEW_PATCHES, downsample_mode=DOWNSAMPLE_MODE
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def tokenizer(folder):
 def test_a_word_is_a_token_and_print_is_spelt(words, tokenizer):
     assert {"Which", " picture", " diamonds", "<parameter"} <= set(words)
     assert [word for word in words if word[-1].isalpha() and len(tokenizer.encode(word)) != 1] == []
-    assert set(BARE) <= set(words)
+    assert set(BARE_WORDS) <= set(words)
     for text in ("QKGDD", "56253", "ROJUFUT 956.33", "IVEBO\nEF"):
         assert [tokenizer.decode(i) for i in tokenizer.encode(text)] == list(text)
     for text in ("Ein Bär, naïve", "unseen words", "red  \n\n\tx", "日本"):
@@ -64,29 +66,32 @@ def test_both_configs_say_how_many_patches_make_a_token(folder):
     """transformers' model reads one file, its processor and ours the other."""
     read = [json.loads((folder / name).read_text())["downsample_mode"] for name in ("config.json", "preprocessor_config.json")]
     processor = Processor.from_folder(folder)
-    assert read == [MODE, MODE] and processor.images.options.downsample_mode == processor.videos.options.downsample_mode == MODE
+    assert (
+        read == [DOWNSAMPLE_MODE, DOWNSAMPLE_MODE]
+        and processor.image_config.options.downsample_mode == processor.video_config.options.downsample_mode == DOWNSAMPLE_MODE
+    )
 
 
 def test_a_lesson_teaches_the_answers_alone(folder):
     """Whatever the turns, the learned tokens spell the answers, and a thought where there is one, and nothing else."""
-    task = Task(folder, SMALL, {"shapes": 0.5, "calls": 0.5}, count=12)
-    teacher = drawing.Teacher(task)
+    task = DataConfig(folder, SMALL, {"shapes": 0.5, "calls": 0.5}, count=12)
+    builder = drawing.ConversationBuilder(task)
     for seed in range(12):
         scene = scenes.draw(seed, mix=task.mix)
         for think in (False, True):
             turns = [turn for turn in scene.turns if turn.call is None][:2] + [turn for turn in scene.turns if turn.call][:1]
-            lesson = teacher.conversation(scene, turns, think)
-            said = teacher.processor.tokenizer.decode(lesson.inputs.token_ids[lesson.loss_mask])
+            example = builder.conversation(scene, turns, think)
+            said = builder.processor.tokenizer.decode(example.inputs.token_ids[example.loss_mask])
             *_, last = turns
-            thought = f"{last.thought or drawing.LOOK}\n</think>\n\n" if think else ""
+            thought = f"{last.thought or drawing.DEFAULT_THOUGHT}\n</think>\n\n" if think else ""
             assert said == "".join(f"{t.reply}<|im_end|>" for t in turns[:-1]) + f"{thought}{last.reply}<|im_end|>"
 
 
 def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
-    tasks = [Task(folder, SMALL, {"shapes": 1.0}, first=i, step=2, count=4) for i in range(2)]
-    drawn = [[lesson.inputs.token_ids.tolist() for lesson in drawing.lessons(task)] for task in tasks]
-    assert [len(part) for part in drawn] == [4, 4] and not any(lesson in drawn[1] for lesson in drawn[0])
-    exam = list(drawing.examination(Task(folder, SMALL, {"shapes": 1.0}, held_out=True, count=6)))
+    tasks = [DataConfig(folder, SMALL, {"shapes": 1.0}, first=i, step=2, count=4) for i in range(2)]
+    drawn = [[example.inputs.token_ids.tolist() for example in drawing.training_conversations(task)] for task in tasks]
+    assert [len(part) for part in drawn] == [4, 4] and not any(example in drawn[1] for example in drawn[0])
+    exam = list(drawing.eval_conversations(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=6)))
     assert {group for group, _ in exam} <= {"what", "colour", "where", "count", "relation", "thinking"}
     assert len(exam) == 6
 
@@ -94,41 +99,43 @@ def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
 def test_patches_begin_white(folder):
     """Of patches with something in them, other ones than it was made from: unit variance, or less in directions of noise."""
     vision = ModelConfig.from_folder(folder).vision
-    embedding = train_demo.whitening(vision, MEAN)
+    embedding = train_demo.whitening_embedding(vision, IMAGE_MEAN)
     drawn = [scenes.draw(seed, True, {"lines": 1.0}).media[0].render() for seed in range(40)]
     pixels = np.concatenate([patchify(picture, 14).pixels for picture in drawn if picture.shape == (224, 224, 3)])
-    values = (pixels.reshape(len(pixels), 3, -1) / 255 - np.array(MEAN)[None, :, None]) / 0.5
+    values = (pixels.reshape(len(pixels), 3, -1) / 255 - np.array(IMAGE_MEAN)[None, :, None]) / 0.5
     x = values.reshape(len(pixels), -1) @ embedding["weight"].T + embedding["bias"]
-    x = x[np.ptp(pixels, axis=1) > train_demo.MARKED]
+    x = x[np.ptp(pixels, axis=1) > train_demo.MIN_PATCH_RANGE]
     assert 0.3 < np.median(x.std(axis=0)) < 1.5 and abs(x.mean()) < 0.1
 
 
 def test_positions_begin_as_waves(folder):
     vision = ModelConfig.from_folder(folder).vision
-    table = train_demo.waves(vision).reshape(24, 24, -1)
+    table = train_demo.sincos_positions(vision).reshape(24, 24, -1)
     apart = [np.linalg.norm(table[0, 0] - table[0, i]) for i in range(1, 6)]
     assert table.shape[-1] == vision.hidden_size and apart == sorted(apart) and apart[0] > 0.2
     assert np.unique(table.reshape(576, -1).round(4), axis=0).shape[0] == 576
 
 
 def test_rates():
-    assert train_demo.rate(0, 0.0, 1.0) == pytest.approx(1 / train_demo.WARMUP)
-    assert train_demo.rate(10**6, 0.0, 1.0) == pytest.approx(1.0)
-    assert train_demo.rate(10**6, 0.5, 1.0) == pytest.approx(0.51) and train_demo.rate(10**6, 2.0, 1.0) == pytest.approx(0.02)
+    assert train_demo.learning_rate_at(0, 0.0, 1.0) == pytest.approx(1 / train_demo.WARMUP)
+    assert train_demo.learning_rate_at(10**6, 0.0, 1.0) == pytest.approx(1.0)
+    assert train_demo.learning_rate_at(10**6, 0.5, 1.0) == pytest.approx(0.51) and train_demo.learning_rate_at(
+        10**6, 2.0, 1.0
+    ) == pytest.approx(0.02)
 
 
 def test_patches_learn_slowly():
     updates = {"vision": {"patch_embed": {"weight": jnp.ones((2, 588))}}, "text": {"norm": {"weight": jnp.ones(4)}}}
-    slowed = jax.tree.map(lambda x: float(x.ravel()[0]), train_demo.slow_patches(updates, None))
-    assert slowed["vision"]["patch_embed"]["weight"] == pytest.approx(train_demo.PATCH_RATE)
+    slowed = jax.tree.map(lambda x: float(x.ravel()[0]), train_demo.slow_patch_embed(updates, None))
+    assert slowed["vision"]["patch_embed"]["weight"] == pytest.approx(train_demo.PATCH_EMBED_RATE)
     assert slowed["text"] == {"norm": {"weight": 1.0}}
 
 
 def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
     """The log decay of a token, whose input to the gate is 0: of a long memory and of a short one."""
     config = ModelConfig.from_folder(folder)
-    monkeypatch.setattr(train_demo, "WHITENED", 5)  # scenes: fast, and not what is looked at
-    params = train_demo.initial_params(config, MEAN, 0)
+    monkeypatch.setattr(train_demo, "WHITENING_SCENES", 5)  # scenes: fast, and not what is looked at
+    params = train_demo.initial_params(config, IMAGE_MEAN, 0)
     mixers = [layer["mixer"] for layer in params["text"]["layers"].values() if "A_log" in layer["mixer"]]
     decays = np.concatenate([np.exp(mixer["A_log"]) * np.logaddexp(mixer["dt_bias"], 0) for mixer in mixers])
     assert len(decays) == 3 * config.text.linear_num_value_heads
@@ -137,22 +144,26 @@ def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
 
 def test_few_workers_draw_for_both_modes():
     shares = [
-        sum(train_demo.mode_of(worker, share) for worker in range(n)) for n, share in ((1, 8), (2, 8), (8, 8), (12, 8), (12, 2))
+        sum(train_demo.mode_index(worker, share) for worker in range(n))
+        for n, share in ((1, 8), (2, 8), (8, 8), (12, 8), (12, 2))
     ]
     assert shares == [0, 1, 1, 2, 6]
 
 
 def test_a_large_picture_asks_what_there_is_room_for(folder):
     """A row holds its slices and a few of its questions; no scene is left out."""
-    lessons = list(drawing.lessons(Task(folder, SMALL, {"small print": 1.0}, count=20)))
-    assert len(lessons) == 20 and max(lesson.num_tokens for lesson in lessons) > 500
+    training_conversations = list(drawing.training_conversations(DataConfig(folder, SMALL, {"small print": 1.0}, count=20)))
+    assert len(training_conversations) == 20 and max(example.num_tokens for example in training_conversations) > 500
 
 
 def test_training_begins_with_easy_scenes(folder):
     """At first all are of the easy kinds, at the ramp's end few, and without one as many as are left of them."""
 
     def kinds(**fields):
-        return [lesson.where for lesson in drawing.lessons(Task(folder, SMALL, {"pair": 1.0}, count=30, **fields))]
+        return [
+            example.where
+            for example in drawing.training_conversations(DataConfig(folder, SMALL, {"pair": 1.0}, count=30, **fields))
+        ]
 
     assert set(kinds(ramp=10**6, easy=0.1)) <= {"shapes", "word", "letters"}
     assert set(kinds(ramp=10**6, easy=0.1, first=10**6)) == {"pair"} | set(kinds(easy=0.1, first=10**6))
@@ -161,28 +172,28 @@ def test_training_begins_with_easy_scenes(folder):
 
 def test_scores_count_whole_answers(folder):
     """Marks made by hand: one conversation all right, one with a wrong token, the rest untouched."""
-    exam = train_demo.draw_exam(Task(folder, SMALL, {"shapes": 1.0}, held_out=True, count=3))
+    exam = train_demo.draw_eval_set(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=3))
     batch, groups = exam[0]
     weights, segments = batch.weights[0, 0], batch.segments[0, 0]
     right = np.ones(weights.shape, bool)
     wrong = np.argwhere((weights > 0) & (segments == 1))[0]
     right[tuple(wrong)] = False
     spoilt = groups[wrong[0]][0]
-    scores = train_demo.score(lambda params, batch: right, {}, exam[:1])
+    scores = train_demo.accuracy_by_group(lambda params, batch: right, {}, exam[:1])
     asked = sum(row.count(spoilt) for row in groups)
     assert scores[spoilt] == pytest.approx((asked - 1) / asked)
-    assert all(score == 1.0 for group, score in scores.items() if group != spoilt)
+    assert all(accuracy_by_group == 1.0 for group, accuracy_by_group in scores.items() if group != spoilt)
 
 
-@pytest.mark.full
+@pytest.mark_correct.full
 def test_a_run_learns_exports_and_goes_on(tmp_path):
     """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
     settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"4x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
-    run = train_demo.Run(settings, tmp_path / "a")
+    run = train_demo.Trainer(settings, tmp_path / "a")
     scores = run.go()
     assert scores and (tmp_path / "a" / "model" / "model.safetensors").stat().st_size < 12e6
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert log[-2]["event"] == "trained"
-    again = train_demo.Run(dataclasses.replace(settings, start=tmp_path / "a" / "model", steps=1), tmp_path / "b")
+    again = train_demo.Trainer(dataclasses.replace(settings, start=tmp_path / "a" / "model", steps=1), tmp_path / "b")
     again.go()
     assert (tmp_path / "b" / "model" / "config.json").read_text() == (tmp_path / "a" / "model" / "config.json").read_text()

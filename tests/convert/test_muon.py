@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from convert.demo.muon import MOMENTUM, is_matrix, muon, orthogonal, orthogonalised
+from convert.demo.muon import MOMENTUM, is_matrix, muon, orthogonalise, orthogonalise_updates
 
 
 def drawn(*shape, seed=0):
@@ -17,7 +17,7 @@ def drawn(*shape, seed=0):
 def test_singular_values_become_about_one_and_directions_stay(rows, columns):
     x = drawn(3, rows, columns)
     u, _, v = np.linalg.svd(np.asarray(x), full_matrices=False)
-    y = np.asarray(orthogonal(x))
+    y = np.asarray(orthogonalise(x))
     assert y.dtype == np.float32
     values = np.linalg.svd(y, compute_uv=False)
     assert values.min() > 0.3 and values.max() < 1.3
@@ -27,12 +27,12 @@ def test_singular_values_become_about_one_and_directions_stay(rows, columns):
 
 def test_the_size_of_a_gradient_does_not_matter_and_tall_matrices_get_more():
     x = {"a": drawn(32, 16), "b": drawn(16, 32, seed=1), "c": drawn(32, 16, seed=2)}
-    y = orthogonalised(x)
+    y = orthogonalise_updates(x)
     assert jax.tree.map(jnp.shape, y) == jax.tree.map(jnp.shape, x)
-    for name, z in orthogonalised(jax.tree.map(lambda leaf: leaf / 1024, x)).items():
+    for name, z in orthogonalise_updates(jax.tree.map(lambda leaf: leaf / 1024, x)).items():
         np.testing.assert_allclose(z, y[name], atol=0.02)
-    np.testing.assert_allclose(y["c"], orthogonal(x["c"][None])[0] * 2**0.5, atol=0.02)
-    np.testing.assert_allclose(y["b"], orthogonal(x["b"][None])[0], atol=0.02)
+    np.testing.assert_allclose(y["c"], orthogonalise(x["c"][None])[0] * 2**0.5, atol=0.02)
+    np.testing.assert_allclose(y["b"], orthogonalise(x["b"][None])[0], atol=0.02)
 
 
 def test_matrices_move_by_muon_and_all_else_by_the_other():
@@ -42,7 +42,7 @@ def test_matrices_move_by_muon_and_all_else_by_the_other():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
     gradient = grads["text"]["layers"][0]["mlp"]["weight"]
-    expected = -0.5 * orthogonal(((1 + MOMENTUM) * gradient)[None])[0]
+    expected = -0.5 * orthogonalise(((1 + MOMENTUM) * gradient)[None])[0]
     np.testing.assert_allclose(updates["text"]["layers"][0]["mlp"]["weight"], expected, atol=0.02)
     np.testing.assert_allclose(
         updates["text"]["layers"][0]["mlp"]["bias"], -2.0 * grads["text"]["layers"][0]["mlp"]["bias"], rtol=1e-6
