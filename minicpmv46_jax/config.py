@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Bookkeeping of transformers, of training and of serving: they change no number in the forward pass.
-IGNORED = frozenset(
+IGNORED_FIELDS = frozenset(
     "_name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id id2label initializer_range label2id "
     "mtp_num_hidden_layers mtp_use_dedicated_embeddings output_attentions output_hidden_states pad_token_id problem_type "
     "return_dict torch_dtype transformers_version use_cache".split()
@@ -100,11 +100,11 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Checks and keeps config.json's contents. Raises ValueError naming the field at fault."""
         fields = Fields(raw, "config.json")
-        fields.must_be("model_type", "minicpmv4_6")
-        fields.must_be("tie_word_embeddings", True)
-        fields.must_be("drop_vision_last_layer", False, optional=True)
-        fields.must_be("merge_kernel_size", [2, 2], optional=True)
-        fields.must_be("merger_times", 1, optional=True)
+        fields.require("model_type", "minicpmv4_6")
+        fields.require("tie_word_embeddings", True)
+        fields.require("drop_vision_last_layer", False, optional=True)
+        fields.require("merge_kernel_size", [2, 2], optional=True)
+        fields.require("merger_times", 1, optional=True)
         # The processor's settings decide the mode and the sizes; each picture brings its own along.
         fields.skip("downsample_mode", "image_size", "patch_size")
         config = cls(
@@ -113,7 +113,7 @@ class ModelConfig:
             image_token_id=fields.integer("image_token_id", minimum=0),
             video_token_id=fields.integer("video_token_id", minimum=0),
         )
-        fields.finish()
+        fields.reject_unknown()
         return config
 
 
@@ -148,21 +148,21 @@ class GenerationConfig:
             stop_token_ids=_token_ids(fields.value("eos_token_id", (int, list), default=[])),
         )
         fields.skip("max_new_tokens", "max_length")  # a length is the request's to choose
-        fields.finish()
+        fields.reject_unknown()
         return config
 
 
 class Fields:
-    """One JSON object being read strictly: each field is asked for once, and `finish` refuses what nobody asked for."""
+    """One JSON object being read strictly: each field is asked for once, and `reject_unknown` refuses what nobody asked for."""
 
     def __init__(self, raw: Mapping[str, Any], where: str):
         if not isinstance(raw, Mapping):
             raise ValueError(f"{where}: expected an object, found {type(raw).__name__}")
         self.raw, self.where = raw, where
-        self.left = set(raw) - IGNORED
+        self.remaining = set(raw) - IGNORED_FIELDS
 
     def value(self, name: str, kind: type | tuple, default: Any = None) -> Any:
-        self.left.discard(name)
+        self.remaining.discard(name)
         found = self.raw.get(name)
         if found is None:
             if default is None:
@@ -182,9 +182,9 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         return float(self.value(name, (int, float), default))
 
-    def must_be(self, name: str, expected: Any, optional: bool = False) -> None:
+    def require(self, name: str, expected: Any, optional: bool = False) -> None:
         """A field for which this code computes one value only."""
-        self.left.discard(name)
+        self.remaining.discard(name)
         if optional and self.raw.get(name) is None:
             return
         found = self.raw.get(name)
@@ -192,14 +192,14 @@ class Fields:
             raise ValueError(f"{self.where}: field {name!r} is {found!r}, but this code computes {expected!r} only")
 
     def skip(self, *names: str) -> None:
-        self.left -= set(names)
+        self.remaining -= set(names)
 
     def section(self, name: str) -> "Fields":
         return Fields(self.value(name, Mapping), f"{self.where}: {name}")
 
-    def finish(self) -> None:
-        if self.left:
-            name = min(self.left)
+    def reject_unknown(self) -> None:
+        if self.remaining:
+            name = min(self.remaining)
             raise ValueError(f"{self.where}: field {name!r} = {self.raw[name]!r} is unknown to this code")
 
 
@@ -214,13 +214,13 @@ def read_json(path: Path) -> Any:
 
 
 def _text_config(fields: Fields) -> TextConfig:
-    fields.must_be("model_type", "qwen3_5_text")
-    fields.must_be("hidden_act", "silu")
-    fields.must_be("attention_bias", False)
-    fields.must_be("attn_output_gate", True, optional=True)
-    fields.must_be("mamba_ssm_dtype", "float32", optional=True)
-    fields.must_be("mlp_only_layers", [], optional=True)
-    fields.must_be("tie_word_embeddings", True)
+    fields.require("model_type", "qwen3_5_text")
+    fields.require("hidden_act", "silu")
+    fields.require("attention_bias", False)
+    fields.require("attn_output_gate", True, optional=True)
+    fields.require("mamba_ssm_dtype", "float32", optional=True)
+    fields.require("mlp_only_layers", [], optional=True)
+    fields.require("tie_word_embeddings", True)
     head_dim = fields.integer("head_dim")
     rope_theta, rotary_dim = _rope(fields, head_dim)
     layers = fields.integer("num_hidden_layers")
@@ -231,15 +231,15 @@ def _text_config(fields: Fields) -> TextConfig:
         rope_theta=rope_theta,
         rotary_dim=rotary_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
-        **{name: fields.integer(name) for name in _TEXT_SIZES},
+        **{name: fields.integer(name) for name in _TEXT_INTEGERS},
     )
-    fields.finish()
-    _divides(fields, "num_attention_heads", "num_key_value_heads")
-    _divides(fields, "linear_num_value_heads", "linear_num_key_heads")
+    fields.reject_unknown()
+    _check_multiple(fields, "num_attention_heads", "num_key_value_heads")
+    _check_multiple(fields, "linear_num_value_heads", "linear_num_key_heads")
     return config
 
 
-_TEXT_SIZES = (
+_TEXT_INTEGERS = (
     "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads max_position_embeddings "
     "linear_conv_kernel_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim".split()
 )
@@ -247,12 +247,12 @@ _TEXT_SIZES = (
 
 def _rope(fields: Fields, head_dim: int) -> tuple[float, int]:
     rope = fields.section("rope_parameters")
-    rope.must_be("rope_type", "default")
+    rope.require("rope_type", "default")
     factor = rope.number("partial_rotary_factor")
     theta = rope.number("rope_theta")
     rope.skip("mrope_section", "mrope_interleaved")  # positions are plain, so the three sections are one
-    rope.finish()
-    fields.must_be("partial_rotary_factor", factor, optional=True)
+    rope.reject_unknown()
+    fields.require("partial_rotary_factor", factor, optional=True)
     return theta, int(head_dim * factor)
 
 
@@ -268,19 +268,19 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
 
 
 def _vision_config(fields: Fields, insert_layer_id: int) -> VisionConfig:
-    fields.must_be("model_type", "minicpmv4_6_vision")
-    fields.must_be("hidden_act", "gelu_pytorch_tanh")
-    fields.must_be("insert_layer_id", insert_layer_id, optional=True)  # the top level's wins in transformers
-    fields.must_be("window_kernel_size", [2, 2], optional=True)
+    fields.require("model_type", "minicpmv4_6_vision")
+    fields.require("hidden_act", "gelu_pytorch_tanh")
+    fields.require("insert_layer_id", insert_layer_id, optional=True)  # the top level's wins in transformers
+    fields.require("window_kernel_size", [2, 2], optional=True)
     sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size image_size".split()
     config = VisionConfig(
         layer_norm_eps=fields.number("layer_norm_eps"),
         insert_layer_id=insert_layer_id,
         **{name: fields.integer(name) for name in sizes},
     )
-    fields.finish()
-    _divides(fields, "hidden_size", "num_attention_heads")
-    _divides(fields, "image_size", "patch_size")
+    fields.reject_unknown()
+    _check_multiple(fields, "hidden_size", "num_attention_heads")
+    _check_multiple(fields, "image_size", "patch_size")
     if insert_layer_id >= config.num_hidden_layers:
         raise ValueError(
             f"config.json: insert_layer_id is {insert_layer_id}, but the tower has {config.num_hidden_layers} layers"
@@ -288,7 +288,7 @@ def _vision_config(fields: Fields, insert_layer_id: int) -> VisionConfig:
     return config
 
 
-def _divides(fields: Fields, whole: str, part: str) -> None:
+def _check_multiple(fields: Fields, whole: str, part: str) -> None:
     if fields.raw[whole] % fields.raw[part]:
         raise ValueError(f"{fields.where}: {whole} {fields.raw[whole]} is not a multiple of {part} {fields.raw[part]}")
 

@@ -36,7 +36,7 @@ def make_mesh(data: int = 1, fsdp: int = 1) -> Mesh:
     return Mesh(np.array(devices[: data * fsdp]).reshape(data, fsdp), (DATA, FSDP))
 
 
-def spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
+def partition_spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
     """Matrices are sharded along their longest axis that divides; vectors, and what does not divide, are repeated."""
     fitting = [axis for axis, size in enumerate(shape) if size % shards == 0]
     if shards == 1 or len(shape) < 2 or not fitting:
@@ -45,34 +45,34 @@ def spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
     return PartitionSpec(*[None] * axis, FSDP)
 
 
-def specs(tree: Any, mesh: Mesh) -> Any:
-    """Each leaf's `spec`."""
-    return jax.tree.map(lambda x: spec(x.shape, mesh.shape[FSDP]), tree)
+def partition_specs(tree: Any, mesh: Mesh) -> Any:
+    """Each leaf's `partition_spec`."""
+    return jax.tree.map(lambda x: partition_spec(x.shape, mesh.shape[FSDP]), tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Where each leaf lies on the mesh."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x.shape, mesh.shape[FSDP])), tree)
+    return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(x.shape, mesh.shape[FSDP])), tree)
 
 
-def gather(specs: Any) -> Callable[[Any, tuple[str | int, ...]], Any]:
+def make_gather(partition_specs: Any) -> Callable[[Any, tuple[str | int, ...]], Any]:
     """For use inside `shard_map`: (part, path) -> the part of the tree at `path`, made whole from its shards."""
 
-    def whole(part: Any, path: tuple[str | int, ...]) -> Any:
-        own = specs
+    def unshard(part: Any, path: tuple[str | int, ...]) -> Any:
+        own = partition_specs
         for key in path:
             own = own[key]
-        return jax.tree.map(_whole, part, own)
+        return jax.tree.map(_unshard, part, own)
 
-    return whole
+    return unshard
 
 
-def _whole(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
-    return jax.lax.all_gather(shard, FSDP, axis=spec.index(FSDP), tiled=True) if FSDP in spec else shard
+def _unshard(shard: jax.Array, partition_spec: PartitionSpec) -> jax.Array:
+    return jax.lax.all_gather(shard, FSDP, axis=partition_spec.index(FSDP), tiled=True) if FSDP in partition_spec else shard
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every host has whole, on the mesh, each as `spec` says."""
+    """Arrays that every host has whole, on the mesh, each as `partition_spec` says."""
 
     def put(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
@@ -88,12 +88,12 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(own, x), batch)
 
 
-def all_say(flag: bool) -> bool:
+def all_true(flag: bool) -> bool:
     """Whether `flag` is true on every host; all have to ask."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).all())
 
 
-def told(value: Any) -> list[Any]:
+def gather_json(value: Any) -> list[Any]:
     """Every host's `value`, as JSON can hold it, in the order of hosts; all have to tell theirs."""
     if jax.process_count() == 1:
         return [value]

@@ -28,7 +28,7 @@ class Checkpoints:
 
         `data`: JSON, the state of this host's data iterator.
         """
-        where = {"hosts": sharding.told(data)}
+        where = {"hosts": sharding.gather_json(data)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), data=ocp.args.JsonSave(where))
         self.manager.save(int(state.step), args=args)
 

@@ -156,7 +156,7 @@ def _loop(
     with _until_asked() as asked:
         while at < own.steps:
             batch = None if asked() or stop(at) else next(data, None)
-            if not sharding.all_say(batch is not None):
+            if not sharding.all_true(batch is not None):
                 break
             tokens += int(np.count_nonzero(batch.segments)) * jax.process_count()
             state, metrics = run.step(state, batch if run.mesh is None else sharding.place_batch(batch, run.mesh))

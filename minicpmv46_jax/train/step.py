@@ -154,8 +154,8 @@ def _on_mesh(sums: Callable[..., Array], params: Params, mesh: Mesh | None) -> C
     """`sums` on every device, [devices, 3]."""
     if mesh is None:
         return functools.partial(sums, gather=lambda part, path: part)
-    specs = sharding.specs(params, mesh)
-    own = functools.partial(sums, gather=sharding.gather(specs))
+    specs = sharding.partition_specs(params, mesh)
+    own = functools.partial(sums, gather=sharding.make_gather(specs))
     return jax.shard_map(own, mesh=mesh, in_specs=(specs, sharding.BATCH), out_specs=sharding.BATCH, check_vma=False)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minicpmv46_jax import MiniCPMV, model
-from minicpmv46_jax.checkpoint import slots
+from minicpmv46_jax.checkpoint import param_specs
 from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import AnswerMarkers, BatchShape, Conversation, pack
 from minicpmv46_jax.train import loss_mask as answers
@@ -48,8 +48,8 @@ def ours(folder):
 def conversations(ours, photos):
     """Of text and of pictures, longer and shorter than a chunk of the gated delta rule, learned from the middle on."""
 
-    small = dataclasses.replace(ours.processor.images, scale_resolution=112)  # some 64 patches a picture
-    processor = Processor(ours.processor.tokenizer, small, ours.processor.videos)
+    small = dataclasses.replace(ours.processor.image_config, scale_resolution=112)  # some 64 patches a picture
+    processor = Processor(ours.processor.tokenizer, small, ours.processor.video_config)
 
     def conversation(*parts):
         inputs = processor([{"role": "user", "content": list(parts)}], max_slice_nums=1)
@@ -98,11 +98,11 @@ def torch_gradients(folder, conversations, wanted):
         nll = torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="none")
         total = total + (nll * torch.tensor(conversation.loss_mask[1:])).sum()
     total.backward()
-    return total.item(), {slot.dotted: named[slot.name].grad.reshape(slot.shape).numpy() for slot in wanted}
+    return total.item(), {spec.dotted: named[spec.hf_name].grad.reshape(spec.shape).numpy() for spec in wanted}
 
 
 def test_gradients_are_transformers(folder, ours, conversations, gradient):
-    wanted = slots(ours.config)
+    wanted = param_specs(ours.config)
     expected_loss, expected = torch_gradients(folder, conversations, wanted)
     (loss, _), found = gradient([conversations[:2], conversations[2:]])
     assert abs(loss - expected_loss) < 1e-5 * expected_loss
@@ -110,11 +110,11 @@ def test_gradients_are_transformers(folder, ours, conversations, gradient):
 
 
 def check_gradients(found, expected, wanted):
-    for slot, grad in zip(wanted, jax.tree.leaves(found), strict=True):
-        if slot.dotted.endswith("k_proj.bias"):  # a constant on all keys changes no softmax: 0, up to rounding
-            assert max(np.abs(grad).max(), np.abs(expected[slot.dotted]).max()) < 1e-8
+    for spec, grad in zip(wanted, jax.tree.leaves(found), strict=True):
+        if spec.dotted.endswith("k_proj.bias"):  # a constant on all keys changes no softmax: 0, up to rounding
+            assert max(np.abs(grad).max(), np.abs(expected[spec.dotted]).max()) < 1e-8
         else:
-            assert relative_rms(grad, expected[slot.dotted]) <= FLOAT32_FORWARD, slot.dotted
+            assert relative_rms(grad, expected[spec.dotted]) <= FLOAT32_FORWARD, spec.dotted
 
 
 def test_a_videos_gradients_are_transformers(folder, ours, gradient, photos, tmp_path):
@@ -128,13 +128,13 @@ def test_a_videos_gradients_are_transformers(folder, ours, gradient, photos, tmp
         file.mux(stream.encode())
     row = {"query": "<video>What moved?", "response": "Nothing.", "videos": ["clip.mp4"]}
     messages = read_row(json.dumps(row), tmp_path).messages
-    small = dataclasses.replace(ours.processor.videos, scale_resolution=112)
-    processor = Processor(ours.processor.tokenizer, ours.processor.images, small)
+    small = dataclasses.replace(ours.processor.video_config, scale_resolution=112)
+    processor = Processor(ours.processor.tokenizer, ours.processor.image_config, small)
     one = answers.conversation(processor, AnswerMarkers.from_processor(processor), messages, max_num_frames=3)
     assert len(one.inputs.views) == 3
     words = processor.tokenizer.decode(one.inputs.token_ids[one.loss_mask])
     assert words == "Nothing.<|im_end|>"
-    wanted = slots(ours.config)
+    wanted = param_specs(ours.config)
     expected_loss, expected = torch_gradients(folder, [one], wanted)
     (loss, _), found = gradient([[one]])
     assert abs(loss - expected_loss) < 1e-5 * expected_loss

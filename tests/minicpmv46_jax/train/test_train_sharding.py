@@ -21,8 +21,8 @@ SHAPE = BatchShape(rows=1, tokens=64, patches=80, views=1, longest=80)
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.full)], ids=["text", "pictures"])
 def parts(request, demo, photos):
     """Eight, each of another length; where there are pictures, in every other one."""
-    small = dataclasses.replace(demo.processor.images, scale_resolution=112)
-    processor = Processor(demo.processor.tokenizer, small, demo.processor.videos)
+    small = dataclasses.replace(demo.processor.image_config, scale_resolution=112)
+    processor = Processor(demo.processor.tokenizer, small, demo.processor.video_config)
 
     def part(i):
         picture = [{"type": "image", "image": photos[0].resize((60 + i, 60))}] if request.param and i % 2 else []
