@@ -19,7 +19,7 @@ from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Generator, Token
 from minicpmv46_jax.generation.options import GenerationOptions, generation_options
 from minicpmv46_jax.model import Params
-from minicpmv46_jax.processing import Fetch, Inputs, Processor, fetch
+from minicpmv46_jax.processing import FetchMedia, Inputs, Processor, fetch
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -78,7 +78,7 @@ class MiniCPMV:
         source: str | Path,
         dtype: str | None = None,
         revision: str | None = None,
-        fetch: Fetch = fetch,
+        fetch: FetchMedia = fetch,
         progress: bool = False,
         backend: str | None = None,
     ) -> "MiniCPMV":
@@ -171,7 +171,7 @@ class ModelLoader:
         source: str | Path,
         dtype: str | None = None,
         revision: str | None = None,
-        fetch: Fetch = fetch,
+        fetch: FetchMedia = fetch,
         progress: bool = False,
     ):
         if dtype is not None and dtype not in DTYPES:

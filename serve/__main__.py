@@ -116,7 +116,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
     from minicpmv46_jax import demo
     from minicpmv46_jax.library import ModelLoader
     from minicpmv46_jax.processing.media_job import process_media
-    from minicpmv46_jax.processing.video import Bounds
+    from minicpmv46_jax.processing.video import VideoLimits
     from serve.api import Service
     from serve.api.common.service import MEDIA_LIMITS
     from serve.engine.engine import QueuePolicy
@@ -143,7 +143,7 @@ def start(args: argparse.Namespace, **fields: Any) -> "Service":
         on_failure.pop_all()
     model.processor.media_worker = image_workers or process_media
     model.processor.max_pixels = args.max_pixels
-    model.processor.video_bounds = Bounds(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
+    model.processor.video_limits = VideoLimits(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [served_name(args.model, startup.DEMO_NAME)]
     media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
     fields |= {

@@ -4,7 +4,7 @@
     inputs = processor([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "?"}]}])
 
 - chat.py: messages -> prompt -> `Inputs`; the one entry point.
-- options.py: what a checkpoint fixes (`MediaConfig`) and what a request may choose (`Options`).
+- options.py: what a checkpoint fixes (`MediaConfig`) and what a request may choose (`MediaOptions`).
 - slicing.py: the sizes and grids into which a picture is cut. Arithmetic only.
 - cutting.py: one image or video. images.py, video.py: sources -> pictures -> patches. resize.py: torch's uint8 bicubic kernel.
 - sources.py: paths, bytes, data and http URLs.
@@ -12,8 +12,8 @@
 
 from minicpmv46_jax.processing.chat import Processor
 from minicpmv46_jax.processing.inputs import Inputs, View
-from minicpmv46_jax.processing.options import MediaConfig, Options
-from minicpmv46_jax.processing.sources import Fetch, fetch
+from minicpmv46_jax.processing.options import MediaConfig, MediaOptions
+from minicpmv46_jax.processing.sources import FetchMedia, fetch
 from minicpmv46_jax.processing.video import Video
 
-__all__ = ["Fetch", "Inputs", "MediaConfig", "Options", "Processor", "Video", "View", "fetch"]
+__all__ = ["FetchMedia", "Inputs", "MediaConfig", "MediaOptions", "Processor", "Video", "View", "fetch"]

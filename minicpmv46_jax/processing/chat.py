@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, image_table
+from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, image_lookup_table
 from minicpmv46_jax.processing.inputs import Inputs, View
 from minicpmv46_jax.processing.media_job import MediaJob, MediaWorker, process_media
-from minicpmv46_jax.processing.messages import Medium, check_choices, normalise
-from minicpmv46_jax.processing.options import MediaConfig, Options, read_configs
-from minicpmv46_jax.processing.sources import Fetch, describe, fetch, is_data_url, read
-from minicpmv46_jax.processing.video import UNBOUNDED, Bounds, video_table
+from minicpmv46_jax.processing.messages import MediaPart, check_overrides, normalise_messages
+from minicpmv46_jax.processing.options import MediaConfig, MediaOptions, read_configs
+from minicpmv46_jax.processing.sources import FetchMedia, describe, fetch, is_data_url, read
+from minicpmv46_jax.processing.video import NO_VIDEO_LIMITS, VideoLimits, video_lookup_table
 
 _ROLES = (
     "image_token",
@@ -38,7 +38,7 @@ _ROLES = (
 )
 
 
-class Tokens(NamedTuple):
+class SpecialTokens(NamedTuple):
     """The strings of the special tokens, by their roles in tokenizer_config.json."""
 
     image: str
@@ -51,12 +51,12 @@ class Tokens(NamedTuple):
     image_id_end: str
 
 
-class _Loaded(NamedTuple):
+class _LoadedMedia(NamedTuple):
     """An image (one cut) or a video (one cut for each frame or composite), and the options it was cut with."""
 
     kind: str
-    cuts: tuple[SlicedImage, ...]
-    options: Options
+    images: tuple[SlicedImage, ...]
+    options: MediaOptions
 
 
 class Processor:
@@ -68,39 +68,39 @@ class Processor:
         fetch: takes any URL or path given as a string (data URLs aside) to its bytes or file. A server passes its own,
             to decide what may be opened; `pathlib.Path` objects come from the program itself and are opened without it.
         max_pixels: most pixels of an image or of a video's frame.
-        video_bounds: what reading a video may cost.
+        video_limits: what reading a video may cost.
         media_worker: opens images and videos and cuts them; a server has processes for it.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        images: MediaConfig,
-        videos: MediaConfig,
+        image_config: MediaConfig,
+        video_config: MediaConfig,
         *,
-        fetch: Fetch = fetch,
+        fetch: FetchMedia = fetch,
         max_pixels: int = MAX_PIXELS,
-        video_bounds: Bounds = UNBOUNDED,
+        video_limits: VideoLimits = NO_VIDEO_LIMITS,
         media_worker: MediaWorker = process_media,
     ) -> None:
         self.tokenizer = tokenizer
-        self.images = images
-        self.videos = videos
+        self.image_config = image_config
+        self.video_config = video_config
         self.fetch = fetch
         self.max_pixels = max_pixels
-        self.video_bounds = video_bounds
+        self.video_limits = video_limits
         self.media_worker = media_worker
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; expected chat_template.jinja in the checkpoint folder")
         if missing := [role for role in _ROLES if not getattr(tokenizer, role, None)]:
             raise ValueError(f"the tokenizer has no {missing[0]}; expected it in tokenizer_config.json")
-        self.tokens = Tokens(*(getattr(tokenizer, role) for role in _ROLES))
+        self.tokens = SpecialTokens(*(getattr(tokenizer, role) for role in _ROLES))
         self._placeholder_ids = tokenizer.convert_tokens_to_ids([self.tokens.image, self.tokens.video])
-        self._tables = {"image": image_table(images), "video": video_table(videos)}
+        self._tables = {"image": image_lookup_table(image_config), "video": video_lookup_table(video_config)}
         self._template_names = set(inspect.signature(tokenizer.apply_chat_template).parameters)
 
     @classmethod
-    def from_folder(cls, path: str | Path, *, fetch: Fetch = fetch, max_pixels: int = MAX_PIXELS) -> "Processor":
+    def from_folder(cls, path: str | Path, *, fetch: FetchMedia = fetch, max_pixels: int = MAX_PIXELS) -> "Processor":
         """Read a checkpoint folder: its preprocessor files, tokenizer and chat template.
 
         Raises:
@@ -150,25 +150,25 @@ class Processor:
             add_generation_prompt: end with the opening of an answer. Must be False with `continue_final_message`.
             continue_final_message: leave the last message open.
             chat_template_kwargs: a mapping of the template's variables, such as {"enable_thinking": True}.
-            downsample_mode, max_slice_nums, use_image_id, max_num_frames, stack_frames: see `Options`; None takes what
+            downsample_mode, max_slice_nums, use_image_id, max_num_frames, stack_frames: see `MediaOptions`; None takes what
                 the checkpoint says.
         Returns:
             `Inputs`, of about len(prompt) tokens plus one for every 16 (or 4) patches.
         Raises:
             ValueError: one line that names the message, part or option, and what is wrong with it.
         """
-        choices = {
+        overrides = {
             "downsample_mode": downsample_mode,
             "max_slice_nums": max_slice_nums,
             "use_image_id": use_image_id,
             "max_num_frames": max_num_frames,
             "stack_frames": stack_frames,
         }
-        check_choices(choices, "options")
-        plain, media = normalise(messages, (self.tokens.image, self.tokens.video))
+        check_overrides(overrides, "options")
+        plain, media = normalise_messages(messages, (self.tokens.image, self.tokens.video))
         prompt = self._render(plain, tools, add_generation_prompt, continue_final_message, chat_template_kwargs)
         self._check_placeholders(prompt, media)
-        return self._assemble(prompt, [self._load(medium, choices) for medium in media])
+        return self._build_inputs(prompt, [self._load(part, overrides) for part in media])
 
     def _render(
         self,
@@ -198,11 +198,11 @@ class Processor:
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise ValueError(f"chat template: {_one_line(error)}") from error
 
-    def _check_placeholders(self, prompt: str, media: list[Medium]) -> None:
+    def _check_placeholders(self, prompt: str, media: list[MediaPart]) -> None:
         """One placeholder for each medium, in the same order: else a block would take another's place."""
         found = re.findall(f"{re.escape(self.tokens.image)}|{re.escape(self.tokens.video)}", prompt)
         kinds = ["image" if token == self.tokens.image else "video" for token in found]
-        expected = [medium.kind for medium in media]
+        expected = [part.kind for part in media]
         if kinds != expected:
             raise ValueError(
                 f"the prompt has placeholders for {kinds.count('image')} images and {kinds.count('video')} videos, the "
@@ -210,55 +210,55 @@ class Processor:
                 f"{self.tokens.image} or {self.tokens.video}"
             )
 
-    def _load(self, medium: Medium, choices: Mapping[str, Any]) -> _Loaded:
-        config = self.images if medium.kind == "image" else self.videos
-        options = config.options.updated(choices, "options").updated(medium.choices, medium.where)
-        source, name = medium.source, describe(medium.source)
+    def _load(self, part: MediaPart, overrides: Mapping[str, Any]) -> _LoadedMedia:
+        config = self.image_config if part.kind == "image" else self.video_config
+        options = config.options.with_overrides(overrides, "options").with_overrides(part.overrides, part.where)
+        source, name = part.source, describe(part.source)
         try:
             if isinstance(source, str) and not is_data_url(source):
                 source = read(source, self.fetch)
-            cutting = MediaJob(medium.kind, source, name, config, options, self.max_pixels, self.video_bounds)
-            return _Loaded(medium.kind, self.media_worker(cutting), options)
+            job = MediaJob(part.kind, source, name, config, options, self.max_pixels, self.video_limits)
+            return _LoadedMedia(part.kind, self.media_worker(job), options)
         except ValueError as error:
-            raise ValueError(f"{medium.where}: {error}") from error
+            raise ValueError(f"{part.where}: {error}") from error
 
-    def _assemble(self, prompt: str, media: list[_Loaded]) -> Inputs:
-        blocks = iter(_numbered(media, self._block))
+    def _build_inputs(self, prompt: str, media: list[_LoadedMedia]) -> Inputs:
+        blocks = iter(_number_blocks(media, self._placeholder_block))
         pattern = f"{re.escape(self.tokens.image)}|{re.escape(self.tokens.video)}"
         text = re.sub(pattern, lambda _: next(blocks), prompt)
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
-        crops = [(item, crop) for item in media for frame in item.cuts for crop in frame.crops]
-        tokens = [crop.grid[0] * crop.grid[1] // item.options.merge_factor**2 for item, crop in crops]
+        slices = [(item, image_slice) for item in media for frame in item.images for image_slice in frame.slices]
+        tokens = [image_slice.grid[0] * image_slice.grid[1] // item.options.merge_factor**2 for item, image_slice in slices]
         at = np.flatnonzero(np.isin(ids, self._placeholder_ids))
-        assert len(at) == len(crops), (len(at), len(crops))
+        assert len(at) == len(slices), (len(at), len(slices))
         repeats = np.ones(len(ids), np.int64)
         repeats[at] = tokens
         starts = (np.cumsum(repeats) - repeats)[at]
         views = (
-            View(crop.pixels, crop.grid, self._tables[item.kind], int(start), number, item.options.downsample_mode)
-            for (item, crop), start, number in zip(crops, starts, tokens, strict=True)
+            View(image_slice.pixels, image_slice.grid, self._tables[item.kind], int(start), number, item.options.downsample_mode)
+            for (item, image_slice), start, number in zip(slices, starts, tokens, strict=True)
         )
         return Inputs(
             token_ids=np.repeat(ids, repeats),
             views=tuple(views),
-            image_grids=tuple(item.cuts[0].grid for item in media if item.kind == "image"),
-            video_grids=tuple(tuple(frame.grid for frame in item.cuts) for item in media if item.kind == "video"),
+            image_grids=tuple(item.images[0].grid for item in media if item.kind == "image"),
+            video_grids=tuple(tuple(frame.grid for frame in item.images) for item in media if item.kind == "video"),
         )
 
-    def _block(self, item: _Loaded, number: int) -> str:
+    def _placeholder_block(self, item: _LoadedMedia, number: int) -> str:
         """What stands for an image or video in the text, with one placeholder for each view."""
         tokens = self.tokens
         pad = tokens.image if item.kind == "image" else tokens.video
         text = f"{tokens.image_id_start}{number}{tokens.image_id_end}" if item.options.use_image_id else ""
-        for frame in item.cuts:
+        for frame in item.images:
             rows, columns = frame.grid
             row = f"{tokens.slice_start}{pad}{tokens.slice_end}" * columns
             text += f"{tokens.image_start}{pad}{tokens.image_end}" + "\n".join([row] * rows)
         return text
 
 
-def _numbered(media: Iterable[_Loaded], block: Callable[[_Loaded, int], str]) -> Iterable[str]:
+def _number_blocks(media: Iterable[_LoadedMedia], block: Callable[[_LoadedMedia, int], str]) -> Iterable[str]:
     """Each medium's block; images and videos are numbered apart."""
     seen = {"image": 0, "video": 0}
     for item in media:

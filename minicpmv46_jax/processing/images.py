@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from minicpmv46_jax.processing.options import MediaConfig, Options
+from minicpmv46_jax.processing.options import MediaConfig, MediaOptions
 from minicpmv46_jax.processing.slicing import slice_grid, sliced_size, view_size
-from minicpmv46_jax.processing.sources import Fetch, describe, read
-from minicpmv46_jax.processing.threads import pool, several
+from minicpmv46_jax.processing.sources import FetchMedia, describe, read
+from minicpmv46_jax.processing.threads import num_threads, pixel_pool
 
 # Pillow's own threshold for a warning; it refuses twice that by itself.
 MAX_PIXELS = 89_478_485
-IN_BANDS = 100_000  # pixels of a resized picture from which several threads are worth their while
+MIN_BANDED_PIXELS = 100_000  # pixels of a resized picture from which several threads are worth their while
 
 # Formats that hold pixels. Pillow knows more: EPS and WMF are programs that draw, others are rare. (Old ones lack AVIF.)
 Image.init()
@@ -49,7 +49,7 @@ class ImageSlice(NamedTuple):
 class SlicedImage(NamedTuple):
     """One picture, cut: its source view, then its slices row by row. grid: slices' (rows, columns), (0, 0) for none."""
 
-    crops: tuple[ImageSlice, ...]
+    slices: tuple[ImageSlice, ...]
     grid: tuple[int, int]
 
 
@@ -61,7 +61,7 @@ def check_size(height: int, width: int, max_pixels: int, name: str) -> None:
         raise ValueError(f"{name}: {width}x{height} = {height * width} pixels, more than the {max_pixels} allowed")
 
 
-def load_rgb(source: Any, fetch: Fetch, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
+def load_rgb(source: Any, fetch: FetchMedia, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
     """Any image source as uint8 RGB [height, width, 3].
 
     Args:
@@ -77,19 +77,19 @@ def load_rgb(source: Any, fetch: Fetch, max_pixels: int = MAX_PIXELS, name: str 
     """
     name = name or describe(source)
     if isinstance(source, np.ndarray):
-        return _array_rgb(source, max_pixels, name)
+        return _rgb_from_array(source, max_pixels, name)
     if isinstance(source, Image.Image):
         check_size(source.height, source.width, max_pixels, name)
-        return _decode(_over_white, source, name)
+        return _decode_pixels(_blend_on_white, source, name)
     if not isinstance(source, (str, bytes, bytearray, Path)):
         raise ValueError(f"{name}: not an image source; known are str, Path, bytes, PIL.Image.Image and uint8 arrays")
     data = read(source, fetch)
     with _open(data, name) as image:
         check_size(image.height, image.width, max_pixels, name)
-        return _decode(_upright, image, name)
+        return _decode_pixels(_decode_file_image, image, name)
 
 
-def _array_rgb(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
+def _rgb_from_array(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ValueError(f"{name}: expected uint8 [height, width, 3] or [height, width], got {array.dtype} {array.shape}")
     check_size(array.shape[0], array.shape[1], max_pixels, name)
@@ -107,25 +107,25 @@ def _open(data: bytes | Path, name: str) -> Image.Image:
         raise ValueError(f"{name}: the image cannot be opened ({error})") from error
 
 
-def _decode(convert: Callable[[Image.Image], Image.Image], image: Image.Image, name: str) -> np.ndarray:
+def _decode_pixels(convert: Callable[[Image.Image], Image.Image], image: Image.Image, name: str) -> np.ndarray:
     try:
         return np.asarray(convert(image))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ... for broken bytes
         raise ValueError(f"{name}: the image is broken or truncated ({error})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _decode_file_image(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
-    return _over_white(_rgb(image))
+    return _blend_on_white(_to_rgb(image))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
-def _over_white(image: Image.Image) -> Image.Image:
+def _blend_on_white(image: Image.Image) -> Image.Image:
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return _rgb(image)
+        return _to_rgb(image)
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
@@ -137,16 +137,16 @@ def resize_pillow(picture: np.ndarray, new_height: int, new_width: int) -> np.nd
     for no row (then no column) depends on another. Of pictures that become lower Pillow 13 does some the other way round.
     """
     image = Image.fromarray(picture)
-    if new_height * new_width < IN_BANDS or new_height < image.height:
+    if new_height * new_width < MIN_BANDED_PIXELS or new_height < image.height:
         return np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
     height = image.height
-    rows = [((0, start, image.width, end), (0, start, new_width, end)) for start, end in _bands(height)]
-    wide = _in_bands(image, (new_width, height), rows)
-    columns = [((start, 0, end, height), (start, 0, end, new_height)) for start, end in _bands(new_width)]
-    return np.asarray(_in_bands(wide, (new_width, new_height), columns))
+    rows = [((0, start, image.width, end), (0, start, new_width, end)) for start, end in _band_ranges(height)]
+    wide = _resize_bands(image, (new_width, height), rows)
+    columns = [((start, 0, end, height), (start, 0, end, new_height)) for start, end in _band_ranges(new_width)]
+    return np.asarray(_resize_bands(wide, (new_width, new_height), columns))
 
 
-def _in_bands(image: Image.Image, size: tuple[int, int], bands: list[tuple[Box, Box]]) -> Image.Image:
+def _resize_bands(image: Image.Image, size: tuple[int, int], bands: list[tuple[Box, Box]]) -> Image.Image:
     """An image of that size, put together of bands of another, each resized from one box to one."""
 
     def resized(band: tuple[Box, Box]) -> Image.Image:
@@ -154,13 +154,13 @@ def _in_bands(image: Image.Image, size: tuple[int, int], bands: list[tuple[Box, 
         return image.crop(box).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
 
     whole = Image.new(image.mode, size)
-    for (_, to), part in zip(bands, pool().map(resized, bands), strict=True):
+    for (_, to), part in zip(bands, pixel_pool().map(resized, bands), strict=True):
         whole.paste(part, to)
     return whole
 
 
-def _bands(size: int) -> list[tuple[int, int]]:
-    ends = [size * i // several() for i in range(several() + 1)]
+def _band_ranges(size: int) -> list[tuple[int, int]]:
+    ends = [size * i // num_threads() for i in range(num_threads() + 1)]
     return [(start, end) for start, end in itertools.pairwise(ends) if end > start]
 
 
@@ -171,7 +171,7 @@ def patchify(picture: np.ndarray, patch: int) -> ImageSlice:
     return ImageSlice(patches.reshape(h * w, 3 * patch * patch), (h, w))
 
 
-def cut(picture: np.ndarray, config: MediaConfig, options: Options, resize: Resize) -> SlicedImage:
+def slice_image(picture: np.ndarray, config: MediaConfig, options: MediaOptions, resize: Resize) -> SlicedImage:
     """Resize a uint8 picture [height, width, 3] to its source view and, if it is large, to a grid of slices."""
     height, width, _ = picture.shape
     patch, resolution = config.patch_size, config.scale_resolution
@@ -187,7 +187,7 @@ def cut(picture: np.ndarray, config: MediaConfig, options: Options, resize: Resi
     return SlicedImage((first.result(), *slices), grid)
 
 
-def image_table(config: MediaConfig) -> np.ndarray:
+def image_lookup_table(config: MediaConfig) -> np.ndarray:
     """float32 [3, 256]: what each byte of an image becomes, by the arithmetic of transformers' image_transforms.py.
 
     The bytes are scaled in float64 and rounded to float32; mean and deviation are applied in float32.

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from minicpmv46_jax.processing.images import SlicedImage, cut, load_rgb, resize_pillow
-from minicpmv46_jax.processing.options import MediaConfig, Options
+from minicpmv46_jax.processing.images import SlicedImage, load_rgb, resize_pillow, slice_image
+from minicpmv46_jax.processing.options import MediaConfig, MediaOptions
 from minicpmv46_jax.processing.sources import describe
-from minicpmv46_jax.processing.video import Bounds, load_video
+from minicpmv46_jax.processing.video import VideoLimits, load_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,28 +21,28 @@ class MediaJob:
         config: the checkpoint's settings of its kind.
         options: the request's.
         max_pixels: most pixels of an image, or of a video's frame.
-        bounds: what reading a video may cost.
+        limits: what reading a video may cost.
     """
 
     kind: str
     source: Any
     name: str
     config: MediaConfig
-    options: Options
+    options: MediaOptions
     max_pixels: int
-    bounds: Bounds
+    limits: VideoLimits
 
 
 MediaWorker = Callable[[MediaJob], tuple[SlicedImage, ...]]
 """One cut of an image, one of each frame or composite of a video. Raises ValueError for a source that is broken or too large."""
 
 
-def process_media(cutting: MediaJob) -> tuple[SlicedImage, ...]:
+def process_media(job: MediaJob) -> tuple[SlicedImage, ...]:
     """In this thread."""
-    source, config, options, name = cutting.source, cutting.config, cutting.options, cutting.name
-    if cutting.kind == "video":
-        return load_video(source, config, options, _fetched, cutting.max_pixels, cutting.bounds, name)
-    return (cut(load_rgb(source, _fetched, cutting.max_pixels, name), config, options, resize_pillow),)
+    source, config, options, name = job.source, job.config, job.options, job.name
+    if job.kind == "video":
+        return load_video(source, config, options, _fetched, job.max_pixels, job.limits, name)
+    return (slice_image(load_rgb(source, _fetched, job.max_pixels, name), config, options, resize_pillow),)
 
 
 def _fetched(url: str) -> bytes:

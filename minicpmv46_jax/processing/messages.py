@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from minicpmv46_jax.processing.options import Options
+from minicpmv46_jax.processing.options import MediaOptions
 
 # The keys under which a part of each type may carry its source; the key names the type it becomes.
 _SOURCES = {
@@ -19,16 +19,16 @@ _SOURCES = {
 }
 
 
-class Medium(NamedTuple):
+class MediaPart(NamedTuple):
     """An image or video of a conversation. kind: "image" or "video"; where: its place, for messages."""
 
     kind: str
     source: Any
-    choices: Mapping[str, Any]
+    overrides: Mapping[str, Any]
     where: str
 
 
-def normalise(messages: Any, reserved: Iterable[str]) -> tuple[list[dict[str, Any]], list[Medium]]:
+def normalise_messages(messages: Any, reserved: Iterable[str]) -> tuple[list[dict[str, Any]], list[MediaPart]]:
     """Messages for the template, fresh copies, and their media in prompt order.
 
     Keys whose value is None are dropped, as transformers does. `mm_processor_kwargs` moves from a message to its media.
@@ -49,10 +49,10 @@ def normalise(messages: Any, reserved: Iterable[str]) -> tuple[list[dict[str, An
         copy = {key: value for key, value in message.items() if value is not None}
         if not isinstance(copy.get("role"), str):
             raise ValueError(f"{where}: role must be a string, got {copy.get('role')!r}")
-        choices = copy.pop("mm_processor_kwargs", {})
-        check_choices(choices, f"{where}.mm_processor_kwargs")
+        overrides = copy.pop("mm_processor_kwargs", {})
+        check_overrides(overrides, f"{where}.mm_processor_kwargs")
         if "content" in copy:
-            copy["content"], found = _content(copy["content"], choices, where, tuple(reserved))
+            copy["content"], found = _content(copy["content"], overrides, where, tuple(reserved))
             media += found
         if "tool_calls" in copy:
             copy["tool_calls"] = _tool_calls(copy["tool_calls"], f"{where}.tool_calls")
@@ -62,14 +62,14 @@ def normalise(messages: Any, reserved: Iterable[str]) -> tuple[list[dict[str, An
     return plain, media
 
 
-def check_choices(choices: Any, where: str) -> None:
+def check_overrides(overrides: Any, where: str) -> None:
     """Raise ValueError for an option that is unknown or wrong, whether or not anything here would use it."""
-    Options(max_slice_nums=1, use_image_id=True).updated(choices, where)
+    MediaOptions(max_slice_nums=1, use_image_id=True).with_overrides(overrides, where)
 
 
 def _content(
-    content: Any, choices: Mapping[str, Any], where: str, reserved: tuple[str, ...]
-) -> tuple[str | list[dict[str, Any]], list[Medium]]:
+    content: Any, overrides: Mapping[str, Any], where: str, reserved: tuple[str, ...]
+) -> tuple[str | list[dict[str, Any]], list[MediaPart]]:
     if isinstance(content, str):
         _check_text(content, where, reserved)
         return content, []
@@ -85,7 +85,7 @@ def _content(
             _check_text(part["text"], at, reserved)
             parts.append({"type": "text", "text": part["text"]})
         elif kind in _SOURCES:
-            media.append(_medium(part, kind, choices, at))
+            media.append(_media_part(part, kind, overrides, at))
             parts.append({"type": media[-1].kind})
         else:
             raise ValueError(f"{at}: type must be one of text, {', '.join(_SOURCES)}, got {kind!r}")
@@ -98,7 +98,7 @@ def _check_text(text: str, where: str, reserved: tuple[str, ...]) -> None:
             raise ValueError(f"{where}: the text contains {token}, which stands for an image or video; send it as a part")
 
 
-def _medium(part: Mapping[str, Any], type_: str, choices: Mapping[str, Any], where: str) -> Medium:
+def _media_part(part: Mapping[str, Any], type_: str, overrides: Mapping[str, Any], where: str) -> MediaPart:
     kind, keys = _SOURCES[type_]
     given = [key for key in keys if part.get(key) is not None]
     if len(given) != 1:
@@ -108,7 +108,7 @@ def _medium(part: Mapping[str, Any], type_: str, choices: Mapping[str, Any], whe
         if not isinstance(source.get("url"), str):
             raise ValueError(f"{where}: {given[0]}.url must be a string, got {type(source.get('url')).__name__}")
         source = source["url"]
-    return Medium(kind, source, choices, where)
+    return MediaPart(kind, source, overrides, where)
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a checkpoint fixes about its pictures (`MediaConfig`) and what a request may choose (`Options`).
+"""What a checkpoint fixes about its pictures (`MediaConfig`) and what a request may choose (`MediaOptions`).
 
 The defaults of `downsample_mode`, `max_num_frames` and `stack_frames` are those of transformers' classes
 (models/minicpmv4_6): the released checkpoint leaves them out. Everything else must stand in the checkpoint's files.
@@ -17,7 +17,7 @@ MAX_STACK_FRAMES = 16
 
 
 @dataclass(frozen=True)
-class Options:
+class MediaOptions:
     """What one request, or one message of it, may choose.
 
     Attributes:
@@ -43,23 +43,23 @@ class Options:
         """Patches of a view's side that end in one token: 2 or 4."""
         return 2 if self.downsample_mode == "4x" else 4
 
-    def updated(self, choices: Any, where: str) -> "Options":
-        """These options with `choices`, a mapping, in their place; a choice of None keeps what was there.
+    def with_overrides(self, overrides: Any, where: str) -> "MediaOptions":
+        """These options with `overrides`, a mapping, in their place; a choice of None keeps what was there.
 
         Raises:
             ValueError: an unknown name, a wrong type or a value out of range; the text starts with `where`.
         """
-        if not isinstance(choices, Mapping):
-            raise ValueError(f"{where}: expected a mapping of options, got {type(choices).__name__}")
-        if unknown := [name for name in choices if name not in OPTION_NAMES]:
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"{where}: expected a mapping of options, got {type(overrides).__name__}")
+        if unknown := [name for name in overrides if name not in OPTION_NAMES]:
             raise ValueError(f"{where}: unknown option {unknown[0]!r}; known are {', '.join(OPTION_NAMES)}")
-        chosen = {name: value for name, value in choices.items() if value is not None}
+        chosen = {name: value for name, value in overrides.items() if value is not None}
         for name, value in chosen.items():
             check_option(name, value, f"{where}: ")
         return replace(self, **chosen)
 
 
-OPTION_NAMES = tuple(field.name for field in fields(Options))
+OPTION_NAMES = tuple(field.name for field in fields(MediaOptions))
 
 
 def check_option(name: str, value: Any, prefix: str = "") -> None:
@@ -92,7 +92,7 @@ class MediaConfig:
     slice_mode: bool
     image_mean: tuple[float | int, float | int, float | int]
     image_std: tuple[float | int, float | int, float | int]
-    options: Options
+    options: MediaOptions
     rescale_factor: float | int = 1 / 255
 
     @classmethod
@@ -104,7 +104,7 @@ class MediaConfig:
         """
         if not isinstance(section, Mapping):
             raise ValueError(f"{where}: expected a JSON object, got {type(section).__name__}")
-        if missing := [name for name in _NEEDED if section.get(name) is None]:
+        if missing := [name for name in _REQUIRED if section.get(name) is None]:
             raise ValueError(f"{where}: {missing[0]} is missing")
         for name, value in section.items():
             _check_field(name, value, where)
@@ -114,23 +114,23 @@ class MediaConfig:
             raise ValueError(f"{where}: slice_mode must be true or false, got {section['slice_mode']!r}")
         if 0 in (std := _three_numbers(section, "image_std", where)):
             raise ValueError(f"{where}: image_std must not be zero, got {std}")
-        defaults = Options(max_slice_nums=1, use_image_id=True)
+        defaults = MediaOptions(max_slice_nums=1, use_image_id=True)
         return cls(
             patch_size=section["patch_size"],
             scale_resolution=section["scale_resolution"],
             slice_mode=section["slice_mode"],
             image_mean=_three_numbers(section, "image_mean", where),
             image_std=std,
-            options=defaults.updated({name: value for name, value in section.items() if name in OPTION_NAMES}, where),
-            rescale_factor=_factor(section.get("rescale_factor"), where),
+            options=defaults.with_overrides({name: value for name, value in section.items() if name in OPTION_NAMES}, where),
+            rescale_factor=_rescale_factor(section.get("rescale_factor"), where),
         )
 
 
-_NEEDED = ("patch_size", "scale_resolution", "slice_mode", "image_mean", "image_std", "max_slice_nums", "use_image_id")
-_READ = {*_NEEDED, *OPTION_NAMES, "rescale_factor"}
-_NAMES_ONLY = {"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
+_REQUIRED = ("patch_size", "scale_resolution", "slice_mode", "image_mean", "image_std", "max_slice_nums", "use_image_id")
+_READ_FIELDS = {*_REQUIRED, *OPTION_NAMES, "rescale_factor"}
+_LABELS = {"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 # Fields that transformers writes and of which one value, or null, is built here (3 is PIL's BICUBIC).
-_FIXED = {
+_FIXED_VALUES = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
@@ -144,17 +144,17 @@ _FIXED = {
     "return_metadata": False,
 }
 # Fields that must be null: each would change the pictures.
-_UNSET = {"size", "crop_size", "pad_size", "num_frames", "fps", "input_data_format", "video_metadata", "image_seq_length"}
-_WITHOUT_EFFECT = {"device", "return_tensors", "disable_grouping"}
+_MUST_BE_NULL = {"size", "crop_size", "pad_size", "num_frames", "fps", "input_data_format", "video_metadata", "image_seq_length"}
+_NO_EFFECT = {"device", "return_tensors", "disable_grouping"}
 
 
 def _check_field(name: str, value: Any, where: str) -> None:
-    if name in _READ or name in _NAMES_ONLY or name in _WITHOUT_EFFECT:
+    if name in _READ_FIELDS or name in _LABELS or name in _NO_EFFECT:
         return
-    if name in _FIXED:
-        if value is not None and value != _FIXED[name]:
-            raise ValueError(f"{where}: {name} = {value!r} is not supported, only {_FIXED[name]!r}")
-    elif name in _UNSET:
+    if name in _FIXED_VALUES:
+        if value is not None and value != _FIXED_VALUES[name]:
+            raise ValueError(f"{where}: {name} = {value!r} is not supported, only {_FIXED_VALUES[name]!r}")
+    elif name in _MUST_BE_NULL:
         if value is not None:
             raise ValueError(f"{where}: {name} = {value!r} is not supported, only null")
     else:
@@ -180,7 +180,7 @@ def _three_numbers(section: Mapping[str, Any], name: str, where: str) -> tuple[f
     return tuple(values)
 
 
-def _factor(value: Any, where: str) -> float | int:
+def _rescale_factor(value: Any, where: str) -> float | int:
     if value is None:
         return 1 / 255
     if not _is_number(value) or value <= 0:

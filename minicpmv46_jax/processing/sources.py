@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 
 import httpx
 
-Fetch = Callable[[str], bytes | Path]
+FetchMedia = Callable[[str], bytes | Path]
 """Takes a URL or a path as the user wrote it (never a data URL); gives its bytes, or the file that holds them."""
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two letters or more: "C:" starts a path
@@ -93,7 +93,7 @@ def decode_data_url(url: str) -> bytes:
         raise ValueError(f"data URL: broken base64 of {len(body)} characters") from None
 
 
-def read(source: str | bytes | bytearray | Path, fetch: Fetch) -> bytes | Path:
+def read(source: str | bytes | bytearray | Path, fetch: FetchMedia) -> bytes | Path:
     """Bytes, or an existing file, of a source.
 
     Raises:

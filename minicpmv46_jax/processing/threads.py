@@ -4,19 +4,19 @@ import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-MOST = 4
+MAX_THREADS = 4
 
 
-def several() -> int:
+def num_threads() -> int:
     """How many parts a picture is worked on in."""
-    return min(MOST, os.cpu_count() or 1)
+    return min(MAX_THREADS, os.cpu_count() or 1)
 
 
 @functools.cache
-def pool() -> ThreadPoolExecutor:
+def pixel_pool() -> ThreadPoolExecutor:
     """The process's own. What runs in it must not wait for more of its threads."""
-    return ThreadPoolExecutor(several(), thread_name_prefix="pixels")
+    return ThreadPoolExecutor(num_threads(), thread_name_prefix="pixels")
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(after_in_child=pool.cache_clear)  # threads stay behind in the parent
+    os.register_at_fork(after_in_child=pixel_pool.cache_clear)  # threads stay behind in the parent

@@ -25,10 +25,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, check_size, cut, load_rgb
-from minicpmv46_jax.processing.options import MediaConfig, Options
+from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, check_size, load_rgb, slice_image
+from minicpmv46_jax.processing.options import MediaConfig, MediaOptions
 from minicpmv46_jax.processing.resize import resize_bicubic
-from minicpmv46_jax.processing.sources import Fetch, describe, read
+from minicpmv46_jax.processing.sources import FetchMedia, describe, read
 
 SEAM = 6  # black pixels between the frames of a composite
 TICK = 0.1  # seconds between the moments from which a long video is sampled
@@ -39,7 +39,7 @@ CONTAINERS = (
     "aac,aiff,amr,flac,mp3,wav"
 )
 
-Unit = tuple[int, ...]
+FrameGroup = tuple[int, ...]
 """The frames that make one picture: one, or those of a composite."""
 
 
@@ -55,10 +55,10 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Timing:
+class VideoMetadata:
     """How many frames a video has, and how many a second."""
 
-    frames: int
+    num_frames: int
     rate: float | int | Fraction
 
     @property
@@ -68,11 +68,11 @@ class Timing:
     @property
     def duration(self) -> float:
         """Seconds; a container's rate is a fraction, so that this is rounded once."""
-        return float(self.frames / self.rate)
+        return float(self.num_frames / self.rate)
 
 
 @dataclass(frozen=True)
-class Bounds:
+class VideoLimits:
     """What one video may cost; a server sets them, for a small file can hold hours.
 
     Attributes:
@@ -81,43 +81,43 @@ class Bounds:
         pictures: the most frames and composites to show the model.
     """
 
-    frames: float = math.inf
-    seconds: float = math.inf
-    pictures: float = math.inf
+    max_frames: float = math.inf
+    max_seconds: float = math.inf
+    max_images: float = math.inf
 
-    def check(self, timing: "Timing", units: list[Unit], name: str) -> None:
+    def check(self, metadata: "VideoMetadata", groups: list[FrameGroup], name: str) -> None:
         """Raise ValueError, before anything is decoded, for a video that is too long."""
-        if timing.frames > self.frames:
-            raise ValueError(f"{name}: the video has {timing.frames} frames, more than the {self.frames} allowed")
-        if len(units) > self.pictures:
+        if metadata.num_frames > self.max_frames:
+            raise ValueError(f"{name}: the video has {metadata.num_frames} frames, more than the {self.max_frames} allowed")
+        if len(groups) > self.max_images:
             raise ValueError(
-                f"{name}: {len(units)} frames would be shown, more than the {self.pictures} allowed; lower max_num_frames"
+                f"{name}: {len(groups)} frames would be shown, more than the {self.max_images} allowed; lower max_num_frames"
             )
 
     def metered(self, frames: Iterable[Any], name: str) -> Iterator[Any]:
         """The same frames, as long as there are not too many of them and they come in time."""
-        end = time.monotonic() + self.seconds
+        end = time.monotonic() + self.max_seconds
         for i, frame in enumerate(frames):
-            if i >= self.frames:
-                raise ValueError(f"{name}: the video has more than the {self.frames} frames allowed")
+            if i >= self.max_frames:
+                raise ValueError(f"{name}: the video has more than the {self.max_frames} frames allowed")
             if time.monotonic() > end:
-                raise ValueError(f"{name}: decoding the video takes longer than the {self.seconds:g} seconds allowed")
+                raise ValueError(f"{name}: decoding the video takes longer than the {self.max_seconds:g} seconds allowed")
             yield frame
 
 
-UNBOUNDED = Bounds()
+NO_VIDEO_LIMITS = VideoLimits()
 
 
-def sample(timing: Timing, max_num_frames: int, stack_frames: int) -> tuple[list[int], dict[int, list[int]]]:
+def sample_frames(metadata: VideoMetadata, max_num_frames: int, stack_frames: int) -> tuple[list[int], dict[int, list[int]]]:
     """Which frames to look at.
 
     Returns:
         The main frames' indices, in order; and per second, those of the frames between (none without stacking).
     """
-    last, fps, duration = timing.frames - 1, timing.fps, timing.duration
+    last, fps, duration = metadata.num_frames - 1, metadata.fps, metadata.duration
     seconds = math.ceil(duration)
     if duration > max_num_frames:
-        ticks = _evenly(int(duration / TICK), max_num_frames)
+        ticks = _spread_evenly(int(duration / TICK), max_num_frames)
         main = [min(int(round(i * TICK, 1) * fps), last) for i in ticks]
     else:
         main = [min(int(i * fps), last) for i in range(seconds)]
@@ -125,36 +125,36 @@ def sample(timing: Timing, max_num_frames: int, stack_frames: int) -> tuple[list
     per_second = stack_frames - 1
     if per_second:
         in_last = sum(seconds - 1 + j / stack_frames < duration for j in range(1, stack_frames))
-        for i in _evenly((seconds - 1) * per_second + in_last, max_num_frames * per_second):
+        for i in _spread_evenly((seconds - 1) * per_second + in_last, max_num_frames * per_second):
             second, j = divmod(i, per_second)
             moment = second + (j + 1) / stack_frames
             between.setdefault(second, []).append(min(int(moment * fps), last))
     return main, between
 
 
-def _evenly(number: int, most: int) -> list[int]:
+def _spread_evenly(number: int, most: int) -> list[int]:
     """Indices 0..number-1, thinned evenly to `most` of them."""
     return list(range(number)) if number <= most else np.linspace(0, number - 1, most, dtype=int).tolist()
 
 
-def plan(timing: Timing, options: Options) -> list[Unit]:
+def plan_frame_groups(metadata: VideoMetadata, options: MediaOptions) -> list[FrameGroup]:
     """The pictures of a video, in order: each main frame, then the composite of the second with its number."""
-    main, between = sample(timing, options.max_num_frames, options.stack_frames)
-    units: list[Unit] = []
+    main, between = sample_frames(metadata, options.max_num_frames, options.stack_frames)
+    groups: list[FrameGroup] = []
     for second, frame in enumerate(main):
-        units.append((frame,))
+        groups.append((frame,))
         if second in between:
-            units.append(tuple(between[second]))
-    return units
+            groups.append(tuple(between[second]))
+    return groups
 
 
-def composite(frames: list[np.ndarray]) -> np.ndarray:
+def join_frames(frames: list[np.ndarray]) -> np.ndarray:
     """Join n frames, uint8 [height, width, 3], on one black canvas with 6-pixel seams.
 
     Four make a square; of two or three, the row or the column that comes nearer to a square; more make a row.
     """
     height, width, _ = frames[0].shape
-    rows, columns = _layout(len(frames), height, width)
+    rows, columns = _composite_layout(len(frames), height, width)
     canvas = np.zeros((rows * (height + SEAM) - SEAM, columns * (width + SEAM) - SEAM, 3), np.uint8)
     for i, frame in enumerate(frames):
         top, left = i // columns * (height + SEAM), i % columns * (width + SEAM)
@@ -162,7 +162,7 @@ def composite(frames: list[np.ndarray]) -> np.ndarray:
     return canvas
 
 
-def _layout(number: int, height: int, width: int) -> tuple[int, int]:
+def _composite_layout(number: int, height: int, width: int) -> tuple[int, int]:
     """(rows, columns) of a composite."""
     if number == 4:
         return 2, 2
@@ -175,35 +175,35 @@ def _layout(number: int, height: int, width: int) -> tuple[int, int]:
     return (1, number) if row < column else (number, 1)
 
 
-def cut_units(
-    frames: Iterable[tuple[int, np.ndarray]], units: list[Unit], make: Callable[[np.ndarray], SlicedImage]
+def slice_frame_groups(
+    frames: Iterable[tuple[int, np.ndarray]], groups: list[FrameGroup], slice_frame: Callable[[np.ndarray], SlicedImage]
 ) -> list[SlicedImage]:
     """Cut each unit as soon as its frames are there; a frame is let go after its last unit, so that few are held.
 
     Args:
         frames: (index, uint8 [height, width, 3]) with rising indices. Units whose frames do not come are left out.
     """
-    ready: dict[int, list[Unit]] = {}
-    for unit in set(units):
-        ready.setdefault(max(unit), []).append(unit)
-    last_use = {frame: max(unit) for unit in sorted(set(units), key=max) for frame in unit}
+    ready: dict[int, list[FrameGroup]] = {}
+    for group in set(groups):
+        ready.setdefault(max(group), []).append(group)
+    last_use = {frame: max(group) for group in sorted(set(groups), key=max) for frame in group}
     held: dict[int, np.ndarray] = {}
-    done: dict[Unit, SlicedImage] = {}
+    done: dict[FrameGroup, SlicedImage] = {}
     for index, frame in frames:
         held[index] = frame
-        for unit in ready.get(index, []):
-            done[unit] = make(frame if len(unit) == 1 else composite([held[i] for i in unit]))
+        for group in ready.get(index, []):
+            done[group] = slice_frame(frame if len(group) == 1 else join_frames([held[i] for i in group]))
         held = {i: f for i, f in held.items() if last_use[i] > index}
-    return [done[unit] for unit in units if unit in done]
+    return [done[group] for group in groups if group in done]
 
 
 def load_video(
     source: Any,
     config: MediaConfig,
-    options: Options,
-    fetch: Fetch,
+    options: MediaOptions,
+    fetch: FetchMedia,
     max_pixels: int = MAX_PIXELS,
-    bounds: Bounds = UNBOUNDED,
+    limits: VideoLimits = NO_VIDEO_LIMITS,
     name: str | None = None,
 ) -> tuple[SlicedImage, ...]:
     """Sample a video and cut each of its frames and composites.
@@ -212,30 +212,30 @@ def load_video(
         source: a path, URL or data URL (str), `pathlib.Path`, bytes, or a `Video` of decoded frames.
         fetch: how to get at URLs and paths.
         max_pixels: frames and composites larger than this are refused.
-        bounds: of a file; frames decoded already are the caller's own.
+        limits: of a file; frames decoded already are the caller's own.
         name: what messages call the source, if not by itself.
     Raises:
         ValueError: not a video, no video stream, no frames, broken, frames too large or too many, or not to be had.
     """
     name = name or describe(source)
 
-    def make(picture: np.ndarray) -> SlicedImage:
+    def slice_frame(picture: np.ndarray) -> SlicedImage:
         check_size(picture.shape[0], picture.shape[1], max_pixels, name)  # a composite is as large as its frames together
-        return cut(picture, config, options, resize_bicubic)
+        return slice_image(picture, config, options, resize_bicubic)
 
     if isinstance(source, Video):
-        return _cut_frames(source, options, make, fetch, max_pixels)
+        return _load_frames(source, options, slice_frame, fetch, max_pixels)
     if not isinstance(source, (str, bytes, bytearray, Path)):
         raise ValueError(f"{name}: frames alone have no frame rate, pass Video(frames, fps); or a str, Path or bytes")
     data = read(source, fetch)
     try:
-        return _cut_file(data, options, make, max_pixels, name, bounds)
+        return _load_file(data, options, slice_frame, max_pixels, name, limits)
     except av.FFmpegError as error:
         raise ValueError(f"{name}: not a video, or a broken one ({error.strerror})") from None
 
 
-def _cut_frames(
-    video: Video, options: Options, make: Callable[[np.ndarray], SlicedImage], fetch: Fetch, max_pixels: int
+def _load_frames(
+    video: Video, options: MediaOptions, slice_frame: Callable[[np.ndarray], SlicedImage], fetch: FetchMedia, max_pixels: int
 ) -> tuple[SlicedImage, ...]:
     name, fps = "Video", video.fps
     if not isinstance(video.frames, (np.ndarray, list, tuple)):
@@ -247,8 +247,8 @@ def _cut_frames(
         raise ValueError(f"{name}: expected uint8 [frames, height, width, 3], got {dtype} {shape}")
     if not (total := len(video.frames)):
         raise ValueError(f"{name}: it has no frames")
-    units = plan(Timing(total, fps), options)
-    needed = sorted({frame for unit in units for frame in unit})
+    groups = plan_frame_groups(VideoMetadata(total, fps), options)
+    needed = sorted({frame for group in groups for frame in group})
 
     def pictures() -> Iterator[tuple[int, np.ndarray]]:
         for i in needed:
@@ -256,10 +256,10 @@ def _cut_frames(
                 raise ValueError(f"{name}: frame {i} is a {type(video.frames[i]).__name__}, not an array or PIL image")
             yield i, load_rgb(video.frames[i], fetch, max_pixels)
 
-    return tuple(cut_units(_of_one_size(pictures(), name), units, make))
+    return tuple(slice_frame_groups(_check_frame_sizes(pictures(), name), groups, slice_frame))
 
 
-def _of_one_size(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterator[tuple[int, np.ndarray]]:
+def _check_frame_sizes(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterator[tuple[int, np.ndarray]]:
     shape = None
     for i, frame in frames:
         shape = shape or frame.shape
@@ -268,21 +268,28 @@ def _of_one_size(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterato
         yield i, frame
 
 
-def _cut_file(
-    data: bytes | Path, options: Options, make: Callable[[np.ndarray], SlicedImage], max_pixels: int, name: str, bounds: Bounds
+def _load_file(
+    data: bytes | Path,
+    options: MediaOptions,
+    slice_frame: Callable[[np.ndarray], SlicedImage],
+    max_pixels: int,
+    name: str,
+    limits: VideoLimits,
 ) -> tuple[SlicedImage, ...]:
-    def cut_all(timing: Timing) -> tuple[list[Unit], list[SlicedImage]]:
-        units = plan(timing, options)
-        bounds.check(timing, units, name)
-        return units, cut_units(_of_one_size(decode(data, units, name, bounds), name), units, make)
+    def slice_all(metadata: VideoMetadata) -> tuple[list[FrameGroup], list[SlicedImage]]:
+        groups = plan_frame_groups(metadata, options)
+        limits.check(metadata, groups, name)
+        return groups, slice_frame_groups(
+            _check_frame_sizes(decode_frames(data, groups, name, limits), name), groups, slice_frame
+        )
 
-    timing = probe(data, max_pixels, name, bounds)
-    units, cuts = cut_all(timing)
-    if len(cuts) < len(units):
+    metadata = probe(data, max_pixels, name, limits)
+    groups, images = slice_all(metadata)
+    if len(images) < len(groups):
         # The container named more frames than come out (an edit list, say): its number is wrong, so count.
-        units, cuts = cut_all(_counted(data, timing.rate, name, bounds))
-    assert len(cuts) == len(units)
-    return tuple(cuts)
+        groups, images = slice_all(_count_frames(data, metadata.rate, name, limits))
+    assert len(images) == len(groups)
+    return tuple(images)
 
 
 def _open(data: bytes | Path) -> av.container.InputContainer:
@@ -302,7 +309,7 @@ def _stream(container: av.container.InputContainer, name: str) -> av.video.strea
     raise ValueError(f"{name}: it has no video stream")
 
 
-def probe(data: bytes | Path, max_pixels: int, name: str, bounds: Bounds = UNBOUNDED) -> Timing:
+def probe(data: bytes | Path, max_pixels: int, name: str, limits: VideoLimits = NO_VIDEO_LIMITS) -> VideoMetadata:
     """What the container says about its first video stream (transformers' video_utils.py, `read_video_pyav`).
 
     Where it does not say the number of frames (WebM, for one), all of them are decoded and counted.
@@ -314,30 +321,32 @@ def probe(data: bytes | Path, max_pixels: int, name: str, bounds: Bounds = UNBOU
     if not rate or rate < 0:
         raise ValueError(f"{name}: the video has no frame rate")
     rate = Fraction(rate.numerator, rate.denominator)  # some versions of PyAV have a rational type of their own
-    return Timing(frames, rate) if frames > 0 else _counted(data, rate, name, bounds)
+    return VideoMetadata(frames, rate) if frames > 0 else _count_frames(data, rate, name, limits)
 
 
-def _counted(data: bytes | Path, rate: Fraction, name: str, bounds: Bounds) -> Timing:
+def _count_frames(data: bytes | Path, rate: Fraction, name: str, limits: VideoLimits) -> VideoMetadata:
     with _open(data) as container:
-        frames = sum(1 for _ in bounds.metered(container.decode(_stream(container, name)), name))
+        frames = sum(1 for _ in limits.metered(container.decode(_stream(container, name)), name))
     if not frames:
         raise ValueError(f"{name}: the video has no frames")
-    return Timing(frames, rate)
+    return VideoMetadata(frames, rate)
 
 
-def decode(data: bytes | Path, units: list[Unit], name: str, bounds: Bounds = UNBOUNDED) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames that `units` need, as (index, uint8 [height, width, 3]), decoding no further than the last of them."""
-    needed = {frame for unit in units for frame in unit}
+def decode_frames(
+    data: bytes | Path, groups: list[FrameGroup], name: str, limits: VideoLimits = NO_VIDEO_LIMITS
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames that `groups` need, as (index, uint8 [height, width, 3]), decoding no further than the last of them."""
+    needed = {frame for group in groups for frame in group}
     last = max(needed)
     with _open(data) as container:
-        for i, frame in enumerate(bounds.metered(container.decode(_stream(container, name)), name)):
+        for i, frame in enumerate(limits.metered(container.decode(_stream(container, name)), name)):
             if i in needed:
                 yield i, frame.to_ndarray(format="rgb24")
             if i == last:
                 return
 
 
-def video_table(config: MediaConfig) -> np.ndarray:
+def video_lookup_table(config: MediaConfig) -> np.ndarray:
     """float32 [3, 256]: what each byte of a frame becomes; (x - 255 mean) / (255 std), all in float32.
 
     Source: transformers' image_processing_backends.py, `rescale_and_normalize`.

@@ -12,7 +12,7 @@ import numpy as np
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.model import packing
 from minicpmv46_jax.processing import Inputs, View
-from minicpmv46_jax.processing.threads import pool
+from minicpmv46_jax.processing.threads import pixel_pool
 from serve.engine.page_pool import PAGE
 
 KEY_BYTES = 16  # of a hash; two of 2^40 pictures are alike by chance once in 2^48
@@ -59,7 +59,7 @@ def prepare(inputs: Inputs, options: GenerationOptions, positions_per_side: int)
     def laid(view: View) -> MultimodalItem:
         return MultimodalItem(mm_hash(view), packing.pack_view(view, positions_per_side), view.start)
 
-    pictures = tuple(pool().map(laid, inputs.views))
+    pictures = tuple(pixel_pool().map(laid, inputs.views))
     seed = secrets.randbits(63) if options.seed is None else options.seed
     mask = None if options.constraint is None else options.constraint.mask()
     return EngineRequest(inputs.token_ids, pictures, block_hashes(inputs.token_ids, pictures), options, seed, mask)

@@ -111,9 +111,9 @@ def _work(cutting: MediaJob, shared: str) -> Layout:
         cuts = process_media(cutting)
         file.truncate(0)
         file.seek(0)
-        for crop in (crop for cut in cuts for crop in cut.crops):
+        for crop in (crop for cut in cuts for crop in cut.slices):
             _write(file.fileno(), crop.pixels)
-    return [(cut.grid, [(crop.grid, crop.pixels.shape) for crop in cut.crops]) for cut in cuts]
+    return [(cut.grid, [(crop.grid, crop.pixels.shape) for crop in cut.slices]) for cut in cuts]
 
 
 def _write(file: int, data: bytes | bytearray | np.ndarray) -> None:

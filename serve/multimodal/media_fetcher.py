@@ -57,7 +57,7 @@ class Reach:
 
 
 class MediaFetcher:
-    """A `processing.Fetch` with the server's rules. May be called from several threads at once.
+    """A `processing.FetchMedia` with the server's rules. May be called from several threads at once.
 
     Args:
       allowed_folder: local files under it may be read; None for none at all.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from convert.demo.model_shape import MAX_SLICES, RESOLUTION
 from minicpmv46_jax.processing.slicing import slice_grid
-from minicpmv46_jax.processing.video import decode
+from minicpmv46_jax.processing.video import decode_frames
 from minicpmv46_jax.scenes import EASY, KINDS, MIX, Clip, Picture, draw, messages
 from minicpmv46_jax.scenes.__main__ import main
 from minicpmv46_jax.scenes.picture import COLOURS, SHAPES, Shape, Text, text_width
@@ -173,7 +173,7 @@ def test_written_files_are_the_scenes(tmp_path):
         scene = draw(seed, True, {"clip": MIX["clip"], "pair": MIX["pair"]})
         for name in line["videos"]:
             clip: Clip = scene.media[0]
-            frames = decode(tmp_path / name, [(i,) for i in range(len(clip.pictures))], name)
+            frames = decode_frames(tmp_path / name, [(i,) for i in range(len(clip.pictures))], name)
             assert all((frame == clip.pictures[i].render()).all() for i, frame in frames)
         assert len(line["images"]) + len(line["videos"]) == len(scene.media)
         assert line["answers"][0] in {turn.reply for turn in scene.turns}

@@ -15,7 +15,7 @@ from fastapi import Request
 
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.processing import Inputs
-from minicpmv46_jax.processing.messages import check_choices
+from minicpmv46_jax.processing.messages import check_overrides
 from serve.api.common.errors import ApiError, user_mistakes
 from serve.api.common.field_names import Names, renamed
 from serve.api.common.media_limits import check_media
@@ -180,7 +180,7 @@ def _prepare(service: Service, request: ChatRequest) -> PreparedRequest:
             fault = f"logit_bias is for token {token[:50]}, but the vocabulary has {service.vocabulary} tokens"
             raise ApiError(400, fault, "logit_bias")
     with user_mistakes(FIELDS):
-        check_choices(request.mm_processor_kwargs, "mm_processor_kwargs")
+        check_overrides(request.mm_processor_kwargs, "mm_processor_kwargs")
         options = service.model.options(**generation_kwargs(request))
     inputs = make_prompt(service, request)
     check_context(len(inputs.token_ids), request, service.context)

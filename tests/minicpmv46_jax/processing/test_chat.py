@@ -101,7 +101,7 @@ def for_reference(messages: list[dict]) -> tuple[list[dict], list[VideoMetadata]
     return messages, metadata
 
 
-def assert_as_reference(processor, reference, messages, template: dict | None = None, **choices) -> Inputs:
+def assert_as_reference(processor, reference, messages, template: dict | None = None, **overrides) -> Inputs:
     template = template or {}
     theirs, metadata = for_reference(messages)
     expected = reference.apply_chat_template(
@@ -110,10 +110,10 @@ def assert_as_reference(processor, reference, messages, template: dict | None = 
         return_dict=True,
         return_tensors="pt",
         add_generation_prompt=True,
-        processor_kwargs=choices | ({"video_metadata": metadata} if metadata else {}),
+        processor_kwargs=overrides | ({"video_metadata": metadata} if metadata else {}),
         **template,
     )
-    ours = processor(messages, tools=template.pop("tools", None), chat_template_kwargs=template, **choices)
+    ours = processor(messages, tools=template.pop("tools", None), chat_template_kwargs=template, **overrides)
     assert_same(processor, ours, expected)
     return ours
 
@@ -205,14 +205,14 @@ def test_images_and_videos_in_any_order(processor, reference, stack, mode):
         {"role": "assistant", "content": [text("Yes.")]},
         user(video(CLIP), text("?")),
     ]
-    choices = {"downsample_mode": mode, "stack_frames": stack, "max_slice_nums": 4}
-    ours = assert_as_reference(processor, reference, messages, **choices)
+    overrides = {"downsample_mode": mode, "stack_frames": stack, "max_slice_nums": 4}
+    ours = assert_as_reference(processor, reference, messages, **overrides)
     assert [len(grids) for grids in ours.video_grids] == [3 if stack == 1 else 6] * 3
 
 
-@pytest.mark.parametrize("choices", [{"max_num_frames": 2}, {"max_num_frames": 5, "stack_frames": 3}, {"use_image_id": False}])
-def test_video_choices(processor, reference, choices):
-    assert_as_reference(processor, reference, [user(video(Video(noise(70, 40, 60), 10.0)), text("?"))], **choices)
+@pytest.mark.parametrize("overrides", [{"max_num_frames": 2}, {"max_num_frames": 5, "stack_frames": 3}, {"use_image_id": False}])
+def test_video_choices(processor, reference, overrides):
+    assert_as_reference(processor, reference, [user(video(Video(noise(70, 40, 60), 10.0)), text("?"))], **overrides)
 
 
 def test_photos(processor, reference):
@@ -325,7 +325,7 @@ def test_a_messages_options_go_before_the_calls(processor):
 
 
 @pytest.mark.parametrize(
-    "choices, message",
+    "overrides, message",
     [
         ({"downsample_mode": "8x"}, "downsample_mode must be one of 16x, 4x, got '8x'"),
         ({"downsample_mode": 16}, "downsample_mode must be one of 16x, 4x, got 16"),
@@ -338,11 +338,11 @@ def test_a_messages_options_go_before_the_calls(processor):
     ],
     ids=str,
 )
-def test_bad_options(processor, choices, message):
+def test_bad_options(processor, overrides, message):
     with pytest.raises(ValueError, match=f"options: {message}"):
-        processor([user(text("a"))], **choices)
+        processor([user(text("a"))], **overrides)
     with pytest.raises(ValueError, match=rf"messages\[0\].mm_processor_kwargs: {message}"):
-        processor([user(text("a"), mm_processor_kwargs=choices)])
+        processor([user(text("a"), mm_processor_kwargs=overrides)])
 
 
 # ---- bad conversations

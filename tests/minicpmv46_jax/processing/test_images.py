@@ -21,8 +21,8 @@ from transformers.image_utils import load_image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from convert.demo.random_checkpoint import preprocessor_config
-from minicpmv46_jax.processing import MediaConfig, Options, fetch, images
-from minicpmv46_jax.processing.images import cut, image_table, load_rgb, resize_pillow
+from minicpmv46_jax.processing import MediaConfig, MediaOptions, fetch, images
+from minicpmv46_jax.processing.images import image_lookup_table, load_rgb, resize_pillow, slice_image
 from minicpmv46_jax.processing.options import read_configs
 from minicpmv46_jax.processing.slicing import slice_grid, sliced_size, view_size
 
@@ -40,17 +40,17 @@ def patches(packed: np.ndarray, patch: int = 14) -> np.ndarray:
     return packed[0].reshape(3, patch, -1, patch).transpose(2, 0, 1, 3).reshape(-1, 3 * patch * patch)
 
 
-def assert_as_reference(source, image, settings: MediaConfig | None = None, section: dict | None = None, **choices):
+def assert_as_reference(source, image, settings: MediaConfig | None = None, section: dict | None = None, **overrides):
     """Ours of `source` equals the reference of `image`, bit for bit."""
     settings, section = settings or config(), section or SECTION
     rgb = load_rgb(source, fetch)
-    ours = cut(rgb, settings, settings.options.updated(choices, "test"), resize_pillow)
-    theirs = MiniCPMV4_6ImageProcessorPil(**section)([image], return_tensors="np", **choices)
-    table = image_table(settings)
-    values = [np.concatenate([table[c][part] for c, part in enumerate(np.split(x.pixels, 3, axis=1))], 1) for x in ours.crops]
+    ours = slice_image(rgb, settings, settings.options.with_overrides(overrides, "test"), resize_pillow)
+    theirs = MiniCPMV4_6ImageProcessorPil(**section)([image], return_tensors="np", **overrides)
+    table = image_lookup_table(settings)
+    values = [np.concatenate([table[c][part] for c, part in enumerate(np.split(x.pixels, 3, axis=1))], 1) for x in ours.slices]
     assert np.concatenate(values).dtype == theirs["pixel_values"].dtype == np.float32
     assert np.array_equal(np.concatenate(values), patches(theirs["pixel_values"]))
-    assert [list(crop.grid) for crop in ours.crops] == theirs["target_sizes"].tolist()
+    assert [list(image_slice.grid) for image_slice in ours.slices] == theirs["target_sizes"].tolist()
     assert list(ours.grid) == list(theirs["grids"][0])
     return ours
 
@@ -68,7 +68,7 @@ SIDE = st.one_of(st.integers(1, 3000), st.integers(1, 20000))
 @given(SIDE, SIDE, st.integers(1, 16), st.sampled_from(["16x", "4x"]), st.sampled_from([448, 336, 980]))
 def test_sizes_and_grids_equal_the_reference(height, width, slices, mode, resolution):
     reference, size = REFERENCE, (height, width)
-    multiple = 14 * Options(max_slice_nums=1, use_image_id=True, downsample_mode=mode).merge_factor
+    multiple = 14 * MediaOptions(max_slice_nums=1, use_image_id=True, downsample_mode=mode).merge_factor
     expected = reference.get_sliced_grid(size, slices, resolution)
     grid = slice_grid(height, width, slices, resolution)
     assert grid == (None if expected is None else tuple(expected))
@@ -85,9 +85,9 @@ REFERENCE = MiniCPMV4_6ImageProcessorPil(**SECTION)
 
 
 def test_documented_grid_of_a_720p_picture():
-    ours = cut(noise(720, 1280), config(), config().options, resize_pillow)
+    ours = slice_image(noise(720, 1280), config(), config().options, resize_pillow)
     assert ours.grid == (2, 3)
-    assert [crop.grid for crop in ours.crops] == [(24, 44)] + [(28, 36)] * 6
+    assert [image_slice.grid for image_slice in ours.slices] == [(24, 44)] + [(28, 36)] * 6
 
 
 # ---- pixels
@@ -123,7 +123,7 @@ def test_other_settings(changes):
     section = SECTION | changes
     array = noise(500, 700)
     if "patch_size" in changes:  # `patches` above assumes 14
-        grid = cut(array, config(**changes), config().options, resize_pillow).crops[0].grid
+        grid = slice_image(array, config(**changes), config().options, resize_pillow).slices[0].grid
         theirs = MiniCPMV4_6ImageProcessorPil(**section)([Image.fromarray(array)], return_tensors="np")
         assert list(grid) == theirs["target_sizes"][0].tolist()
     else:
@@ -136,8 +136,8 @@ def test_every_byte_of_the_table():
     reference = MiniCPMV4_6ImageProcessorPil(**SECTION | ODD)
     scaled = reference.rescale(ramp.transpose(2, 0, 1), 1 / 255)
     expected = reference.normalize(scaled, settings.image_mean, settings.image_std)[:, 0]
-    assert np.array_equal(image_table(settings), expected)
-    assert not image_table(settings).flags.writeable
+    assert np.array_equal(image_lookup_table(settings), expected)
+    assert not image_lookup_table(settings).flags.writeable
 
 
 # ---- kinds of pictures
@@ -339,7 +339,7 @@ def test_files_are_looked_up_in_transformers_order(tmp_path):
     write(tmp_path, preprocessor_config=SECTION)
     images, videos = read_configs(tmp_path)
     assert images == videos
-    assert images.options == Options(9, True, "16x", 128, 1)
+    assert images.options == MediaOptions(9, True, "16x", 128, 1)
     write(tmp_path, video_preprocessor_config=SECTION | {"max_slice_nums": 2, "stack_frames": 3, "use_image_id": False})
     images, videos = read_configs(tmp_path)
     assert (images.options.max_slice_nums, videos.options.max_slice_nums, videos.options.stack_frames) == (9, 2, 3)
@@ -394,7 +394,7 @@ def test_bad_files(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_resizing_in_bands_gives_pillows_own_bytes(rng, monkeypatch, seed):
-    monkeypatch.setattr(images, "IN_BANDS", 0)
+    monkeypatch.setattr(images, "MIN_BANDED_PIXELS", 0)
     height, width, new_height, new_width = (int(n) for n in rng.integers(1, [300, 40, 700, 9][seed % 4] + 1, 4))
     picture = rng.integers(0, 256, (height, width, 3), np.uint8)
     expected = Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BICUBIC)

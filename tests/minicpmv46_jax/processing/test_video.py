@@ -17,14 +17,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import video_utils
 from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
-from transformers.video_utils import VideoMetadata
 
 from convert.demo.random_checkpoint import preprocessor_config
 from minicpmv46_jax.processing import MediaConfig, Video, fetch
 from minicpmv46_jax.processing.images import SlicedImage
 from minicpmv46_jax.processing.resize import resize_bicubic
-from minicpmv46_jax.processing.video import Bounds, Timing, composite, cut_units, decode, load_video, plan, sample, video_table
+from minicpmv46_jax.processing.video import (
+    VideoLimits,
+    VideoMetadata,
+    decode_frames,
+    join_frames,
+    load_video,
+    plan_frame_groups,
+    sample_frames,
+    slice_frame_groups,
+    video_lookup_table,
+)
 from tests import ROOT
 
 GOLDENS = ROOT / "tests" / "goldens"
@@ -37,18 +47,18 @@ maker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(maker)
 
 
-def load(source, max_pixels: int = 10**8, **choices) -> tuple[SlicedImage, ...]:
-    return load_video(source, CONFIG, CONFIG.options.updated(choices, "test"), fetch, max_pixels)
+def load(source, max_pixels: int = 10**8, **overrides) -> tuple[SlicedImage, ...]:
+    return load_video(source, CONFIG, CONFIG.options.with_overrides(overrides, "test"), fetch, max_pixels)
 
 
-def values(cuts: tuple[SlicedImage, ...], table: np.ndarray) -> np.ndarray:
-    pixels = np.concatenate([crop.pixels for frame in cuts for crop in frame.crops])
+def values(images: tuple[SlicedImage, ...], table: np.ndarray) -> np.ndarray:
+    pixels = np.concatenate([image_slice.pixels for frame in images for image_slice in frame.slices])
     return np.concatenate([table[c][part] for c, part in enumerate(np.split(pixels, 3, axis=1))], axis=1)
 
 
 def assert_same(ours: tuple[SlicedImage, ...], theirs: tuple[SlicedImage, ...]) -> None:
     assert [frame.grid for frame in ours] == [frame.grid for frame in theirs]
-    table = video_table(CONFIG)
+    table = video_lookup_table(CONFIG)
     assert np.array_equal(values(ours, table), values(theirs, table))
 
 
@@ -57,20 +67,20 @@ def assert_same(ours: tuple[SlicedImage, ...], theirs: tuple[SlicedImage, ...]) 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " and ".join(case["videos"]))
 def test_goldens(case):
-    cuts, indices = (), []
+    images, indices = (), []
     for name, digest in zip(case["videos"], case["input_sha256"], strict=True):
         number, height, width, fps, _ = maker.CASES[name]
         frames = maker.frames(number, height, width)
         assert maker.sha256(frames) == digest, "the formula of the frames has changed, not what is made of them"
-        cuts += load(Video(frames, fps), **case["options"])
-        options = CONFIG.options.updated(case["options"], "test")
-        main, between = sample(Timing(number, fps), options.max_num_frames, options.stack_frames)
+        images += load(Video(frames, fps), **case["options"])
+        options = CONFIG.options.with_overrides(case["options"], "test")
+        main, between = sample_frames(VideoMetadata(number, fps), options.max_num_frames, options.stack_frames)
         indices.append(main + [i for second in between.values() for i in second])
     assert indices == case["indices"]
-    assert len(cuts) == sum(case["frames"])
-    assert [list(frame.grid) for frame in cuts] == case["grids"]
-    assert [list(crop.grid) for frame in cuts for crop in frame.crops] == case["target_sizes"]
-    assert maker.sha256(values(cuts, video_table(CONFIG))) == case["pixels_sha256"]
+    assert len(images) == sum(case["frames"])
+    assert [list(frame.grid) for frame in images] == case["grids"]
+    assert [list(image_slice.grid) for frame in images for image_slice in frame.slices] == case["target_sizes"]
+    assert maker.sha256(values(images, video_lookup_table(CONFIG))) == case["pixels_sha256"]
 
 
 # ---- torch's resize
@@ -112,15 +122,15 @@ def test_resize_of_large_pictures_equals_torch(size, new_size):
     st.integers(1, 7),
 )
 def test_sampling_equals_the_reference(frames, rate, most, stack):
-    metadata = VideoMetadata(total_num_frames=frames, fps=float(rate), duration=float(frames / rate))
+    metadata = video_utils.VideoMetadata(total_num_frames=frames, fps=float(rate), duration=float(frames / rate))
     expected = MiniCPMV4_6VideoProcessor.sample_frames(SimpleNamespace(), metadata, max_num_frames=most, stack_frames=stack)
-    main, between = sample(Timing(frames, rate), most, stack)
+    main, between = sample_frames(VideoMetadata(frames, rate), most, stack)
     assert main + [i for second in between.values() for i in second] == expected
     assert list(between) == sorted(between)
 
 
 def test_sampling_does_not_grow_with_what_a_header_claims():
-    main, between = sample(Timing(2**50, Fraction(30)), 128, 5)
+    main, between = sample_frames(VideoMetadata(2**50, Fraction(30)), 128, 5)
     assert len(main) == 128 and sum(map(len, between.values())) == 512
 
 
@@ -129,11 +139,11 @@ def test_sampling_does_not_grow_with_what_a_header_claims():
 def test_composites_equal_the_reference(number, height, width):
     frames = np.random.default_rng(0).integers(0, 256, (number, height, width, 3), np.uint8)
     expected = MiniCPMV4_6VideoProcessor.concat_frames_as_image(None, torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous())
-    assert np.array_equal(composite(list(frames)), expected[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(join_frames(list(frames)), expected[0].permute(1, 2, 0).numpy())
 
 
 def test_a_unit_is_cut_when_its_last_frame_comes_and_frames_are_let_go():
-    units = [(0,), (1, 2, 3), (4,), (3,), (4,), (9,)]
+    groups = [(0,), (1, 2, 3), (4,), (3,), (4,), (9,)]
     given_out = []
 
     def pictures():
@@ -143,14 +153,14 @@ def test_a_unit_is_cut_when_its_last_frame_comes_and_frames_are_let_go():
 
     made = []
 
-    def make(picture):
+    def slice_frame(picture):
         made.append(given_out[-1])
         return SlicedImage((), picture.shape[:2])
 
-    cuts = cut_units(pictures(), units, make)
+    images = slice_frame_groups(pictures(), groups, slice_frame)
     assert made == [0, 3, 3, 4]  # (4,) is asked for twice and cut once
     # (9,) never came; three frames of 2x2 and two seams of 6 make a row of 2x18, and a column of 18x2 is as good
-    assert [cut.grid for cut in cuts] == [(2, 2), (18, 2), (2, 2), (2, 2), (2, 2)]
+    assert [image.grid for image in images] == [(2, 2), (18, 2), (2, 2), (2, 2), (2, 2)]
 
 
 # ---- files
@@ -177,18 +187,18 @@ def all_frames(data: bytes) -> np.ndarray:
 FRAMES = maker.frames(45, 64, 96)
 
 
-@pytest.mark.parametrize("choices", [{}, {"stack_frames": 3}, {"max_num_frames": 3}, {"max_num_frames": 2, "stack_frames": 5}])
+@pytest.mark.parametrize("overrides", [{}, {"stack_frames": 3}, {"max_num_frames": 3}, {"max_num_frames": 2, "stack_frames": 5}])
 @pytest.mark.parametrize(
     "codec, container, rate",
     [("mpeg4", "mp4", 10), ("libx264", "mp4", Fraction(30000, 1001)), ("libvpx", "webm", 12), ("mpeg4", "avi", 25)],
 )
-def test_a_file_is_its_frames(codec, container, rate, choices):
+def test_a_file_is_its_frames(codec, container, rate, overrides):
     data = encode(FRAMES, rate, codec, container)
     frames = all_frames(data)
     assert len(frames) == 45
     with av.open(io.BytesIO(data)) as file:
         assert (file.streams.video[0].frames == 0) == (container == "webm")  # it does not say, so ours counts
-    assert_same(load(data, **choices), load(Video(frames, Fraction(rate)), **choices))
+    assert_same(load(data, **overrides), load(Video(frames, Fraction(rate)), **overrides))
 
 
 def test_ways_to_a_file(tmp_path):
@@ -214,7 +224,7 @@ def test_decoding_stops_at_the_last_frame_needed(tmp_path):
     broken = data[: len(data) // 2]
     with pytest.raises(av.FFmpegError):
         all_frames(broken)
-    assert [i for i, _ in decode(broken, [(3,), (0, 3)], "test")] == [0, 3]
+    assert [i for i, _ in decode_frames(broken, [(3,), (0, 3)], "test")] == [0, 3]
 
 
 def test_a_container_that_names_too_many_frames_is_counted():
@@ -230,29 +240,29 @@ def test_a_container_that_names_too_many_frames_is_counted():
 # ---- what a video may cost
 
 
-def bounded(data, bounds, **choices):
-    return load_video(data, CONFIG, CONFIG.options.updated(choices, "test"), fetch, 10**8, bounds)
+def load_with_limits(data, limits, **overrides):
+    return load_video(data, CONFIG, CONFIG.options.with_overrides(overrides, "test"), fetch, 10**8, limits)
 
 
 @pytest.mark.parametrize("container", ["mp4", "webm"])  # the first says how many frames it has
 def test_a_video_is_bounded_in_frames(container):
     data = encode(FRAMES, 10, "libvpx" if container == "webm" else "mpeg4", container)
-    assert_same(bounded(data, Bounds(frames=45)), load(data))
+    assert_same(load_with_limits(data, VideoLimits(max_frames=45)), load(data))
     with pytest.raises(ValueError, match=r"more than the 44 (frames )?allowed"):
-        bounded(data, Bounds(frames=44))
+        load_with_limits(data, VideoLimits(max_frames=44))
 
 
 def test_a_video_is_bounded_in_pictures():
     data = encode(FRAMES)  # 5 seconds
-    assert_same(bounded(data, Bounds(pictures=5)), load(data))
+    assert_same(load_with_limits(data, VideoLimits(max_images=5)), load(data))
     with pytest.raises(ValueError, match="5 frames would be shown, more than the 4 allowed; lower max_num_frames"):
-        bounded(data, Bounds(pictures=4))
-    assert len(bounded(data, Bounds(pictures=4), max_num_frames=4)) == 4
+        load_with_limits(data, VideoLimits(max_images=4))
+    assert len(load_with_limits(data, VideoLimits(max_images=4), max_num_frames=4)) == 4
 
 
 def test_a_video_is_bounded_in_time():
     with pytest.raises(ValueError, match="longer than the 0 seconds allowed"):
-        bounded(encode(FRAMES), Bounds(seconds=0.0))
+        load_with_limits(encode(FRAMES), VideoLimits(max_seconds=0.0))
 
 
 def test_a_composite_is_bounded_in_pixels():
@@ -321,9 +331,9 @@ def test_frames_of_too_many_pixels():
 
 
 def test_plan_pairs_main_frames_with_the_second_of_their_number():
-    options = CONFIG.options.updated({"max_num_frames": 2, "stack_frames": 2}, "test")
+    options = CONFIG.options.with_overrides({"max_num_frames": 2, "stack_frames": 2}, "test")
     # 4 seconds at 10 frames a second: main frames from the ends, the frames between from seconds 0 and 3 (thinned to 2).
-    assert plan(Timing(40, 10), options) == [(0,), (5,), (39,)]
+    assert plan_frame_groups(VideoMetadata(40, 10), options) == [(0,), (5,), (39,)]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from minicpmv46_jax.processing import MediaConfig, Processor
 from minicpmv46_jax.processing.media_job import MediaJob, process_media
-from minicpmv46_jax.processing.video import UNBOUNDED
+from minicpmv46_jax.processing.video import NO_VIDEO_LIMITS
 from serve.multimodal.image_workers import MOST, ImageWorkerPool, processes_for
 from tests import ROOT
 from tests.minicpmv46_jax.processing.test_images import PHOTOS
@@ -37,16 +37,16 @@ def processor(demo_folder):
 
 
 def cutting(processor, source, kind="image", **changes):
-    config: MediaConfig = processor.images if kind == "image" else processor.videos
-    made = MediaJob(kind, source, "its name", config, config.options, 10**8, UNBOUNDED)
+    config: MediaConfig = processor.image_config if kind == "image" else processor.video_config
+    made = MediaJob(kind, source, "its name", config, config.options, 10**8, NO_VIDEO_LIMITS)
     return dataclasses.replace(made, **changes)
 
 
 def assert_equal(found, expected):
     assert [cut.grid for cut in found] == [cut.grid for cut in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        assert [crop.grid for crop in ours.crops] == [crop.grid for crop in theirs.crops]
-        for one, other in zip(ours.crops, theirs.crops, strict=True):
+        assert [crop.grid for crop in ours.slices] == [crop.grid for crop in theirs.slices]
+        for one, other in zip(ours.slices, theirs.slices, strict=True):
             np.testing.assert_array_equal(one.pixels, other.pixels)
 
 
@@ -58,7 +58,7 @@ def data_url(path):
 def test_pictures_are_cut_as_they_are_here(image_workers, processor, source):
     wanted = cutting(processor, source)
     found = image_workers(wanted)
-    assert len(found[0].crops) > 1
+    assert len(found[0].slices) > 1
     assert_equal(found, process_media(wanted))
 
 
