@@ -185,7 +185,7 @@ def test_scores_count_whole_answers(folder):
     assert all(accuracy_by_group == 1.0 for group, accuracy_by_group in scores.items() if group != spoilt)
 
 
-@pytest.mark_correct.full
+@pytest.mark.full
 def test_a_run_learns_exports_and_goes_on(tmp_path):
     """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
     settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"4x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
