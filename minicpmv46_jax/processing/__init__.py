@@ -1,13 +1,26 @@
-"""Chat messages with images and videos -> token ids and the pictures the vision tower sees. numpy, Pillow and PyAV only.
+"""Turns chat messages with images and videos into token ids and image patches. Does not import jax.
 
     processor = Processor.from_folder("MiniCPM-V-4.6")
-    inputs = processor([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "?"}]}])
+    parts = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
+    inputs = processor([{"role": "user", "content": parts}])
 
-- chat.py: messages -> prompt -> `Inputs`; the one entry point.
-- options.py: what a checkpoint fixes (`MediaConfig`) and what a request may choose (`MediaOptions`).
-- slicing.py: the sizes and grids into which a picture is cut. Arithmetic only.
-- cutting.py: one image or video. images.py, video.py: sources -> pictures -> patches. resize.py: torch's uint8 bicubic kernel.
-- sources.py: paths, bytes, data and http URLs.
+- chat.py: messages -> prompt -> `Inputs`. `Processor` is the one entry point.
+- messages.py: checks messages and collects their media parts.
+- options.py: settings of a checkpoint (`MediaConfig`) and options of a request (`MediaOptions`).
+- media_job.py: `MediaJob`, one image or video to open and slice.
+- images.py, video.py: sources -> RGB pixels -> `SlicedImage`s of patches. resize.py: torch's uint8 bicubic
+  kernel.
+- slicing.py: sizes and slice grids. Arithmetic only.
+- sources.py: paths, bytes, data URLs and http URLs.
+
+Glossary:
+  media part: an image or a video in a message's content.
+  view: the patches of one image slice, with the position of its placeholders in the prompt. The vision tower
+    encodes views.
+  source view: the whole image, resized to about scale_resolution**2 pixels.
+  slice grid: (rows, columns) into which a large image is sliced beside its source view; (0, 0) without
+    slices.
+  placeholder: a token that one feature of the vision tower replaces.
 """
 
 from minicpmv46_jax.processing.chat import Processor

@@ -1,11 +1,18 @@
-"""Messages -> prompt -> token ids and views. Source: transformers' models/minicpmv4_6/processing_minicpmv4_6.py.
+"""Messages -> prompt -> token ids and views.
 
-The template writes one placeholder token for an image or video. It is replaced by a block that has one placeholder for
-each view, the block is tokenised with the text around it, and then each placeholder's id is repeated once for each
-feature of its view. (The reference repeats the string first. The ids are the same, since special tokens split the text.)
+Source: transformers' models/minicpmv4_6/processing_minicpmv4_6.py.
 
-Quirks of a block: slices stand in rows joined by a newline; a video has one block, its frames follow each other without
-one; ids count images and videos apart, from 0 in each prompt, and a video has one id for all its frames.
+1. The chat template writes one placeholder token for each image or video.
+2. A block with one placeholder per view replaces that token.
+3. The whole text is tokenised.
+4. Each placeholder's id is repeated once per feature of its view. The reference repeats the string before it
+   tokenises; the ids are the same, because special tokens split the text.
+
+Quirks of a block:
+- A newline separates rows of slices.
+- A video has one block; its frames follow each other without a separator.
+- Image ids and video ids are counted separately, from 0 in each prompt. A video has one id for all its
+  frames.
 """
 
 import inspect
@@ -39,7 +46,7 @@ _ROLES = (
 
 
 class SpecialTokens(NamedTuple):
-    """The strings of the special tokens, by their roles in tokenizer_config.json."""
+    """Strings of the special tokens, by their roles in tokenizer_config.json."""
 
     image: str
     video: str
@@ -52,7 +59,13 @@ class SpecialTokens(NamedTuple):
 
 
 class _LoadedMedia(NamedTuple):
-    """An image (one cut) or a video (one cut for each frame or composite), and the options it was cut with."""
+    """A media part, opened and sliced.
+
+    Attributes:
+        kind: "image" or "video".
+        images: one sliced image, or for a video one per frame or composite.
+        options: the options that it was sliced with.
+    """
 
     kind: str
     images: tuple[SlicedImage, ...]
@@ -60,16 +73,17 @@ class _LoadedMedia(NamedTuple):
 
 
 class Processor:
-    """Prepares conversations for the model. Holds no state between calls; may be shared by threads.
+    """Prepares conversations for the model. Keeps no state between calls, so threads may share it.
 
     Attributes:
         tokenizer: a transformers tokenizer with a chat template.
-        images, videos: the checkpoint's settings.
-        fetch: takes any URL or path given as a string (data URLs aside) to its bytes or file. A server passes its own,
-            to decide what may be opened; `pathlib.Path` objects come from the program itself and are opened without it.
+        image_config, video_config: the checkpoint's settings.
+        fetch: reads a URL or path that is given as a string, data URLs excepted. A server passes its own
+            function to restrict the sources. `pathlib.Path` objects come from the program itself and are
+            opened without `fetch`.
         max_pixels: most pixels of an image or of a video's frame.
-        video_limits: what reading a video may cost.
-        media_worker: opens images and videos and cuts them; a server has processes for it.
+        video_limits: limits of decoding a video.
+        media_worker: opens and slices images and videos; a server's runs in other processes.
     """
 
     def __init__(
@@ -101,15 +115,16 @@ class Processor:
 
     @classmethod
     def from_folder(cls, path: str | Path, *, fetch: FetchMedia = fetch, max_pixels: int = MAX_PIXELS) -> "Processor":
-        """Read a checkpoint folder: its preprocessor files, tokenizer and chat template.
+        """Reads a checkpoint folder's preprocessor files, tokenizer and chat template.
 
         Raises:
-            ValueError: something is missing or not supported; the text names the file and the field.
+            ValueError: a file or field is missing or not supported; the message names it.
         """
-        # A tokenizer needs no torch; transformers would say on stderr that there is none.
+        # transformers warns on stderr that PyTorch is missing, but a tokenizer does not need it.
         logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
-        # Imported here: it takes a second, and only a folder needs it. AutoTokenizer would give the same, and import torch where
-        # there is one: eleven seconds on a server's cold disk.
+        # Imported here, because the import takes a second and only this method needs it. AutoTokenizer
+        # returns the same tokenizer, but imports torch where it is installed: eleven seconds from a cold
+        # disk.
         from transformers import PreTrainedTokenizerFast
 
         folder = Path(path)
@@ -117,7 +132,7 @@ class Processor:
             raise ValueError(f"{folder}: no such checkpoint folder")
         images, videos = read_configs(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder}: no tokenizer.json")  # transformers would go on with an empty vocabulary
+            raise ValueError(f"{folder}: no tokenizer.json")  # transformers would use an empty vocabulary
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
@@ -138,24 +153,28 @@ class Processor:
         max_num_frames: Any = None,
         stack_frames: Any = None,
     ) -> Inputs:
-        """Prepare one conversation. What comes from users is checked here, so its types are not in the signature.
+        """Returns the model's inputs for one conversation.
+
+        User input is `Any` in the signature, because this method checks its types.
 
         Args:
-            messages: a list of mappings in OpenAI's or transformers' form. Content is a string or a list of parts:
-                {"type": "text", "text"}, {"type": "image", "image" | "url" | "path"}, {"type": "image_url", "image_url":
-                {"url"} or str}, and the same for video. For image sources see `images.load_rgb`, for videos
-                `video.load_video`. A message may carry `mm_processor_kwargs`, options for its own media, which go before
-                the call's.
-            tools: a list of JSON schemas of functions the model may call.
-            add_generation_prompt: end with the opening of an answer. Must be False with `continue_final_message`.
+            messages: a list of mappings in OpenAI's or transformers' form. Content is a string or a list of
+                parts: {"type": "text", "text"}, {"type": "image", "image" | "url" | "path"},
+                {"type": "image_url", "image_url": {"url"} or str}, and the same for video. `images.load_rgb`
+                lists image sources, `video.load_video` video sources. A message's `mm_processor_kwargs` are
+                options for its own media; they override the call's options.
+            tools: a list of JSON schemas of functions that the model may call.
+            add_generation_prompt: end with the header of an assistant message. Must be False with
+                `continue_final_message`.
             continue_final_message: leave the last message open.
             chat_template_kwargs: a mapping of the template's variables, such as {"enable_thinking": True}.
-            downsample_mode, max_slice_nums, use_image_id, max_num_frames, stack_frames: see `MediaOptions`; None takes what
-                the checkpoint says.
+            downsample_mode, max_slice_nums, use_image_id, max_num_frames, stack_frames: see `MediaOptions`;
+            None
+                takes the checkpoint's value.
         Returns:
-            `Inputs`, of about len(prompt) tokens plus one for every 16 (or 4) patches.
+            `Inputs`: the prompt's text tokens, and one token for every 16 (or 4) patches.
         Raises:
-            ValueError: one line that names the message, part or option, and what is wrong with it.
+            ValueError: one line that names the message, part or option, and its fault.
         """
         overrides = {
             "downsample_mode": downsample_mode,
@@ -178,7 +197,7 @@ class Processor:
         continue_final_message: bool,
         variables: Any,
     ) -> str:
-        """The prompt, with one placeholder for each image and video."""
+        """Returns the prompt with one placeholder for each image and video."""
         variables = {} if variables is None else variables
         if not isinstance(variables, Mapping):
             raise ValueError(f"chat_template_kwargs: expected a mapping, got {type(variables).__name__}")
@@ -199,7 +218,7 @@ class Processor:
             raise ValueError(f"chat template: {_one_line(error)}") from error
 
     def _check_placeholders(self, prompt: str, media: list[MediaPart]) -> None:
-        """One placeholder for each medium, in the same order: else a block would take another's place."""
+        """Raises ValueError unless the placeholders match the media parts in number and order."""
         found = re.findall(f"{re.escape(self.tokens.image)}|{re.escape(self.tokens.video)}", prompt)
         kinds = ["image" if token == self.tokens.image else "video" for token in found]
         expected = [part.kind for part in media]
@@ -229,15 +248,15 @@ class Processor:
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
         slices = [(item, image_slice) for item in media for frame in item.images for image_slice in frame.slices]
-        tokens = [image_slice.grid[0] * image_slice.grid[1] // item.options.merge_factor**2 for item, image_slice in slices]
-        at = np.flatnonzero(np.isin(ids, self._placeholder_ids))
-        assert len(at) == len(slices), (len(at), len(slices))
+        num_tokens = [image_slice.grid[0] * image_slice.grid[1] // item.options.merge_factor**2 for item, image_slice in slices]
+        positions = np.flatnonzero(np.isin(ids, self._placeholder_ids))
+        assert len(positions) == len(slices), (len(positions), len(slices))
         repeats = np.ones(len(ids), np.int64)
-        repeats[at] = tokens
-        starts = (np.cumsum(repeats) - repeats)[at]
+        repeats[positions] = num_tokens
+        starts = (np.cumsum(repeats) - repeats)[positions]
         views = (
             View(image_slice.pixels, image_slice.grid, self._tables[item.kind], int(start), number, item.options.downsample_mode)
-            for (item, image_slice), start, number in zip(slices, starts, tokens, strict=True)
+            for (item, image_slice), start, number in zip(slices, starts, num_tokens, strict=True)
         )
         return Inputs(
             token_ids=np.repeat(ids, repeats),
@@ -247,7 +266,7 @@ class Processor:
         )
 
     def _placeholder_block(self, item: _LoadedMedia, number: int) -> str:
-        """What stands for an image or video in the text, with one placeholder for each view."""
+        """Returns the text that replaces an image's or video's placeholder, with one placeholder per view."""
         tokens = self.tokens
         pad = tokens.image if item.kind == "image" else tokens.video
         text = f"{tokens.image_id_start}{number}{tokens.image_id_end}" if item.options.use_image_id else ""
@@ -259,11 +278,11 @@ class Processor:
 
 
 def _number_blocks(media: Iterable[_LoadedMedia], block: Callable[[_LoadedMedia, int], str]) -> Iterable[str]:
-    """Each medium's block; images and videos are numbered apart."""
-    seen = {"image": 0, "video": 0}
+    """Yields each media part's block; images and videos are numbered separately."""
+    counts = {"image": 0, "video": 0}
     for item in media:
-        yield block(item, seen[item.kind])
-        seen[item.kind] += 1
+        yield block(item, counts[item.kind])
+        counts[item.kind] += 1
 
 
 def _one_line(error: Exception) -> str:

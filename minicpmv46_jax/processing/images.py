@@ -1,10 +1,15 @@
-"""Image sources -> RGB pictures -> patches, as transformers' MiniCPMV4_6ImageProcessorPil has them, bit for bit.
+"""Image sources -> RGB pixels -> slices of patches.
 
-Two ways lead to RGB, and they differ where a picture is rotated by EXIF or has transparency:
-- files, bytes and URLs go as transformers' `load_image` does: turned upright, then `convert("RGB")`, which drops alpha;
-- PIL images go as its image processor does: not turned, transparency laid over white.
-The image processor comes after `load_image` too, and Pillow lets one kind of transparency through `convert("RGB")`: a
-single colour marked as clear (PNG's tRNS, GIF). Its pixels become white in files as well.
+Results equal transformers' MiniCPMV4_6ImageProcessorPil, bit for bit.
+
+The conversion to RGB follows transformers. It depends on the source where an image has an EXIF rotation or
+transparency:
+- Files, bytes and URLs follow `load_image`: the EXIF rotation is applied, then `convert("RGB")` drops the
+  alpha channel.
+- PIL images follow the image processor: the rotation is not applied, and transparency is blended on white.
+
+The image processor also runs after `load_image`. Pillow keeps one kind of transparency in `convert("RGB")`: a
+single transparent colour (PNG's tRNS, GIF). So its pixels become white in files too.
 """
 
 import io
@@ -22,58 +27,68 @@ from minicpmv46_jax.processing.slicing import slice_grid, sliced_size, view_size
 from minicpmv46_jax.processing.sources import FetchMedia, describe, read
 from minicpmv46_jax.processing.threads import num_threads, pixel_pool
 
-# Pillow's own threshold for a warning; it refuses twice that by itself.
+# Pillow warns above this size, and refuses an image of twice this size.
 MAX_PIXELS = 89_478_485
-MIN_BANDED_PIXELS = 100_000  # pixels of a resized picture from which several threads are worth their while
+MIN_BANDED_PIXELS = 100_000  # below this output size, starting threads costs more than they save
 
-# Formats that hold pixels. Pillow knows more: EPS and WMF are programs that draw, others are rare. (Old ones lack AVIF.)
+# Formats that contain pixels. Pillow reads more, but EPS and WMF are drawing programs and others are rare.
+# Old versions of Pillow lack AVIF.
 Image.init()
 FORMATS = tuple(
     name for name in "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split() if name in Image.OPEN
 )
 
 Resize = Callable[[np.ndarray, int, int], np.ndarray]
-"""(uint8 [height, width, 3], new height, new width) -> uint8 [new height, new width, 3]."""
+"""Function (uint8 [height, width, 3], new height, new width) -> uint8 [new height, new width, 3]."""
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom."""
 
 
 class ImageSlice(NamedTuple):
-    """One view before it has a place in a prompt. pixels: uint8 [h*w, 3*patch*patch]; grid: (h, w) in patches."""
+    """The patches of one view, without a position in a prompt.
+
+    Attributes:
+        pixels: uint8 [h*w, 3*patch*patch], patches in row-major order.
+        grid: (h, w) in patches.
+    """
 
     pixels: np.ndarray
     grid: tuple[int, int]
 
 
 class SlicedImage(NamedTuple):
-    """One picture, cut: its source view, then its slices row by row. grid: slices' (rows, columns), (0, 0) for none."""
+    """An image as its source view and its slices.
+
+    Attributes:
+        slices: the source view, then the slices in row-major order.
+        grid: (rows, columns) of the slices; (0, 0) without slices.
+    """
 
     slices: tuple[ImageSlice, ...]
     grid: tuple[int, int]
 
 
 def check_size(height: int, width: int, max_pixels: int, name: str) -> None:
-    """Raise ValueError for a picture without pixels or with more than `max_pixels`."""
+    """Raises ValueError for an image without pixels or with more than `max_pixels`."""
     if height < 1 or width < 1:
-        raise ValueError(f"{name}: the picture has no pixels, {width}x{height}")
+        raise ValueError(f"{name}: the image has no pixels, {width}x{height}")
     if height * width > max_pixels:
         raise ValueError(f"{name}: {width}x{height} = {height * width} pixels, more than the {max_pixels} allowed")
 
 
 def load_rgb(source: Any, fetch: FetchMedia, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
-    """Any image source as uint8 RGB [height, width, 3].
+    """Returns an image source's pixels, uint8 RGB [height, width, 3].
 
     Args:
-        source: a path, URL or data URL (str), `pathlib.Path`, bytes, `PIL.Image.Image`, or a uint8 array [height, width]
-            or [height, width, 3]. Paths, URLs and bytes are turned upright by their EXIF tag and lose their alpha channel
-            (a single colour marked as clear becomes white); PIL images stay as they lie and all transparency becomes
-            white. Both as transformers does.
-        fetch: how to get at URLs and paths.
-        max_pixels: refused above, before decoding. Pillow refuses 178,956,970 and more whatever is said here.
-        name: what messages call the source, if not by itself.
+        source: a path, URL or data URL (str), `pathlib.Path`, bytes, `PIL.Image.Image`, or a uint8 array
+            [height, width] or [height, width, 3]. The module's docstring describes rotation and transparency.
+        fetch: reads URLs and paths.
+        max_pixels: a larger image is refused before it is decoded. Pillow refuses 178,956,970 pixels and more
+            in any case.
+        name: the source's name in error messages; by default derived from the source.
     Raises:
-        ValueError: not an image, broken, truncated, empty, too large, or not to be had.
+        ValueError: the source is not an image, or is broken, truncated, empty, too large or not available.
     """
     name = name or describe(source)
     if isinstance(source, np.ndarray):
@@ -100,10 +115,10 @@ def _open(data: bytes | Path, name: str) -> Image.Image:
     try:
         return Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name}: {error}") from None  # Pillow's text has both numbers
+        raise ValueError(f"{name}: {error}") from None  # Pillow's message has both numbers
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name}: not an image that Pillow can read") from None
-    except Exception as error:  # a plugin met bytes its author did not think of
+    except Exception as error:  # Pillow's plugins raise any exception for malformed bytes
         raise ValueError(f"{name}: the image cannot be opened ({error})") from error
 
 
@@ -120,7 +135,7 @@ def _decode_file_image(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
 
 
 def _blend_on_white(image: Image.Image) -> Image.Image:
@@ -130,13 +145,15 @@ def _blend_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def resize_pillow(picture: np.ndarray, new_height: int, new_width: int) -> np.ndarray:
-    """Pillow's bicubic: uint8 [height, width, 3] -> uint8 [new_height, new_width, 3].
+def resize_pillow(pixels: np.ndarray, new_height: int, new_width: int) -> np.ndarray:
+    """Resizes uint8 [height, width, 3] to uint8 [new_height, new_width, 3] with Pillow's bicubic filter.
 
-    Pillow resizes along rows and then along columns, in bytes. Both are done here in bands by several threads: the same bytes,
-    for no row (then no column) depends on another. Of pictures that become lower Pillow 13 does some the other way round.
+    Pillow resizes along rows and then along columns, and rounds to bytes after each pass. Here several
+    threads run each pass in bands. The bytes are the same, because a row (or a column, in the second pass)
+    depends on no other. Images that become lower take one call, because Pillow 13 resizes some of them along
+    columns first.
     """
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     if new_height * new_width < MIN_BANDED_PIXELS or new_height < image.height:
         return np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
     height = image.height
@@ -147,16 +164,16 @@ def resize_pillow(picture: np.ndarray, new_height: int, new_width: int) -> np.nd
 
 
 def _resize_bands(image: Image.Image, size: tuple[int, int], bands: list[tuple[Box, Box]]) -> Image.Image:
-    """An image of that size, put together of bands of another, each resized from one box to one."""
+    """Returns an image of `size`; threads resize each band from its source box to its target box."""
 
-    def resized(band: tuple[Box, Box]) -> Image.Image:
+    def resize_band(band: tuple[Box, Box]) -> Image.Image:
         box, (left, top, right, bottom) = band
         return image.crop(box).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
 
-    whole = Image.new(image.mode, size)
-    for (_, to), part in zip(bands, pixel_pool().map(resized, bands), strict=True):
-        whole.paste(part, to)
-    return whole
+    resized = Image.new(image.mode, size)
+    for (_, target), part in zip(bands, pixel_pool().map(resize_band, bands), strict=True):
+        resized.paste(part, target)
+    return resized
 
 
 def _band_ranges(size: int) -> list[tuple[int, int]]:
@@ -164,33 +181,42 @@ def _band_ranges(size: int) -> list[tuple[int, int]]:
     return [(start, end) for start, end in itertools.pairwise(ends) if end > start]
 
 
-def patchify(picture: np.ndarray, patch: int) -> ImageSlice:
-    """uint8 [h*patch, w*patch, 3] -> patches [h*w, 3*patch*patch], each in (channel, y, x) order."""
-    h, w = picture.shape[0] // patch, picture.shape[1] // patch
-    patches = picture.reshape(h, patch, w, patch, 3).transpose(0, 2, 4, 1, 3)
+def patchify(image: np.ndarray, patch: int) -> ImageSlice:
+    """Splits uint8 [h*patch, w*patch, 3] into patches [h*w, 3*patch*patch], each in (channel, y, x) order."""
+    h, w = image.shape[0] // patch, image.shape[1] // patch
+    patches = image.reshape(h, patch, w, patch, 3).transpose(0, 2, 4, 1, 3)
     return ImageSlice(patches.reshape(h * w, 3 * patch * patch), (h, w))
 
 
-def slice_image(picture: np.ndarray, config: MediaConfig, options: MediaOptions, resize: Resize) -> SlicedImage:
-    """Resize a uint8 picture [height, width, 3] to its source view and, if it is large, to a grid of slices."""
-    height, width, _ = picture.shape
+def slice_image(image: np.ndarray, config: MediaConfig, options: MediaOptions, resize: Resize) -> SlicedImage:
+    """Returns an image's source view and, if it is large, its slices.
+
+    Args:
+        image: uint8 [height, width, 3].
+        config: the checkpoint's settings.
+        options: the request's options.
+        resize: bicubic resize of the reference: `resize_pillow` for images, `resize.resize_bicubic` for video
+            frames.
+    """
+    height, width, _ = image.shape
     patch, resolution = config.patch_size, config.scale_resolution
     multiple = patch * options.merge_factor
     grid = slice_grid(height, width, options.max_slice_nums, resolution) if config.slice_mode else None
     view = view_size(height, width, resolution, multiple, enlarge=grid is None)
     if grid is None:
-        return SlicedImage((patchify(resize(picture, *view), patch),), (0, 0))
-    with ThreadPoolExecutor(1) as beside:
-        first = beside.submit(lambda: patchify(resize(picture, *view), patch))
-        rows = np.split(resize(picture, *sliced_size(height, width, grid, resolution, multiple)), grid[0], axis=0)
+        return SlicedImage((patchify(resize(image, *view), patch),), (0, 0))
+    with ThreadPoolExecutor(1) as thread:
+        source_view = thread.submit(lambda: patchify(resize(image, *view), patch))
+        rows = np.split(resize(image, *sliced_size(height, width, grid, resolution, multiple)), grid[0], axis=0)
         slices = [patchify(part, patch) for row in rows for part in np.split(row, grid[1], axis=1)]
-    return SlicedImage((first.result(), *slices), grid)
+    return SlicedImage((source_view.result(), *slices), grid)
 
 
 def image_lookup_table(config: MediaConfig) -> np.ndarray:
-    """float32 [3, 256]: what each byte of an image becomes, by the arithmetic of transformers' image_transforms.py.
+    """Returns the normalised value of each byte of an image, float32 [3, 256].
 
-    The bytes are scaled in float64 and rounded to float32; mean and deviation are applied in float32.
+    The arithmetic is that of transformers' image_transforms.py. Bytes are scaled in float64 and rounded to
+    float32; mean and deviation are applied in float32.
     """
     scaled = (np.arange(256, dtype=np.float64) * config.rescale_factor).astype(np.float32)
     mean, std = (np.array(x, np.float32)[:, None] for x in (config.image_mean, config.image_std))

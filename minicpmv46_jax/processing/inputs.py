@@ -1,4 +1,4 @@
-"""What the processor hands to the model: token ids and views. numpy only."""
+"""The processor's results, inputs of the model: token ids and views. numpy only."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,17 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One picture the vision tower sees: a source view or one slice, of an image or of a video frame.
+    """One image slice in a prompt: the source view or a slice of an image or of a video frame.
 
-    Pixels stay bytes, a quarter of their float32 values, until `pixel_values` is asked for.
+    Pixels stay bytes, a quarter of the size of float32, until `pixel_values` is read.
 
     Attributes:
-        pixels: uint8 [h*w, 3*patch*patch]; a patch is flattened in (channel, y, x) order, patches go row by row.
+        pixels: uint8 [h*w, 3*patch*patch]. A patch is flattened in (channel, y, x) order; patches are in
+            row-major order.
         grid: (h, w) in patches.
         table: float32 [3, 256], read-only and shared: the normalised value of each byte, per channel.
-        start: index in `Inputs.token_ids` of the first placeholder that its features replace.
-        num_tokens: number of placeholders, h*w // 16 or // 4.
+        start: index in `Inputs.token_ids` of the view's first placeholder.
+        num_tokens: number of placeholders, h*w // 16 or h*w // 4.
         downsample_mode: "16x" or "4x".
     """
 
@@ -29,7 +30,7 @@ class View:
 
     @property
     def pixel_values(self) -> np.ndarray:
-        """float32 [h*w, 3*patch*patch], normalised: bit for bit the reference's values."""
+        """Normalised pixels, float32 [h*w, 3*patch*patch]; bit for bit the reference's values."""
         values = np.empty(self.pixels.shape, np.float32)
         channels = zip(self.table, np.split(self.pixels, 3, axis=1), np.split(values, 3, axis=1), strict=True)
         for table, pixels, out in channels:
@@ -39,13 +40,13 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One prompt, ready for the model.
+    """One prompt's inputs of the model.
 
     Attributes:
-        token_ids: int32 [T], each placeholder already repeated once for every feature it stands for.
+        token_ids: int32 [T]; each placeholder is repeated once per feature of its view.
         views: every view, in prompt order.
-        image_grids: per image, the (rows, columns) of its slices; (0, 0) where it was not cut.
-        video_grids: per video, the same for each of its frames and composites.
+        image_grids: per image, the (rows, columns) of its slices; (0, 0) without slices.
+        video_grids: per video, the slice grid of each of its frames and composites.
     """
 
     token_ids: np.ndarray
@@ -55,10 +56,10 @@ class Inputs:
 
     @property
     def pixel_values(self) -> np.ndarray:
-        """float32 [N, 3*patch*patch]: the patches of all views, one after the other. Needs at least one view."""
+        """Patches of all views in prompt order, float32 [N, 3*patch*patch]. Needs at least one view."""
         return np.concatenate([view.pixel_values for view in self.views])
 
     @property
     def target_sizes(self) -> np.ndarray:
-        """int32 [views, 2]: each view's (h, w) in patches."""
+        """Each view's (h, w) in patches, int32 [views, 2]."""
         return np.array([view.grid for view in self.views], np.int32).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""One image or video of a conversation, from what was fetched to its views. Can be sent to another process and done there."""
+"""`MediaJob`: one fetched image or video of a conversation, to open and slice, here or in another process."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from minicpmv46_jax.processing.video import VideoLimits, load_video
 
 @dataclasses.dataclass(frozen=True)
 class MediaJob:
-    """What is to be cut, and how.
+    """An image or video to open and slice, with its settings.
 
     Attributes:
         kind: "image" or "video".
-        source: as `images.load_rgb` or `video.load_video` take it; of strings data URLs alone, others have been fetched.
-        name: what messages call the source.
-        config: the checkpoint's settings of its kind.
-        options: the request's.
+        source: a source of `images.load_rgb` or `video.load_video`. The only strings are data URLs; the
+            caller has fetched other strings.
+        name: the source's name in error messages.
+        config: the checkpoint's settings for this kind.
+        options: the request's options.
         max_pixels: most pixels of an image, or of a video's frame.
-        limits: what reading a video may cost.
+        limits: limits of decoding a video.
     """
 
     kind: str
@@ -34,17 +35,20 @@ class MediaJob:
 
 
 MediaWorker = Callable[[MediaJob], tuple[SlicedImage, ...]]
-"""One cut of an image, one of each frame or composite of a video. Raises ValueError for a source that is broken or too large."""
+"""Function that runs a job: one `SlicedImage` for an image, one per frame or composite for a video.
+
+Raises ValueError for a source that is broken or too large.
+"""
 
 
 def process_media(job: MediaJob) -> tuple[SlicedImage, ...]:
-    """In this thread."""
+    """Opens and slices the job's image or video in the calling thread. A `MediaWorker`."""
     source, config, options, name = job.source, job.config, job.options, job.name
     if job.kind == "video":
-        return load_video(source, config, options, _fetched, job.max_pixels, job.limits, name)
-    return (slice_image(load_rgb(source, _fetched, job.max_pixels, name), config, options, resize_pillow),)
+        return load_video(source, config, options, _refuse_fetch, job.max_pixels, job.limits, name)
+    return (slice_image(load_rgb(source, _refuse_fetch, job.max_pixels, name), config, options, resize_pillow),)
 
 
-def _fetched(url: str) -> bytes:
-    """In place of a way to get at URLs: which may be opened has been decided before."""
+def _refuse_fetch(url: str) -> bytes:
+    """Raises AssertionError: URL rules apply before a job is made, so a job never fetches."""
     raise AssertionError(f"{describe(url)} should have been fetched")

@@ -1,7 +1,8 @@
-"""Chat messages as users write them -> messages as a chat template reads them, and the media in them, in order.
+"""Normalises chat messages for a chat template and collects their media parts in prompt order.
 
-OpenAI's and transformers' forms are taken: content is a string or a list of parts, of type text, image, image_url,
-video or video_url. The released template knows neither "video_url" nor tool arguments that are still JSON text.
+OpenAI's and transformers' forms are accepted: content is a string or a list of parts of type text, image,
+image_url, video or video_url. The released template supports neither "video_url" nor tool arguments in JSON
+text, so both are converted.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minicpmv46_jax.processing.options import MediaOptions
 
-# The keys under which a part of each type may carry its source; the key names the type it becomes.
+# Part type -> (media kind, keys of the part that may hold its source).
 _SOURCES = {
     "image": ("image", ("image", "url", "path")),
     "image_url": ("image", ("image_url",)),
@@ -20,7 +21,14 @@ _SOURCES = {
 
 
 class MediaPart(NamedTuple):
-    """An image or video of a conversation. kind: "image" or "video"; where: its place, for messages."""
+    """An image or video of a conversation.
+
+    Attributes:
+        kind: "image" or "video".
+        source: the part's image or video, unchecked.
+        overrides: the message's `mm_processor_kwargs`.
+        where: the part's position in the messages, for error messages.
+    """
 
     kind: str
     source: Any
@@ -29,15 +37,16 @@ class MediaPart(NamedTuple):
 
 
 def normalise_messages(messages: Any, reserved: Iterable[str]) -> tuple[list[dict[str, Any]], list[MediaPart]]:
-    """Messages for the template, fresh copies, and their media in prompt order.
+    """Returns copies of the messages for the template, and their media parts in prompt order.
 
-    Keys whose value is None are dropped, as transformers does. `mm_processor_kwargs` moves from a message to its media.
+    Keys whose value is None are dropped, like in transformers. `mm_processor_kwargs` moves from a message to
+    its media parts.
 
     Args:
-        messages: a list of mappings, at least one, each with a role.
-        reserved: strings that stand for media in a prompt and so may not be in anyone's text.
+        messages: a list of at least one mapping, each with a role.
+        reserved: placeholder strings of images and videos, which no text may contain.
     Raises:
-        ValueError: naming the message, or the part, and what is wrong with it.
+        ValueError: a message or part is malformed; the error names it.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
         raise ValueError(f"messages must be a list of messages, got {type(messages).__name__}")
@@ -63,7 +72,7 @@ def normalise_messages(messages: Any, reserved: Iterable[str]) -> tuple[list[dic
 
 
 def check_overrides(overrides: Any, where: str) -> None:
-    """Raise ValueError for an option that is unknown or wrong, whether or not anything here would use it."""
+    """Raises ValueError for an unknown or invalid option, even if no media part would use it."""
     MediaOptions(max_slice_nums=1, use_image_id=True).with_overrides(overrides, where)
 
 
@@ -112,7 +121,7 @@ def _media_part(part: Mapping[str, Any], type_: str, overrides: Mapping[str, Any
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are mappings; OpenAI's are JSON text."""
+    """Returns tool calls whose arguments are mappings; OpenAI's form has JSON text."""
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
         raise ValueError(f"{where}: expected a list of mappings")
     plain = []

@@ -1,7 +1,7 @@
-"""What a checkpoint fixes about its pictures (`MediaConfig`) and what a request may choose (`MediaOptions`).
+"""Media settings of a checkpoint (`MediaConfig`) and media options of a request (`MediaOptions`).
 
-The defaults of `downsample_mode`, `max_num_frames` and `stack_frames` are those of transformers' classes
-(models/minicpmv4_6): the released checkpoint leaves them out. Everything else must stand in the checkpoint's files.
+The released checkpoint leaves out `downsample_mode`, `max_num_frames` and `stack_frames`. Their defaults are
+those of transformers' classes (models/minicpmv4_6). The checkpoint's files must contain every other setting.
 """
 
 import json
@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 DOWNSAMPLE_MODES = ("16x", "4x")
-# Frames of one second become one canvas: the released model was shown up to 5 (ours to bound, the reference does not;
-# an unbounded number is an unbounded canvas).
+# Frames of one second are joined into one canvas, so an unlimited number would make an unlimited canvas. The
+# reference has no limit; the released model was trained with up to 5.
 MAX_STACK_FRAMES = 16
 
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """What one request, or one message of it, may choose.
+    """Media options of one request, or of one message.
 
     Attributes:
-        max_slice_nums: most slices a picture is cut into, >= 1; 1 leaves pictures whole.
+        max_slice_nums: most slices of an image, >= 1; with 1, images are not sliced.
         use_image_id: write `<image_id>0</image_id>` before each image or video.
         downsample_mode: "16x" (a token per 16 patches) or "4x" (a token per 4).
-        max_num_frames: most main frames taken from a video, >= 1.
-        stack_frames: frames looked at per second, 1 to 16; those after the first are joined into one composite picture.
+        max_num_frames: most main frames sampled from a video, >= 1.
+        stack_frames: frames sampled per second, 1 to 16; those after the first are joined into one composite
+            image.
     """
 
     max_slice_nums: int
@@ -40,14 +41,15 @@ class MediaOptions:
 
     @property
     def merge_factor(self) -> int:
-        """Patches of a view's side that end in one token: 2 or 4."""
+        """Patches along one side of the square that becomes one token: 2 or 4."""
         return 2 if self.downsample_mode == "4x" else 4
 
     def with_overrides(self, overrides: Any, where: str) -> "MediaOptions":
-        """These options with `overrides`, a mapping, in their place; a choice of None keeps what was there.
+        """Returns these options with the mapping `overrides` applied; an override of None has no effect.
 
         Raises:
-            ValueError: an unknown name, a wrong type or a value out of range; the text starts with `where`.
+            ValueError: a name is unknown, a type is wrong or a value is out of range; the message starts with
+                `where`.
         """
         if not isinstance(overrides, Mapping):
             raise ValueError(f"{where}: expected a mapping of options, got {type(overrides).__name__}")
@@ -63,7 +65,7 @@ OPTION_NAMES = tuple(field.name for field in fields(MediaOptions))
 
 
 def check_option(name: str, value: Any, prefix: str = "") -> None:
-    """Raise ValueError where `value` is not one that the option may have."""
+    """Raises ValueError if the option cannot have this value."""
     if name == "downsample_mode":
         if value not in DOWNSAMPLE_MODES:
             raise ValueError(f"{prefix}{name} must be one of {', '.join(DOWNSAMPLE_MODES)}, got {value!r}")
@@ -76,15 +78,15 @@ def check_option(name: str, value: Any, prefix: str = "") -> None:
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """How a checkpoint wants its images, or its videos, prepared.
+    """Settings of a checkpoint for its images, or for its videos.
 
     Attributes:
         patch_size: side of a patch in pixels.
-        scale_resolution: a view covers about scale_resolution**2 pixels.
-        slice_mode: whether large pictures are cut into slices at all.
-        image_mean, image_std: per channel, of values from 0 to 1.
-        options: what holds where a request does not choose.
-        rescale_factor: takes a byte to 0..1.
+        scale_resolution: a view has about scale_resolution**2 pixels.
+        slice_mode: whether large images are sliced at all.
+        image_mean, image_std: mean and deviation per channel, of values from 0 to 1.
+        options: the default options, which a request may override.
+        rescale_factor: factor from a byte to 0..1.
     """
 
     patch_size: int
@@ -97,10 +99,11 @@ class MediaConfig:
 
     @classmethod
     def from_dict(cls, section: Any, where: str) -> "MediaConfig":
-        """Read one section of a checkpoint's preprocessor files.
+        """Parses one section of a checkpoint's preprocessor files.
 
         Raises:
-            ValueError: a needed field is missing, an unknown one is there, or one asks for what is not built.
+            ValueError: a required field is missing, a field is unknown, or a field has a value that is not
+                supported.
         """
         if not isinstance(section, Mapping):
             raise ValueError(f"{where}: expected a JSON object, got {type(section).__name__}")
@@ -129,7 +132,7 @@ class MediaConfig:
 _REQUIRED = ("patch_size", "scale_resolution", "slice_mode", "image_mean", "image_std", "max_slice_nums", "use_image_id")
 _READ_FIELDS = {*_REQUIRED, *OPTION_NAMES, "rescale_factor"}
 _LABELS = {"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
-# Fields that transformers writes and of which one value, or null, is built here (3 is PIL's BICUBIC).
+# Fields that transformers writes; only this value, or null, is supported (3 is PIL's BICUBIC).
 _FIXED_VALUES = {
     "do_resize": True,
     "do_rescale": True,
@@ -143,7 +146,7 @@ _FIXED_VALUES = {
     "data_format": "channels_first",
     "return_metadata": False,
 }
-# Fields that must be null: each would change the pictures.
+# Fields that must be null, because each would change the pixels.
 _MUST_BE_NULL = {"size", "crop_size", "pad_size", "num_frames", "fps", "input_data_format", "video_metadata", "image_seq_length"}
 _NO_EFFECT = {"device", "return_tensors", "disable_grouping"}
 
@@ -172,7 +175,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _three_numbers(section: Mapping[str, Any], name: str, where: str) -> tuple[float | int, float | int, float | int]:
-    """One number for all channels, or one for each of three."""
+    """Parses one number for all channels, or a list of three, into one number per channel."""
     value = section[name]
     values = [value] * 3 if _is_number(value) else value
     if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
@@ -189,18 +192,21 @@ def _rescale_factor(value: Any, where: str) -> float | int:
 
 
 def read_configs(folder: Path) -> tuple[MediaConfig, MediaConfig]:
-    """(images, videos) of a checkpoint folder, looked up where transformers looks (video_processing_utils.py).
+    """Reads the (image, video) settings of a checkpoint folder.
 
-    Images: processor_config.json's "image_processor", else preprocessor_config.json. Videos: processor_config.json's
-    "video_processor", else video_preprocessor_config.json, else preprocessor_config.json.
+    The order of files is transformers' (video_processing_utils.py).
+
+    Images: "image_processor" in processor_config.json, else preprocessor_config.json.
+    Videos: "video_processor" in processor_config.json, else video_preprocessor_config.json, else
+      preprocessor_config.json.
 
     Raises:
-        ValueError: none of the files is there, or one is not a JSON object, or see `MediaConfig.from_dict`.
+        ValueError: none of the files exists, or one is not a JSON object; errors of `MediaConfig.from_dict`.
     """
     nested = _read_json(folder / "processor_config.json") or {}
     images = _section(folder, nested, "image_processor", ["preprocessor_config.json"])
     videos = _section(folder, nested, "video_processor", ["video_preprocessor_config.json", "preprocessor_config.json"])
-    # transformers' processor asks its image processor about ids, for videos too.
+    # transformers' processor reads use_image_id from its image processor, for videos too.
     same_ids = replace(videos.options, use_image_id=images.options.use_image_id)
     return images, replace(videos, options=same_ids)
 
@@ -215,7 +221,7 @@ def _section(folder: Path, nested: Mapping[str, Any], name: str, files: list[str
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file."""
+    """Returns the object in a JSON file, or None if the file does not exist."""
     if not path.is_file():
         return None
     try:

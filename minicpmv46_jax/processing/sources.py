@@ -1,6 +1,6 @@
-"""Where the bytes of an image or video come from: paths, bytes, data URLs and http(s) URLs.
+"""Reads the bytes of an image or video from paths, bytes, data URLs and http(s) URLs.
 
-Every failure is one `ValueError` that names its source; base64 is never repeated in it.
+Every failure is one `ValueError` that names its source. The message never contains base64 content.
 """
 
 import base64
@@ -16,13 +16,14 @@ from urllib.request import url2pathname
 import httpx
 
 FetchMedia = Callable[[str], bytes | Path]
-"""Takes a URL or a path as the user wrote it (never a data URL); gives its bytes, or the file that holds them."""
+"""Function from a URL or path in the user's spelling (never a data URL) to its bytes, or to the file that
+holds them."""
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")  # two letters or more: "C:" starts a path
 
 
 def describe(source: Any) -> str:
-    """A short name of a source for messages."""
+    """Returns a short name of a source for error messages."""
     if isinstance(source, (bytes, bytearray)):
         return f"{len(source)} bytes"
     if isinstance(source, str) and is_data_url(source):
@@ -34,18 +35,20 @@ def describe(source: Any) -> str:
 
 
 def is_data_url(source: str) -> bool:
-    """Whether it holds the bytes itself."""
+    """Returns whether the string is a data URL, which contains its bytes."""
     return source[:5].lower() == "data:"
 
 
 def fetch(url: str, *, timeout_s: float | int = 30.0, max_bytes: int = 512 * 2**20) -> bytes | Path:
-    """The default way to an http(s) URL, a file URL or a local path. Not for strangers' URLs: it follows any of them.
+    """Fetches an http(s) URL, a file URL or a local path; the default `FetchMedia`.
+
+    It follows every URL, so it is not safe for URLs from untrusted users.
 
     Args:
-        timeout_s: seconds the whole download may take.
-        max_bytes: most bytes to accept from the network.
+        timeout_s: limit of the whole download, in seconds.
+        max_bytes: limit of the download's size.
     Raises:
-        ValueError: unsupported scheme, no such file, a failed, late or too large download.
+        ValueError: the scheme is not supported; the download failed, timed out or is too large.
     """
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else None
@@ -69,7 +72,7 @@ def _download(url: str, timeout_s: float | int, max_bytes: int) -> bytes:
                 body += chunk
                 if len(body) > max_bytes:
                     raise ValueError(f"{describe(url)}: more than the {max_bytes} bytes allowed")
-                if time.monotonic() > deadline:  # httpx limits the wait for each chunk, not for all of them
+                if time.monotonic() > deadline:  # httpx limits the wait for one chunk, not for the download
                     raise ValueError(f"{describe(url)}: not complete after {timeout_s:g} seconds")
     except httpx.TimeoutException:
         raise ValueError(f"{describe(url)}: no answer within {timeout_s:g} seconds") from None
@@ -79,25 +82,25 @@ def _download(url: str, timeout_s: float | int, max_bytes: int) -> bytes:
 
 
 def decode_data_url(url: str) -> bytes:
-    """The bytes of a base64 data URL (RFC 2397).
+    """Returns the bytes of a base64 data URL (RFC 2397).
 
     Raises:
-        ValueError: not base64, or broken base64.
+        ValueError: the URL is not base64, or its base64 is broken.
     """
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ValueError("data URL: expected data:<type>;base64,<content>")
     try:
         return base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
+    except (binascii.Error, ValueError):  # ValueError: a character outside ASCII
         raise ValueError(f"data URL: broken base64 of {len(body)} characters") from None
 
 
 def read(source: str | bytes | bytearray | Path, fetch: FetchMedia) -> bytes | Path:
-    """Bytes, or an existing file, of a source.
+    """Returns a source's bytes, or an existing file that holds them.
 
     Raises:
-        ValueError: no such file, an empty source, or whatever `fetch` and `decode_data_url` raise.
+        ValueError: the file does not exist, or the source is empty; errors of `fetch` and `decode_data_url`.
     """
     if isinstance(source, str):
         data = decode_data_url(source) if is_data_url(source) else fetch(source)
@@ -113,7 +116,7 @@ def read(source: str | bytes | bytearray | Path, fetch: FetchMedia) -> bytes | P
 def _check_file(path: Path, name: str) -> None:
     try:
         found = path.is_file()
-    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+    except (OSError, ValueError) as error:  # the name is too long, or has a zero byte
         raise ValueError(f"{name}: not a usable file name ({type(error).__name__})") from None
     if not found:
         raise ValueError(f"{name}: {'not a file' if path.exists() else 'no such file'}")

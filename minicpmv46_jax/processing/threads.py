@@ -1,4 +1,4 @@
-"""Threads for work on pixels, which lets go of the GIL: a few, for one picture is to be ready sooner, not many at once."""
+"""Threads for pixel arithmetic, which releases the GIL. Few, because they work on one image at a time."""
 
 import functools
 import os
@@ -8,15 +8,15 @@ MAX_THREADS = 4
 
 
 def num_threads() -> int:
-    """How many parts a picture is worked on in."""
+    """Returns the number of threads that work on one image."""
     return min(MAX_THREADS, os.cpu_count() or 1)
 
 
 @functools.cache
 def pixel_pool() -> ThreadPoolExecutor:
-    """The process's own. What runs in it must not wait for more of its threads."""
+    """Returns the process's thread pool. A task in it must not wait for another task in it."""
     return ThreadPoolExecutor(num_threads(), thread_name_prefix="pixels")
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(after_in_child=pixel_pool.cache_clear)  # threads stay behind in the parent
+if hasattr(os, "register_at_fork"):  # Windows cannot fork
+    os.register_at_fork(after_in_child=pixel_pool.cache_clear)  # a forked child has none of its parent's threads

@@ -1,14 +1,22 @@
-"""Video sources -> sampled frames and composites -> patches, as transformers' MiniCPMV4_6VideoProcessor has them.
+"""Video sources -> sampled frames and composites -> slices of patches.
 
-A video is a row of pictures. One main frame a second is taken; with `stack_frames` = n > 1, the n - 1 frames in between
-are joined on one canvas, which follows its main frame. Each such unit is then cut like an image.
+Results equal transformers' MiniCPMV4_6VideoProcessor.
 
-What the reference does and one would not guess:
-- a video longer than `max_num_frames` seconds is sampled evenly from ticks of 0.1 s, and so are its frames in between;
-  yet the i-th main frame is followed by the composite of second i, which then lies elsewhere in the video;
-- frames are taken as `video[indices]`, so that a frame asked for twice comes twice (its PyAV reader drops the second);
-- a frame is resized by torch's uint8 kernel (resize.py), not by Pillow, and normalised with x255 folded into mean and
-  deviation, so that the same bytes give values that differ from an image's in the last bit.
+One main frame per second is sampled. With `stack_frames` = n > 1, the n - 1 frames between two main frames
+are joined on one canvas, a composite, which follows its main frame. Frames and composites are then sliced
+like images.
+
+Quirks of the reference:
+- A video longer than `max_num_frames` seconds is sampled evenly from ticks of 0.1 s; so are the frames
+  between. But the composite of second i still follows the i-th main frame, which then shows another second.
+- A frame that is sampled twice appears twice. (The reference's own PyAV reader drops the second.)
+- A frame is resized by torch's uint8 kernel (resize.py), not by Pillow. The factor 255 is folded into mean
+  and deviation, so values differ from an image's in the last bit.
+
+Glossary:
+  main frame: the frame sampled for a second.
+  composite: several frames joined on one canvas.
+  frame group: indices of the frames that make one image: a main frame alone, or all frames of a composite.
 """
 
 import io
@@ -33,21 +41,24 @@ from minicpmv46_jax.processing.sources import FetchMedia, describe, read
 SEAM = 6  # black pixels between the frames of a composite
 TICK = 0.1  # seconds between the moments from which a long video is sampled
 
-# FFmpeg's names of containers that hold their frames themselves; those of sound too, to say that there is no video in them.
+# FFmpeg's names of containers that hold their frames themselves. Audio containers are among them, so that
+# their error is "no video stream".
 CONTAINERS = (
     "mov,mp4,matroska,webm,avi,gif,apng,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,ogg,asf,wtv,nut,mxf,dv,"
     "aac,aiff,amr,flac,mp3,wav"
 )
 
 FrameGroup = tuple[int, ...]
-"""The frames that make one picture: one, or those of a composite."""
+"""Indices of the frames that make one image: a single frame, or the frames of a composite."""
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames already decoded: uint8 [frames, height, width, 3], or a list of PIL images or uint8 [height, width, 3].
+    """A video that is decoded already.
 
-    fps: frames a second, a number above 0. An array does not say it and sampling depends on it.
+    Attributes:
+        frames: uint8 [frames, height, width, 3], or a list of PIL images or uint8 arrays [height, width, 3].
+        fps: frames per second, a number above 0. Sampling depends on it.
     """
 
     frames: Any
@@ -56,7 +67,7 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoMetadata:
-    """How many frames a video has, and how many a second."""
+    """Number of frames and frame rate (frames per second) of a video."""
 
     num_frames: int
     rate: float | int | Fraction
@@ -67,18 +78,18 @@ class VideoMetadata:
 
     @property
     def duration(self) -> float:
-        """Seconds; a container's rate is a fraction, so that this is rounded once."""
+        """Seconds. A container's rate is a fraction, so the quotient is rounded once."""
         return float(self.num_frames / self.rate)
 
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What one video may cost; a server sets them, for a small file can hold hours.
+    """Limits of one video. A server sets them, because a small file can contain hours.
 
     Attributes:
-        frames: the most frames to decode, those that are skipped included.
-        seconds: the longest time to decode for.
-        pictures: the most frames and composites to show the model.
+        max_frames: most frames to decode, skipped frames included.
+        max_seconds: longest decoding time, in seconds.
+        max_images: most frames and composites of one video in a prompt.
     """
 
     max_frames: float = math.inf
@@ -86,7 +97,7 @@ class VideoLimits:
     max_images: float = math.inf
 
     def check(self, metadata: "VideoMetadata", groups: list[FrameGroup], name: str) -> None:
-        """Raise ValueError, before anything is decoded, for a video that is too long."""
+        """Raises ValueError for a video that is too long, before it is decoded."""
         if metadata.num_frames > self.max_frames:
             raise ValueError(f"{name}: the video has {metadata.num_frames} frames, more than the {self.max_frames} allowed")
         if len(groups) > self.max_images:
@@ -94,8 +105,8 @@ class VideoLimits:
                 f"{name}: {len(groups)} frames would be shown, more than the {self.max_images} allowed; lower max_num_frames"
             )
 
-    def metered(self, frames: Iterable[Any], name: str) -> Iterator[Any]:
-        """The same frames, as long as there are not too many of them and they come in time."""
+    def enforce(self, frames: Iterable[Any], name: str) -> Iterator[Any]:
+        """Yields the frames. Raises ValueError at the frame or the second that is over a limit."""
         end = time.monotonic() + self.max_seconds
         for i, frame in enumerate(frames):
             if i >= self.max_frames:
@@ -109,10 +120,11 @@ NO_VIDEO_LIMITS = VideoLimits()
 
 
 def sample_frames(metadata: VideoMetadata, max_num_frames: int, stack_frames: int) -> tuple[list[int], dict[int, list[int]]]:
-    """Which frames to look at.
+    """Samples the indices of a video's main frames and of the frames between them.
 
     Returns:
-        The main frames' indices, in order; and per second, those of the frames between (none without stacking).
+        main: indices of the main frames, in order.
+        between: second -> indices of the frames between, in order; empty without stacking.
     """
     last, fps, duration = metadata.num_frames - 1, metadata.fps, metadata.duration
     seconds = math.ceil(duration)
@@ -133,12 +145,12 @@ def sample_frames(metadata: VideoMetadata, max_num_frames: int, stack_frames: in
 
 
 def _spread_evenly(number: int, most: int) -> list[int]:
-    """Indices 0..number-1, thinned evenly to `most` of them."""
+    """Returns the indices 0..number-1, thinned evenly to at most `most` of them."""
     return list(range(number)) if number <= most else np.linspace(0, number - 1, most, dtype=int).tolist()
 
 
 def plan_frame_groups(metadata: VideoMetadata, options: MediaOptions) -> list[FrameGroup]:
-    """The pictures of a video, in order: each main frame, then the composite of the second with its number."""
+    """Returns a video's frame groups in prompt order: main frame i, then the composite of second i."""
     main, between = sample_frames(metadata, options.max_num_frames, options.stack_frames)
     groups: list[FrameGroup] = []
     for second, frame in enumerate(main):
@@ -149,9 +161,10 @@ def plan_frame_groups(metadata: VideoMetadata, options: MediaOptions) -> list[Fr
 
 
 def join_frames(frames: list[np.ndarray]) -> np.ndarray:
-    """Join n frames, uint8 [height, width, 3], on one black canvas with 6-pixel seams.
+    """Joins n frames, uint8 [height, width, 3], on one black canvas with 6-pixel seams.
 
-    Four make a square; of two or three, the row or the column that comes nearer to a square; more make a row.
+    Four frames make a square. Two or three make the row or the column that is nearer to a square. More make a
+    row.
     """
     height, width, _ = frames[0].shape
     rows, columns = _composite_layout(len(frames), height, width)
@@ -163,7 +176,7 @@ def join_frames(frames: list[np.ndarray]) -> np.ndarray:
 
 
 def _composite_layout(number: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a composite."""
+    """Returns the (rows, columns) of a composite."""
     if number == 4:
         return 2, 2
     if number not in (2, 3):
@@ -178,10 +191,16 @@ def _composite_layout(number: int, height: int, width: int) -> tuple[int, int]:
 def slice_frame_groups(
     frames: Iterable[tuple[int, np.ndarray]], groups: list[FrameGroup], slice_frame: Callable[[np.ndarray], SlicedImage]
 ) -> list[SlicedImage]:
-    """Cut each unit as soon as its frames are there; a frame is let go after its last unit, so that few are held.
+    """Slices each frame group as soon as its last frame arrives.
+
+    A frame is dropped after its last group, so few frames are in memory at once.
 
     Args:
-        frames: (index, uint8 [height, width, 3]) with rising indices. Units whose frames do not come are left out.
+        frames: pairs of index and pixels, uint8 [height, width, 3], with rising indices.
+        groups: the frame groups; a group may occur twice.
+        slice_frame: slices a frame or a composite.
+    Returns:
+        The sliced image of each group, in order. A group that lacks a frame is left out.
     """
     ready: dict[int, list[FrameGroup]] = {}
     for group in set(groups):
@@ -206,35 +225,40 @@ def load_video(
     limits: VideoLimits = NO_VIDEO_LIMITS,
     name: str | None = None,
 ) -> tuple[SlicedImage, ...]:
-    """Sample a video and cut each of its frames and composites.
+    """Samples a video's frames and slices each frame and composite.
 
     Args:
         source: a path, URL or data URL (str), `pathlib.Path`, bytes, or a `Video` of decoded frames.
-        fetch: how to get at URLs and paths.
+        config: the checkpoint's settings.
+        options: the request's options.
+        fetch: reads URLs and paths.
         max_pixels: frames and composites larger than this are refused.
-        limits: of a file; frames decoded already are the caller's own.
-        name: what messages call the source, if not by itself.
+        limits: limits of a file. They do not apply to a `Video`, which its caller has decoded.
+        name: the source's name in error messages; by default derived from the source.
+    Returns:
+        One sliced image per frame and composite, in prompt order.
     Raises:
-        ValueError: not a video, no video stream, no frames, broken, frames too large or too many, or not to be had.
+        ValueError: the source is not a video, is broken, has no video stream or no frames, or is not
+            available; its frames are too large or too many.
     """
     name = name or describe(source)
 
-    def slice_frame(picture: np.ndarray) -> SlicedImage:
-        check_size(picture.shape[0], picture.shape[1], max_pixels, name)  # a composite is as large as its frames together
-        return slice_image(picture, config, options, resize_bicubic)
+    def slice_frame(frame: np.ndarray) -> SlicedImage:
+        check_size(frame.shape[0], frame.shape[1], max_pixels, name)  # composites too, which are larger than a frame
+        return slice_image(frame, config, options, resize_bicubic)
 
     if isinstance(source, Video):
-        return _load_frames(source, options, slice_frame, fetch, max_pixels)
+        return _slice_decoded(source, options, slice_frame, fetch, max_pixels)
     if not isinstance(source, (str, bytes, bytearray, Path)):
         raise ValueError(f"{name}: frames alone have no frame rate, pass Video(frames, fps); or a str, Path or bytes")
     data = read(source, fetch)
     try:
-        return _load_file(data, options, slice_frame, max_pixels, name, limits)
+        return _slice_file(data, options, slice_frame, max_pixels, name, limits)
     except av.FFmpegError as error:
         raise ValueError(f"{name}: not a video, or a broken one ({error.strerror})") from None
 
 
-def _load_frames(
+def _slice_decoded(
     video: Video, options: MediaOptions, slice_frame: Callable[[np.ndarray], SlicedImage], fetch: FetchMedia, max_pixels: int
 ) -> tuple[SlicedImage, ...]:
     name, fps = "Video", video.fps
@@ -250,13 +274,13 @@ def _load_frames(
     groups = plan_frame_groups(VideoMetadata(total, fps), options)
     needed = sorted({frame for group in groups for frame in group})
 
-    def pictures() -> Iterator[tuple[int, np.ndarray]]:
+    def frames() -> Iterator[tuple[int, np.ndarray]]:
         for i in needed:
             if not isinstance(video.frames[i], (np.ndarray, Image.Image)):
                 raise ValueError(f"{name}: frame {i} is a {type(video.frames[i]).__name__}, not an array or PIL image")
             yield i, load_rgb(video.frames[i], fetch, max_pixels)
 
-    return tuple(slice_frame_groups(_check_frame_sizes(pictures(), name), groups, slice_frame))
+    return tuple(slice_frame_groups(_check_frame_sizes(frames(), name), groups, slice_frame))
 
 
 def _check_frame_sizes(frames: Iterable[tuple[int, np.ndarray]], name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -268,7 +292,7 @@ def _check_frame_sizes(frames: Iterable[tuple[int, np.ndarray]], name: str) -> I
         yield i, frame
 
 
-def _load_file(
+def _slice_file(
     data: bytes | Path,
     options: MediaOptions,
     slice_frame: Callable[[np.ndarray], SlicedImage],
@@ -279,27 +303,34 @@ def _load_file(
     def slice_all(metadata: VideoMetadata) -> tuple[list[FrameGroup], list[SlicedImage]]:
         groups = plan_frame_groups(metadata, options)
         limits.check(metadata, groups, name)
-        return groups, slice_frame_groups(
-            _check_frame_sizes(decode_frames(data, groups, name, limits), name), groups, slice_frame
-        )
+        frames = _check_frame_sizes(decode_frames(data, groups, name, limits), name)
+        return groups, slice_frame_groups(frames, groups, slice_frame)
 
     metadata = probe(data, max_pixels, name, limits)
     groups, images = slice_all(metadata)
     if len(images) < len(groups):
-        # The container named more frames than come out (an edit list, say): its number is wrong, so count.
+        # The container's number of frames is too high (because of an edit list, for example), so the frames
+        # are counted.
         groups, images = slice_all(_count_frames(data, metadata.rate, name, limits))
     assert len(images) == len(groups)
     return tuple(images)
 
 
 def _open(data: bytes | Path) -> av.container.InputContainer:
-    """A video file. Playlists, session descriptions and image sequences, which name further files or hosts, are no video here."""
+    """Opens a video file.
+
+    Playlists, session descriptions and image sequences are refused, because they name other files or hosts.
+    """
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file" if isinstance(data, Path) else ""}
     return av.open(data if isinstance(data, Path) else io.BytesIO(data), options=options)
 
 
 def _stream(container: av.container.InputContainer, name: str) -> av.video.stream.VideoStream:
-    """The first video stream that is not a cover picture."""
+    """Returns the first video stream that is not a cover image.
+
+    Raises:
+        ValueError: there is no such stream, or no decoder for it.
+    """
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             if stream.codec_context is None:
@@ -310,9 +341,10 @@ def _stream(container: av.container.InputContainer, name: str) -> av.video.strea
 
 
 def probe(data: bytes | Path, max_pixels: int, name: str, limits: VideoLimits = NO_VIDEO_LIMITS) -> VideoMetadata:
-    """What the container says about its first video stream (transformers' video_utils.py, `read_video_pyav`).
+    """Reads the container's metadata of its first video stream.
 
-    Where it does not say the number of frames (WebM, for one), all of them are decoded and counted.
+    If it lacks the number of frames (in WebM, for example), all frames are decoded and counted.
+    Source: transformers' video_utils.py, `read_video_pyav`.
     """
     with _open(data) as container:
         stream = _stream(container, name)
@@ -320,13 +352,13 @@ def probe(data: bytes | Path, max_pixels: int, name: str, limits: VideoLimits = 
         rate, frames = stream.average_rate, stream.frames
     if not rate or rate < 0:
         raise ValueError(f"{name}: the video has no frame rate")
-    rate = Fraction(rate.numerator, rate.denominator)  # some versions of PyAV have a rational type of their own
+    rate = Fraction(rate.numerator, rate.denominator)  # some versions of PyAV have their own rational type
     return VideoMetadata(frames, rate) if frames > 0 else _count_frames(data, rate, name, limits)
 
 
 def _count_frames(data: bytes | Path, rate: Fraction, name: str, limits: VideoLimits) -> VideoMetadata:
     with _open(data) as container:
-        frames = sum(1 for _ in limits.metered(container.decode(_stream(container, name)), name))
+        frames = sum(1 for _ in limits.enforce(container.decode(_stream(container, name)), name))
     if not frames:
         raise ValueError(f"{name}: the video has no frames")
     return VideoMetadata(frames, rate)
@@ -335,11 +367,11 @@ def _count_frames(data: bytes | Path, rate: Fraction, name: str, limits: VideoLi
 def decode_frames(
     data: bytes | Path, groups: list[FrameGroup], name: str, limits: VideoLimits = NO_VIDEO_LIMITS
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames that `groups` need, as (index, uint8 [height, width, 3]), decoding no further than the last of them."""
+    """Yields the groups' frames as (index, uint8 [height, width, 3]); stops decoding at the last one."""
     needed = {frame for group in groups for frame in group}
     last = max(needed)
     with _open(data) as container:
-        for i, frame in enumerate(limits.metered(container.decode(_stream(container, name)), name)):
+        for i, frame in enumerate(limits.enforce(container.decode(_stream(container, name)), name)):
             if i in needed:
                 yield i, frame.to_ndarray(format="rgb24")
             if i == last:
@@ -347,7 +379,9 @@ def decode_frames(
 
 
 def video_lookup_table(config: MediaConfig) -> np.ndarray:
-    """float32 [3, 256]: what each byte of a frame becomes; (x - 255 mean) / (255 std), all in float32.
+    """Returns the normalised value of each byte of a frame, float32 [3, 256].
+
+    The value is (x - 255 mean) / (255 std), computed in float32.
 
     Source: transformers' image_processing_backends.py, `rescale_and_normalize`.
     """
