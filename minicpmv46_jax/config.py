@@ -1,7 +1,8 @@
-"""What a checkpoint says of its model: config.json and generation_config.json, read strictly.
+"""Parses a checkpoint's config.json and generation_config.json strictly.
 
-No field that decides a number has a default here unless transformers' own configuration class has one (marked `OPTIONAL`).
-A field nobody knows, one that is missing, and one whose value this code does not compute are all refused by name.
+A field that changes a number in the forward pass is required, unless transformers' own configuration class
+has a default (`optional=True`). Unknown fields, missing fields and values that this code does not compute
+raise errors that name them.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Bookkeeping of transformers, of training and of serving: they change no number in the forward pass.
+# Fields for transformers, training or serving. They change no number in the forward pass.
 IGNORED_FIELDS = frozenset(
     "_name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id id2label initializer_range label2id "
     "mtp_num_hidden_layers mtp_use_dedicated_embeddings output_attentions output_hidden_states pad_token_id problem_type "
@@ -20,7 +21,7 @@ IGNORED_FIELDS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text backbone; every size is config.json's `text_config` field of the same name."""
+    """Sizes of the text model; each is the field of the same name in config.json's `text_config`."""
 
     vocab_size: int
     hidden_size: int
@@ -50,13 +51,13 @@ class TextConfig:
 
     @property
     def linear_conv_dim(self) -> int:
-        """Channels through the causal convolution: q, k and v of every head."""
+        """Channels of the causal convolution: q, k and v of every head."""
         return 2 * self.linear_key_dim + self.linear_value_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; config.json's `vision_config`, and of the top level what the tower needs."""
+    """Sizes of the vision tower, from config.json's `vision_config` and its top level (`insert_layer_id`)."""
 
     hidden_size: int
     intermediate_size: int
@@ -74,7 +75,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values in one patch: channels x rows x columns."""
+        """Number of values in a patch: channels x rows x columns."""
         return self.num_channels * self.patch_size**2
 
     @property
@@ -84,7 +85,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A whole MiniCPM-V 4.6 model, as config.json describes it."""
+    """Configuration of a whole MiniCPM-V 4.6 model, from config.json."""
 
     text: TextConfig
     vision: VisionConfig
@@ -93,19 +94,19 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Reads `folder/config.json`. Raises ValueError naming the field at fault."""
+        """Reads `folder/config.json`. Raises ValueError that names the faulty field."""
         return cls.from_dict(read_json(Path(folder) / "config.json"))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """Checks and keeps config.json's contents. Raises ValueError naming the field at fault."""
+        """Parses config.json's contents. Raises ValueError that names the faulty field."""
         fields = Fields(raw, "config.json")
         fields.require("model_type", "minicpmv4_6")
         fields.require("tie_word_embeddings", True)
         fields.require("drop_vision_last_layer", False, optional=True)
         fields.require("merge_kernel_size", [2, 2], optional=True)
         fields.require("merger_times", 1, optional=True)
-        # The processor's settings decide the mode and the sizes; each picture brings its own along.
+        # The processor's settings decide downsample mode and sizes, and every view carries its own.
         fields.skip("downsample_mode", "image_size", "patch_size")
         config = cls(
             text=_text_config(fields.section("text_config")),
@@ -119,7 +120,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding defaults of a checkpoint (generation_config.json); a request may change each of them."""
+    """Sampling defaults of a checkpoint (generation_config.json); a request may override each of them."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -131,7 +132,11 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "GenerationConfig":
-        """Reads `folder/generation_config.json`; without one, config.json's `eos_token_id` and greedy decoding."""
+        """Reads `folder/generation_config.json`.
+
+        Without that file, the result is greedy decoding that stops at config.json's `eos_token_id`.
+        Raises ValueError that names the faulty field.
+        """
         folder = Path(folder)
         path = folder / "generation_config.json"
         if not path.exists():
@@ -147,13 +152,18 @@ class GenerationConfig:
             repetition_penalty=fields.number("repetition_penalty", default=1.0),
             stop_token_ids=_token_ids(fields.value("eos_token_id", (int, list), default=[])),
         )
-        fields.skip("max_new_tokens", "max_length")  # a length is the request's to choose
+        fields.skip("max_new_tokens", "max_length")  # the request sets the length
         fields.reject_unknown()
         return config
 
 
 class Fields:
-    """One JSON object being read strictly: each field is asked for once, and `reject_unknown` refuses what nobody asked for."""
+    """Strict reader of one JSON object: `reject_unknown` raises if a field was never read.
+
+    Args:
+      raw: the parsed object.
+      where: the object's name in error messages.
+    """
 
     def __init__(self, raw: Mapping[str, Any], where: str):
         if not isinstance(raw, Mapping):
@@ -162,6 +172,7 @@ class Fields:
         self.remaining = set(raw) - IGNORED_FIELDS
 
     def value(self, name: str, kind: type | tuple, default: Any = None) -> Any:
+        """Returns a field of type `kind`, or `default` if it is missing or null. Raises ValueError."""
         self.remaining.discard(name)
         found = self.raw.get(name)
         if found is None:
@@ -174,16 +185,18 @@ class Fields:
         return found
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        """Returns an integer field of at least `minimum`. Raises ValueError."""
         found = self.value(name, int, default)
         if found < minimum:
             raise ValueError(f"{self.where}: field {name!r} is {found}, expected at least {minimum}")
         return found
 
     def number(self, name: str, default: float | None = None) -> float:
+        """Returns a number field as a float. Raises ValueError."""
         return float(self.value(name, (int, float), default))
 
     def require(self, name: str, expected: Any, optional: bool = False) -> None:
-        """A field for which this code computes one value only."""
+        """Raises ValueError unless the field is `expected`, the only value that this code computes."""
         self.remaining.discard(name)
         if optional and self.raw.get(name) is None:
             return
@@ -192,12 +205,15 @@ class Fields:
             raise ValueError(f"{self.where}: field {name!r} is {found!r}, but this code computes {expected!r} only")
 
     def skip(self, *names: str) -> None:
+        """Marks fields as known without reading them."""
         self.remaining -= set(names)
 
     def section(self, name: str) -> "Fields":
+        """Returns a reader of the object in a field."""
         return Fields(self.value(name, Mapping), f"{self.where}: {name}")
 
     def reject_unknown(self) -> None:
+        """Raises ValueError for the first field that was neither read nor skipped."""
         if self.remaining:
             name = min(self.remaining)
             raise ValueError(f"{self.where}: field {name!r} = {self.raw[name]!r} is unknown to this code")
@@ -250,7 +266,7 @@ def _rope(fields: Fields, head_dim: int) -> tuple[float, int]:
     rope.require("rope_type", "default")
     factor = rope.number("partial_rotary_factor")
     theta = rope.number("rope_theta")
-    rope.skip("mrope_section", "mrope_interleaved")  # positions are plain, so the three sections are one
+    rope.skip("mrope_section", "mrope_interleaved")  # all three sections have the same positions here
     rope.reject_unknown()
     fields.require("partial_rotary_factor", factor, optional=True)
     return theta, int(head_dim * factor)
@@ -258,7 +274,7 @@ def _rope(fields: Fields, head_dim: int) -> tuple[float, int]:
 
 def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
     types = tuple(fields.value("layer_types", list))
-    fields.skip("full_attention_interval")  # layer_types spells it out
+    fields.skip("full_attention_interval")  # layer_types has the same information
     if len(types) != layers:
         raise ValueError(f"{fields.where}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     for kind in types:
@@ -270,7 +286,7 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
 def _vision_config(fields: Fields, insert_layer_id: int) -> VisionConfig:
     fields.require("model_type", "minicpmv4_6_vision")
     fields.require("hidden_act", "gelu_pytorch_tanh")
-    fields.require("insert_layer_id", insert_layer_id, optional=True)  # the top level's wins in transformers
+    fields.require("insert_layer_id", insert_layer_id, optional=True)  # transformers uses the top level's value
     fields.require("window_kernel_size", [2, 2], optional=True)
     sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size image_size".split()
     config = VisionConfig(

@@ -1,11 +1,12 @@
-"""Parameters and batches over a mesh: data parallel, fully sharded, or both.
+"""Places parameters and batches on a device mesh: data parallel, fully sharded (FSDP), or both.
 
-A mesh has two axes. Every device of either reads its own part of a batch; along "fsdp" large arrays are kept in shards too
-(arXiv:1910.02054), along "data" they are repeated. How an array is sharded depends on its shape alone, so that masters, gradients
-and the optimiser's moments of one parameter lie alike.
+A mesh has two axes, "data" and "fsdp". Both split a batch over the devices. Large arrays are sharded along
+"fsdp" (arXiv:1910.02054) and replicated along "data". An array's sharding depends on its shape alone, so
+master weights, gradients and optimiser moments of one parameter have the same sharding.
 
-Several processes ("hosts", each with devices of its own) run the same program, begun by `jax.distributed.initialize`: each reads
-data for its own devices, and what they must decide together they tell each other.
+Several processes ("hosts", each with its own devices) may run the same program after
+`jax.distributed.initialize`. Each reads data for its own devices. `all_true` and `gather_json` exchange
+values between them.
 """
 
 import json
@@ -22,9 +23,10 @@ BATCH = PartitionSpec((DATA, FSDP))
 
 
 def make_mesh(data: int = 1, fsdp: int = 1) -> Mesh:
-    """A mesh of data x fsdp devices, the first that there are; of several hosts all.
+    """Returns a mesh of the first data x fsdp devices; with several hosts, it must have all devices.
 
-    Raises ValueError where there are not so many, or some of several hosts' would be left out.
+    Raises:
+      ValueError: there are too few devices, or the mesh would leave out devices of several hosts.
     """
     devices = jax.devices()
     if data < 1 or fsdp < 1 or data * fsdp > len(devices):
@@ -37,7 +39,10 @@ def make_mesh(data: int = 1, fsdp: int = 1) -> Mesh:
 
 
 def partition_spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
-    """Matrices are sharded along their longest axis that divides; vectors, and what does not divide, are repeated."""
+    """Returns an array's sharding: a matrix is sharded along its longest axis that `shards` divides.
+
+    Vectors, and matrices without such an axis, are replicated.
+    """
     fitting = [axis for axis, size in enumerate(shape) if size % shards == 0]
     if shards == 1 or len(shape) < 2 or not fitting:
         return PartitionSpec()
@@ -46,33 +51,39 @@ def partition_spec(shape: tuple[int, ...], shards: int) -> PartitionSpec:
 
 
 def partition_specs(tree: Any, mesh: Mesh) -> Any:
-    """Each leaf's `partition_spec`."""
+    """Returns each leaf's `partition_spec`."""
     return jax.tree.map(lambda x: partition_spec(x.shape, mesh.shape[FSDP]), tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where each leaf lies on the mesh."""
+    """Returns each leaf's `NamedSharding` on the mesh."""
     return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(x.shape, mesh.shape[FSDP])), tree)
 
 
-def make_gather(partition_specs: Any) -> Callable[[Any, tuple[str | int, ...]], Any]:
-    """For use inside `shard_map`: (part, path) -> the part of the tree at `path`, made whole from its shards."""
+def make_gather(specs: Any) -> Callable[[Any, tuple[str | int, ...]], Any]:
+    """Returns a function for use inside `shard_map` that all-gathers a part of the parameter tree.
+
+    The function takes (shards of the part, the part's path in the tree) and returns the unsharded part.
+
+    Args:
+      specs: the tree's `partition_specs`.
+    """
 
     def unshard(part: Any, path: tuple[str | int, ...]) -> Any:
-        own = partition_specs
+        part_specs = specs
         for key in path:
-            own = own[key]
-        return jax.tree.map(_unshard, part, own)
+            part_specs = part_specs[key]
+        return jax.tree.map(_unshard, part, part_specs)
 
     return unshard
 
 
-def _unshard(shard: jax.Array, partition_spec: PartitionSpec) -> jax.Array:
-    return jax.lax.all_gather(shard, FSDP, axis=partition_spec.index(FSDP), tiled=True) if FSDP in partition_spec else shard
+def _unshard(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.all_gather(shard, FSDP, axis=spec.index(FSDP), tiled=True) if FSDP in spec else shard
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every host has whole, on the mesh, each as `partition_spec` says."""
+    """Puts arrays that every host has whole on the mesh, each sharded by `partition_spec`."""
 
     def put(x: jax.Array, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
@@ -83,18 +94,21 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch of leaves `[accumulation, devices, ...]` on the mesh; of several hosts each gives the part of its own devices."""
+    """Puts a batch of leaves `[accumulation, devices, ...]` on the mesh.
+
+    Each host passes the part of its own devices.
+    """
     own = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(own, x), batch)
 
 
 def all_true(flag: bool) -> bool:
-    """Whether `flag` is true on every host; all have to ask."""
+    """Returns whether `flag` is true on every host. A collective: every host must call it."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).all())
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every host's `value`, as JSON can hold it, in the order of hosts; all have to tell theirs."""
+    """Returns every host's JSON-compatible `value`, in host order. A collective: every host must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -1,9 +1,15 @@
-"""Checkpoints: finding one, and reading it into a plain tree of arrays.
+"""Finds a checkpoint and loads it into a plain tree of arrays.
 
-    folder = resolve("openbmb/MiniCPM-V-4_6")               # or a folder
+    folder = resolve("openbmb/MiniCPM-V-4_6")  # or a folder
     params = load_params(folder, ModelConfig.from_folder(folder), dtype=jnp.bfloat16)
 
-Two kinds of folder hold the same tensors: a released one (safetensors) and a converted one (Orbax; see `convert`).
+Two kinds of folder contain the same tensors: released folders (safetensors) and converted folders (Orbax).
+
+Glossary:
+  released folder: a folder in the format of the Hugging Face release.
+  converted folder: the output of `python -m convert`: an Orbax checkpoint, the side files and a manifest.
+  parameter spec: a row of the weight map: a parameter's path in our tree, its Hugging Face name, both shapes.
+  side files: everything in a released folder but the weights: config, tokenizer, chat template, license.
 """
 
 import threading
@@ -26,11 +32,11 @@ from minicpmv46_jax.model import Params
 
 __all__ = ["PARAMS", "SIDE_FILES", "ParamSpec", "is_converted", "load_params", "param_specs", "read_tensors", "resolve"]
 
-PARAMS = "params"  # a converted folder's Orbax checkpoint
+PARAMS = "params"  # name of the Orbax checkpoint in a converted folder
 
 
 def is_converted(folder: str | Path) -> bool:
-    """Whether `folder` is one that `python -m convert` wrote (of any format version)."""
+    """Returns whether `python -m convert` wrote the folder, in any format version."""
     path = Path(folder) / manifest.FILE
     return path.is_file() and manifest.is_manifest(read_json(path))
 
@@ -40,31 +46,33 @@ def load_params(
     config: ModelConfig,
     dtype: DTypeLike | None = None,
     progress: bool = False,
-    stopped: threading.Event | None = None,
+    cancelled: threading.Event | None = None,
 ) -> Params:
-    """Every parameter of a released or converted folder, on jax's default device.
+    """Loads every parameter of a released or converted folder to jax's default device.
 
-    Memory peaks at about the parameters and one tensor (of a converted folder: one group of `orbax_folder.GROUP_BYTES`).
+    Peak memory is about the parameters and one tensor (in a converted folder: one group of
+    `orbax_folder.GROUP_BYTES`).
 
     Args:
-      folder: a released folder (model.safetensors, or shards and their index) or a converted one.
-      config: what the model is; `ModelConfig.from_folder(folder)`.
-      dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's own.
-      progress: draw a bar, on a terminal.
-      stopped: if given, that nobody wants them any more.
+      folder: a released folder (model.safetensors, or shards and their index) or a converted folder.
+      config: the model's sizes; `ModelConfig.from_folder(folder)`.
+      dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's dtype.
+      progress: draw a progress bar if stderr is a terminal.
+      cancelled: an event that cancels the load when it is set.
 
     Returns:
-      A tree shaped as `model.parameter_shapes(config)`.
+      A tree with the structure of `model.parameter_shapes(config)`.
 
     Raises:
-      ValueError: the folder's files are missing or damaged, or hold another model than `config`; all disagreements are listed.
-      CancelledError: it was `stopped`.
+      ValueError: files are missing or damaged, or contain another model than `config`; the message lists
+        every mismatch.
+      CancelledError: `cancelled` was set.
     """
     wanted = param_specs(config)
     tensors = read_tensors(Path(folder), wanted, dtype)
     leaves = []
     for _, tensor in tqdm.tqdm(tensors, total=len(wanted), unit=" tensors", leave=False, disable=None if progress else True):
-        if stopped is not None and stopped.is_set():
+        if cancelled is not None and cancelled.is_set():
             raise CancelledError
         leaves.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model.parameter_shapes(config)), leaves)
@@ -73,9 +81,15 @@ def load_params(
 def read_tensors(
     folder: Path, wanted: tuple[ParamSpec, ...], dtype: DTypeLike | None = None
 ) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    """Checks a released or converted folder against `wanted` at once, then reads one tensor at a time, in the order of `wanted`.
+    """Checks a folder against `wanted` at once, then reads one tensor at a time, in the order of `wanted`.
 
-    Raises ValueError as `load_params` does.
+    Args:
+      folder: a released or converted folder.
+      wanted: the model's parameter specs.
+      dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's dtype.
+
+    Raises:
+      ValueError: see `load_params`.
     """
     if is_converted(folder):
         tensors = _converted_tensors(folder, wanted)
@@ -88,15 +102,14 @@ def read_tensors(
 
 def _cast(tensors: Iterator[tuple[ParamSpec, np.ndarray]], dtype: np.dtype) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     for spec, tensor in tensors:
-        tensor = tensor.astype(dtype, copy=False)  # rebinding drops the original before the caller takes over
+        tensor = tensor.astype(dtype, copy=False)  # rebinding frees the original before the caller gets the cast one
         yield spec, tensor
-        del tensor  # and this one before the next is read
+        del tensor  # freed before the next tensor is read
 
 
 def _converted_tensors(folder: Path, wanted: tuple[ParamSpec, ...]) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    from minicpmv46_jax.checkpoint import (
-        orbax_folder,  # Orbax takes a second to import, and a released folder needs none of it
-    )
+    # Imported here, because Orbax takes a second to import and a released folder does not need it.
+    from minicpmv46_jax.checkpoint import orbax_folder
 
     manifest.Manifest.read(folder)
     found = orbax_folder.read_metadata(folder / PARAMS)
@@ -107,5 +120,5 @@ def _converted_tensors(folder: Path, wanted: tuple[ParamSpec, ...]) -> Iterator[
 def _check_dtype(dtype: DTypeLike) -> np.dtype:
     found = jnp.dtype(dtype)
     if found not in hf_folder.DTYPES.values():
-        raise ValueError(f"dtype {found.name} was asked for, parameters are bfloat16, float16 or float32")
+        raise ValueError(f"dtype is {found.name}, expected bfloat16, float16 or float32")
     return found

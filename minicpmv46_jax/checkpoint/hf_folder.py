@@ -1,7 +1,9 @@
-"""Reading a released folder: one or more safetensors files, checked against the model, then read a tensor at a time.
+"""Reads a released folder: checks its safetensors files against the model, then reads one tensor at a time.
 
-Quirks: the safetensors library reads bfloat16 into numpy once ml_dtypes has registered the type (importing it is enough), and its
-`pread` backend (0.8 and later) reads just the tensor asked for; the default maps the file, whose pages then count as memory used.
+Quirks:
+- safetensors reads bfloat16 into numpy only after ml_dtypes has registered the type. Its import is enough.
+- The `pread` backend (safetensors 0.8 and later) reads only the requested tensor. The default backend maps
+  the whole file, and mapped pages count as used memory.
 """
 
 import contextlib
@@ -19,12 +21,18 @@ from minicpmv46_jax.config import read_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-COMPARE_ROWS = 8192  # of two copies of the embedding at once: 16 MiB each in bfloat16
+COMPARE_ROWS = 8192  # rows of two embeddings compared at once; bounds memory to 16 MiB each in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `dtype` as numpy names it, or the file's own code for a kind that is not read."""
+    """One tensor's entry in a safetensors header.
+
+    Attributes:
+      file: the safetensors file.
+      dtype: numpy's name of the dtype, or safetensors' code if the dtype is not supported.
+      shape: the tensor's shape in the file.
+    """
 
     file: Path
     dtype: str
@@ -36,10 +44,12 @@ class TensorInfo:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a released folder, as transformers picks them: the single file first, else what the index names.
+    """Returns a released folder's safetensors files: the single file if it exists, else the index's shards.
+
+    transformers has the same order.
 
     Raises:
-      ValueError: there are none, the index is malformed, or a shard that it names is missing.
+      ValueError: there are no files, the index is malformed, or one of its shards is missing.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -53,10 +63,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a released folder by name; reads headers only.
+    """Reads the header entry of every tensor of a released folder, by name.
 
     Raises:
-      ValueError: see `weight_files`; a file is truncated or corrupt; index and shards disagree; two shards hold one tensor.
+      ValueError: a file is missing, truncated or corrupt; index and shards disagree; two shards contain the
+        same tensor.
     """
     files = weight_files(folder)
     found: dict[str, TensorInfo] = {}
@@ -71,10 +82,10 @@ def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
 
 
 def check_tensors(folder: Path, found: dict[str, TensorInfo], wanted: Iterable[ParamSpec]) -> None:
-    """Holds a folder's tensors against the model's, both ways.
+    """Checks that a folder's tensors and the model's parameters match exactly.
 
     Raises:
-      ValueError: lists every tensor that is missing, left over, of another shape or of a dtype that is not read.
+      ValueError: lists every tensor that is missing or extra, or has another shape or an unsupported dtype.
     """
     shapes = {spec.hf_name: spec.hf_shape for spec in wanted}
     tied = {EMBEDDING: found[EMBEDDING], LM_HEAD: found[LM_HEAD]} if EMBEDDING in found and LM_HEAD in found else {}
@@ -86,7 +97,7 @@ def check_tensors(folder: Path, found: dict[str, TensorInfo], wanted: Iterable[P
 
 
 def find_mismatches(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape]) -> list[str]:
-    """A line for every disagreement between tensors found (shape and dtype by name) and wanted (shape by name)."""
+    """Returns one line per mismatch of tensors found (shape and dtype by name) and wanted (shape by name)."""
     known = {dtype.name for dtype in DTYPES.values()}
     both = [name for name in wanted if name in found]
     return [
@@ -106,15 +117,20 @@ def find_mismatches(found: dict[str, tuple[Shape, str]], wanted: dict[str, Shape
 
 
 def raise_mismatches(folder: Path, mismatches: list[str]) -> None:
-    """Raises one ValueError that lists all `mismatches`, if there are any."""
+    """Raises a ValueError that lists all `mismatches`, unless there are none."""
     if mismatches:
         raise ValueError(f"{folder} does not hold the model that its config.json describes:\n  " + "\n  ".join(mismatches))
 
 
 def read_tensors(found: dict[str, TensorInfo], wanted: Iterable[ParamSpec]) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    """Reads one tensor after another, in our shape and the file's dtype; `found` must have passed `check_tensors`.
+    """Reads one tensor at a time, in our tree's shape and the file's dtype.
 
-    Raises ValueError naming the file where reading fails.
+    Args:
+      found: the folder's header entries, checked by `check_tensors`.
+      wanted: the model's parameter specs.
+
+    Raises:
+      ValueError: a tensor cannot be read; the message names its file.
     """
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(_open(file)) for file in sorted({info.file for info in found.values()})}
@@ -163,7 +179,7 @@ def _check_index(folder: Path, found: dict[str, TensorInfo]) -> None:
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     with _open(file) as reader:
-        views = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
+        views = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (safe_open is not iterable)
         return {name: _tensor_info(file, view.get_dtype(), view.get_shape()) for name, view in views.items()}
 
 

@@ -1,4 +1,4 @@
-"""manifest.json: what a converted folder says of itself.
+"""manifest.json: the provenance and checksums of a converted folder.
 
 {"format": "minicpmv46-jax", "version": 1, "source": ..., "revision": ..., "dtype": null or the dtype cast to,
  "jax": ..., "orbax": ..., "parameters": count, "files": {source file: sha256},
@@ -23,7 +23,17 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Where a converted folder came from, and a fingerprint of all that went in and out."""
+    """A converted folder's source, and checksums of its source files and its tensors.
+
+    Attributes:
+      source: the folder or hub id that was converted.
+      revision: the hub commit, or None for a folder.
+      dtype: the dtype of the cast, or None if every tensor kept its dtype.
+      jax, orbax: versions of the libraries.
+      parameters: number of parameters.
+      files: sha256 of each source file, by name.
+      tensors: `tensor_record` of each tensor, by dotted path.
+    """
 
     source: str
     revision: str | None
@@ -35,12 +45,17 @@ class Manifest:
     tensors: dict[str, dict[str, Any]]
 
     def write(self, folder: Path) -> None:
+        """Writes manifest.json into `folder`."""
         raw = {"format": FORMAT, "version": VERSION} | dataclasses.asdict(self)
         (folder / FILE).write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises ValueError if the manifest is missing, of another format or version, or malformed."""
+        """Reads manifest.json from `folder`.
+
+        Raises:
+          ValueError: the manifest is missing or malformed, or has another format or version.
+        """
         path = folder / FILE
         raw = read_json(path)
         if not is_manifest(raw):
@@ -55,21 +70,21 @@ class Manifest:
 
 
 def is_manifest(raw: Any) -> bool:
-    """Whether parsed JSON is a manifest of ours, of whatever version."""
+    """Returns whether parsed JSON is a converted folder's manifest, of any version."""
     return isinstance(raw, dict) and raw.get("format") == FORMAT
 
 
 def tensor_record(spec: ParamSpec, tensor: np.ndarray) -> dict[str, Any]:
-    """One tensor's row of the manifest."""
+    """Returns one tensor's record in the manifest."""
     return {"released": spec.hf_name, "dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": tensor_sha256(tensor)}
 
 
 def tensor_sha256(tensor: np.ndarray) -> str:
-    """Of the values' bytes in row-major order: the same for our shape and the released one."""
+    """Returns the sha256 of the values' bytes in row-major order; both shapes of a tensor have the same."""
     return hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, read a piece at a time."""
+    """Returns the sha256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,9 @@
-"""The weight map, as data: which released tensor is which parameter of ours.
+"""The weight map as data: the Hugging Face tensor of each parameter in our tree.
 
-Quirk: nothing is transposed or joined. A tensor keeps its bytes in both directions; two of them only drop or regain axes (the
-causal convolution's middle 1, and the patch embedding's channel, row and column).
+No tensor is transposed or joined, so every tensor keeps its bytes in both directions. Two tensors have
+another
+shape in our tree: the causal convolution drops its middle axis of 1, and the patch embedding joins its
+channel, row and column axes.
 """
 
 import dataclasses
@@ -17,9 +19,9 @@ TreePath = tuple[str | int, ...]
 Shape = tuple[int, ...]
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"  # tied to the embedding: checkpoints leave it out, some writers repeat it
+LM_HEAD = "lm_head.weight"  # tied to the embedding; most checkpoints leave it out, some repeat it
 
-# Ours -> released, a module or a lone parameter a row; `#` is a layer's number. A module's `weight` and `bias` keep their names.
+# Prefixes of (our path, Hugging Face name); `#` stands for a layer's number.
 _TEXT_LAYERS = ("text.layers.#", "model.language_model.layers.#")
 _VISION_LAYERS = ("vision.layers.#", "model.vision_tower.encoder.layers.#")
 _WINDOW_MERGER = ("vision.window_merger", "model.vision_tower.vit_merger")
@@ -29,11 +31,20 @@ _MERGER = ("vision.merger", "model.merger.mlp.0")
 def _map_names(
     prefixes: tuple[str, str], renamed: dict[str, str], group: tuple[str, str] = ("", ""), kept: str = ""
 ) -> dict[str, str]:
-    """Rows under two prefixes: those renamed, and those whose name `kept` is the same inside `group`."""
+    """Returns map entries under two prefixes.
+
+    Args:
+      prefixes: (our prefix, Hugging Face prefix).
+      renamed: our name -> Hugging Face name.
+      group: (our prefix, Hugging Face prefix) of the names in `kept`.
+      kept: names that are the same on both sides.
+    """
     names = renamed | {group[0] + name: group[1] + name for name in kept.split()}
     return {f"{prefixes[0]}.{ours}": f"{prefixes[1]}.{released}" for ours, released in names.items()}
 
 
+# Our path -> Hugging Face name, of a module or of a single parameter. A module's `weight` and `bias` keep
+# their names.
 WEIGHT_MAP: dict[str, str] = {
     "text.embed": "model.language_model.embed_tokens",
     "text.norm": "model.language_model.norm",
@@ -61,7 +72,14 @@ WEIGHT_MAP: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: where it sits in our tree, what the release calls it, and its shape on either side."""
+    """One parameter of the model.
+
+    Attributes:
+      path: its path in our tree.
+      hf_name: its name in the Hugging Face release.
+      shape: its shape in our tree.
+      hf_shape: its shape in the Hugging Face release.
+    """
 
     path: TreePath
     hf_name: str
@@ -70,27 +88,27 @@ class ParamSpec:
 
     @property
     def dotted(self) -> str:
-        """The path as one word: `text.layers.0.mlp.up_proj.weight`."""
+        """The path joined by dots, such as `text.layers.0.mlp.up_proj.weight`."""
         return ".".join(map(str, self.path))
 
 
 def param_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
-    """Every parameter of the model, in the order of `jax.tree.leaves` over a tree of them."""
+    """Returns the specs of all parameters, in the order of `jax.tree.leaves` of a parameter tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model.parameter_shapes(config))
     return tuple(_param_spec(tree_path(keys), leaf.shape, config) for keys, leaf in leaves)
 
 
 def tree_path(keys: Sequence[Any]) -> TreePath:
-    """jax's key path, as plain dict keys and list positions."""
+    """Converts jax's key path into plain dict keys and list positions."""
     return tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key for key in keys)
 
 
 def hf_name(path: TreePath) -> str:
-    """What the release calls the parameter at `path`. Raises KeyError for a path that the map lacks."""
+    """Returns the Hugging Face name of the parameter at `path`. Raises KeyError for an unknown path."""
     numbers = [str(part) for part in path if isinstance(part, int)]
     parts = ["#" if isinstance(part, int) else part for part in path]
-    whole, module = ".".join(parts), ".".join(parts[:-1])
-    pattern = WEIGHT_MAP[whole] if whole in WEIGHT_MAP else f"{WEIGHT_MAP[module]}.{parts[-1]}"
+    parameter, module = ".".join(parts), ".".join(parts[:-1])
+    pattern = WEIGHT_MAP[parameter] if parameter in WEIGHT_MAP else f"{WEIGHT_MAP[module]}.{parts[-1]}"
     for number in numbers:
         pattern = pattern.replace("#", number, 1)
     return pattern

@@ -1,10 +1,11 @@
-"""The converted weights on disk: one ordinary Orbax checkpoint, written and read a few tensors at a time.
+"""Reads and writes the converted weights: one ordinary Orbax checkpoint, a few tensors at a time.
 
-    tree = orbax.checkpoint.StandardCheckpointer().restore(folder / "params")        # numpy arrays, by plain Orbax
+    tree = orbax.checkpoint.StandardCheckpointer().restore(folder / "params")  # numpy arrays, by plain Orbax
 
-Quirks: layer numbers are strings on disk (Orbax turns integer keys into strings). Leaves are saved as numpy arrays, since those
-restore on any machine; a saved `jax.Array` asks for the devices that it lay on. They are not compressed: on 2 CPU cores zstd made
-1.1 GiB of bfloat16 a fifth smaller, writing it 2.2 and reading it 1.7 times as slow, and float32 written 5 times as slow.
+Quirks:
+- Layer numbers are strings on disk, because Orbax turns integer keys into strings.
+- Leaves are saved as numpy arrays, which restore on any machine. A saved `jax.Array` needs its devices.
+- Leaves are not compressed: zstd makes bfloat16 a fifth smaller, and reading and writing about twice as slow.
 """
 
 import contextlib
@@ -21,19 +22,21 @@ from orbax.checkpoint.experimental.v1 import Context, partial
 
 from minicpmv46_jax.checkpoint.names import ParamSpec, Shape
 
-GROUP_BYTES = 64 * 2**20  # saved or restored at once; a larger tensor goes alone. One call costs some 30 ms, whatever it moves
+# Bytes saved or restored at once; a larger tensor is a group of its own. Groups bound memory, and they share
+# the fixed cost of an Orbax call (30 ms).
+GROUP_BYTES = 64 * 2**20
 TREE_FILE = "_METADATA"
 
 
 def write(
     path: Path, tensors: Iterable[tuple[ParamSpec, np.ndarray]], on_saved: Callable[[int], Any] = lambda nbytes: None
 ) -> None:
-    """Writes an Orbax checkpoint at `path`, which must not exist, holding no more than a group of tensors in memory.
+    """Writes an Orbax checkpoint, with at most one group of tensors in memory.
 
     Args:
-      path: the checkpoint's folder, made here.
-      tensors: each parameter with its values; taken one at a time.
-      on_saved: told the number of bytes after each group.
+      path: the checkpoint's folder, which must not exist.
+      tensors: each parameter spec with its values; consumed one at a time.
+      on_saved: called with the number of bytes after each group.
     """
     session = path.with_name(path.name + "-session").absolute()
     group: dict[ParamSpec, np.ndarray] = {}
@@ -41,21 +44,26 @@ def write(
         if group and _nbytes(group) + tensor.nbytes > GROUP_BYTES:
             _save(session, group, on_saved)
         group[spec] = tensor
-        del tensor  # the generator's next tensor must not share memory with this one
+        del tensor  # else it would stay in memory while the generator makes the next one
         if _nbytes(group) >= GROUP_BYTES:
             _save(session, group, on_saved)
     if group:
         _save(session, group, on_saved)
     with _delay_interrupts():
         partial.finalize(session)
-    # Orbax puts its item into a folder of its own inside the session; on its own it is the layout that every Orbax call restores.
+    # Orbax writes its item into a subfolder of the session. Moved out, it has the layout that every Orbax
+    # call restores.
     item = next(child for child in session.iterdir() if (child / TREE_FILE).is_file())
     item.rename(path)
     shutil.rmtree(session)
 
 
 def read_metadata(path: Path) -> dict[str, tuple[Shape, str]]:
-    """Shape and dtype of every tensor by dotted path. Raises ValueError if `path` holds no Orbax checkpoint."""
+    """Returns shape and dtype of every tensor by dotted path.
+
+    Raises:
+      ValueError: `path` is not an Orbax checkpoint.
+    """
     if not (path / TREE_FILE).is_file():
         raise ValueError(f"{path} is not an Orbax checkpoint: {TREE_FILE} is missing")
     tree = ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
@@ -65,9 +73,15 @@ def read_metadata(path: Path) -> dict[str, tuple[Shape, str]]:
 def read(
     path: Path, wanted: Iterable[ParamSpec], metadata: dict[str, tuple[Shape, str]]
 ) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    """Reads the wanted tensors in order, a group at a time, each in its own dtype; `metadata` is what `read_metadata` gave.
+    """Reads the wanted tensors in order and in their own dtypes, a group at a time.
 
-    Raises ValueError naming the checkpoint if its data cannot be read.
+    Args:
+      path: the checkpoint's folder.
+      wanted: specs of the tensors to read.
+      metadata: the result of `read_metadata`.
+
+    Raises:
+      ValueError: the data cannot be read; the message names the checkpoint.
     """
     for group in _group_by_bytes(list(wanted), metadata):
         restored = dict(_leaves(_restore(path.absolute(), group)))
@@ -76,7 +90,7 @@ def read(
 
 
 def _save(session: Path, group: dict[ParamSpec, np.ndarray], on_saved: Callable[[int], Any]) -> None:
-    """Adds the group to the session and empties it."""
+    """Saves the group to the session, then clears the group."""
     nbytes = _nbytes(group)
     with _delay_interrupts(), _without_compression():
         partial.save(session, _nest(group))
@@ -92,9 +106,9 @@ def _without_compression() -> Context:
 
 @contextlib.contextmanager
 def _delay_interrupts() -> Iterator[None]:
-    """Holds Ctrl-C back: raised inside Orbax it would leave threads that write into the folder being removed."""
+    """Delays Ctrl-C until the block ends: inside Orbax, it would leave threads that still write files."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals, and only it may set handlers
+        yield  # only the main thread gets signals and may set handlers
         return
     pending = []
     previous = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
@@ -121,12 +135,12 @@ def _group_by_bytes(wanted: list[ParamSpec], metadata: dict[str, tuple[Shape, st
 
 def _restore(path: Path, group: list[ParamSpec]) -> Any:
     item = _nest(dict.fromkeys(group, 0))
-    how = _nest(dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray)))
+    restore_args = _nest(dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray)))
     try:
         return ocp.PyTreeCheckpointHandler().restore(
-            path, args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         )
-    except Exception as error:  # tensorstore and Orbax raise a dozen kinds for a missing or damaged file
+    except Exception as error:  # tensorstore and Orbax raise many types for a missing or damaged file
         first = str(error).strip().splitlines()
         raise ValueError(f"{path} cannot be read: {first[0] if first else type(error).__name__}") from error
 

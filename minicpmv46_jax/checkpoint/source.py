@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder on this machine, or a repository on the Hugging Face hub."""
+"""Resolves a checkpoint's folder: a local folder, or a downloaded repository of the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from minicpmv46_jax.checkpoint.hf_folder import INDEX, WEIGHTS
 
-# Everything of a released folder that is not weights, and that a converted folder keeps byte for byte.
+# Every file of a released folder but the weights. A converted folder keeps them byte for byte.
 SIDE_FILES = (
     "config.json generation_config.json preprocessor_config.json video_preprocessor_config.json processor_config.json "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
@@ -19,21 +19,22 @@ SIDE_FILES = (
 def resolve(
     source: str | Path, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
 ) -> Path:
-    """The folder of a checkpoint: `source` itself if it is one, else the hub repository of that id, downloaded or from the cache.
+    """Returns a checkpoint's folder: `source` itself, or the cached or downloaded hub repository of that id.
 
     Args:
       source: a folder, or a hub id `owner/name`.
       revision: a hub branch, tag or commit; not for folders.
-      endpoint: another hub than huggingface_hub's (`HF_ENDPOINT`).
-      cache_dir: another cache than huggingface_hub's.
+      endpoint: the hub's address; None takes huggingface_hub's (`HF_ENDPOINT`).
+      cache_dir: the cache's folder; None takes huggingface_hub's.
 
     Raises:
-      ValueError: neither a folder nor an id; a revision of a folder; the repository or revision is unknown or closed to this
-        account; the hub cannot be reached and the cache lacks the repository.
+      ValueError: `source` is neither a folder nor a hub id; `revision` is given for a folder; this account
+        has no access to the repository or revision; the hub cannot be reached and the cache lacks the
+        repository.
     """
     if str(source) and Path(source).is_dir():  # Path("") is the working folder
         if revision is not None:
-            raise ValueError(f"revision {revision!r} was asked for, but {source} is a folder: revisions are the hub's")
+            raise ValueError(f"revision {revision!r} is set, but {source} is a folder: only hub repositories have revisions")
         return Path(source)
     repo = str(source)
     if not _is_hub_id(repo):
@@ -63,7 +64,7 @@ def _is_hub_id(repo: str) -> bool:
 
 
 def _hub_error_message(error: Exception, repo: str, revision: str | None) -> str | None:
-    """One line for what the hub may answer to a user's request; None for what is nobody's mistake."""
+    """Returns a one-line message for an expected error of the hub; None for an unexpected error."""
     match error:
         case errors.GatedRepoError():
             return f"hub repository {repo} is gated: ask for access on its page, then run `hf auth login`"
@@ -71,7 +72,7 @@ def _hub_error_message(error: Exception, repo: str, revision: str | None) -> str
             return f"hub repository {repo} has no revision {revision!r}"
         case errors.RepositoryNotFoundError():
             return (
-                f"{repo} is not a folder here, and the hub knows no such repository (or it is private: "
+                f"{repo} is not a folder here, and the hub has no such repository (or it is private: "
                 "check the spelling, or run `hf auth login`)"
             )
         case errors.LocalEntryNotFoundError():
@@ -87,5 +88,8 @@ def _hub_error_message(error: Exception, repo: str, revision: str | None) -> str
 
 
 def _is_connection_loss(error: BaseException) -> bool:
-    """huggingface_hub's HTTP library differs between its versions, so its errors go by kind, not by class."""
+    """Returns whether the connection failed.
+
+    The types are builtins, because huggingface_hub's HTTP library depends on its version.
+    """
     return isinstance(error, ConnectionError | TimeoutError)

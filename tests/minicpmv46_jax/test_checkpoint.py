@@ -153,10 +153,10 @@ def test_load_refuses_a_dtype_parameters_do_not_have(demo_folder, config, dtype)
 
 
 def test_load_can_be_stopped(demo_folder, config):
-    stopped = threading.Event()
-    stopped.set()
+    cancelled = threading.Event()
+    cancelled.set()
     with pytest.raises(CancelledError):
-        checkpoint.load_params(demo_folder, config, stopped=stopped)
+        checkpoint.load_params(demo_folder, config, cancelled=cancelled)
 
 
 def test_shards_load_as_one_file_does(write, demo_folder, config, weights):
@@ -418,7 +418,7 @@ def test_a_downloaded_id_needs_no_network_again(hub, tmp_path):
 
 def test_unknown_repository(hub, tmp_path):
     message = unresolved("owner/other", endpoint=hub, cache_dir=tmp_path)
-    assert "owner/other is not a folder here, and the hub knows no such repository" in message
+    assert "owner/other is not a folder here, and the hub has no such repository" in message
 
 
 def test_unknown_revision(hub, tmp_path):
