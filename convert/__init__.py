@@ -1,4 +1,4 @@
-"""Checkpoints in and out: released folder -> converted folder -> released folder, and a small checkpoint of our own.
+"""Converts checkpoints between the released and the converted format, and writes a small demo checkpoint.
 
 python -m convert --hf openbmb/MiniCPM-V-4_6 --out minicpmv46-jax
 python -m convert --export-hf released-again --model minicpmv46-jax

@@ -1,4 +1,4 @@
-"""Command line of the converter; see `python -m convert --help`."""
+"""Command line of the converter: `python -m convert --help`."""
 
 import argparse
 import logging
@@ -8,11 +8,14 @@ from pathlib import Path
 from convert import convert, export_converted, export_run, write_demo_checkpoint
 from convert.convert import default_out
 
-INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+INTERRUPTED = 130  # a shell's status for a process that Ctrl-C ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    """Runs the command and returns its exit status.
+
+    It is 0, 1 for a user's mistake (one line on stderr), or 130 for Ctrl-C.
+    """
     args = _parser().parse_args(argv)
     try:
         print(_run(args))
@@ -39,11 +42,11 @@ def _run(args: argparse.Namespace) -> str:
 
 
 def _reject_unused_options(args: argparse.Namespace) -> None:
-    """An option that the chosen command would ignore is a mistake."""
-    takes = {"hf": {"out", "dtype", "revision"}, "export_hf": {"model"}, "demo": set()}
-    command = next(name for name in takes if getattr(args, name))
+    """Raises ValueError for an option that the chosen command would ignore."""
+    allowed = {"hf": {"out", "dtype", "revision"}, "export_hf": {"model"}, "demo": set()}
+    command = next(name for name in allowed if getattr(args, name))
     for name in ("out", "dtype", "revision", "model"):
-        if getattr(args, name) is not None and name not in takes[command]:
+        if getattr(args, name) is not None and name not in allowed[command]:
             raise ValueError(f"--{name} does not go with --{command.replace('_', '-')}")
 
 
@@ -61,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _silence_orbax() -> None:
-    """Keeps Orbax from printing a failed write 30 times over, with tracebacks: the exception says it once.
+    """Silences Orbax's reports of a failed write: 30 tracebacks of an error that is raised anyway.
 
-    It talks in absl's log; in asyncio's, which tells of other failed writes that nobody asked about; and by writes that end after
-    the failed one, to find its event loop closed.
+    They come from absl's log, from asyncio's log (other failed writes of the same call), and from writes that
+    end after the failed one and find their event loop closed.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Released folder in, converted folder out: the same tensors in one Orbax checkpoint, and the same files beside it."""
+"""Converts a released folder into a converted folder: an Orbax checkpoint, side files and a manifest."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,28 +22,28 @@ def convert(
     revision: str | None = None,
     progress: bool = False,
 ) -> Path:
-    """Converts a released checkpoint, a tensor at a time.
+    """Converts a released checkpoint, one tensor at a time.
 
     Args:
       source: a released folder, or a hub id.
-      out: the folder to make; None derives its name from `source`, in the working folder.
-      dtype: "bfloat16" or "float32" casts every tensor; None keeps each tensor's own.
-      revision: of a hub id.
-      progress: show a bar on stderr, where that is a terminal.
+      out: the folder to write; None derives its name from `source`, in the working folder.
+      dtype: "bfloat16" or "float32" casts every tensor; None keeps each tensor's dtype.
+      revision: the hub branch, tag or commit of a hub id.
+      progress: draw a progress bar if stderr is a terminal.
 
     Returns:
-      `out`: params/ (Orbax), config.json and its companions, manifest.json. It appears whole or not at all.
+      `out`: params/ (Orbax), the side files and manifest.json. It is written completely or not at all.
 
     Raises:
-      ValueError: the source cannot be found, is damaged, is another model or is converted already; `out` exists or cannot be
-        written; the disk is full.
+      ValueError: the source is not found, is damaged, is another model or is converted already; `out` exists
+        or is not writable; the disk is full.
     """
     folder = checkpoint.resolve(source, revision)
     if checkpoint.is_converted(folder):
         raise ValueError(f"{folder} is converted already")
     out = default_out(source, dtype) if out is None else Path(out)
-    param_specs = checkpoint.param_specs(ModelConfig.from_folder(folder))
-    tensors = checkpoint.read_tensors(folder, param_specs, dtype)
+    specs = checkpoint.param_specs(ModelConfig.from_folder(folder))
+    tensors = checkpoint.read_tensors(folder, specs, dtype)
     records: dict[str, dict[str, Any]] = {}
     nbytes = _total_bytes(folder, dtype)
     with atomic_folder(out, nbytes) as partial:
@@ -56,7 +56,7 @@ def convert(
             dtype=dtype,
             jax=jax.__version__,
             orbax=orbax.checkpoint.__version__,
-            parameters=sum(int(np.prod(spec.shape)) for spec in param_specs),
+            parameters=sum(int(np.prod(spec.shape)) for spec in specs),
             files={path.name: manifest.file_sha256(path) for path in inputs},
             tensors=records,
         ).write(partial)
@@ -64,7 +64,7 @@ def convert(
 
 
 def default_out(source: str | Path, dtype: str | None) -> Path:
-    """`NAME-jax`, or `NAME-jax-DTYPE`, in the working folder."""
+    """Returns `NAME-jax`, or `NAME-jax-DTYPE`, in the working folder."""
     name = Path(source).resolve().name if Path(source).is_dir() else str(source).rsplit("/", 1)[-1]
     return Path(f"{name}-jax" if dtype is None else f"{name}-jax-{dtype}")
 
@@ -72,20 +72,20 @@ def default_out(source: str | Path, dtype: str | None) -> Path:
 def _record_tensors(
     tensors: Iterator[tuple[ParamSpec, np.ndarray]], records: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[ParamSpec, np.ndarray]]:
-    """Passes the tensors on, and notes each for the manifest."""
+    """Yields the tensors unchanged and adds each one's manifest record to `records`."""
     for spec, tensor in tensors:
         records[spec.dotted] = manifest.tensor_record(spec, tensor)
         yield spec, tensor
-        del tensor  # one tensor at a time: drop this one before the next is read
+        del tensor  # freed before the next tensor is read
 
 
 def _total_bytes(folder: Path, dtype: str | None) -> int:
-    entries = [info for name, info in hf_folder.read_tensor_infos(folder).items() if name != hf_folder.LM_HEAD]
+    infos = [info for name, info in hf_folder.read_tensor_infos(folder).items() if name != hf_folder.LM_HEAD]
     if dtype is None:
-        return sum(info.nbytes for info in entries)
-    return sum(int(np.prod(info.shape)) for info in entries) * np.dtype(dtype).itemsize
+        return sum(info.nbytes for info in infos)
+    return sum(int(np.prod(info.shape)) for info in infos) * np.dtype(dtype).itemsize
 
 
 def _commit(folder: Path) -> str:
-    """The commit of a downloaded repository: huggingface_hub names its snapshot folders so."""
+    """Returns the commit of a downloaded repository: huggingface_hub names its snapshot folders by commit."""
     return folder.name

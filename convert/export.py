@@ -1,7 +1,9 @@
-"""The way back: parameters to a folder in the released format, which transformers loads.
+"""Exports parameters to a folder in the released format, which transformers loads.
 
-Quirk: with dtypes unchanged every tensor has the bytes it came with. The whole model is in memory once: safetensors' writer takes
-all tensors of a file together (it copies none of them).
+Quirks:
+- A tensor whose dtype is unchanged has the same bytes as in the source.
+- The whole model is in memory once, because safetensors writes all tensors of a file in one call. It makes no
+  copy.
 """
 
 import shutil
@@ -19,55 +21,59 @@ from minicpmv46_jax.model import Params
 
 
 def export_hf(params: Params, config_folder: str | Path, out: str | Path) -> Path:
-    """Writes live parameters as a released folder.
+    """Writes parameters in memory as a released folder.
 
     Args:
-      params: a tree as `load_params` or training gives it; each tensor keeps its dtype (float32, bfloat16 or float16).
-      config_folder: a released or converted folder whose config.json describes `params`; its small files are copied.
-      out: the folder to make; it appears whole or not at all.
+      params: a tree from `load_params` or from training; each tensor keeps its dtype (float32, bfloat16 or
+        float16).
+      config_folder: a released or converted folder whose config.json describes `params`; its side files are
+        copied.
+      out: the folder to write; it is written completely or not at all.
 
     Returns:
       `out`.
 
     Raises:
-      ValueError: `params` is not the model of that config.json (all disagreements are listed); see `atomic_folder`.
+      ValueError: `params` is not the model of that config.json (the message lists every mismatch); see
+        `atomic_folder`.
     """
     config_folder = Path(config_folder)
-    param_specs = checkpoint.param_specs(ModelConfig.from_folder(config_folder))
+    specs = checkpoint.param_specs(ModelConfig.from_folder(config_folder))
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     leaves_by_name = {".".join(map(str, names.tree_path(keys))): leaf for keys, leaf in leaves}
     found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in leaves_by_name.items()}
-    mismatches = hf_folder.find_mismatches(found, {spec.dotted: spec.shape for spec in param_specs})
+    mismatches = hf_folder.find_mismatches(found, {spec.dotted: spec.shape for spec in specs})
     if mismatches:
         raise ValueError(f"params are not the model of {config_folder / 'config.json'}:\n  " + "\n  ".join(mismatches))
-    return _write({spec: np.asarray(leaves_by_name[spec.dotted]) for spec in param_specs}, config_folder, Path(out))
+    return _write({spec: np.asarray(leaves_by_name[spec.dotted]) for spec in specs}, config_folder, Path(out))
 
 
 def export_converted(folder: str | Path, out: str | Path) -> Path:
-    """Writes a converted folder as a released one; the inverse of `convert`.
+    """Writes a converted folder as a released folder; the inverse of `convert`.
 
     Raises:
-      ValueError: `folder` is not a converted one, or is damaged: a tensor does not match the manifest; see `atomic_folder`.
+      ValueError: `folder` is not a converted folder, or a tensor does not match its manifest record; see
+        `atomic_folder`.
     """
     folder = Path(folder)
     if not checkpoint.is_converted(folder):
-        raise ValueError(f"{folder} is not a converted folder: it has no {manifest.FILE} of ours")
+        raise ValueError(f"{folder} is not a converted folder: it has no {manifest.FILE} from `convert`")
     records = manifest.Manifest.read(folder).tensors
     tensors = {}
     for spec, tensor in checkpoint.read_tensors(folder, checkpoint.param_specs(ModelConfig.from_folder(folder))):
         if records.get(spec.dotted) != manifest.tensor_record(spec, tensor):
-            raise ValueError(f"{folder}: tensor {spec.dotted} is not the one that {manifest.FILE} records: convert again")
+            raise ValueError(f"{folder}: tensor {spec.dotted} does not match its record in {manifest.FILE}: convert again")
         tensors[spec] = tensor
     return _write(tensors, folder, Path(out))
 
 
 def export_run(folder: str | Path, out: str | Path) -> Path:
-    """Writes what a training run has made of its model as a released folder, adapters merged, each tensor in its first dtype.
+    """Writes a training run's model as a released folder, with adapters merged, in the source's dtypes.
 
     Raises:
-      ValueError: the run has no checkpoint yet, or one of other settings; see `atomic_folder`.
+      ValueError: the run has no checkpoint yet, or a checkpoint with other settings; see `atomic_folder`.
     """
-    from minicpmv46_jax.train.run import trained_params  # training's dependencies are an extra
+    from minicpmv46_jax.train.run import trained_params  # training's dependencies are optional (an extra)
 
     params, source = trained_params(folder)
     return export_hf(params, source, out)
@@ -79,7 +85,6 @@ def _write(tensors: dict[ParamSpec, np.ndarray], config_folder: Path, out: Path)
         copy_side_files(config_folder, partial, dtypes.pop() if len(dtypes) == 1 else None)
         weights = {spec.hf_name: np.ascontiguousarray(tensor.reshape(spec.hf_shape)) for spec, tensor in tensors.items()}
         safetensors.numpy.save_file(weights, partial / hf_folder.WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(
-            partial / "config.json", partial / hf_folder.WEIGHTS
-        )  # safetensors makes files that only the owner may read
+        # safetensors makes files that only their owner may read.
+        shutil.copymode(partial / "config.json", partial / hf_folder.WEIGHTS)
     return out

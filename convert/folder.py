@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the small files that travel beside the weights."""
+"""Writes folders atomically, and copies the side files of a checkpoint."""
 
 import contextlib
 import errno
@@ -19,16 +19,18 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, nbytes: int) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` at the end, or vanishes if the block raises (Ctrl-C too).
+    """Yields a temporary folder beside `out`: renamed to `out` at the end, or removed if the block raises.
 
-    What a killed run of this machine left beside `out` is removed first.
+    Ctrl-C counts as raising. Temporary folders that killed runs on this machine left beside `out` are removed
+    first.
 
     Args:
-      out: the folder to be.
-      nbytes: what its weights will take.
+      out: the final folder.
+      nbytes: size of its weights in bytes.
 
     Raises:
-      ValueError: `out` exists and is not an empty folder, or may not be written; the disk has less than `nbytes` or fills up.
+      ValueError: `out` exists and is not an empty folder, or is not writable; the disk has less than `nbytes`
+        free, or is full.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{out} exists and is not an empty folder: choose another one, or remove it first")
@@ -51,10 +53,15 @@ def atomic_folder(out: Path, nbytes: int) -> Iterator[Path]:
 
 
 def copy_side_files(source: Path, out: Path, dtype: str | None) -> list[Path]:
-    """Copies config, tokenizer, template and processor files; returns those of `source`.
+    """Copies the side files of `source` and returns their paths in `source`.
 
-    They keep their bytes, but for one case: config.json naming another dtype than `dtype`, the one that the tensors now have
-    (transformers would cast them back on loading). None says that the dtypes are as they were.
+    The copies have the same bytes, with one exception: if config.json has another dtype than `dtype`, it is
+    rewritten, because transformers would cast the tensors back on loading.
+
+    Args:
+      source: a released or converted folder.
+      out: the folder to copy to.
+      dtype: the dtype of all tensors in `out`; None if dtypes are unchanged or differ.
     """
     files = [source / name for name in SIDE_FILES if (source / name).is_file()]
     for file in files:
@@ -67,7 +74,7 @@ def copy_side_files(source: Path, out: Path, dtype: str | None) -> list[Path]:
 
 
 def _replace_dtype(config: Any, dtype: str) -> Any:
-    """The same JSON with every `dtype` or `torch_dtype` that it names replaced (`mamba_ssm_dtype` is no such field)."""
+    """Returns the JSON value with every `dtype` and `torch_dtype` field replaced; `mamba_ssm_dtype` stays."""
     if not isinstance(config, dict):
         return config
     named = ("dtype", "torch_dtype")
@@ -84,7 +91,7 @@ def _remove_stale(out: Path) -> None:
 
 def _is_alive(pid: int) -> bool:
     if pid == os.getpid():
-        return False  # an earlier call of this very process, or of another that had its number
+        return False  # left by an earlier call of this process, or by a process that had the same number
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -95,18 +102,21 @@ def _is_alive(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder into which a failed Orbax write may still be putting its last files: until it has stayed away a second."""
-    away = 0
+    """Removes a folder until it has stayed absent for a second: a failed Orbax write may still add files."""
+    absent = 0
     for _ in range(100):
         shutil.rmtree(path, ignore_errors=True)
-        away = 0 if path.exists() else away + 1
-        if away == 10:
+        absent = 0 if path.exists() else absent + 1
+        if absent == 10:
             return
         time.sleep(0.1)
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Looks through what an error was raised from: Orbax and tensorstore carry the system's message, not its number."""
+    """Returns whether an error or one of its causes is a full disk.
+
+    Orbax and tensorstore keep the system's message but not its number, so messages are searched too.
+    """
     while error is not None:
         if getattr(error, "errno", None) in FULL_DISK or any(os.strerror(number) in str(error) for number in FULL_DISK):
             return True

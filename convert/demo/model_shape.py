@@ -1,7 +1,7 @@
-"""The demo model's shape: a small member of the family that sees.
+"""The demo model's shape: a small vision-language model of the same family, with 5.9 million parameters.
 
-Sizes are chosen for sight: a letter of the scenes' print is two patches wide or so, a view of 224 x 224 is 16 x 16 patches and 64
-tokens (16 in "16x"), and larger pictures are cut into slices. 5.9 million parameters, 11.8 MB in bfloat16.
+Sizes are chosen for reading: a letter of the scenes' print is about two patches wide. A view of 224 x 224
+pixels has 16 x 16 patches and 64 tokens (16 in "16x"). Larger images are sliced.
 """
 
 import copy
@@ -11,15 +11,16 @@ from typing import Any
 from convert.demo.random_checkpoint import added_ids, demo_config, side_files
 from convert.demo.vocabulary import BYTES, Merge
 
-RESOLUTION = 224  # a view covers about its square
+RESOLUTION = 224  # `scale_resolution`: a view has about RESOLUTION**2 pixels
 MAX_SLICES = 6
-DOWNSAMPLE_MODE = "4x"  # unless a request says "16x": a token for 28 x 28 pixels, about a letter of the scenes' print
-# Light grounds come out near 0. With the release's 0.5 all of a white patch is 1, so every step of Adam moves its 588 weights the
-# same way: in 12,600 steps at 1.5e-3 embeddings grew from 1 to 19, beside positions of 0.3.
+DOWNSAMPLE_MODE = "4x"  # default of the demo model: a token for 28 x 28 pixels, about one letter of the scenes' print
+# Light backgrounds become values near 0. With the release's mean of 0.5, all values of a white patch are 1,
+# so each step of Adam moves all weights of the patch embedding the same way, and embeddings outgrow
+# positions.
 IMAGE_MEAN = [0.93, 0.93, 0.93]
-POSITIONS_PER_SIDE = (
-    24  # of the learned table, a side: the patches of a 224 x 224 view, and of a 336 x 168 one, have rows of their own
-)
+# Side of the learned position table. Patches of a 224 x 224 view, and of a 336 x 168 view, have their own
+# rows in it.
+POSITIONS_PER_SIDE = 24
 TEXT = {
     "full_attention_interval": 2,
     "head_dim": 32,
@@ -46,7 +47,7 @@ VISION = {
 
 
 def model_config(merges: Sequence[Merge]) -> dict[str, Any]:
-    """config.json of the demo model with a vocabulary of bytes, these merges and the added tokens."""
+    """Returns the demo model's config.json, for a vocabulary of bytes, `merges` and the added tokens."""
     config, ids = copy.deepcopy(demo_config()), added_ids(BYTES + len(merges))
     config |= {
         "insert_layer_id": 2,
@@ -61,7 +62,7 @@ def model_config(merges: Sequence[Merge]) -> dict[str, Any]:
 
 
 def model_files(merges: Sequence[Merge]) -> dict[str, Any]:
-    """Every file of the folder but the weights."""
+    """Returns the contents of every file of the model folder but the weights, by name."""
     views = {
         "scale_resolution": RESOLUTION,
         "max_slice_nums": MAX_SLICES,
@@ -69,5 +70,5 @@ def model_files(merges: Sequence[Merge]) -> dict[str, Any]:
         "downsample_mode": DOWNSAMPLE_MODE,
     }
     files = side_files(model_config(merges), merges, **views)
-    files["generation_config.json"] |= {"do_sample": False, "temperature": 1.0}  # its answers are right or wrong, not many
+    files["generation_config.json"] |= {"do_sample": False, "temperature": 1.0}  # its questions have one correct answer
     return files

@@ -1,6 +1,9 @@
-"""Muon: an optimiser that moves a matrix by its momentum made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: an optimiser that moves a matrix by its orthogonalised momentum.
 
-Matrices of one shape are orthogonalised as one stack: one by one, a small model's hundred would launch thousands of kernels.
+Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+
+Matrices of one shape are orthogonalised as one stack, because one by one they would launch thousands of
+small kernels.
 """
 
 import collections
@@ -16,19 +19,25 @@ from minicpmv46_jax.checkpoint.names import TreePath
 from minicpmv46_jax.model import Params
 
 MOMENTUM = 0.95
-# Of singular values from 0 to 1 it takes all but the least to about 1 (0.7 to 1.2) in five rounds.
+# In five steps it brings singular values from 0 to 1, except the smallest, to between 0.7 and 1.2.
 QUINTIC = 3.4445, -4.7750, 2.0315
 NUM_STEPS = 5
-MIN_SIDE = 16  # smaller matrices are not worth it
+MIN_SIDE = 16  # smaller matrices are left to the other optimiser
 
 
 def is_matrix(path: TreePath, leaf: Array) -> bool:
-    """Whether the leaf is a product's weights: no table, no filter, and not the patches' embedding, whose inputs are alike."""
+    """Returns whether the leaf is a matrix that Muon updates.
+
+    Tables and convolution filters are not. Neither is the patch embedding, because its inputs are correlated.
+    """
     return leaf.ndim == 2 and min(leaf.shape) >= MIN_SIDE and "embed" not in path[-2]
 
 
 def orthogonalise(x: Float[Array, "n rows columns"]) -> Float[Array, "n rows columns"]:
-    """Matrices near the closest ones with orthonormal rows or columns, by Newton and Schulz; bfloat16 inside, float32 out."""
+    """Orthogonalises matrices approximately: Newton-Schulz steps in bfloat16, result in float32.
+
+    The result is near the closest matrices with orthonormal rows or columns.
+    """
     wide = x.shape[1] <= x.shape[2]
     x = (x if wide else x.swapaxes(1, 2)).astype(jnp.bfloat16)
     x = x / (jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True) + 1e-7).astype(x.dtype)
@@ -43,7 +52,7 @@ def orthogonalise(x: Float[Array, "n rows columns"]) -> Float[Array, "n rows col
 
 
 def orthogonalise_updates(updates: Params, params: Params | None = None) -> Params:
-    """Every matrix of the tree made orthogonal, and larger where it is taller than wide."""
+    """Orthogonalises every matrix of the tree, and scales tall matrices up by sqrt(rows / columns)."""
     del params
     leaves, tree = jax.tree.flatten(updates)
     stacks = collections.defaultdict(list)
@@ -57,14 +66,14 @@ def orthogonalise_updates(updates: Params, params: Params | None = None) -> Para
 
 
 def muon(learning_rate: Any, weight_decay: float, rest: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Muon for matrices, `rest` for all else.
+    """Returns an optimiser: Muon for matrices, `rest` for other parameters.
 
     Args:
       learning_rate: largest singular value of a wide matrix's step; a tall matrix moves further.
-      weight_decay: of matrices, times `learning_rate`.
-      rest: its own rate is in it.
+      weight_decay: decay of matrices, multiplied by `learning_rate`.
+      rest: the optimiser of other parameters, with its own learning rate.
     """
-    own = optax.chain(
+    matrix = optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         optax.stateless(orthogonalise_updates),
         optax.add_decayed_weights(weight_decay),
@@ -74,4 +83,4 @@ def muon(learning_rate: Any, weight_decay: float, rest: optax.GradientTransforma
     def label(keys: Any, leaf: Array) -> str:
         return "matrix" if is_matrix(names.tree_path(keys), leaf) else "rest"
 
-    return optax.partition({"matrix": own, "rest": rest}, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
+    return optax.partition({"matrix": matrix, "rest": rest}, lambda tree: jax.tree_util.tree_map_with_path(label, tree))

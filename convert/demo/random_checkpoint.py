@@ -1,8 +1,10 @@
-"""A small, complete checkpoint in the released format that this project makes itself: random weights, real structure.
+"""Writes a small, complete checkpoint in the released format: the release's structure with random weights.
 
-Quirks: the tokenizer has one token a byte and no merges, so ids 0..255 are the bytes themselves; behind them come the added
-tokens of the release, by name and order. Norms and biases lie off their trivial ones and zeros, and matrices keep the size of
-what they multiply, so that a wrong formula shows.
+Quirks:
+- The tokenizer has one token per byte and no merges, so ids 0..255 are the bytes themselves. The added tokens
+  of the release follow, with the same names and order.
+- Norms and biases differ from ones and zeros, and matrices preserve the scale of their inputs, so a wrong
+  formula changes the results.
 """
 
 import json
@@ -29,16 +31,16 @@ SPECIAL = (  # hidden when text is decoded without special tokens
     "<tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> <|audio_pad|> <unk> <image> </image> <ref> </ref> <box> "
     "</box> <quad> </quad> <point> </point> <slice> </slice> <image_id> </image_id> <timestamp> </timestamp>"
 ).split()
-VISIBLE = (  # one token each, but part of the text: parsers read them
+VISIBLE = (  # one token each, but kept in decoded text, because parsers need them
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
     "<tool_response> </tool_response> <think> </think>"
 ).split()
-VISIBLE_FROM = SPECIAL.index("<|audio_start|>")  # where the release's order has them
+VISIBLE_FROM = SPECIAL.index("<|audio_start|>")  # their position in the release's order
 ADDED = (*SPECIAL[:VISIBLE_FROM], *VISIBLE, *SPECIAL[VISIBLE_FROM:])
 
 
 def added_ids(first: int) -> dict[str, int]:
-    """The ids of the added tokens, which stand behind the others."""
+    """Returns the ids of the added tokens, which follow the other tokens."""
     return {token: first + i for i, token in enumerate(ADDED)}
 
 
@@ -53,8 +55,8 @@ ROLES = {
     "image_id_start_token": "<image_id>",
     "image_id_end_token": "</image_id>",
 }
-VECTOR_SPREAD = 0.05  # norms and biases around where they start
-EMBEDDING_SPREAD = 0.25  # logits then spread by about 2: no near-ties, and layers outweigh the token's own row
+VECTOR_SPREAD = 0.05  # deviation of norms and biases from `vector_mean`
+EMBEDDING_SPREAD = 0.25  # gives logits a spread of about 2: no near-ties, and layers outweigh the token's own row
 
 
 def write_demo_checkpoint(
@@ -63,16 +65,16 @@ def write_demo_checkpoint(
     """Writes the demo checkpoint; the same seed gives the same bytes.
 
     Args:
-      folder: made here; must not exist, or be empty.
-      seed: of the weights.
-      config: config.json's contents, for variations on `demo_config()`.
-      dtype: of the weights.
+      folder: the folder to write; it must not exist, or be empty.
+      seed: seed of the weights.
+      config: config.json's contents, for variations of `demo_config()`.
+      dtype: dtype of the weights.
 
     Returns:
       `folder`.
 
     Raises:
-      ValueError: `folder` holds something; `config` is not one this code computes.
+      ValueError: `folder` is not empty, or this code cannot compute `config`.
     """
     config = demo_config() if config is None else config
     params = demo_params(ModelConfig.from_dict(config), seed, dtype)
@@ -82,16 +84,16 @@ def write_demo_checkpoint(
 
 
 def write_files(folder: Path, files: dict[str, Any]) -> None:
-    """Texts as they are, all else as JSON."""
+    """Writes strings unchanged and other values as JSON."""
     for name, contents in files.items():
         text = contents if isinstance(contents, str) else json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def demo_params(config: ModelConfig, seed: int, dtype: DTypeLike) -> Params:
-    """Random parameters of unit gain.
+    """Returns random parameters of unit gain, drawn by numpy.
 
-    numpy draws them: the same on every version of jax, in 0.3 s where compiling `model.init_params` took 14.
+    They are the same on every version of jax, and need no compilation, unlike `model.init_params`.
     """
     random = np.random.default_rng(seed)
 
@@ -103,7 +105,7 @@ def demo_params(config: ModelConfig, seed: int, dtype: DTypeLike) -> Params:
 
 def _values(random: np.random.Generator, path: names.TreePath, shape: names.Shape) -> np.ndarray:
     if path[-1] == "A_log":
-        return np.log(random.uniform(0.01, 16.0, shape))  # the delta net's own initialisation
+        return np.log(random.uniform(0.01, 16.0, shape))  # the gated delta net's initialisation
     if len(shape) == 1:
         return vector_mean(path) + VECTOR_SPREAD * random.standard_normal(shape)
     spread = EMBEDDING_SPREAD if "embed" in path[-2] and path[-2] != "patch_embed" else shape[-1] ** -0.5
@@ -111,7 +113,7 @@ def _values(random: np.random.Generator, path: names.TreePath, shape: names.Shap
 
 
 def vector_mean(path: names.TreePath) -> float:
-    """Where a vector starts: biases and the text's zero-centred norms at 0, other norms and the delta net's step at 1."""
+    """Returns a vector's mean: 1 for `dt_bias` and norms, 0 for biases and the text's zero-centred norms."""
     if path[-1] == "dt_bias":
         return 1.0
     scales = path[0] == "vision" or path[-3:-1] == ("mixer", "norm")
@@ -119,7 +121,7 @@ def vector_mean(path: names.TreePath) -> float:
 
 
 def demo_config() -> dict[str, Any]:
-    """config.json of the demo: the release's fields, small sizes. A new dict each time, to change at will."""
+    """Returns config.json of the demo, a new dict: the release's fields with small sizes."""
     return {
         "architectures": ["MiniCPMV4_6ForConditionalGeneration"],
         "bos_token_id": None,
@@ -188,7 +190,15 @@ def _vision_config() -> dict[str, Any]:
 
 
 def side_files(config: dict[str, Any], merges: Sequence[Merge] = (), **preprocessing: Any) -> dict[str, Any]:
-    """The small files of a folder: the release's, but for the sizes and for the vocabulary, which is bytes and these merges."""
+    """Returns a folder's side files by name.
+
+    They are like the release's, with `config`'s sizes and a vocabulary of bytes and merges.
+
+    Args:
+      config: config.json's contents.
+      merges: the tokenizer's merges.
+      preprocessing: fields to set in preprocessor_config.json.
+    """
     return {
         "config.json": config,
         "generation_config.json": _generation_config(added_ids(BYTES + len(merges))),
@@ -213,7 +223,7 @@ def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def preprocessor_config() -> dict[str, Any]:
-    """preprocessor_config.json: the released one's settings."""
+    """Returns preprocessor_config.json with the release's settings."""
     return {
         "image_mean": [0.5, 0.5, 0.5],
         "image_processor_type": "MiniCPMV4_6ImageProcessor",

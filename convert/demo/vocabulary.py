@@ -1,8 +1,8 @@
-"""A small vocabulary: every byte, and the words of a closed set of texts as one token each.
+"""A small vocabulary: every byte, and one token for each word of a closed set of texts.
 
-The words are merged from their first letter on, a letter at a time, so the tokens are the beginnings of the words (a trie) and a
-text with other words falls into bytes where it leaves the trie. Printed capitals and digits are always single bytes, so that
-reading is spelling.
+A word is merged letter by letter from its first letter on, so the tokens are the prefixes of words (a trie).
+Other words fall into bytes where they leave the trie. Printed capitals and digits are always single bytes, so
+the model reads print letter by letter.
 """
 
 import dataclasses
@@ -18,30 +18,31 @@ from minicpmv46_jax import scenes
 
 TEMPLATE = Path(__file__).with_name("demo.jinja")
 BYTES = 256
-# Qwen2's: a word takes the character before it along, digits stand alone (transformers: models/qwen2, PRETOKENIZE_REGEX).
+# Qwen2's pattern: a word includes the character before it; each digit is its own piece (transformers:
+# models/qwen2, PRETOKENIZE_REGEX).
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD = re.compile(r"([^A-Za-z0-9][A-Z]?|[A-Z])[a-z]+| ?[^\sA-Za-z0-9]+")
-# Words with no sign or capital before them, which template and functions are made of. Their merges may cut into one another's,
-# so this order matters: a test holds each to one token.
+# Words of template and functions that have no sign or capital before them. The merges of one may split
+# another, so their order matters; a test checks that each is one token.
 BARE_WORDS = (
     "assistant system user string function parameters properties description object integer type name value "
     "shape colour count place text pick move save report tools"
 ).split()
-NUM_SCENES = 1000  # scenes whose texts are looked through
-MIN_COUNT = 3  # a word that comes so often is one token
+NUM_SCENES = 1000  # scenes whose texts are searched for words
+MIN_COUNT = 3  # occurrences from which a word becomes a token
 
 Merge = tuple[str, str]
 
 
 def bytes_to_unicode() -> list[str]:
-    """GPT-2's printable letter for each byte: itself where it prints, else one of those from 256 on."""
+    """Returns GPT-2's letter for each byte: the byte if it is printable, else a code point from 256 on."""
     prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(BYTES, 2 * BYTES))
     return [chr(byte if byte in prints else next(stand_ins)) for byte in range(BYTES)]
 
 
 def scene_words() -> list[str]:
-    """The words of the scenes' conversations that begin with a sign or capital; then the others."""
+    """Returns the conversations' frequent words that begin with a sign or capital, then `BARE_WORDS`."""
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     found: dict[str, int] = {}
     for text in _texts():
@@ -52,7 +53,7 @@ def scene_words() -> list[str]:
 
 
 def _texts() -> Iterable[str]:
-    """Each scene as one conversation about all its questions, and what announces the functions."""
+    """Yields each question's rendered conversation and tools, with line breaks for special tokens."""
     template = jinja2.Environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     even = dict.fromkeys(scenes.KINDS, 1.0)
     for seed in range(NUM_SCENES):
@@ -64,7 +65,7 @@ def _texts() -> Iterable[str]:
 
 
 def merges(words: Iterable[str]) -> list[Merge]:
-    """What spells the words: the beginnings of each, once; and a pair of line breaks."""
+    """Returns the merges that build every prefix of the words, each once, and a pair of line breaks."""
     letters = bytes_to_unicode()
     out: dict[Merge, None] = {}
     for word in words:

@@ -74,10 +74,10 @@ def test_both_configs_say_how_many_patches_make_a_token(folder):
 
 def test_a_lesson_teaches_the_answers_alone(folder):
     """Whatever the turns, the learned tokens spell the answers, and a thought where there is one, and nothing else."""
-    task = DataConfig(folder, SMALL, {"shapes": 0.5, "calls": 0.5}, count=12)
-    builder = drawing.ConversationBuilder(task)
+    data_config = DataConfig(folder, SMALL, {"shapes": 0.5, "calls": 0.5}, count=12)
+    builder = drawing.ConversationBuilder(data_config)
     for seed in range(12):
-        scene = scenes.draw(seed, mix=task.mix)
+        scene = scenes.draw(seed, mix=data_config.mix)
         for think in (False, True):
             turns = [turn for turn in scene.turns if turn.call is None][:2] + [turn for turn in scene.turns if turn.call][:1]
             example = builder.conversation(scene, turns, think)
@@ -88,12 +88,15 @@ def test_a_lesson_teaches_the_answers_alone(folder):
 
 
 def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
-    tasks = [DataConfig(folder, SMALL, {"shapes": 1.0}, first=i, step=2, count=4) for i in range(2)]
-    drawn = [[example.inputs.token_ids.tolist() for example in drawing.training_conversations(task)] for task in tasks]
+    data_configs = [DataConfig(folder, SMALL, {"shapes": 1.0}, first=i, step=2, count=4) for i in range(2)]
+    drawn = [
+        [example.inputs.token_ids.tolist() for example in drawing.training_conversations(data_config)]
+        for data_config in data_configs
+    ]
     assert [len(part) for part in drawn] == [4, 4] and not any(example in drawn[1] for example in drawn[0])
-    exam = list(drawing.eval_conversations(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=6)))
-    assert {group for group, _ in exam} <= {"what", "colour", "where", "count", "relation", "thinking"}
-    assert len(exam) == 6
+    eval_set = list(drawing.eval_conversations(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=6)))
+    assert {group for group, _ in eval_set} <= {"what", "colour", "where", "count", "relation", "thinking"}
+    assert len(eval_set) == 6
 
 
 def test_patches_begin_white(folder):
@@ -172,28 +175,28 @@ def test_training_begins_with_easy_scenes(folder):
 
 def test_scores_count_whole_answers(folder):
     """Marks made by hand: one conversation all right, one with a wrong token, the rest untouched."""
-    exam = train_demo.draw_eval_set(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=3))
-    batch, groups = exam[0]
+    eval_set = train_demo.draw_eval_set(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=3))
+    batch, groups = eval_set[0]
     weights, segments = batch.weights[0, 0], batch.segments[0, 0]
     right = np.ones(weights.shape, bool)
     wrong = np.argwhere((weights > 0) & (segments == 1))[0]
     right[tuple(wrong)] = False
     spoilt = groups[wrong[0]][0]
-    scores = train_demo.accuracy_by_group(lambda params, batch: right, {}, exam[:1])
-    asked = sum(row.count(spoilt) for row in groups)
-    assert scores[spoilt] == pytest.approx((asked - 1) / asked)
+    scores = train_demo.accuracy_by_group(lambda params, batch: right, {}, eval_set[:1])
+    totals = sum(row.count(spoilt) for row in groups)
+    assert scores[spoilt] == pytest.approx((totals - 1) / totals)
     assert all(accuracy_by_group == 1.0 for group, accuracy_by_group in scores.items() if group != spoilt)
 
 
 @pytest.mark.full
 def test_a_run_learns_exports_and_goes_on(tmp_path):
     """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
-    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"4x": SMALL}, steps=40, exam=4, dtype=jnp.float32)
+    settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"4x": SMALL}, steps=40, eval_scenes=4, dtype=jnp.float32)
     run = train_demo.Trainer(settings, tmp_path / "a")
-    scores = run.go()
+    scores = run.train()
     assert scores and (tmp_path / "a" / "model" / "model.safetensors").stat().st_size < 12e6
     log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert log[-2]["event"] == "trained"
     again = train_demo.Trainer(dataclasses.replace(settings, start=tmp_path / "a" / "model", steps=1), tmp_path / "b")
-    again.go()
+    again.train()
     assert (tmp_path / "b" / "model" / "config.json").read_text() == (tmp_path / "a" / "model" / "config.json").read_text()
