@@ -1,10 +1,16 @@
-"""The HTTP server: `python -m serve`; a chat on the terminal: `python -m serve.chat`; files of requests: `python -m serve.batch`;
-many conversations at once from Python: `serve.offline`.
+"""An inference server for MiniCPM-V 4.6 with the APIs of OpenAI and Anthropic.
 
-- __main__.py, flags.py: the command line. startup.py: platform, caches, checkpoint, first compilation. server.py: signals.
-- engine.py: the thread that batches; jobs.py: requests on their way to it and back; answer.py, work.py: one request.
-- scheduler.py, pages.py, prefix.py, features.py, sizes.py: what runs when and where; no jax. device.py, programs.py: all jax.
-- metrics.py: what it tells of itself. bench.py: a load client. constraints.py: answers that keep to a form.
-- media.py, addresses.py: what a request's URLs and paths may open. cutters.py: processes that open pictures. logs.py: the log.
-- parsers/: reasoning and tool calls out of a model's text. api/: the HTTP APIs; knows no jax. page/: the chat page.
+Commands: `python -m serve` (the server), `serve.chat` (a chat on the terminal), `serve.batch` (files of
+requests), `serve.bench` (a load client), `serve.table` (a suite of loads), `serve.autotuned` (bundles XLA's
+autotuning results). `serve.offline` runs many conversations at once from Python.
+
+- cli/: the commands, their options, and the service that they build from them.
+- runtime/: start of jax and of the engine, compiled programs and their caches, the log, the running server.
+- api/: the HTTP APIs; imports no jax. common/ has what all routes share, openai/ and anthropic/ each API's
+  objects.
+- engine/: the thread that batches requests. Scheduler, pages, caches and memory plan are free of jax; the
+  model runner, its programs and offloading hold all of it.
+- structured_output/: grammars of responses. parsers/: reasoning and tool calls in generated text.
+- multimodal/: fetching images and videos, rules for addresses, image worker processes.
+- web/: the chat page.
 """

@@ -1,4 +1,4 @@
-"""Many conversations at once, without HTTP.
+"""Offline inference over many conversations at once, without HTTP.
 
 from minicpmv46_jax import MiniCPMV
 from serve.offline import Offline
@@ -21,9 +21,9 @@ from serve.engine.engine import QueuePolicy
 from serve.engine.engine_client import EngineClient
 from serve.engine.memory_plan import EngineConfig
 from serve.runtime.cache_dir import cache_folder
-from serve.runtime.startup import MEMORY_FRACTION, Place, make_engine
+from serve.runtime.startup import MEMORY_FRACTION, DeviceConfig, make_engine
 
-AT_ONCE = 32  # conversations being prepared or answered; their pictures are in memory
+MAX_IN_FLIGHT = 32  # conversations being prepared or answered; their images are in memory
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -32,17 +32,18 @@ class Offline:
     """A model behind the server's engine. `close` it, or use it as a context manager.
 
     Args:
-      model: what answers.
-      engine: an engine over it; None makes one of the size that the device has room for.
+      model: the model that answers.
+      engine: an engine over it; None makes one as large as the device's memory allows.
     """
 
     def __init__(self, model: MiniCPMV, engine: EngineClient | None = None):
-        self._model, self._engine = model, engine or self._fitting(model)
+        self._model, self._engine = model, engine or self._make_engine(model)
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
 
     @staticmethod
-    def _fitting(model: MiniCPMV) -> EngineClient:
-        return make_engine(model, Place(jax.default_backend(), MEMORY_FRACTION, cache_folder()), EngineConfig(), QueuePolicy())
+    def _make_engine(model: MiniCPMV) -> EngineClient:
+        device_config = DeviceConfig(jax.default_backend(), MEMORY_FRACTION, cache_folder())
+        return make_engine(model, device_config, EngineConfig(), QueuePolicy())
 
     def __enter__(self) -> "Offline":
         return self
@@ -56,42 +57,42 @@ class Offline:
         self._engine.close()
 
     def chat(self, conversations: Iterable[Conversation], progress: bool = True, **options: Any) -> list[str]:
-        """The answers, in the conversations' order.
+        """Returns the answers in the order of the conversations.
 
         Args:
-          conversations: messages as `MiniCPMV.chat` takes them.
-          progress: draw a bar on a terminal.
-          **options: as `MiniCPMV.chat` takes them, for all.
+          conversations: lists of messages as `MiniCPMV.chat` takes them.
+          progress: whether to draw a progress bar on a terminal.
+          **options: options of `MiniCPMV.chat`, for all conversations.
 
         Raises:
-          ValueError: what is wrong with an option or a conversation, and with which.
+          ValueError: an option or a conversation is not valid; the message has the conversation's index.
         """
         try:
             return asyncio.run(self._chat(list(conversations), progress, options))
-        except ExceptionGroup as faults:
-            raise faults.exceptions[0] from None  # the others are those that it stopped
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None  # the other tasks were only cancelled
 
     async def _chat(self, conversations: list[Conversation], progress: bool, options: Mapping[str, Any]) -> list[str]:
-        places = asyncio.Semaphore(AT_ONCE)
+        in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
         with tqdm(total=len(conversations), unit="answer", disable=None if progress else True) as bar:
             async with asyncio.TaskGroup() as group:
                 answers = [
-                    group.create_task(self._answer(i, conversation, options, places, bar))
+                    group.create_task(self._answer(i, conversation, options, in_flight, bar))
                     for i, conversation in enumerate(conversations)
                 ]
         return [answer.result() for answer in answers]
 
     async def _answer(
-        self, index: int, conversation: Conversation, options: Mapping[str, Any], places: asyncio.Semaphore, bar: tqdm
+        self, index: int, conversation: Conversation, options: Mapping[str, Any], in_flight: asyncio.Semaphore, bar: tqdm
     ) -> str:
-        async with places:
-            job = self._engine.reserve()
+        async with in_flight:
+            handle = self._engine.reserve()
             try:
                 loop = asyncio.get_running_loop()
-                job.submit(*await loop.run_in_executor(self._pool, self._prepare, index, conversation, options))
-                text = "".join([delta.text async for delta in job.deltas()])
+                handle.submit(*await loop.run_in_executor(self._pool, self._prepare, index, conversation, options))
+                text = "".join([delta.text async for delta in handle.deltas()])
             finally:
-                job.close()
+                handle.close()
         bar.update()
         return text
 

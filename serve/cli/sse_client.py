@@ -1,17 +1,17 @@
-"""Reading a stream of server-sent events.
+"""Reads the lines of a stream of server-sent events.
 
-They end their lines with a line feed; httpx's own lines end at every character that Unicode calls the end of one, and an answer's
-JSON may hold such.
+Events end their lines with a line feed. httpx's `iter_lines` also splits at other Unicode line ends, which
+the JSON of an answer may contain.
 """
 
 
-class Lines:
-    """Puts a stream's pieces together to lines."""
+class SSELineReader:
+    """Joins the chunks of a stream into lines."""
 
     def __init__(self):
         self._rest = b""
 
-    def take(self, piece: bytes) -> list[str]:
-        """The lines that a piece completes, without their ends."""
-        *whole, self._rest = (self._rest + piece).split(b"\n")
-        return [line.decode().removesuffix("\r") for line in whole]
+    def feed(self, chunk: bytes) -> list[str]:
+        """Returns the lines that a chunk completes, without their line ends."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        return [line.decode().removesuffix("\r") for line in lines]

@@ -1,8 +1,9 @@
-"""Processes that open pictures and videos and cut them, so that the server's threads need not wait for the GIL meanwhile.
+"""Worker processes that decode, resize and slice images and videos outside of the server's GIL.
 
-Decoding and resizing let go of it, but between them a photograph of 1280 x 720 is copied six times while it is held, which
-is as long as a step of the engine takes. What goes to a process and what comes back passes through memory that both see (memfd,
-Linux): a pipe takes 64 KB at a time, and the GIL for each. A decoder that crashes takes its process along, and not the server.
+Decoding and resizing release the GIL. Between them an image is copied several times while the GIL is held,
+and a photograph's copies take as long as an engine step. Media and pixels pass through shared memory (memfd,
+Linux), because a pipe takes 64 KB at a time and the GIL for each. A decoder that crashes ends its worker
+process, not the server.
 """
 
 import contextlib
@@ -24,105 +25,112 @@ from minicpmv46_jax.processing.media_job import MediaJob, process_media
 
 log = logging.getLogger("serve")
 
-MOST = 8  # processes; one photograph takes some 40 ms
+MAX_WORKERS = 8  # one photograph takes some 40 ms
 
 Grid = tuple[int, int]
-Layout = list[tuple[Grid, list[tuple[Grid, tuple[int, int]]]]]
-"""Of each cut its grid, and of its crops each one's grid and the shape of its pixels, in the order in which they lie."""
+PixelShapes = list[tuple[Grid, list[tuple[Grid, tuple[int, int]]]]]
+"""Grid of each image, and grid and pixel shape of each of its slices, in the order of the shared memory."""
 
 
-def processes_for(accelerator: bool) -> int:
-    """How many are worth their memory, 100 MB each: half the cores beside an accelerator, none beside a model on the CPU."""
+def default_workers(accelerator: bool) -> int:
+    """Returns half the CPU cores beside an accelerator, and 0 beside a model that runs on the CPU.
+
+    A worker takes about 100 MB of memory.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST, cores // 2) if accelerator and hasattr(os, "memfd_create") else 0
+    return min(MAX_WORKERS, cores // 2) if accelerator and hasattr(os, "memfd_create") else 0
 
 
 class ImageWorkerPool:
-    """A `processing.cutting.MediaWorker` of so many processes; started now, they are ready in about a second. `close` them.
+    """A `processing.media_job.MediaWorker` that runs jobs in worker processes. `close` it.
 
-    Raises ValueError where the platform has no memory that processes share without a name.
+    The processes start at once and are ready after about a second.
+
+    Raises ValueError on platforms without anonymous shared memory.
     """
 
-    def __init__(self, processes: int):
+    def __init__(self, num_workers: int):
         if not hasattr(os, "memfd_create"):
-            raise ValueError(f"--picture-processes is {processes}, which needs Linux; 0 prepares them in the server's threads")
-        self._processes = processes
-        self._changing = threading.Lock()
-        self._pool = self._started()
+            raise ValueError(
+                f"--picture-processes is {num_workers}, which needs Linux; 0 prepares images in the server's threads"
+            )
+        self._num_workers = num_workers
+        self._restart_lock = threading.Lock()
+        self._pool = self._start_pool()
 
-    def __call__(self, cutting: MediaJob) -> tuple[SlicedImage, ...]:
-        """Waits for one of the processes to do it."""
-        if not isinstance(cutting.source, (str, bytes, bytearray, Path)):
-            return process_media(cutting)  # decoded already
+    def __call__(self, job: MediaJob) -> tuple[SlicedImage, ...]:
+        """Runs a job in a worker process and waits for its result."""
+        if not isinstance(job.source, (str, bytes, bytearray, Path)):
+            return process_media(job)  # decoded already
         pool = self._pool
         try:
-            return _cut_in(pool, cutting)
+            return _process_in_pool(pool, job)
         except BrokenProcessPool:
-            log.warning("a process that prepared pictures has ended; all of them are started anew")
-            with self._changing:
+            log.warning("an image worker process has died; the pool restarts")
+            with self._restart_lock:
                 if self._pool is pool:
-                    self._pool = self._started()
-        return _cut_in(self._pool, cutting)  # once more: it need not have been this picture
+                    self._pool = self._start_pool()
+        return _process_in_pool(self._pool, job)  # retries once: another image may have crashed the worker
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the worker processes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _started(self) -> ProcessPoolExecutor:
-        pool = ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"), initializer=_begin)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as it will be in them: Ctrl-C is for the server
+    def _start_pool(self) -> ProcessPoolExecutor:
+        pool = ProcessPoolExecutor(self._num_workers, multiprocessing.get_context("spawn"), initializer=_init_worker)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for the server
         try:
-            for _ in range(self._processes):
-                pool.submit(int)  # each starts a process
+            for _ in range(self._num_workers):
+                pool.submit(int)  # each submission starts a process
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pool
 
 
-def _cut_in(pool: ProcessPoolExecutor, cutting: MediaJob) -> tuple[SlicedImage, ...]:
-    source = cutting.source
+def _process_in_pool(pool: ProcessPoolExecutor, job: MediaJob) -> tuple[SlicedImage, ...]:
+    source = job.source
     with contextlib.ExitStack() as cleanup:
-        shared = os.memfd_create("picture")
+        shared = os.memfd_create("image")
         cleanup.callback(os.close, shared)
         if not isinstance(source, Path):
-            _write(shared, source.encode() if isinstance(source, str) else source)
-            cutting = dataclasses.replace(cutting, source=type(source)())
-        layout = pool.submit(_work, cutting, f"/proc/{os.getpid()}/fd/{shared}").result()
-        pixels = _read(shared)  # a mapping would keep a descriptor for as long as a picture waits
-    return tuple(_taken_apart(layout, pixels))
+            _write_all(shared, source.encode() if isinstance(source, str) else source)
+            job = dataclasses.replace(job, source=type(source)())
+        shapes = pool.submit(_process_in_worker, job, f"/proc/{os.getpid()}/fd/{shared}").result()
+        pixels = _read_all(shared)  # a copy, because a mapping would hold a descriptor while the image waits
+    return tuple(_unpack_images(shapes, pixels))
 
 
-def _taken_apart(layout: Layout, pixels: np.ndarray) -> Iterator[SlicedImage]:
-    at = 0
-    for grid, crops in layout:
-        made = []
-        for own, (rows, columns) in crops:
-            made.append(ImageSlice(pixels[at : at + rows * columns].reshape(rows, columns), own))
-            at += rows * columns
-        yield SlicedImage(tuple(made), grid)
+def _unpack_images(shapes: PixelShapes, pixels: np.ndarray) -> Iterator[SlicedImage]:
+    offset = 0
+    for grid, slice_shapes in shapes:
+        slices = []
+        for slice_grid, (rows, columns) in slice_shapes:
+            slices.append(ImageSlice(pixels[offset : offset + rows * columns].reshape(rows, columns), slice_grid))
+            offset += rows * columns
+        yield SlicedImage(tuple(slices), grid)
 
 
-def _work(cutting: MediaJob, shared: str) -> Layout:
-    """In the process: from what lies in the shared memory to what is to lie there."""
+def _process_in_worker(job: MediaJob, shared: str) -> PixelShapes:
+    """Replaces the media in the shared memory by the pixels of its slices, and returns their shapes."""
     with open(shared, "r+b", buffering=0) as file:
-        if not isinstance(cutting.source, Path):
+        if not isinstance(job.source, Path):
             data = file.read()
-            cutting = dataclasses.replace(cutting, source=data.decode() if isinstance(cutting.source, str) else data)
-        cuts = process_media(cutting)
+            job = dataclasses.replace(job, source=data.decode() if isinstance(job.source, str) else data)
+        images = process_media(job)
         file.truncate(0)
         file.seek(0)
-        for crop in (crop for cut in cuts for crop in cut.slices):
-            _write(file.fileno(), crop.pixels)
-    return [(cut.grid, [(crop.grid, crop.pixels.shape) for crop in cut.slices]) for cut in cuts]
+        for slice_ in (slice_ for image in images for slice_ in image.slices):
+            _write_all(file.fileno(), slice_.pixels)
+    return [(image.grid, [(slice_.grid, slice_.pixels.shape) for slice_ in image.slices]) for image in images]
 
 
-def _write(file: int, data: bytes | bytearray | np.ndarray) -> None:
+def _write_all(file: int, data: bytes | bytearray | np.ndarray) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(file, rest) :]
 
 
-def _read(file: int) -> np.ndarray:
+def _read_all(file: int) -> np.ndarray:
     content = np.empty(os.fstat(file).st_size, np.uint8)
     rest = memoryview(content)
     while rest:
@@ -130,11 +138,11 @@ def _read(file: int) -> np.ndarray:
     return content
 
 
-def _begin() -> None:
-    """In each process, first: it ends with the server, even if that is killed."""
+def _init_worker() -> None:
+    """Makes a worker process end with the server, even if the server is killed."""
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

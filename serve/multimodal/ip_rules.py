@@ -1,7 +1,8 @@
-"""Which addresses a URL in a request may lead to: the internet's, and no others unless allowed.
+"""Rules for the IP addresses that URLs in requests may reach: public ones, and networks that a flag allows.
 
-An address is judged as a number, after the host's name (or 2130706433, 0x7f.1, ...) has been resolved, and what is judged is what
-is connected to. IPv6 has several ways to say an IPv4 address: those in use are judged as what they stand for, others refused.
+Addresses are checked as numbers, after the host name (or 2130706433, 0x7f.1, ...) has been resolved. The
+connection then goes to the checked address. IPv6 can express IPv4 addresses in several ways: those in use are
+checked as their IPv4 address, and the others are refused.
 """
 
 import asyncio
@@ -11,26 +12,26 @@ from collections.abc import Awaitable, Callable, Iterable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Resolve = Callable[[str, int], Awaitable[list[str]]]
-"""From a host and a port to addresses. Raises OSError."""
+Resolver = Callable[[str, int], Awaitable[list[str]]]
+"""Maps a host and a port to addresses. Raises OSError."""
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # how an IPv6-only network reaches IPv4 addresses (RFC 6052)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv6-only networks reach IPv4 addresses through it (RFC 6052)
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The system's answer."""
+    """Returns a host's addresses from the system's resolver, without duplicates. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(entry[4][0] for entry in found))
 
 
-def allowed(address: str, networks: Iterable[Network]) -> bool:
-    """Whether an address is the internet's, or in one of the networks that are allowed besides."""
-    target = _target(ipaddress.ip_address(address.partition("%")[0]))
-    return _public(target) or any(target in network for network in networks)
+def is_allowed(address: str, networks: Iterable[Network]) -> bool:
+    """Returns whether an address is public, or lies in one of the allowed networks."""
+    target = _effective_address(ipaddress.ip_address(address.partition("%")[0]))
+    return _is_public(target) or any(target in network for network in networks)
 
 
-def _target(address: Address) -> Address:
-    """What a connection reaches: the IPv4 address where an IPv6 one stands for it."""
+def _effective_address(address: Address) -> Address:
+    """Returns the IPv4 address that an IPv6 address stands for, or the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         if address in _NAT64:
             return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
@@ -38,9 +39,9 @@ def _target(address: Address) -> Address:
     return address
 
 
-def _public(address: Address) -> bool:
+def _is_public(address: Address) -> bool:
     if address.is_multicast or address.is_reserved or not address.is_global:
         return False
-    # Retired kinds of IPv6 that no site uses: site-local ones, and tunnels, which end at an IPv4 address of the client's choice.
+    # Retired kinds: site-local addresses, and tunnels, which end at an IPv4 address of the client's choice.
     retired = ("is_site_local", "sixtofour", "teredo")
     return not any(getattr(address, kind, None) for kind in retired)

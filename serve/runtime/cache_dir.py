@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """This project's folder among the user's caches, made if need be."""
+    """Returns this project's folder among the user's caches, and creates it if it is missing."""
     folder = _user_caches() / "minicpmv46-jax"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _user_caches() -> Path:
-    """$XDG_CACHE_HOME (if absolute, as its specification asks), else where the platform keeps caches."""
+    """Returns $XDG_CACHE_HOME if it is absolute, as its specification demands, else the platform's folder."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(chosen):
         return Path(chosen)

@@ -1,4 +1,4 @@
-"""The log, on stderr: lines to read, or a JSON object a line for machines."""
+"""The server's log on stderr: plain lines, or one JSON object a line."""
 
 import json
 import logging
@@ -7,10 +7,10 @@ FORMATS = ("text", "json")
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level and message, and whatever fields the line has."""
+    """A formatter that writes time, level and message, or a record's own fields, as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One object on one line."""
+        """Returns one JSON object on one line."""
         line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
         fields = getattr(record, "fields", None)
         line |= {"message": record.getMessage()} if fields is None else fields
@@ -19,11 +19,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def configure(format_: str = "text") -> None:
-    """Our lines and uvicorn's; apart from the root logger, which libraries set up as they please."""
+def configure(log_format: str = "text") -> None:
+    """Configures the loggers of this package and of uvicorn, and leaves the root logger to libraries."""
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if format_ == "json" else plain)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else plain)
     for name, level in (("serve", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -1,4 +1,4 @@
-"""From a service and a socket to answers, until a signal."""
+"""Runs a service on a socket until a signal, and then lets running requests finish."""
 
 import asyncio
 import dataclasses
@@ -11,16 +11,16 @@ import uvicorn
 from serve.api import Service, create_app
 from serve.runtime import logs
 
-DRAIN_S = 20  # what a stopping server gives the answers under way; a second Ctrl-C gives them none
-CUT_OFF_S = 25  # after which clients that do not read are cut off
-KEEP_ALIVE_S = 75  # that an idle connection stays open: longer than clients keep theirs, or they send into one that closes
-# The engine's thread asks for the GIL some ten times a step. At Python's 5 ms it waited longer for the loop's thread, which turns
-# tokens into events, than its step took.
-SWITCH_S = 0.0005
+DRAIN_S = 20  # for running requests after a signal; a second Ctrl-C ends them at once
+DISCONNECT_S = 25  # after a signal, when clients that do not read are disconnected
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections, else a client may send into one that closes
+# The engine's thread needs the GIL some ten times a step. At Python's default of 5 ms it waited longer for
+# the event loop's thread, which turns tokens into events, than its step took.
+SWITCH_INTERVAL_S = 0.0005
 
 
 @dataclasses.dataclass(frozen=True)
-class Tls:
+class TlsConfig:
     """A certificate and its key, as files in PEM form."""
 
     ssl_certfile: str
@@ -29,16 +29,20 @@ class Tls:
 
 
 class Server(uvicorn.Server):
-    """Says when it takes connections; once stopped, ends what lasts longer than DRAIN_S in words instead of cutting it off."""
+    """A uvicorn server that prints a line once it accepts connections.
 
-    def __init__(self, service: Service, tls: Tls | None = None):
+    After a stop it aborts the requests that take longer than DRAIN_S with an error, before their connections
+    are closed.
+    """
+
+    def __init__(self, service: Service, tls: TlsConfig | None = None):
         self._service, self._scheme = service, "http" if tls is None else "https"
         super().__init__(
             uvicorn.Config(
                 create_app(service),
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=CUT_OFF_S,
+                timeout_graceful_shutdown=DISCONNECT_S,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 **({} if tls is None else dataclasses.asdict(tls)),
             )
@@ -46,30 +50,30 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for listening in sockets or ():
-            print(f'ready: {address(listening, self._scheme)}/v1 serves "{self._service.name}"', flush=True)
+        for listener in sockets or ():
+            print(f'ready: {socket_url(listener, self._scheme)}/v1 serves "{self._service.name}"', flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(DRAIN_S, self._service.engine.stop)
         await super().shutdown(sockets)
 
 
-def run(service: Service, listening: socket.socket, tls: Tls | None = None, log_format: str = "text") -> None:
-    """Serves until SIGINT or SIGTERM; gives the answers under way a moment to end."""
+def run(service: Service, listener: socket.socket, tls: TlsConfig | None = None, log_format: str = "text") -> None:
+    """Serves until SIGINT or SIGTERM, and gives running requests DRAIN_S to finish."""
     logs.configure(log_format)
-    sys.setswitchinterval(SWITCH_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
-    gc.freeze()  # what the start has made: to look through it all again would take 0.2 s, in the middle of everybody's answers
+    gc.freeze()  # else a collection would scan the start's objects again and stall all streams for 0.2 s
     try:
-        Server(service, tls).run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn, once stopped, raises the signal anew
+        Server(service, tls).run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn raises the signal again once it has stopped
         pass
     finally:
         service.close()
     print("stopped", file=sys.stderr)
 
 
-def address(listening: socket.socket, scheme: str = "http") -> str:
-    """A socket's, as a URL."""
-    host, port = listening.getsockname()[:2]
+def socket_url(listener: socket.socket, scheme: str = "http") -> str:
+    """Returns a listening socket's address as a URL."""
+    host, port = listener.getsockname()[:2]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -1,6 +1,7 @@
-"""From flags to a model that answers: platform, caches, checkpoint, first compilation.
+"""Starts jax on a platform, loads a checkpoint and compiles the engine's programs.
 
-Nothing here is imported before the command line has been read, and jax is told its platform before it looks for devices.
+The command line imports this module only after it has read its arguments, so jax gets its platform before it
+looks for devices.
 """
 
 import contextlib
@@ -22,33 +23,33 @@ from serve.engine.engine import Engine, QueuePolicy
 from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, EngineConfig, plan_memory, working_bytes
 from serve.engine.model_runner import ModelRunner
 from serve.engine.page_pool import PAGE
-from serve.runtime import xla_autotune_cache as autotuned
+from serve.runtime import xla_autotune_cache
 from serve.runtime.program_cache import ProgramStore
 
 MEMORY_FRACTION = 0.9  # of a device's memory
-CPU_MEMORY = 2 * 2**30  # bytes for the state of conversations on a CPU, whose memory is others' too
+CPU_STATE_BYTES = 2 * 2**30  # for the state of requests on a CPU, because other programs use its memory too
 DEMO_NAME = "minicpm-v-4.6-demo"
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and what jax calls them
-_INSTALL = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # flags, and jax's names for them
+_INSTALL_HINTS = {name: f'; where there is one, pip install "minicpmv46-jax[{name}]"' for name in ("gpu", "tpu")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where an engine runs.
+class DeviceConfig:
+    """The device that an engine runs on.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu", of jax's first device.
-      fraction: of that device's memory, to be taken.
-      cache: the folder in which compiled programs outlast the process.
+      memory_fraction: share of that device's memory to use.
+      cache_folder: the folder in which compiled programs outlast the process.
     """
 
     platform: str
-    fraction: float
-    cache: Path
+    memory_fraction: float
+    cache_folder: Path
 
 
-def choose_platform(wanted: str | None, memory_fraction: float = MEMORY_FRACTION) -> str:
-    """Starts jax on the platform of that flag, or on what jax finds; a GPU's memory is taken to that fraction at once.
+def choose_platform(platform: str | None, memory_fraction: float = MEMORY_FRACTION) -> str:
+    """Starts jax on a platform, or on the one that jax finds. A GPU's share of memory is reserved at once.
 
     Returns:
       "cpu", "gpu" or "tpu".
@@ -56,125 +57,144 @@ def choose_platform(wanted: str | None, memory_fraction: float = MEMORY_FRACTION
     Raises:
       ValueError: there is no such device, or this installation of jax cannot use it.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))  # the only way to tell XLA
-    if wanted is not None:
-        jax.config.update("jax_platforms", PLATFORMS[wanted])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))  # XLA reads it from nowhere else
+    if platform is not None:
+        jax.config.update("jax_platforms", PLATFORMS[platform])
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter from jax 0.10 where no plugin for the platform is installed
-        if wanted is None:
+    except (RuntimeError, AssertionError) as error:  # AssertionError: jax 0.10 where the platform's plugin is not installed
+        if platform is None:
             raise ValueError(f"jax finds no device: {' '.join(str(error).split())}") from None
-        raise ValueError(_missing(wanted)) from None
+        raise ValueError(_missing_platform(platform)) from None
     return jax.default_backend()
 
 
-def _missing(wanted: str) -> str:
+def _missing_platform(platform: str) -> str:
     jax.config.update("jax_platforms", None)
     try:
         found = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     except RuntimeError:
         found = "no device at all"
-    return f"--{wanted}: jax finds no {wanted.upper()} here, it found: {found}{_INSTALL.get(wanted, '')}"
+    return f"--{platform}: jax finds no {platform.upper()} here, it found: {found}{_INSTALL_HINTS.get(platform, '')}"
 
 
-def keep_compilations(place: Place) -> None:
-    """Has jax keep what it compiles for a CPU for the next start, unless the user has told jax a place of their own.
+def enable_compilation_cache(device_config: DeviceConfig) -> None:
+    """Turns on jax's own compilation cache on a CPU, unless the user has configured one.
 
-    For other devices the engine keeps its programs whole (`programs.ProgramStore`), and jax would keep each once more.
+    On other devices `program_cache.ProgramStore` stores whole programs, and jax would store each a second
+    time.
     """
-    if place.platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(place.cache / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # 1.0 leaves out most of a small model's
+    if device_config.platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(device_config.cache_folder / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # the default 1.0 skips most of a small model's
 
 
-def start(loading: ModelLoader, place: Place, wishes: EngineConfig, policy: QueuePolicy) -> tuple[MiniCPMV, Engine]:
-    """A checkpoint on the device, and an engine over it: its steps are compiled while its parameters are loaded.
+def load_engine(
+    loader: ModelLoader, device_config: DeviceConfig, engine_config: EngineConfig, policy: QueuePolicy
+) -> tuple[MiniCPMV, Engine]:
+    """Loads a checkpoint onto the device and makes an engine over it.
+
+    Programs are compiled while parameters are loaded.
 
     Args:
-      loading: what is served, its dtype given.
-      place: where.
-      wishes: how much, clamped to what fits.
-      policy: of the engine's queue.
+      loader: the checkpoint that is being read, its dtype given.
+      device_config: the device.
+      engine_config: the requested sizes, clamped to the device's memory.
+      policy: limits of the engine's queue.
 
-    Raises ValueError for what is wrong with the checkpoint, or if the device has no room for it.
+    Raises:
+      ValueError: the checkpoint is damaged, or the device has too little memory for it.
     """
-    source, dtype = loading.source, loading.dtype
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), parameter_shapes(loading.config))
-    memory = free_memory(place)
-    if place.platform != "cpu":
+    source, dtype = loader.source, loader.dtype
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), parameter_shapes(loader.config))
+    memory = free_memory(device_config)
+    if device_config.platform != "cpu":
         needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         if needed >= memory:
             sizes = f"{needed / GIB:.2f} GiB in {dtype}, and {jax.devices()[0]} has {memory / GIB:.2f} GiB free"
             raise ValueError(f"the parameters of {source} take {sizes}; bfloat16 needs half of float32")
         memory -= needed
-    device = _device(loading.config, shapes, place, memory, wishes)
-    with step(f"loading {source} in {dtype}, compiling (kept for the next start)") as told, _fitting():
-        device.compile(show=True, check=loading.check)
-        told("compiled")
-        model = loading.model()
-        device.load(jax.block_until_ready(model.params))
-    return model, Engine(model, device, policy)
+    runner = _make_runner(loader.config, shapes, device_config, memory, engine_config)
+    with timed(f"loading {source} in {dtype}, compiling (kept for the next start)") as add_part, _explain_out_of_memory():
+        runner.compile(show=True, check=loader.check)
+        add_part("compiled")
+        model = loader.model()
+        runner.load(jax.block_until_ready(model.params))
+    return model, Engine(model, runner, policy)
 
 
-def make_engine(model: MiniCPMV, place: Place, wishes: EngineConfig, policy: QueuePolicy) -> Engine:
-    """An engine over a model that is loaded, every step compiled or found on disk. Raises ValueError as `start`."""
-    device = _device(model.config, model.params, place, free_memory(place), wishes)
-    with step("compiling (kept for the next start)"), _fitting():
-        device.compile(show=True)
-        device.load(model.params)
-    return Engine(model, device, policy)
+def make_engine(model: MiniCPMV, device_config: DeviceConfig, engine_config: EngineConfig, policy: QueuePolicy) -> Engine:
+    """Makes an engine over a loaded model, its programs compiled or read from disk.
+
+    Raises ValueError if the device has too little memory.
+    """
+    runner = _make_runner(model.config, model.params, device_config, free_memory(device_config), engine_config)
+    with timed("compiling (kept for the next start)"), _explain_out_of_memory():
+        runner.compile(show=True)
+        runner.load(model.params)
+    return Engine(model, runner, policy)
 
 
-def _device(config: ModelConfig, shapes: Params, place: Place, memory: int, wishes: EngineConfig) -> ModelRunner:
-    """Steps of the size that fits into so many bytes beside the parameters."""
-    cpu = place.platform == "cpu"
+def _make_runner(
+    config: ModelConfig, shapes: Params, device_config: DeviceConfig, memory: int, engine_config: EngineConfig
+) -> ModelRunner:
+    """Makes a model runner with sizes that fit into `memory` bytes, and prints the sizes."""
+    cpu = device_config.platform == "cpu"
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
     itemsize = shapes["text"]["embed"]["weight"].dtype.itemsize
     memory -= 0 if cpu else working_bytes(config.vision, buckets)
-    sizes, lines = plan_memory(config.text, itemsize, memory, wishes, buckets, default)
+    sizes, lines = plan_memory(config.text, itemsize, memory, engine_config, buckets, default)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     print(
-        f"room for {sizes.running} answers at once, {sizes.pages * PAGE} tokens of context in all, {sizes.longest} in one, "
-        f"{sizes.snapshots} prefixes, features of {sizes.features} picture tokens",
+        f"room for {sizes.running} running requests, {sizes.pages * PAGE} tokens of context in all, {sizes.longest} in one, "
+        f"{sizes.snapshots} cached prefixes, features of {sizes.features} image tokens",
         file=sys.stderr,
     )
-    return ModelRunner(config, shapes, sizes, store=None if cpu else _store(place, config, sizes, itemsize))
+    return ModelRunner(config, shapes, sizes, store=None if cpu else _program_store(device_config, config, sizes, itemsize))
 
 
-def _store(place: Place, *depends: Any) -> ProgramStore:
-    """Not for a CPU: what was compiled for one may be run on another with fewer instructions, and home folders are shared."""
-    options = autotuned.compiler_options(place.cache / autotuned.FOLDER) if place.platform == "gpu" else None
-    return ProgramStore(place.cache / "programs", *depends, options=options)
+def _program_store(device_config: DeviceConfig, *depends: Any) -> ProgramStore:
+    """Returns a store for programs of a GPU or TPU.
+
+    CPU programs are not stored: home folders are shared, and another CPU may lack instructions that a program
+    uses.
+    """
+    autotune_folder = device_config.cache_folder / xla_autotune_cache.FOLDER
+    options = xla_autotune_cache.compiler_options(autotune_folder) if device_config.platform == "gpu" else None
+    return ProgramStore(device_config.cache_folder / "programs", *depends, options=options)
 
 
-def free_memory(place: Place) -> int:
-    """Bytes for parameters to come and the state of conversations: the device's memory, to that fraction, less what is in use.
+def free_memory(device_config: DeviceConfig) -> int:
+    """Returns the bytes that are free for parameters and request state within the device's share of memory.
 
-    On a CPU CPU_MEMORY, for state alone.
+    On a CPU it returns CPU_STATE_BYTES, for request state alone.
     """
     statistics = jax.devices()[0].memory_stats()
-    if place.platform == "cpu" or statistics is None:
-        return CPU_MEMORY
-    whole = statistics["bytes_limit"]  # on a GPU the fraction that XLA was given, see `choose_platform`
-    return int(whole if place.platform == "gpu" else whole * place.fraction) - statistics["bytes_in_use"]
+    if device_config.platform == "cpu" or statistics is None:
+        return CPU_STATE_BYTES
+    limit = statistics["bytes_limit"]  # on a GPU already the fraction that `choose_platform` gave to XLA
+    return int(limit if device_config.platform == "gpu" else limit * device_config.memory_fraction) - statistics["bytes_in_use"]
 
 
 @contextlib.contextmanager
-def _fitting() -> Iterator[None]:
-    """A model too large for the device is the user's to solve, in one line; any other fault of jax is not."""
+def _explain_out_of_memory() -> Iterator[None]:
+    """Turns jax's out-of-memory error into a ValueError of one line, and passes every other error on."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        where = jax.devices()[0]
-        raise ValueError(f"the model does not fit in the free memory of {where}; bfloat16 needs half of float32") from error
+        device = jax.devices()[0]
+        raise ValueError(f"the model does not fit in the free memory of {device}; bfloat16 needs half of float32") from error
 
 
 @contextlib.contextmanager
-def step(what: str) -> Iterator[Callable[[str], None]]:
-    """Says what goes on, and how long it took; the function given says after how long some part was done."""
-    print(f"{what} ...", end=" ", file=sys.stderr, flush=True)
+def timed(title: str) -> Iterator[Callable[[str], None]]:
+    """Prints a title and then the seconds that the block took.
+
+    The function that it yields adds the time at which a part was done.
+    """
+    print(f"{title} ...", end=" ", file=sys.stderr, flush=True)
     start, parts = time.monotonic(), []
     try:
         yield lambda part: parts.append(f" ({part} after {time.monotonic() - start:.1f})")

@@ -1,8 +1,9 @@
-"""The chat page: plain files, put together into one at start, that loads nothing from anywhere else.
+"""The chat page: static files, joined into one HTML page at start, which loads nothing from other hosts.
 
-- index.html: what there is; style.css: how it looks.
-- markdown.js: an answer as elements; media.js: pictures and videos, what they cost; talk.js: the stream; keep.js: what outlasts a
-  reload; page.js: all else.
+- index.html: the elements; style.css: their look.
+- markdown.js: rendering of answers; media.js: images and videos with their token counts; api.js: streams from
+  the server; storage.js: settings and messages that outlast a reload; app.js: the conversation and all
+  events.
 """
 
 import base64
@@ -11,12 +12,12 @@ import hashlib
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("markdown.js", "media.js", "talk.js", "keep.js", "page.js")
+_SCRIPTS = ("markdown.js", "media.js", "api.js", "storage.js", "app.js")
 
 
 @functools.cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page, and headers under which a browser runs its own script and no other."""
+    """Returns the page's HTML, and headers that let a browser run the page's own script and no other."""
     style = _read("style.css")
     script = "\n".join(map(_read, _SCRIPTS))
     html = _read("index.html")

@@ -1,5 +1,5 @@
 "use strict";
-// An answer as elements. What a model writes becomes text nodes only, never markup: nothing in it can run.
+// Renders answers as elements. Generated text becomes text nodes only, never markup, so nothing in it can run.
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -59,7 +59,7 @@ async function copyText(text, button) {
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
-  } catch { // browsers keep the clipboard from pages that are not served over https or from this machine
+  } catch { // browsers allow the clipboard only to pages served over https or from this machine
     button.textContent = "Not allowed";
   }
   setTimeout(() => { button.textContent = before; }, 1200);

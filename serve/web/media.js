@@ -1,5 +1,5 @@
 "use strict";
-// Pictures and videos: read from files, shown with the lines along which they are cut, and with what they cost.
+// Images and videos: read from files, and shown with their slice grid and their number of tokens.
 
 function readFile(file) {
   return new Promise((resolve, reject) => {
@@ -21,13 +21,13 @@ function mediaPart(medium) {
 }
 
 function figure(medium, onRemove) {
-  const shown = medium.kind === "image"
+  const preview = medium.kind === "image"
     ? element("img", { src: medium.url, alt: medium.name })
     : element("video", { src: medium.url, muted: true, controls: true, preload: "metadata" });
-  const cut = element("div", { className: "cut" }, shown);
+  const sliced = element("div", { className: "sliced" }, preview);
   const caption = element("figcaption", { textContent: medium.cost ? costText(medium.cost) : medium.name });
-  const made = element("figure", {}, cut, caption);
-  if (medium.cost && medium.kind === "image") drawCut(cut, medium.cost.grid);
+  const made = element("figure", {}, sliced, caption);
+  if (medium.cost && medium.kind === "image") drawSliceGrid(sliced, medium.cost.grid);
   if (onRemove) {
     const label = `Remove ${medium.name}`;
     made.append(element("button", { type: "button", textContent: "✕", title: label, ariaLabel: label, onclick: onRemove }));
@@ -35,28 +35,29 @@ function figure(medium, onRemove) {
   return made;
 }
 
-function drawCut(over, [rows, columns]) {
-  for (let i = 1; i < rows; i++) over.append(line("across", "top", i / rows));
-  for (let i = 1; i < columns; i++) over.append(line("down", "left", i / columns));
+function drawSliceGrid(over, [rows, columns]) {
+  for (let i = 1; i < rows; i++) over.append(gridLine("across", "top", i / rows));
+  for (let i = 1; i < columns; i++) over.append(gridLine("down", "left", i / columns));
 }
 
-function line(kind, side, share) {
-  const made = element("i", { className: kind });
+function gridLine(direction, side, share) {
+  const made = element("i", { className: direction });
   made.style[side] = `${100 * share}%`;
   return made;
 }
 
 function costText(cost) {
   const tokens = `${cost.tokens.toLocaleString("en")} tokens`;
-  if (cost.type === "video") return `${cost.pictures} pictures, ${tokens}`;
+  if (cost.type === "video") return `${cost.pictures} images, ${tokens}`;
   const [rows, columns] = cost.grid;
-  return rows ? `${rows} × ${columns} slices, ${tokens}` : `whole, ${tokens}`;
+  return rows ? `${rows} × ${columns} slices, ${tokens}` : `not sliced, ${tokens}`;
 }
 
-// What the server makes of one medium with the present settings; null where it refuses (sending will say why).
-async function costOf(medium, options, headers) {
+// Returns the slices and tokens of one image or video under the present settings.
+// Returns null if the server refuses it, because sending will show the reason.
+async function fetchCost(medium, options, headers) {
   const messages = [{ role: "user", content: [mediaPart(medium)] }];
   const body = JSON.stringify({ messages, mm_processor_kwargs: options });
-  const answer = await fetch("tokenize", { method: "POST", headers, body });
-  return answer.ok ? (await answer.json()).media[0] : null;
+  const response = await fetch("tokenize", { method: "POST", headers, body });
+  return response.ok ? (await response.json()).media[0] : null;
 }

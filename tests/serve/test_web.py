@@ -117,7 +117,7 @@ def test_an_image_a_stream_a_stop_a_retry_a_reload(page, model, photo, demo):
     expect(page.get_by_role("button", name="Send")).to_be_hidden()
     shot(page, "streaming")
     page.keyboard.press("Escape")
-    expect(page.locator(".under")).to_contain_text("stopped")
+    expect(page.locator(".message-footer")).to_contain_text("stopped")
     expect(page.locator(".assistant .text")).to_have_text("It is")
 
     model.gate.release(10_000)
@@ -126,7 +126,7 @@ def test_an_image_a_stream_a_stop_a_retry_a_reload(page, model, photo, demo):
     expect(page.locator(".assistant li")).to_have_text(["red columns", "a wide roof"])
     expect(page.locator(".assistant strong")).to_have_text("temple")
     expect(page.locator(".assistant pre code")).to_have_text("print('<b>hello</b>')")  # as text, not as markup
-    expect(page.locator(".under")).to_contain_text(f"+ {len(ANSWER)} tokens")
+    expect(page.locator(".message-footer")).to_contain_text(f"+ {len(ANSWER)} tokens")
     shot(page, "light")
 
     page.reload()
@@ -134,7 +134,7 @@ def test_an_image_a_stream_a_stop_a_retry_a_reload(page, model, photo, demo):
     expect(page.locator(".user figcaption")).to_contain_text(f"{tokens} tokens")
     say(page, "And now?")
     expect(page.locator(".assistant")).to_have_count(2)
-    expect(page.locator(".under")).to_have_count(2)
+    expect(page.locator(".message-footer")).to_have_count(2)
     assert "It is a **temple**" in model.prompts[-1] and "And now?" in model.prompts[-1]
     page.get_by_role("button", name="New chat").click()
     expect(page.locator("#messages > li")).to_have_count(0)
@@ -162,7 +162,7 @@ def test_other_models_are_drawn_nothing(page):
 
 def test_thinking_is_folded_and_calls_are_answered(page, model):
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Think first").check()
+    page.get_by_label("Reason before answering").check()
     page.get_by_label("Tools").fill(TOOLS)
     page.get_by_label("Close settings").click()
     model.answer = f"I wonder.\n</think>\n\nI look.\n\n{XML}"
@@ -175,7 +175,7 @@ def test_thinking_is_folded_and_calls_are_answered(page, model):
     shot(page, "call")
     model.answer = "hm</think>No rain."
     page.get_by_label("Result of weather").fill("dry")
-    page.get_by_role("button", name="Give").click()
+    page.get_by_role("button", name="Send result").click()
     expect(page.locator(".assistant .text").last).to_have_text("No rain.")
     assert "<tool_response>\ndry\n</tool_response>" in model.prompts[-1] and "<function=weather>" in model.prompts[-1]
 
@@ -186,14 +186,14 @@ def test_settings_are_kept_and_sent(page, model):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Temperature").fill("0.5")
-    page.get_by_label("Most tokens", exact=True).fill("7")
+    page.get_by_label("Max tokens", exact=True).fill("7")
     page.get_by_label("API key").fill("k")
     shot(page, "settings")
     page.keyboard.press("Escape")
     expect(page.locator("#settings")).to_be_hidden()
     page.reload()
     say(page, "Hi")
-    expect(page.locator(".under")).to_contain_text("tokens")
+    expect(page.locator(".message-footer")).to_contain_text("tokens")
     assert (seen[-1]["temperature"], seen[-1]["max_new_tokens"]) == (0.5, 7)
     assert "Be brief." in model.prompts[-1]
 
@@ -203,23 +203,23 @@ def test_a_message_waits_for_the_models_name(page, model):
     page.route("**/v1/models", lambda route: held.append(route))
     page.reload()
     say(page, "Hi")
-    expect(page.locator("#state")).to_have_text("answering…")
+    expect(page.locator("#status")).to_have_text("answering…")
     for route in held:
         route.continue_()
-    expect(page.locator(".under")).to_contain_text("tokens")
+    expect(page.locator(".message-footer")).to_contain_text("tokens")
     assert "Hi" in model.prompts[-1]
 
 
 def test_a_message_before_the_server_is_there(page, model):
     page.route("**/v1/*", lambda route: route.abort())
     page.reload()
-    expect(page.locator("#state")).to_have_text("no connection")
+    expect(page.locator("#status")).to_have_text("no connection")
     say(page, "Hi")
     expect(page.locator(".error")).to_be_visible()
     page.unroute("**/v1/*")
     page.get_by_role("button", name="Retry").click()  # nobody needs to load the page again
     expect(page.locator("#model")).to_have_text("fake")
-    expect(page.locator(".under")).to_contain_text("tokens")
+    expect(page.locator(".message-footer")).to_contain_text("tokens")
 
 
 def test_a_picture_is_priced_beside_broken_tools(page, photo):
@@ -257,7 +257,7 @@ def test_pasted_and_dropped_pictures(page, photo):
         }"""
     )
     expect(page.locator("#attached figcaption")).to_have_count(2)
-    expect(page.locator("#attached figcaption").first).to_contain_text("whole,")
+    expect(page.locator("#attached figcaption").first).to_contain_text("not sliced,")
     page.get_by_label("Remove drawn.png").first.click()
     expect(page.locator("#attached figcaption")).to_have_count(1)
 
@@ -265,7 +265,7 @@ def test_pasted_and_dropped_pictures(page, photo):
 def test_a_server_with_a_key(browser, demo):
     with serving(PageModel(demo), api_keys=("secret",)) as service, live(service) as address:
         for page in opened(browser, address):
-            expect(page.locator("#state")).to_have_text("this server asks for an API key")
+            expect(page.locator("#status")).to_have_text("this server needs an API key")
             expect(page.get_by_label("API key")).to_be_focused()
             page.get_by_label("API key").fill("secret")
             page.get_by_label("API key").press("Tab")
@@ -281,7 +281,7 @@ def test_on_a_phone_and_by_keyboard(browser, demo, photo, scheme):
             page.get_by_label("Message").focus()
             page.keyboard.type("What is this?")
             page.keyboard.press("Enter")
-            expect(page.locator(".under")).to_contain_text("tokens")
+            expect(page.locator(".message-footer")).to_contain_text("tokens")
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
             shot(page, f"phone-{scheme}")
             page.get_by_role("button", name="Light or dark").click()

@@ -100,7 +100,7 @@ def test_metrics(http):
 @pytest.fixture
 def sent(monkeypatch):
     """Path and body of each of the load client's requests."""
-    sent, send = [], bench.ask
+    sent, send = [], bench.send_request
     monkeypatch.setattr(bench, "ask", lambda client, path, body: (sent.append((path, body)), send(client, path, body))[1])
     return sent
 
@@ -134,7 +134,7 @@ def test_the_load_client_has_conversations_and_pictures(demo_address, tmp_path, 
 
 
 def test_what_the_load_client_sends_is_drawn_before_the_clock_starts(demo_address, tmp_path, monkeypatch, sent):
-    before, picture = [], bench._picture
+    before, picture = [], bench._random_image
     monkeypatch.setattr(bench, "_picture", lambda rng, size: (before.append(len(sent)), picture(rng, size))[1])
     flags = ["--image", "64x48", "--input-len", "2..9", "--output-len", "1..5"]
     assert run_bench(demo_address, tmp_path, *flags)[0] == 0

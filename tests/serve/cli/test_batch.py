@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from serve.cli.batch import _parser, answer_all, done_already, locked, main, read_requests
+from serve.cli.batch import _parser, completed_ids, main, open_locked, read_requests, run_requests
 from tests import ROOT
 from tests.serve.support import NAME, FakeModel, body, serving
 
@@ -27,9 +27,9 @@ def write(path, lines):
 
 
 def run(service, requests, path, concurrency=4):
-    with locked(path) as out:
-        left = [request for request in requests if request["custom_id"] not in done_already(out)]
-        asyncio.run(answer_all(service, left, out, concurrency))
+    with open_locked(path) as out:
+        left = [request for request in requests if request["custom_id"] not in completed_ids(out)]
+        asyncio.run(run_requests(service, left, out, concurrency))
     return left
 
 
@@ -97,7 +97,7 @@ def test_nothing_left_needs_no_model(tmp_path):
 
 def test_two_runs_at_once(tmp_path, capsys):
     path, out = write(tmp_path / "in.jsonl", [line(0)]), tmp_path / "out.jsonl"
-    with locked(out):
+    with open_locked(out):
         assert main([str(path), str(out)]) == 1
     assert f"{out} is being written by another run" in capsys.readouterr().err
 
@@ -108,8 +108,8 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path):
     requests = [line(i) for i in range(3)]
 
     async def stopped():
-        with locked(out) as file:
-            task = asyncio.create_task(answer_all(service, requests, file, 1))
+        with open_locked(out) as file:
+            task = asyncio.create_task(run_requests(service, requests, file, 1))
             while not out.stat().st_size:
                 await asyncio.sleep(0.01)
             task.cancel()

@@ -21,15 +21,16 @@ from minicpmv46_jax import demo
 from minicpmv46_jax.evaluate import read_questions
 from minicpmv46_jax.library import ModelLoader
 from minicpmv46_jax.scenes.__main__ import write
-from serve.__main__ import _parser, api_keys, bind, check_tls, cors, listen, main, media_fetcher, served_name, start
-from serve.cli import args as flags
+from serve.__main__ import _parser, bind, check_tls, listen, main, read_api_keys
+from serve.cli.args import media_limits
+from serve.cli.build_service import build_cors, build_media_fetcher, build_service, default_model_name
 from serve.engine.engine import QueuePolicy
 from serve.engine.memory_plan import EngineConfig
 from serve.runtime import cache_dir, startup
 from serve.runtime import server as server_module
 from serve.runtime.program_cache import ProgramCache
-from serve.runtime.server import Server, Tls, address
-from serve.runtime.startup import Place
+from serve.runtime.server import Server, TlsConfig, socket_url
+from serve.runtime.startup import DeviceConfig
 from tests import ROOT
 from tests.serve.engine.serial_engine import SerialEngine
 from tests.serve.multimodal.test_image_workers import data_url
@@ -82,9 +83,9 @@ def test_usage_errors(arguments, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--served-model 5", "--served-model is no flag of this server; did you mean --served-model-name?"),
+        ("--served-model 5", "--served-model is not a flag of this server; did you mean --served-model-name?"),
         ("--alowed-media-domains x", "did you mean --allowed-media-domains?"),
-        ("--tool-call-parser=hermes", "--tool-call-parser is no flag of this server, and not needed: both formats"),
+        ("--tool-call-parser=hermes", "--tool-call-parser is not a flag of this server, and not needed: both formats"),
         ("--limit-mm-per-prompt x", "'x' is not like"),
         ("--limit-mm-per-prompt [5]", "'[5]' is not like"),
         ('--limit-mm-per-prompt {"audio":1}', "'audio' is none of image, video"),
@@ -102,14 +103,14 @@ def test_flags_with_mistakes(arguments, words, capsys):
 
 @pytest.mark.parametrize("text", ['{"image": 5, "video": 2}', "image=5,video=2"])
 def test_media_limits(text):
-    assert flags.media_limits(text) == {"image": 5, "video": 2}
+    assert media_limits(text) == {"image": 5, "video": 2}
 
 
 def test_the_media_flags_make_the_rules():
     arguments = "--allowed-media-domains Good.test. other.test --allowed-media-networks 10.0.0.0/8 ::1 --max-media-bytes 5"
-    fetch = media_fetcher(_parser().parse_args(arguments.split()))
-    assert fetch._reach.domains == {"good.test", "other.test"}
-    assert [str(network) for network in fetch._reach.networks] == ["10.0.0.0/8", "::1/128"]
+    fetch = build_media_fetcher(_parser().parse_args(arguments.split()))
+    assert fetch._network_policy.domains == {"good.test", "other.test"}
+    assert [str(network) for network in fetch._network_policy.networks] == ["10.0.0.0/8", "::1/128"]
     assert fetch._limits.max_bytes == 5
 
 
@@ -159,15 +160,15 @@ def test_flags_that_make_no_sense(capsys, tmp_path):
 def test_keys_from_the_flag_and_from_a_file(tmp_path, capsys):
     file = tmp_path / "keys"
     file.write_text("# whose they are\n two \n\nthree\n")
-    assert api_keys(["one"], file) == ("one", "two", "three")
-    assert api_keys([], None) == ()
+    assert read_api_keys(["one"], file) == ("one", "two", "three")
+    assert read_api_keys([], None) == ()
     file.write_text("# nobody's\n")
     assert f"--api-key-file is {file}, which has no key" in mistake(capsys, "--api-key-file", file)
     assert "nothing.txt" in mistake(capsys, "--api-key-file", tmp_path / "nothing.txt")
 
 
 def test_certificates_that_do_not_work(tmp_path, capsys):
-    assert "--ssl-keyfile goes with an --ssl-certfile" in mistake(capsys, "--ssl-keyfile", "x")
+    assert "--ssl-keyfile needs an --ssl-certfile" in mistake(capsys, "--ssl-keyfile", "x")
     file = tmp_path / "cert.pem"
     assert "cannot be used" in mistake(capsys, "--ssl-certfile", file)
     file.write_text("hello")
@@ -182,11 +183,11 @@ def test_https(tmp_path):
     subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
     check_tls(_parser().parse_args(["--ssl-certfile", str(cert), "--ssl-keyfile", str(key)]))
     with serving(FakeModel()) as service, bind("127.0.0.1", 0) as listening:
-        server = Server(service, Tls(str(cert), str(key)))
+        server = Server(service, TlsConfig(str(cert), str(key)))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            url = f"{address(listening, 'https')}/health"
+            url = f"{socket_url(listening, 'https')}/health"
             trusted = ssl.create_default_context(cafile=cert)
             for _ in range(200):
                 with contextlib.suppress(httpx.ConnectError):
@@ -203,16 +204,16 @@ def test_https(tmp_path):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_flag_for_newlines(monkeypatch, demo_folder, wanted):
     model = FakeModel()
-    for name, value in {"choose_platform": "cpu", "start": (model, SerialEngine(model))}.items():
+    for name, value in {"choose_platform": "cpu", "load_engine": (model, SerialEngine(model))}.items():
         monkeypatch.setattr(startup, name, lambda *_, value=value: value)
-    service = start(_parser().parse_args(["--model", str(demo_folder), *["--restore-newlines"] * wanted]))
+    service = build_service(_parser().parse_args(["--model", str(demo_folder), *["--restore-newlines"] * wanted]))
     assert service.restore_newlines == wanted
     service.close()
 
 
 def test_the_flags_for_pages_of_other_origins():
-    assert cors(_parser().parse_args([])) is None
-    found = cors(_parser().parse_args(["--allowed-origins", '["https://a.example"]', "--allow-credentials"]))
+    assert build_cors(_parser().parse_args([])) is None
+    found = build_cors(_parser().parse_args(["--allowed-origins", '["https://a.example"]', "--allow-credentials"]))
     assert (found.allow_origins, found.allow_methods, found.allow_credentials) == (("https://a.example",), ("*",), True)
 
 
@@ -301,16 +302,16 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
 def test_a_damaged_checkpoint_is_told_while_steps_are_compiled(demo_folder, tmp_path, monkeypatch, file, told):
     folder = shutil.copytree(demo_folder, tmp_path / "model")
     (folder / file).write_bytes((folder / file).read_bytes()[:1000])
-    finish, over, late = ProgramCache._finish, threading.Event(), []
+    finish, over, late = ProgramCache._compile_and_store, threading.Event(), []
 
     def slow(self, key, *rest):
         if key != "new" and not over.wait(60):
             late.append(key)
         return finish(self, key, *rest)
 
-    monkeypatch.setattr(ProgramCache, "_finish", slow)
+    monkeypatch.setattr(ProgramCache, "_compile_and_store", slow)
     with pytest.raises(ValueError, match=told), ModelLoader(folder, "float32") as loading:
-        startup.start(loading, Place("cpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
+        startup.load_engine(loading, DeviceConfig("cpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
     assert not late
     over.set()
 
@@ -319,11 +320,11 @@ def test_a_model_that_the_device_has_no_room_for(demo_folder, tmp_path, monkeypa
     monkeypatch.setattr(startup, "free_memory", lambda place: 2**20)
     told = r"take \d\.\d\d GiB in float32, and .* has 0\.00 GiB free"
     with pytest.raises(ValueError, match=told), ModelLoader(demo_folder, "float32") as loading:
-        startup.start(loading, Place("gpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
+        startup.load_engine(loading, DeviceConfig("gpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
 
 
 def test_what_clients_call_the_model(tmp_path):
     (tmp_path / "my-model").mkdir()
-    assert served_name(None, "demo") == "demo"
-    assert served_name(str(tmp_path / "my-model") + "/", "demo") == "my-model"
-    assert served_name("openbmb/MiniCPM-V-4.6", "demo") == "openbmb/MiniCPM-V-4.6"
+    assert default_model_name(None, "demo") == "demo"
+    assert default_model_name(str(tmp_path / "my-model") + "/", "demo") == "my-model"
+    assert default_model_name("openbmb/MiniCPM-V-4.6", "demo") == "openbmb/MiniCPM-V-4.6"

@@ -1,11 +1,11 @@
-"""Lines of a stream of events, however it was cut, whatever the texts hold."""
+"""SSELineReader of a stream of events, however it was cut, whatever the texts hold."""
 
 import json
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.cli.sse_client import Lines
+from serve.cli.sse_client import SSELineReader
 
 UNICODE_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
@@ -15,7 +15,7 @@ def test_lines_end_at_line_feeds_alone(texts, end, data):
     lines = [f"data: {json.dumps(text, ensure_ascii=False)}" for text in texts]
     stream = b"".join(line.encode() + end + end for line in lines)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=5)))
-    reader, found = Lines(), []
+    reader, found = SSELineReader(), []
     for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        found += reader.take(stream[start:stop])
+        found += reader.feed(stream[start:stop])
     assert [line for line in found if line] == lines

@@ -81,7 +81,7 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(address, model, monkeypatch,
     assert main(["--url", address, "--api-key", "k"]) == 0
     out = capsys.readouterr().out
     for words in (
-        "/nothing is no command",
+        "/nothing is not a command",
         "/think is 'maybe'",
         "none.png: No such file",
         "no answer yet",

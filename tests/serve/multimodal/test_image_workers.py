@@ -18,7 +18,7 @@ from PIL import Image
 from minicpmv46_jax.processing import MediaConfig, Processor
 from minicpmv46_jax.processing.media_job import MediaJob, process_media
 from minicpmv46_jax.processing.video import NO_VIDEO_LIMITS
-from serve.multimodal.image_workers import MOST, ImageWorkerPool, processes_for
+from serve.multimodal.image_workers import MAX_WORKERS, ImageWorkerPool, default_workers
 from tests import ROOT
 from tests.minicpmv46_jax.processing.test_images import PHOTOS
 from tests.serve.api.test_clients import clip
@@ -36,7 +36,7 @@ def processor(demo_folder):
     return Processor.from_folder(demo_folder)
 
 
-def cutting(processor, source, kind="image", **changes):
+def media_job(processor, source, kind="image", **changes):
     config: MediaConfig = processor.image_config if kind == "image" else processor.video_config
     made = MediaJob(kind, source, "its name", config, config.options, 10**8, NO_VIDEO_LIMITS)
     return dataclasses.replace(made, **changes)
@@ -56,39 +56,39 @@ def data_url(path):
 
 @pytest.mark.parametrize("source", [PHOTOS[0], PHOTOS[1].read_bytes(), bytearray(PHOTOS[0].read_bytes()), data_url(PHOTOS[1])])
 def test_pictures_are_cut_as_they_are_here(image_workers, processor, source):
-    wanted = cutting(processor, source)
-    found = image_workers(wanted)
+    job = media_job(processor, source)
+    found = image_workers(job)
     assert len(found[0].slices) > 1
-    assert_equal(found, process_media(wanted))
+    assert_equal(found, process_media(job))
 
 
 def test_videos_are_cut_as_they_are_here(image_workers, processor):
-    wanted = cutting(processor, clip(6), "video")
-    found = image_workers(wanted)
+    job = media_job(processor, clip(6), "video")
+    found = image_workers(job)
     assert len(found) > 1
-    assert_equal(found, process_media(wanted))
+    assert_equal(found, process_media(job))
 
 
 def test_many_at_once(image_workers, processor):
-    wanted = [cutting(processor, path) for path in PHOTOS] * 10
+    jobs = [media_job(processor, path) for path in PHOTOS] * 10
     with ThreadPoolExecutor(8) as pool:
-        for found, expected in zip(pool.map(image_workers, wanted), [process_media(one) for one in wanted[:2]] * 10, strict=True):
+        for found, expected in zip(pool.map(image_workers, jobs), [process_media(job) for job in jobs[:2]] * 10, strict=True):
             assert_equal(found, expected)
 
 
 def test_mistakes_are_told_as_they_are_here(image_workers, processor):
-    for wanted in (
-        cutting(processor, b"no picture"),
-        cutting(processor, b""),
-        cutting(processor, "data:image/png;base64,???"),
-        cutting(processor, ROOT / "no such file"),
-        cutting(processor, PHOTOS[0], max_pixels=1000),
-        cutting(processor, b"no video", "video"),
+    for job in (
+        media_job(processor, b"no picture"),
+        media_job(processor, b""),
+        media_job(processor, "data:image/png;base64,???"),
+        media_job(processor, ROOT / "no such file"),
+        media_job(processor, PHOTOS[0], max_pixels=1000),
+        media_job(processor, b"no video", "video"),
     ):
         with pytest.raises(ValueError) as here:
-            process_media(wanted)
+            process_media(job)
         with pytest.raises(ValueError) as there:
-            image_workers(wanted)
+            image_workers(job)
         assert str(there.value) == str(here.value)
 
 
@@ -96,17 +96,17 @@ def test_a_url_that_nobody_has_fetched_is_our_fault_and_not_fetched(image_worker
     for media_worker in (process_media, image_workers):
         for kind in ("image", "video"):
             with pytest.raises(AssertionError, match=r"http://127\.0\.0\.1:9/x should have been fetched"):
-                media_worker(cutting(processor, "http://127.0.0.1:9/x", kind))
+                media_worker(media_job(processor, "http://127.0.0.1:9/x", kind))
 
 
 def test_what_is_decoded_already_stays_here(image_workers, processor):
     picture = Image.open(PHOTOS[0])
-    assert_equal(image_workers(cutting(processor, picture)), process_media(cutting(processor, picture)))
+    assert_equal(image_workers(media_job(processor, picture)), process_media(media_job(processor, picture)))
 
 
 def test_its_processes_have_no_jax(image_workers, processor):
     """Which would cost each of them seconds and hundreds of megabytes."""
-    image_workers(cutting(processor, PHOTOS[0]))
+    image_workers(media_job(processor, PHOTOS[0]))
     imported = "[name for name in ('jax', 'transformers', 'fastapi') if name in __import__('sys').modules]"
     assert image_workers._pool.submit(eval, imported).result() == []
 
@@ -114,7 +114,7 @@ def test_its_processes_have_no_jax(image_workers, processor):
 def test_a_picture_that_waits_holds_no_file(image_workers, processor):
     """Hundreds may wait, and a process may have a thousand files."""
     before = len(os.listdir("/proc/self/fd"))
-    found = [image_workers(cutting(processor, PHOTOS[0])) for _ in range(5)]
+    found = [image_workers(media_job(processor, PHOTOS[0])) for _ in range(5)]
     assert len(os.listdir("/proc/self/fd")) == before
     assert len(found) == 5
 
@@ -122,13 +122,13 @@ def test_a_picture_that_waits_holds_no_file(image_workers, processor):
 def test_a_process_that_dies_is_replaced(processor, caplog):
     own = ImageWorkerPool(1)
     try:
-        wanted = cutting(processor, PHOTOS[0])
-        expected = own(wanted)
+        job = media_job(processor, PHOTOS[0])
+        expected = own(job)
         (process,) = own._pool._processes.values()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert_equal(own(wanted), expected)
-        assert "all of them are started anew" in caplog.text
+        assert_equal(own(job), expected)
+        assert "the pool restarts" in caplog.text
     finally:
         own.close()
 
@@ -136,22 +136,24 @@ def test_a_process_that_dies_is_replaced(processor, caplog):
 def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_path, processor):
     (tmp_path / "decoder_that_crashes.py").write_text("import os\n\n\ndef work(*_):\n    os.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)  # the processes have it too
-    own, wanted = ImageWorkerPool(1), cutting(processor, PHOTOS[0])
+    own, job = ImageWorkerPool(1), media_job(processor, PHOTOS[0])
     try:
         with monkeypatch.context() as crashing, pytest.raises(BrokenProcessPool):
-            crashing.setattr("serve.multimodal.image_workers._work", importlib.import_module("decoder_that_crashes").work)
-            own(wanted)
-        assert_equal(own(wanted), process_media(wanted))
+            crashing.setattr(
+                "serve.multimodal.image_workers._process_in_worker", importlib.import_module("decoder_that_crashes").work
+            )
+            own(job)
+        assert_equal(own(job), process_media(job))
     finally:
         own.close()
 
 
-@pytest.mark.parametrize("end", ["cutters.close()", "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("end", ["pool.close()", "os.kill(os.getpid(), 9)"])
 def test_processes_end_with_their_server(end):
     lines = (
-        "import os; from serve.multimodal.image_workers import Cutters",
-        "cutters = Cutters(2); list(cutters._pool.map(abs, range(4)))",
-        "print(*cutters._pool._processes, flush=True)",
+        "import os; from serve.multimodal.image_workers import ImageWorkerPool",
+        "pool = ImageWorkerPool(2); list(pool._pool.map(abs, range(4)))",
+        "print(*pool._pool._processes, flush=True)",
         end,
     )
     code = "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in lines)
@@ -167,10 +169,10 @@ def test_processes_end_with_their_server(end):
 
 def test_how_many(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    assert (processes_for(True), processes_for(False)) == (MOST, 0)
+    assert (default_workers(True), default_workers(False)) == (MAX_WORKERS, 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5))
-    assert processes_for(True) == 2
+    assert default_workers(True) == 2
     monkeypatch.delattr(os, "memfd_create")
-    assert processes_for(True) == 0
+    assert default_workers(True) == 0
     with pytest.raises(ValueError, match="--picture-processes is 3, which needs Linux"):
         ImageWorkerPool(3)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from serve.multimodal.ip_rules import allowed, resolve
-from serve.multimodal.media_fetcher import Limits, MediaFetcher, Reach
+from serve.multimodal.ip_rules import is_allowed, resolve
+from serve.multimodal.media_fetcher import DownloadLimits, MediaFetcher, NetworkPolicy
 
 PICTURE = b"a picture's bytes" * 100
-HERE = Reach(networks=(ipaddress.ip_network("127.0.0.1/32"),))  # where the tests' own site is
+LOOPBACK_POLICY = NetworkPolicy(networks=(ipaddress.ip_network("127.0.0.1/32"),))  # where the tests' own site is
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fetch(folder):
-    return MediaFetcher(folder, reach=HERE)
+    return MediaFetcher(folder, network_policy=LOOPBACK_POLICY)
 
 
 class _Site(http.server.BaseHTTPRequestHandler):
@@ -148,20 +148,24 @@ def test_downloads_that_fail(fetch, site, path, words):
 
 
 def test_a_download_is_bounded_in_bytes(site):
-    exact = MediaFetcher(reach=HERE, limits=Limits(max_bytes=len(PICTURE)))
+    exact = MediaFetcher(network_policy=LOOPBACK_POLICY, limits=DownloadLimits(max_bytes=len(PICTURE)))
     assert exact(f"{site}/picture") == PICTURE
-    less = MediaFetcher(reach=HERE, limits=Limits(max_bytes=len(PICTURE) - 1))
+    less = MediaFetcher(network_policy=LOOPBACK_POLICY, limits=DownloadLimits(max_bytes=len(PICTURE) - 1))
     with pytest.raises(ValueError, match=f"more than the {len(PICTURE) - 1} bytes"):
         less(f"{site}/picture")
 
 
 @pytest.mark.parametrize(
     "path, limits",
-    [("/never", Limits(read_s=0.2)), ("/never", Limits(total_s=0.2)), ("/drip", Limits(read_s=10, total_s=0.3))],
+    [
+        ("/never", DownloadLimits(read_s=0.2)),
+        ("/never", DownloadLimits(total_s=0.2)),
+        ("/drip", DownloadLimits(read_s=10, total_s=0.3)),
+    ],
 )
 def test_a_download_is_bounded_in_time(site, path, limits):
     with pytest.raises(ValueError, match="not complete in time"):
-        MediaFetcher(reach=HERE, limits=limits)(site + path)
+        MediaFetcher(network_policy=LOOPBACK_POLICY, limits=limits)(site + path)
 
 
 INTERNET = ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
@@ -174,18 +178,18 @@ ELSEWHERE = (
 
 @pytest.mark.parametrize("address", INTERNET)
 def test_addresses_on_the_internet(address):
-    assert allowed(address, ())
+    assert is_allowed(address, ())
 
 
 @pytest.mark.parametrize("address", ELSEWHERE)
 def test_addresses_elsewhere(address):
-    assert not allowed(address, ())
+    assert not is_allowed(address, ())
 
 
 def test_networks_that_are_allowed_besides():
     networks = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "fd00::/8")]
-    assert all(allowed(address, networks) for address in ("10.9.9.9", "::ffff:10.9.9.9", "fd12::1", "8.8.8.8"))
-    assert not any(allowed(address, networks) for address in ("127.0.0.1", "fc00::1", "::ffff:192.168.0.1"))
+    assert all(is_allowed(address, networks) for address in ("10.9.9.9", "::ffff:10.9.9.9", "fd12::1", "8.8.8.8"))
+    assert not any(is_allowed(address, networks) for address in ("127.0.0.1", "fc00::1", "::ffff:192.168.0.1"))
 
 
 @pytest.mark.parametrize(
@@ -200,13 +204,13 @@ def test_every_way_to_say_this_machine_is_refused(site, host):
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "2130706433", "[::ffff:127.0.0.2]", "169.254.169.254"])
 def test_a_redirect_is_checked_like_the_first_url(site, host):
-    no_more = Reach(resolve=lambda name, port: _answers("127.0.0.9") if name == "localhost" else resolve(name, port))
-    reach = Reach(networks=HERE.networks, resolve=no_more.resolve)
+    no_more = NetworkPolicy(resolve=lambda name, port: _answers("127.0.0.9") if name == "localhost" else resolve(name, port))
+    network_policy = NetworkPolicy(networks=LOOPBACK_POLICY.networks, resolve=no_more.resolve)
     if host == "2130706433":  # 127.0.0.1 in other words, which is allowed here
-        assert MediaFetcher(reach=reach)(f"{site}/to/{host}") == PICTURE
+        assert MediaFetcher(network_policy=network_policy)(f"{site}/to/{host}") == PICTURE
         return
     with pytest.raises(ValueError, match="not an address on the internet"):
-        MediaFetcher(reach=reach)(f"{site}/to/{host}")
+        MediaFetcher(network_policy=network_policy)(f"{site}/to/{host}")
 
 
 async def _answers(*addresses):
@@ -221,7 +225,7 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(site):
         return ["127.0.0.1"] if len(asked) == 1 else ["127.0.0.2"]
 
     port = site.rpartition(":")[2]
-    fetch = MediaFetcher(reach=Reach(HERE.networks, resolve=rebinding))
+    fetch = MediaFetcher(network_policy=NetworkPolicy(LOOPBACK_POLICY.networks, resolve=rebinding))
     assert fetch(f"http://site.test:{port}/host") == f"site.test:{port}".encode()  # by name, at the address checked
     assert asked == ["site.test"]
     with pytest.raises(ValueError, match=r"at 127\.0\.0\.2, which is not"):
@@ -229,15 +233,15 @@ def test_a_name_is_resolved_once_and_what_was_checked_is_connected_to(site):
 
 
 def test_one_bad_address_among_good_ones_is_enough_to_refuse():
-    fetch = MediaFetcher(reach=Reach(resolve=lambda host, port: _answers("8.8.8.8", "10.0.0.1")))
+    fetch = MediaFetcher(network_policy=NetworkPolicy(resolve=lambda host, port: _answers("8.8.8.8", "10.0.0.1")))
     with pytest.raises(ValueError, match=r"at 10\.0\.0\.1"):
         fetch("http://site.test/picture")
 
 
 def test_allowed_domains(site):
     port = site.rpartition(":")[2]
-    reach = Reach(HERE.networks, frozenset({"good.test"}), lambda host, port: _answers("127.0.0.1"))
-    fetch = MediaFetcher(reach=reach)
+    network_policy = NetworkPolicy(LOOPBACK_POLICY.networks, frozenset({"good.test"}), lambda host, port: _answers("127.0.0.1"))
+    fetch = MediaFetcher(network_policy=network_policy)
     assert fetch(f"http://Good.test:{port}/picture") == PICTURE
     for url in (f"http://bad.test:{port}/picture", f"http://good.test:{port}/to/bad.test"):
         with pytest.raises(ValueError, match=r"'bad\.test' is none of those that --allowed-media-domains"):

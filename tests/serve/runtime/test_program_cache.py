@@ -74,7 +74,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     file.write_bytes(file.read_bytes()[:-200] if damage is None else damage)
     with caplog.at_level(logging.WARNING):
         assert programs(ProgramStore(tmp_path))[1] == 1
-    assert f"{file} cannot be used and is made anew" in caplog.text
+    assert f"{file} cannot be loaded and is compiled again" in caplog.text
     assert programs(ProgramStore(tmp_path))[1] == 0
 
 
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_costs_no_start(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         made, compiled = programs(ProgramStore(tmp_path / "file"))
     assert compiled == 1 and len(made) == 1
-    assert "('step', 3) is not kept" in caplog.text
+    assert "('step', 3) is not stored" in caplog.text
 
 
 def test_what_no_start_has_used_for_long_is_deleted(tmp_path):
@@ -106,8 +106,8 @@ def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
     order = []
 
     class Noted(ProgramCache):
-        def _finish(self, key, lowered, behind):
-            compiled = super()._finish(key, lowered, behind)
+        def _compile_and_store(self, key, lowered, behind):
+            compiled = super()._compile_and_store(key, lowered, behind)
             order.append(key)
             return compiled
 
@@ -133,9 +133,9 @@ def test_somebody_elses_mistake_ends_it(at):
             raise ValueError("a mistake")
 
     class Slow(ProgramCache):
-        def _finish(self, key, lowered, behind):
+        def _compile_and_store(self, key, lowered, behind):
             told.wait(60)
-            return super()._finish(key, lowered, behind)
+            return super()._compile_and_store(key, lowered, behind)
 
     made = Slow()
     for key in range(4):

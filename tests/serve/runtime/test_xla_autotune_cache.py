@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from serve.runtime import xla_autotune_cache as autotuned
+from serve.runtime import xla_autotune_cache
 
 READ = "AUTOTUNE_CACHE_MODE_READ"
 
@@ -16,7 +16,7 @@ def device(monkeypatch):
     """Sets the present device's name."""
 
     def present(name):
-        monkeypatch.setattr(autotuned, "_here", lambda: name)
+        monkeypatch.setattr(xla_autotune_cache, "_device_key", lambda: name)
 
     present("H200")
     return present
@@ -27,71 +27,71 @@ def contents(folder):
 
 
 def test_results_go_into_the_file_and_out_of_it(tmp_path, device):
-    brought, found = tmp_path / "autotuned.json", {"ab12/first.pb": b"\x00\x01", "ab12/second.pb": b"two"}
-    brought.write_text(json.dumps({"H100": {"cd34/other.pb": "AA=="}, "H200": {"ab12/old.pb": "AA=="}}))
+    bundled, found = tmp_path / "autotuned.json", {"ab12/first.pb": b"\x00\x01", "ab12/second.pb": b"two"}
+    bundled.write_text(json.dumps({"H100": {"cd34/other.pb": "AA=="}, "H200": {"ab12/old.pb": "AA=="}}))
     for name, content in found.items():
         path = tmp_path / "cache" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert autotuned.collect(tmp_path / "cache", brought) == 2
-    table = json.loads(brought.read_text())
+    assert xla_autotune_cache.collect_results(tmp_path / "cache", bundled) == 2
+    table = json.loads(bundled.read_text())
     assert set(table) == {"H100", "H200"} and set(table["H200"]) == set(found)
 
-    options = autotuned.compiler_options(tmp_path / "fresh", brought)
+    options = xla_autotune_cache.compiler_options(tmp_path / "fresh", bundled)
     assert options == {"xla_gpu_per_fusion_autotune_cache_dir": str(tmp_path / "fresh")}
     assert contents(tmp_path / "fresh") == found
 
 
 def test_the_command_collects_from_the_users_cache(tmp_path, device, monkeypatch, capsys):
-    brought, cache = tmp_path / "autotuned.json", tmp_path / "minicpmv46-jax" / "autotuned"
-    brought.write_text("{}")
-    monkeypatch.setattr(autotuned, "FILE", brought)
+    bundled, cache = tmp_path / "autotuned.json", tmp_path / "minicpmv46-jax" / "autotuned"
+    bundled.write_text("{}")
+    monkeypatch.setattr(xla_autotune_cache, "BUNDLED_FILE", bundled)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="autotuned is not there: start a server on a GPU first"):
-        autotuned.main()
-    assert brought.read_text() == "{}"
+        xla_autotune_cache.main()
+    assert bundled.read_text() == "{}"
     (cache / "ab12").mkdir(parents=True)
     (cache / "ab12" / "first.pb").write_bytes(b"one")
-    autotuned.main()
-    assert set(json.loads(brought.read_text())["H200"]) == {"ab12/first.pb"}
-    assert capsys.readouterr().out == f"{brought}: 1 results for H200\n"
+    xla_autotune_cache.main()
+    assert set(json.loads(bundled.read_text())["H200"]) == {"ab12/first.pb"}
+    assert capsys.readouterr().out == f"{bundled}: 1 results for H200\n"
 
 
 def test_what_a_start_has_found_itself_stays(tmp_path, device):
-    brought, own = tmp_path / "autotuned.json", tmp_path / "cache" / "ab12" / "first.pb"
-    brought.write_text(json.dumps({"H200": {"ab12/first.pb": base64.b64encode(b"brought").decode()}}))
+    bundled, own = tmp_path / "autotuned.json", tmp_path / "cache" / "ab12" / "first.pb"
+    bundled.write_text(json.dumps({"H200": {"ab12/first.pb": base64.b64encode(b"brought").decode()}}))
     own.parent.mkdir(parents=True)
     own.write_bytes(b"own")
-    autotuned.compiler_options(tmp_path / "cache", brought)
+    xla_autotune_cache.compiler_options(tmp_path / "cache", bundled)
     assert own.read_bytes() == b"own"
 
 
 def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, device, monkeypatch, caplog):
-    brought, folder = tmp_path / "autotuned.json", tmp_path / "cache"
-    brought.write_text(json.dumps({"H200": {"ab12/first.pb": "AA=="}}))
+    bundled, folder = tmp_path / "autotuned.json", tmp_path / "cache"
+    bundled.write_text(json.dumps({"H200": {"ab12/first.pb": "AA=="}}))
     folder.mkdir()
     read_only = {"xla_gpu_per_fusion_autotune_cache_dir": str(folder), "xla_gpu_experimental_autotune_cache_mode": READ}
-    monkeypatch.setattr(autotuned.os, "access", lambda *_: False)
-    assert autotuned.compiler_options(folder, brought) == read_only and not caplog.text
+    monkeypatch.setattr(xla_autotune_cache.os, "access", lambda *_: False)
+    assert xla_autotune_cache.compiler_options(folder, bundled) == read_only and not caplog.text
     jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=read_only)  # words that XLA knows
 
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(autotuned.Path, "mkdir", refused)
-    assert autotuned.compiler_options(folder, brought) == read_only
-    assert autotuned.compiler_options(tmp_path / "none", brought) == {}
-    assert caplog.text.count("what XLA's autotuner finds is not kept: [Errno 13] Permission denied") == 2
+    monkeypatch.setattr(xla_autotune_cache.Path, "mkdir", refused)
+    assert xla_autotune_cache.compiler_options(folder, bundled) == read_only
+    assert xla_autotune_cache.compiler_options(tmp_path / "none", bundled) == {}
+    assert caplog.text.count("XLA's autotuning results are not kept: [Errno 13] Permission denied") == 2
 
 
 def test_another_device_gets_nothing(tmp_path, device):
     device("RTX 4090")
-    assert autotuned.compiler_options(tmp_path / "cache")
+    assert xla_autotune_cache.compiler_options(tmp_path / "cache")
     assert not contents(tmp_path / "cache")
 
 
 def test_the_packages_own_file_holds_results_by_device_and_compiler():
-    for where, results in json.loads(autotuned.FILE.read_text()).items():
+    for where, results in json.loads(xla_autotune_cache.BUNDLED_FILE.read_text()).items():
         assert where.startswith("NVIDIA ") and ", jaxlib " in where
         for name, content in results.items():
             assert name.count("/") == 1 and ".." not in name and name.endswith(".pb")

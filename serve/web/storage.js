@@ -1,7 +1,8 @@
 "use strict";
-// What outlasts a reload: settings in local storage, the conversation (pictures make it large) in a database. Neither leaves the browser.
+// State that outlasts a reload: settings in local storage, messages in a database, because images make them large.
+// Neither leaves the browser.
 
-function database() {
+function openDatabase() {
   return new Promise((resolve, reject) => {
     const opening = indexedDB.open("minicpmv", 1);
     opening.onupgradeneeded = () => opening.result.createObjectStore("kept");
@@ -10,29 +11,30 @@ function database() {
   });
 }
 
-async function inStore(mode, act) {
-  const kept = await database();
+async function withStore(mode, action) {
+  const database = await openDatabase();
   try {
     return await new Promise((resolve, reject) => {
-      const asked = act(kept.transaction("kept", mode).objectStore("kept"));
-      asked.onsuccess = () => resolve(asked.result);
-      asked.onerror = () => reject(asked.error);
+      const pending = action(database.transaction("kept", mode).objectStore("kept"));
+      pending.onsuccess = () => resolve(pending.result);
+      pending.onerror = () => reject(pending.error);
     });
   } finally {
-    kept.close();
+    database.close();
   }
 }
 
-const keepChat = (messages) => inStore("readwrite", (store) => store.put(messages, "chat")).catch(() => {}); // private windows may keep nothing
-const keptChat = () => inStore("readonly", (store) => store.get("chat")).catch(() => undefined);
+// Private windows may have no storage; the page works without it.
+const saveChat = (messages) => withStore("readwrite", (store) => store.put(messages, "chat")).catch(() => {});
+const loadChat = () => withStore("readonly", (store) => store.get("chat")).catch(() => undefined);
 
-function keepSettings(fields) {
+function saveSettings(fields) {
   const values = {};
   for (const field of fields) values[field.name] = field.type === "checkbox" ? field.checked : field.value;
   localStorage.setItem("settings", JSON.stringify(values));
 }
 
-function restoreSettings(fields) {
+function loadSettings(fields) {
   const values = JSON.parse(localStorage.getItem("settings") ?? "{}");
   for (const field of fields) {
     if (!(field.name in values)) continue;
