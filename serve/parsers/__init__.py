@@ -1,11 +1,12 @@
-"""What a model wrote, taken apart while it writes: reasoning, text, tool calls. Pure Python; knows no HTTP and no jax.
+"""Parsers of a model's streamed output: reasoning, text and tool calls. Pure Python, without HTTP or jax.
 
-- output.py: the whole way of an answer, `OutputParser`. parts.py: what comes out.
-- reasoning.py: `<think>`. tools.py: `<tool_call>` and when one has ended; calls.py: the two ways to write one.
-- typed.py: arguments by a tool's schema.
+- output.py: `OutputParser`, the chain of parsers for one answer. parts.py: the parts that it returns.
+- reasoning.py: `<think>`. tools.py: `<tool_call>` and its end. calls.py: the two notations of a call.
+- typed.py: arguments converted to the types of a tool's schema.
 - newlines.py: literal backslash-n restored to line breaks.
 
-All of them are fed in pieces. What they give out, joined, depends on the text alone and never on how it was cut.
+Parsers take text in pieces of any size. The joined output depends on the text alone, not on the size of the
+pieces.
 """
 
 from serve.parsers.output import OutputParser

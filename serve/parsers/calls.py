@@ -1,4 +1,4 @@
-"""What stands inside `<tool_call>`: either of two ways to write a call, told apart by what the model writes.
+"""Parses the text inside `<tool_call>`. A call has one of two notations; its first characters decide.
 
     <function=NAME>                                {"name": "NAME", "arguments": {"KEY": VALUE}}
     <parameter=KEY>
@@ -6,8 +6,8 @@
     </parameter>
     </function>
 
-The left one is what the released template asks for, the right one what earlier weights wrote. A function that was not offered is
-no call: the client would not know what to do with it.
+The released template asks for the left one; earlier weights wrote the right one. A call of a function that
+the request does not list stays text, because the client could not execute it.
 """
 
 import json
@@ -16,44 +16,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve.parsers.parts import ToolCall
-from serve.parsers.typed import typed
+from serve.parsers.typed import convert_argument
 
 Tools = Mapping[str, Mapping[str, Any]]
-"""The functions on offer: the JSON schema of each one's parameters, by name."""
+"""The functions that may be called: the JSON schema of each one's parameters, by name."""
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*")
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>")
-# A value may itself contain `</parameter>`: the one that counts is followed by something that may follow.
+# A value may contain `</parameter>`, so the closing tag must precede a parameter or the function's end.
 _PARAMETER_END = re.compile(r"</parameter>\s*(?=<parameter=|</function>)")
 _FUNCTION_END = re.compile(r"</function>\s*")
 
 
-def may_begin(inner: str) -> bool:
-    """Whether this may be the beginning of a call."""
-    begun = inner.lstrip()
-    return begun.startswith(("{", "<function=")) or "<function=".startswith(begun)
+def may_begin_call(text: str) -> bool:
+    """Returns whether `text` can be the beginning of a call."""
+    text = text.lstrip()
+    return text.startswith(("{", "<function=")) or "<function=".startswith(text)
 
 
-def parameter_is_open(inner: str) -> bool:
-    """Whether this ends in the middle of a parameter's value."""
-    _, begun, value = inner.rpartition("<parameter=")
-    return bool(begun) and not value.rstrip().endswith("</parameter>") and not _PARAMETER_END.search(value)
+def ends_inside_parameter(text: str) -> bool:
+    """Returns whether `text` ends in the middle of a parameter's value."""
+    _, tag, value = text.rpartition("<parameter=")
+    return bool(tag) and not value.rstrip().endswith("</parameter>") and not _PARAMETER_END.search(value)
 
 
-def parse(inner: str, tools: Tools) -> ToolCall | None:
-    """The call written there, None if it is none."""
-    found = _json_call(inner) if inner.lstrip().startswith("{") else _xml_call(inner)
-    if found is None or found[0] not in tools:
+def parse_call(text: str, tools: Tools) -> ToolCall | None:
+    """Returns the call in `text`, or None if `text` is not a call of one of the tools."""
+    parsed = _json_call(text) if text.lstrip().startswith("{") else _xml_call(text)
+    if parsed is None or parsed[0] not in tools:
         return None
-    name, arguments = found
-    return ToolCall(name, _encode(_typed_all(arguments, tools[name])))
+    name, arguments = parsed
+    return ToolCall(name, _encode(_convert_arguments(arguments, tools[name])))
 
 
-def _json_call(inner: str) -> tuple[str, dict[str, Any]] | None:
+def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
     try:
-        call = json.loads(inner, parse_constant=_no_constant)
+        call = json.loads(text, parse_constant=_refuse_constant)
         arguments = call.get("arguments", {})
-        arguments = json.loads(arguments, parse_constant=_no_constant) if isinstance(arguments, str) else arguments
+        arguments = json.loads(arguments, parse_constant=_refuse_constant) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return None
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict) or call.keys() - {"name", "arguments", "id"}:
@@ -61,30 +61,31 @@ def _json_call(inner: str) -> tuple[str, dict[str, Any]] | None:
     return call["name"], arguments
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _xml_call(inner: str) -> tuple[str, dict[str, Any]] | None:
-    head = _FUNCTION.match(inner)
-    if head is None:
+def _xml_call(text: str) -> tuple[str, dict[str, Any]] | None:
+    function = _FUNCTION.match(text)
+    if function is None:
         return None
-    arguments, at = {}, head.end()
-    while parameter := _PARAMETER.match(inner, at):
-        end = _PARAMETER_END.search(inner, parameter.end())
+    arguments, at = {}, function.end()
+    while parameter := _PARAMETER.match(text, at):
+        end = _PARAMETER_END.search(text, parameter.end())
         if end is None or parameter[1].strip() in arguments:
             return None
-        value = inner[parameter.end() : end.start()]
+        value = text[parameter.end() : end.start()]
         arguments[parameter[1].strip()] = value.removeprefix("\n").removesuffix("\n")
         at = end.end()
-    return (head[1].strip(), arguments) if _FUNCTION_END.fullmatch(inner, at) else None
+    return (function[1].strip(), arguments) if _FUNCTION_END.fullmatch(text, at) else None
 
 
-def _typed_all(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     return {
-        key: typed(value, properties.get(key), schema) if isinstance(value, str) else value for key, value in arguments.items()
+        key: convert_argument(value, properties.get(key), schema) if isinstance(value, str) else value
+        for key, value in arguments.items()
     }
 
 

@@ -1,33 +1,34 @@
-r"""Literal backslash-n restored to line breaks.
+r"""Restores literal backslash-n to line breaks.
 
-The released model sometimes writes `\n`, two characters, where it means a line break. In code and in maths they may be meant
-(`print("a\n")`, `\nabla`), so these pass as they are: fenced blocks and `$$`, `\(`, `\[` to their ends; `code` and `$maths$`
-where their end comes soon and on the same line, else their mark is an ordinary character. `\\n` is no line break either.
+The released model sometimes writes the two characters `\n` instead of a line break. Code and maths may
+contain them (`print("a\n")`, `\nabla`), so code and maths pass unchanged: fenced blocks, `$$`, `\(` and `\[`
+up to their ends, and `code` and `$maths$` whose end is near and on the same line. A mark without such an end
+is an ordinary character. `\\n` stays too.
 """
 
 import re
 
-NEAR = 200  # characters within which a short span must end; what waits for it is held back
+MAX_SHORT_SPAN = 200  # characters within which a short span must end; the parser buffers up to as many
 
-_FAR = {"```": "```", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}  # spans of any length, by the mark that opens them
+_LONG_SPANS = {"```": "```", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}  # opening mark to closing mark of spans of any length
 _MARK = re.compile(r"```|\$\$|\\\(|\\\[|\\\\|\\n|`|\$")
-_BEGINS = re.compile(r"(?:``?|\$|\\)\Z")  # what may become another mark with the next character
+_PARTIAL_MARK = re.compile(r"(?:``?|\$|\\)\Z")  # may become another mark with the next character
 
 
 class NewlineParser:
-    """Text in, text out."""
+    """A parser that takes pieces of text and returns the restored text."""
 
     def __init__(self):
-        self._held = ""
-        self._close: str | None = None  # the mark that ends the long span we are in
+        self._buffer = ""
+        self._close: str | None = None  # closing mark of the current long span
 
     def push(self, text: str) -> str:
-        """What this piece of text makes certain."""
-        self._held += text
+        """Returns the text that this piece completes."""
+        self._buffer += text
         return self._run(final=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Returns the text that is still buffered."""
         return self._run(final=True)
 
     def _run(self, final: bool) -> str:
@@ -35,52 +36,52 @@ class NewlineParser:
         piece: str | None = ""
         while piece is not None:
             out.append(piece)
-            piece = self._verbatim(final) if self._close else self._plain(final)
+            piece = self._take_long_span(final) if self._close else self._take_plain(final)
         return "".join(out)
 
     def _take(self, length: int) -> str:
-        out, self._held = self._held[:length], self._held[length:]
+        out, self._buffer = self._buffer[:length], self._buffer[length:]
         return out
 
-    def _verbatim(self, final: bool) -> str | None:
-        at = self._held.find(self._close)
+    def _take_long_span(self, final: bool) -> str | None:
+        at = self._buffer.find(self._close)
         if at >= 0:
             out = self._take(at + len(self._close))
             self._close = None
             return out
-        return self._take(len(self._held) if final else max(len(self._held) - len(self._close) + 1, 0)) or None
+        return self._take(len(self._buffer) if final else max(len(self._buffer) - len(self._close) + 1, 0)) or None
 
-    def _plain(self, final: bool) -> str | None:
-        mark = _MARK.search(self._held)
-        if mark is None:  # a last backslash may become any of four marks
-            half = self._held.endswith("\\") and not final
-            return self._take(len(self._held) - half) or None
+    def _take_plain(self, final: bool) -> str | None:
+        mark = _MARK.search(self._buffer)
+        if mark is None:  # a final backslash may begin any of four marks
+            half = self._buffer.endswith("\\") and not final
+            return self._take(len(self._buffer) - half) or None
         if mark.start() > 0:
             return self._take(mark.start())
-        if not final and _BEGINS.match(self._held):
+        if not final and _PARTIAL_MARK.match(self._buffer):
             return None
-        return self._at_mark(mark[0], final)
+        return self._take_mark(mark[0], final)
 
-    def _at_mark(self, mark: str, final: bool) -> str | None:
+    def _take_mark(self, mark: str, final: bool) -> str | None:
         if mark == r"\n":
             self._take(2)
             return "\n"
-        if mark in _FAR:
-            self._close = _FAR[mark]
+        if mark in _LONG_SPANS:
+            self._close = _LONG_SPANS[mark]
             return self._take(len(mark))
         if mark == r"\\":
             return self._take(2)
-        return self._short(mark, final)
+        return self._take_short_span(mark, final)
 
-    def _short(self, mark: str, final: bool) -> str | None:
-        """A span on one line, if it ends soon; else the mark alone."""
-        window = self._held[1 : NEAR + 1]
+    def _take_short_span(self, mark: str, final: bool) -> str | None:
+        """Takes a span on one line if its end is near, else the mark alone."""
+        window = self._buffer[1 : MAX_SHORT_SPAN + 1]
         line = window.partition("\n")[0]
-        known = final or len(window) == NEAR or len(line) < len(window)
-        end = _end_of_code(line) if mark == "`" else _end_of_maths(line, known)
+        decided = final or len(window) == MAX_SHORT_SPAN or len(line) < len(window)
+        end = _end_of_code(line) if mark == "`" else _end_of_maths(line, decided)
         if end is not None:
             return self._take(end + 2)
-        return self._take(1) if known else None
+        return self._take(1) if decided else None
 
 
 def _end_of_code(line: str) -> int | None:
@@ -88,12 +89,15 @@ def _end_of_code(line: str) -> int | None:
     return at if at > 0 else None
 
 
-def _end_of_maths(line: str, known: bool) -> int | None:
-    """Dollars are often money: maths touches both of its own, and no digit follows it."""
+def _end_of_maths(line: str, decided: bool) -> int | None:
+    """Returns the index of the dollar that ends maths, or None.
+
+    Dollars are often money, so maths touches both of its dollars and no digit follows the second.
+    """
     if line[:1].isspace():
         return None
     for i, character in enumerate(line):
         follower = line[i + 1 : i + 2]
-        if character == "$" and i > 0 and not line[i - 1].isspace() and (follower or known) and not follower.isdigit():
+        if character == "$" and i > 0 and not line[i - 1].isspace() and (follower or decided) and not follower.isdigit():
             return i
     return None

@@ -1,4 +1,4 @@
-"""An answer from its text to its parts: reasoning first, then tool calls in what is left, then line breaks in what is text."""
+"""Parser of one answer: splits off reasoning, then tool calls, then restores line breaks in the content."""
 
 from serve.parsers.calls import Tools
 from serve.parsers.newlines import NewlineParser
@@ -8,13 +8,13 @@ from serve.parsers.tools import ToolParser
 
 
 class OutputParser:
-    """One answer's. Feed it with `push`, end with `finish`.
+    """A parser for one answer: call `push` with each piece of text, then `finish`.
 
     Args:
-      thinking: whether the prompt ends inside `<think>`.
-      tools: the functions on offer, their parameters' schemas by name.
-      parallel: whether there may be several calls.
-      restore_newlines: see newlines.py.
+      thinking: True if the prompt ends inside `<think>`.
+      tools: the functions that may be called: the JSON schema of each one's parameters, by name.
+      parallel: True if the answer may have several calls.
+      restore_newlines: True to apply newlines.py to the content.
     """
 
     def __init__(self, thinking: bool = False, tools: Tools | None = None, parallel: bool = True, restore_newlines: bool = False):
@@ -24,30 +24,30 @@ class OutputParser:
 
     @property
     def thinking(self) -> bool:
-        """Whether what comes next is thought."""
+        """True while the next text is reasoning."""
         return self._reasoning.thinking
 
     @property
     def ended(self) -> bool:
-        """Whether nothing that may follow belongs to the answer."""
+        """True once the answer is complete; any later text is ignored."""
         return self._tools.ended
 
     def push(self, text: str) -> list[Part]:
-        """What this piece of text makes certain, often nothing."""
-        return self._restored(self._called(self._reasoning.push(text)))
+        """Returns the parts that this piece of text completes, often none."""
+        return self._restore_newlines(self._split_calls(self._reasoning.push(text)))
 
     def finish(self) -> list[Part]:
-        """What was held back."""
-        parts = self._restored([*self._called(self._reasoning.finish()), *self._tools.finish()])
-        return [*parts, *self._flushed()]
+        """Returns the parts that are still buffered at the end of the text."""
+        parts = self._restore_newlines([*self._split_calls(self._reasoning.finish()), *self._tools.finish()])
+        return [*parts, *self._flush_newlines()]
 
-    def _called(self, parts: list[Part]) -> list[Part]:
+    def _split_calls(self, parts: list[Part]) -> list[Part]:
         out: list[Part] = []
         for part in parts:
             out += self._tools.push(part.text) if isinstance(part, Content) else [part]
         return out
 
-    def _restored(self, parts: list[Part]) -> list[Part]:
+    def _restore_newlines(self, parts: list[Part]) -> list[Part]:
         if self._newlines is None:
             return parts
         out: list[Part] = []
@@ -55,11 +55,11 @@ class OutputParser:
             if isinstance(part, Content):
                 out += _content(self._newlines.push(part.text))
             else:
-                out += [*self._flushed(), part] if isinstance(part, ToolCall) else [part]
+                out += [*self._flush_newlines(), part] if isinstance(part, ToolCall) else [part]
         return out
 
-    def _flushed(self) -> list[Part]:
-        """Text before a call does not wait for text after it."""
+    def _flush_newlines(self) -> list[Part]:
+        """Returns the buffered text: text before a call does not depend on text after it."""
         return [] if self._newlines is None else _content(self._newlines.finish())
 
 

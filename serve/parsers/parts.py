@@ -1,11 +1,11 @@
-"""What an answer is made of."""
+"""The parts of an answer: reasoning, content and tool calls."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A piece of what the model thought before it answered."""
+    """A piece of the reasoning that precedes the answer."""
 
     text: str
 
@@ -19,7 +19,7 @@ class Content:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A whole tool call. `arguments` is the text of a JSON object, as OpenAI's API has it."""
+    """A complete tool call. `arguments` is the text of a JSON object, as in OpenAI's API."""
 
     name: str
     arguments: str
@@ -28,6 +28,6 @@ class ToolCall:
 Part = Reasoning | Content | ToolCall
 
 
-def overlap(text: str, mark: str) -> int:
-    """The longest end of `text` that is a beginning of `mark`, but not all of it."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+def partial_overlap(text: str, tag: str) -> int:
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `tag`."""
+    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)

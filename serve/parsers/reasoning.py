@@ -1,83 +1,83 @@
-"""Reasoning and answer told apart.
+"""Splits reasoning from the answer.
 
-Whether an answer starts inside `<think>` is the prompt's to say: the template of a thinking checkpoint opens it, the instruct one
-closes an empty one. A model that opens one itself, as the first thing it writes, is understood as well. Line breaks around the
-marks belong to them.
+The prompt decides whether an answer starts inside `<think>`: the template of a thinking checkpoint opens the
+tag, and the template of an instruct checkpoint closes an empty one. A `<think>` at the start of the answer
+opens reasoning too. Line breaks next to the tags are dropped.
 """
 
-from serve.parsers.parts import Content, Part, Reasoning, overlap
+from serve.parsers.parts import Content, Part, Reasoning, partial_overlap
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
 class ReasoningParser:
-    """Splits an answer into `Reasoning` and `Content`.
+    """A parser that splits one answer into `Reasoning` and `Content`.
 
     Args:
-      thinking: whether the prompt ends inside `<think>`.
+      thinking: True if the prompt ends inside `<think>`.
     """
 
     def __init__(self, thinking: bool):
-        self.thinking = thinking  # whether what comes next is thought, as far as is known
-        self._held = ""
-        self._step = self._start
+        self.thinking = thinking  # True while the next text is reasoning, as far as the text so far shows
+        self._buffer = ""
+        self._state = self._start
 
     def push(self, text: str) -> list[Part]:
-        """What this piece of text makes certain."""
-        self._held += text
+        """Returns the parts that this piece of text completes."""
+        self._buffer += text
         return self._run(final=False)
 
     def finish(self) -> list[Part]:
-        """What was held back."""
+        """Returns the parts that are still buffered at the end of the text."""
         return self._run(final=True)
 
     def _run(self, final: bool) -> list[Part]:
         parts: list[Part] = []
-        step = None
-        while step != self._step:  # until a state stays as it is
-            step = self._step
-            parts += step(final)
+        state = None
+        while state != self._state:  # until the state no longer changes
+            state = self._state
+            parts += state(final)
         return parts
 
     def _take(self, length: int) -> str:
-        out, self._held = self._held[:length], self._held[length:]
+        out, self._buffer = self._buffer[:length], self._buffer[length:]
         return out
 
     def _start(self, final: bool) -> list[Part]:
-        """At the very beginning, where a mark may come that opens."""
-        begun = self._held.lstrip()
-        if begun.startswith(OPEN):
-            self._take(len(self._held) - len(begun) + len(OPEN))
-            self.thinking, self._step = True, self._opened
-        elif final or not OPEN.startswith(begun):
-            self._step = self._opened if self.thinking else self._content
+        """Handles the start of the answer, where an opening tag may come."""
+        text = self._buffer.lstrip()
+        if text.startswith(OPEN):
+            self._take(len(self._buffer) - len(text) + len(OPEN))
+            self.thinking, self._state = True, self._opened
+        elif final or not OPEN.startswith(text):
+            self._state = self._opened if self.thinking else self._content
         return []
 
     def _opened(self, final: bool) -> list[Part]:
-        """Line breaks after the mark that opens."""
-        self._held = self._held.lstrip("\r\n")
-        if self._held:
-            self._step = self._reasoning
+        """Drops line breaks after the opening tag."""
+        self._buffer = self._buffer.lstrip("\r\n")
+        if self._buffer:
+            self._state = self._reasoning
         return []
 
     def _reasoning(self, final: bool) -> list[Part]:
-        at = self._held.find(CLOSE)
+        at = self._buffer.find(CLOSE)
         if at >= 0:
-            thought = self._take(at).rstrip()
+            text = self._take(at).rstrip()
             self._take(len(CLOSE))
-            self.thinking, self._step = False, self._closed
+            self.thinking, self._state = False, self._closed
         else:
-            sure = len(self._held) - overlap(self._held, CLOSE)
-            thought = self._take(len(self._held) if final else len(self._held[:sure].rstrip()))
-        return [Reasoning(thought)] if thought else []
+            end = len(self._buffer) - partial_overlap(self._buffer, CLOSE)
+            text = self._take(len(self._buffer) if final else len(self._buffer[:end].rstrip()))
+        return [Reasoning(text)] if text else []
 
     def _closed(self, final: bool) -> list[Part]:
-        """Line breaks after the mark that closes."""
-        self._held = self._held.lstrip("\r\n")
-        if self._held:
-            self._step = self._content
+        """Drops line breaks after the closing tag."""
+        self._buffer = self._buffer.lstrip("\r\n")
+        if self._buffer:
+            self._state = self._content
         return []
 
     def _content(self, final: bool) -> list[Part]:
-        text = self._take(len(self._held))
+        text = self._take(len(self._buffer))
         return [Content(text)] if text else []

@@ -1,43 +1,44 @@
-"""Tool arguments from the text that a model writes to the types that the tool's JSON schema asks for.
+"""Converts tool arguments from the model's text to the types of the tool's JSON schema.
 
-Text that does not fit stays text: the caller then sees what the model wrote.
+Text that matches none of the types stays text, so the client still receives it.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_WORDS = {"true": True, "false": False, "null": None, "none": None}  # "True" and "None": what templates make of Python's values
+# "True" and "None" occur because templates print Python's values.
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
 MAX_REFERENCES = 8  # a schema may refer to itself in a circle
 
 
-def typed(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
-    """One argument.
+def convert_argument(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
+    """Converts one argument to the first type of its schema that the text matches; else returns the text.
 
     Args:
-      text: as the model wrote it.
-      schema: the argument's own.
-      root: the schema that `$ref`s in it start from.
+      text: the argument as the model wrote it.
+      schema: the argument's own schema.
+      root: the schema that `$ref`s are resolved in.
     """
-    wanted = list(_types(schema, root, MAX_REFERENCES))
-    for type_ in wanted:
-        found, value = _read(text, type_)
-        if found and (type_ != "null" or "string" not in wanted or text.strip().lower() == "null"):
+    types = list(_types(schema, root, MAX_REFERENCES))
+    for type_ in types:
+        matches, value = _read(text, type_)
+        if matches and (type_ != "null" or "string" not in types or text.strip().lower() == "null"):
             return value
     return text
 
 
-def _types(schema: Any, root: Mapping[str, Any], left: int) -> Iterator[str]:
-    """Every type that a schema allows, through its alternatives."""
-    if not isinstance(schema, Mapping) or left == 0:
+def _types(schema: Any, root: Mapping[str, Any], references_left: int) -> Iterator[str]:
+    """Yields every type that a schema allows, alternatives and references included."""
+    if not isinstance(schema, Mapping) or references_left == 0:
         return
     if isinstance(reference := schema.get("$ref"), str):
-        yield from _types(_resolve(reference, root), root, left - 1)
-    own = schema.get("type")
-    yield from (own if isinstance(own, list) else [own]) if own else _types_of_values(schema)
-    for word in ("anyOf", "oneOf", "allOf"):
-        for alternative in schema.get(word) or () if isinstance(schema.get(word), list) else ():
-            yield from _types(alternative, root, left - 1)
+        yield from _types(_resolve(reference, root), root, references_left - 1)
+    types = schema.get("type")
+    yield from (types if isinstance(types, list) else [types]) if types else _types_of_values(schema)
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        for alternative in schema.get(keyword) or () if isinstance(schema.get(keyword), list) else ():
+            yield from _types(alternative, root, references_left - 1)
 
 
 def _types_of_values(schema: Mapping[str, Any]) -> Iterator[str]:
@@ -55,7 +56,7 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
 
 
 def _read(text: str, type_: Any) -> tuple[bool, Any]:
-    """(whether the text is of that type, its value)."""
+    """Returns (whether the text is of that type, its value)."""
     word = text.strip()
     if type_ in ("boolean", "null"):
         value = _WORDS.get(word.lower(), word)
@@ -64,11 +65,11 @@ def _read(text: str, type_: Any) -> tuple[bool, Any]:
     if kinds is None:
         return False, None
     try:
-        value = json.loads(word, parse_constant=_no_constant)
+        value = json.loads(word, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # ValueError: not JSON, or an integer of thousands of digits
         return False, None
     return isinstance(value, kinds) and not isinstance(value, bool), value
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")

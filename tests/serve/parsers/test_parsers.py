@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.parsers import Content, OutputParser, Reasoning, ToolCall
-from serve.parsers.newlines import NEAR, NewlineParser
-from serve.parsers.typed import typed
+from serve.parsers.newlines import MAX_SHORT_SPAN, NewlineParser
+from serve.parsers.typed import convert_argument
 
 TOOLS = {
     "weather": {
@@ -184,13 +184,13 @@ def test_marks_inside_arguments():
 )
 def test_arguments_have_the_schemas_types(key, text, value):
     schema = TOOLS["weather"]
-    got = typed(text, schema["properties"].get(key), schema)
+    got = convert_argument(text, schema["properties"].get(key), schema)
     assert got == value and type(got) is type(value)
 
 
 def test_a_schema_in_a_circle_ends():
     root = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-    assert typed("5", {"$ref": "#/$defs/a"}, root) == "5"
+    assert convert_argument("5", {"$ref": "#/$defs/a"}, root) == "5"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_schema_in_a_circle_ends():
     ],
 )
 def test_odd_schemas(schema, text, value):
-    assert typed(text, schema, {}) == value
+    assert convert_argument(text, schema, {}) == value
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_odd_schemas(schema, text, value):
         (r"It costs $5\nor $6.\n", "It costs $5\nor $6.\n"),
         (r"It costs $5,\n10 or$6\n", "It costs $5,\n10 or$6\n"),
         ("a ` b\n\\n ` c", "a ` b\n\n ` c"),
-        ("` " + "x" * NEAR + r"\n`", "` " + "x" * NEAR + "\n`"),
+        ("` " + "x" * MAX_SHORT_SPAN + r"\n`", "` " + "x" * MAX_SHORT_SPAN + "\n`"),
         ("end\\", "end\\"),
         ("```open\\n", "```open\\n"),
     ],
