@@ -1,13 +1,15 @@
-"""The HTTP APIs over an engine: OpenAI's, Anthropic's, and vLLM's small routes.
+"""HTTP APIs over an engine: OpenAI's, Anthropic's, and vLLM's utility routes.
 
-- app.py: the application; service.py: what its routes share; docs.py: the OpenAPI document.
-- exchange.py: request ids, the log, the body's limit, errors nobody expected. auth.py: keys. errors.py: error objects.
-- asking.py: from a chat request to the steps of its answers, which all routes go through; schema.py: what one may say;
-  choices.py: one answer; prompt.py, thinking.py: what its prompt says, and a budget for thinking; forms.py: JSON, calls and
-  the like; pictures.py: how many, and what they cost.
-- chat.py, answers.py: /v1/chat/completions. responses*.py: /v1/responses. messages*.py: /v1/messages. foreign.py: what these two
-  share. sse.py: server-sent events. completions.py: the older text completions.
-- tokens.py, models.py, health.py, metrics.py, home.py: the small routes, and the page.
+- app.py: the application.
+- common/: request_pipeline.py, from a body to the output of a submitted request; schema.py, the fields of
+  requests; respond.py and sse.py, responses; output_stream.py, the output of one choice; prompt.py and
+  thinking.py, the prompt's end and the thinking budget; media_limits.py, limits on images and videos;
+  service.py, the state that routes share; middleware.py, request ids and the log; auth.py, API keys;
+  errors.py, error objects.
+- common/conversation.py, field_names.py and typed_events.py: the base of /v1/messages and /v1/responses,
+  whose requests become chat requests and whose streams are typed events.
+- openai/: /v1/chat/completions, /v1/completions and /v1/responses. anthropic/: /v1/messages.
+- routes/: the utility routes, the OpenAPI document and the chat page.
 """
 
 from serve.api.app import create_app

@@ -1,4 +1,4 @@
-"""The application."""
+"""The ASGI application."""
 
 import dataclasses
 
@@ -16,11 +16,11 @@ from serve.api.routes import docs, health, home, metrics, models, scene, tokens
 
 
 def create_app(service: Service) -> FastAPI:
-    """OpenAI's API over `service`. Closing the service is the caller's."""
+    """Returns the application of all routes over a service. The caller closes the service."""
     app = FastAPI(title="MiniCPM-V 4.6 in JAX", version=minicpmv46_jax.__version__, redoc_url=None)
     app.state.service = service
     app.add_middleware(RequestMiddleware)
-    if service.cors is not None:  # outermost, so that a page sees errors too
+    if service.cors is not None:  # outermost, so that pages can read errors too
         app.add_middleware(CORSMiddleware, **dataclasses.asdict(service.cors), expose_headers=["X-Request-Id"])
     errors.install(app)
     app.include_router(home.router)

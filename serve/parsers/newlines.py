@@ -20,7 +20,7 @@ class NewlineParser:
 
     def __init__(self):
         self._buffer = ""
-        self._close: str | None = None  # closing mark of the current long span
+        self._close = ""  # closing mark of the current long span
 
     def push(self, text: str) -> str:
         """Returns the text that this piece completes."""
@@ -47,7 +47,7 @@ class NewlineParser:
         at = self._buffer.find(self._close)
         if at >= 0:
             out = self._take(at + len(self._close))
-            self._close = None
+            self._close = ""
             return out
         return self._take(len(self._buffer) if final else max(len(self._buffer) - len(self._close) + 1, 0)) or None
 

@@ -1,0 +1,1 @@
+"""Structured output: grammar constraints compiled from requests."""

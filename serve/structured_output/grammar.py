@@ -1,8 +1,10 @@
-"""Structured output: answers that follow a JSON schema, a regular expression, a choice, a grammar or a tool's schema.
+"""Structured output: answers that follow a JSON schema, a regular expression, a choice, a grammar or a tool's
+schema.
 
-A `GrammarConstraint` belongs to one answer and lives on the host. `mask` returns the grammar mask, the tokens that may come
-next as bits. `advance` takes the token that was sampled. llguidance computes masks without holding Python's lock, so the
-masks of a batch are computed in parallel while the device runs. Reasoning tokens are not constrained.
+A `GrammarConstraint` belongs to one answer and lives on the host. `mask` returns the grammar mask: the tokens
+that may come next, as bits. `advance` takes the token that was sampled. llguidance computes masks without
+Python's lock, so the masks of a batch are computed in parallel while the device runs. Reasoning tokens are
+not constrained.
 """
 
 import dataclasses
@@ -18,21 +20,22 @@ from jaxtyping import UInt32
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from serve.parsers.reasoning import ReasoningParser
 
-# White space that a document may have between its parts: enough to lay it out, too little to fill an answer with.
+# White space between the parts of a document: enough to lay it out, too little to fill an answer with.
 _LAYOUT = {"whitespace_pattern": r"[ \n\t]{0,20}"}
 
 
 @dataclasses.dataclass(frozen=True)
 class GrammarSpec:
-    """What an answer must be. One of the first five, or none; or calls, or either.
+    """The format of an answer: at most one of the first four fields, or tool calls, or either.
 
     Attributes:
-      schema: a document of this JSON schema.
-      regex: text that the expression matches.
-      choice: one of these texts.
-      grammar: text of this grammar, in Lark's or in GBNF's notation.
-      functions: a call of one of these: the schemas of their parameters by name. Beside one of the above: that or a call.
-      parallel: whether there may be several calls.
+      schema: the answer is a document of this JSON schema.
+      regex: the answer matches this regular expression.
+      choice: the answer is one of these texts.
+      grammar: the answer follows this grammar, in Lark's or GBNF's notation.
+      functions: the answer calls these functions: the JSON schema of each one's parameters, by name. If one
+        of `schema`, `regex` and `choice` is set too, the answer is either that or calls.
+      parallel: True if several calls may come.
     """
 
     schema: Mapping[str, Any] | bool | None = None
@@ -42,17 +45,17 @@ class GrammarSpec:
     functions: Mapping[str, Mapping[str, Any]] | None = None
     parallel: bool = True
 
-    def llguidance(self) -> str:
-        """As a grammar of llguidance's. Raises ValueError."""
+    def to_llguidance(self) -> str:
+        """Returns the format as a grammar of llguidance. Raises ValueError if it has none."""
         if self.grammar is not None:
             return llguidance.grammar_from("grammar", self.grammar)
-        answer = self._answer()
+        answer = self._answer_rule()
         if self.functions is None:
             return llguidance.LLMatcher.grammar_from_lark(f"start: answer\n{answer}")
         start = "start: calls" if answer is None else f"start: answer | calls\n{answer}"
-        return llguidance.LLMatcher.grammar_from_lark(f"{start}\n{_calls(self.functions, self.parallel)}")
+        return llguidance.LLMatcher.grammar_from_lark(f"{start}\n{_call_rules(self.functions, self.parallel)}")
 
-    def _answer(self) -> str | None:
+    def _answer_rule(self) -> str | None:
         if self.schema is not None:
             return f"answer: {_json(self.schema)}"
         if self.regex is not None:
@@ -62,19 +65,20 @@ class GrammarSpec:
         return None
 
 
-def _calls(functions: Mapping[str, Mapping[str, Any]], parallel: bool) -> str:
-    """Calls in the JSON notation, whose arguments a schema describes to the letter."""
+def _call_rules(functions: Mapping[str, Mapping[str, Any]], parallel: bool) -> str:
+    """Returns the rules of calls in the JSON notation, because a schema describes JSON arguments
+    completely."""
     rules = [
-        f"call_{i}: {_head(name)} {_json(schema or {'type': 'object'})} {_text('}')}"
+        f"call_{i}: {_call_head(name)} {_json(schema or {'type': 'object'})} {_text('}')}"
         for i, (name, schema) in enumerate(functions.items())
     ]
     one_of = " | ".join(f"call_{i}" for i in range(len(functions)))
     more = f" ({_text(chr(10))} call)*" if parallel else ""
-    marked = f"call: {_text('<tool_call>' + chr(10))} body {_text(chr(10) + '</tool_call>')}"
-    return "\n".join([f"calls: call{more}", marked, f"body: {one_of}", *rules])
+    tagged = f"call: {_text('<tool_call>' + chr(10))} body {_text(chr(10) + '</tool_call>')}"
+    return "\n".join([f"calls: call{more}", tagged, f"body: {one_of}", *rules])
 
 
-def _head(name: str) -> str:
+def _call_head(name: str) -> str:
     return _text(f'{{"name": {json.dumps(name)}, "arguments": ')
 
 
@@ -88,49 +92,58 @@ def _text(text: str) -> str:
 
 
 class GrammarCompiler:
-    """Makes constraints for one model's answers.
+    """A compiler of grammars for one model's vocabulary.
 
     Args:
-      detokenizer: the model's.
-      tokenize: from text to token ids.
-      vocabulary: how many tokens there are.
-      stops: tokens that end an answer; the first stands for them all where llguidance asks for one.
+      detokenizer: the model's detokenizer.
+      tokenize: converts text to token ids.
+      vocab_size: number of tokens.
+      stop_token_ids: tokens that end an answer. llguidance takes the first as its end-of-sequence token.
     """
 
-    def __init__(self, detokenizer: Detokenizer, tokenize: Callable[[str], list[int]], vocabulary: int, stops: tuple[int, ...]):
-        self._detokenizer, self._tokenize, self._size, self._stops = detokenizer, tokenize, vocabulary, stops
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        tokenize: Callable[[str], list[int]],
+        vocab_size: int,
+        stop_token_ids: tuple[int, ...],
+    ):
+        self._detokenizer, self._tokenize = detokenizer, tokenize
+        self._vocab_size, self._stop_token_ids = vocab_size, stop_token_ids
 
-    def compile(self, wanted: GrammarSpec, thinking: bool) -> "Constraint":
-        """A constraint for one answer.
+    def compile(self, spec: GrammarSpec, thinking: bool) -> "GrammarConstraint":
+        """Compiles the constraint of one answer.
 
         Args:
-          wanted: what it must be.
-          thinking: whether the prompt ends inside `<think>`.
+          spec: the format of the answer.
+          thinking: True if the prompt ends inside `<think>`.
 
         Raises:
-          ValueError: what is wrong with the schema, expression or grammar, in one line.
+          ValueError: the schema, expression or grammar is invalid; the message is one line.
         """
-        grammar = wanted.llguidance()
-        if mistake := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise ValueError(_first_line(mistake))
+        grammar = spec.to_llguidance()
+        if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
+            raise ValueError(_first_line(error))
         constraint = GrammarConstraint(self._tokenizer, grammar, self._detokenizer, thinking)
-        if constraint.broken:
-            raise ValueError(constraint.broken)
+        if constraint.error:
+            raise ValueError(constraint.error)
         return constraint
 
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
-        """The vocabulary as llguidance wants it, made when first needed."""
-        special = self._detokenizer.special | set(self._stops)
-        # One that is no text has bytes that UTF-8 never has, lest it be taken for its name.
-        tokens = [b"\xff" + str(i).encode() if i in special else self._detokenizer.token_bytes(i) for i in range(self._size)]
-        vocabulary = _Vocabulary(tokens, sorted(special), self._stops[0], self._tokenize)
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), eos_token=list(self._stops))
+        """The vocabulary as llguidance's tokenizer, built on first use."""
+        special = self._detokenizer.special | set(self._stop_token_ids)
+        # Special tokens get bytes that never occur in UTF-8, so that no text matches their names.
+        tokens = [
+            b"\xff" + str(i).encode() if i in special else self._detokenizer.token_bytes(i) for i in range(self._vocab_size)
+        ]
+        vocabulary = _Vocabulary(tokens, sorted(special), self._stop_token_ids[0], self._tokenize)
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), eos_token=list(self._stop_token_ids))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer interface that llguidance expects."""
 
     tokens: list[bytes]
     special_token_ids: list[int]
@@ -143,41 +156,49 @@ class _Vocabulary:
 
 
 class GrammarConstraint:
-    """One answer's. Not to be shared between threads at once; `copy_from_start` gives another for another answer."""
+    """The grammar state of one answer; see `options.Constraint`. Not safe for concurrent use by several
+    threads."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str, detokenizer: Detokenizer, thinking: bool):
         self._tokenizer, self._grammar, self._detokenizer = tokenizer, grammar, detokenizer
         self._thinking = thinking
         self._reasoning = ReasoningParser(thinking)
         self._matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
-        self._free = np.full(-(-tokenizer.vocab_size // 32), 0xFFFFFFFF, np.uint32)
+        self._all_tokens = np.full(-(-tokenizer.vocab_size // 32), 0xFFFFFFFF, np.uint32)
 
     def mask(self) -> UInt32[np.ndarray, " W"]:
-        """Which tokens may come next: bit i % 32 of word i // 32 is token i's. Raises RuntimeError if the parser gave up."""
+        """Returns the tokens that may come next: bit i % 32 of word i // 32 is token i's.
+
+        Raises:
+          RuntimeError: the matcher has failed.
+        """
         if self._reasoning.thinking:
-            return self._free
+            return self._all_tokens
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        if self.broken:
-            raise RuntimeError(f"the constraint cannot be kept: {self.broken}")
+        if self.error:
+            raise RuntimeError(f"the grammar cannot be followed: {self.error}")
         return mask
 
     def advance(self, token: int) -> None:
-        """The token that came. Raises RuntimeError for one that the mask had ruled out."""
+        """Advances by a sampled token. Raises RuntimeError if the mask does not allow it."""
         if self._reasoning.thinking:
             self._reasoning.push(self._detokenizer.token_bytes(token).decode("utf-8", "replace"))
         elif not self._matcher.consume_token(token):
-            raise RuntimeError(f"token {token} breaks the constraint: {_first_line(self._matcher.get_error())}")
+            raise RuntimeError(f"token {token} breaks the grammar: {_first_line(self._matcher.get_error())}")
 
     @property
-    def broken(self) -> str:
-        """Why the parser gave up; "" while it has not."""
+    def error(self) -> str:
+        """The reason why the matcher has failed; "" if it has not."""
         return _first_line(self._matcher.get_error())
 
-    def copy_from_start(self, thinking: bool | None = None) -> "Constraint":
-        """The same for another answer, from its beginning; or for one whose thinking was ended."""
-        return GrammarConstraint(
-            self._tokenizer, self._grammar, self._detokenizer, self._thinking if thinking is None else thinking
-        )
+    def copy_from_start(self, thinking: bool | None = None) -> "GrammarConstraint":
+        """Returns the same constraint at its start, for another answer.
+
+        Args:
+          thinking: True if that answer starts inside `<think>`; None for the same as this one.
+        """
+        thinking = self._thinking if thinking is None else thinking
+        return GrammarConstraint(self._tokenizer, self._grammar, self._detokenizer, thinking)
 
 
 def _first_line(message: str) -> str:

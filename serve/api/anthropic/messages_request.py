@@ -1,56 +1,66 @@
-"""What a request to Anthropic's /v1/messages says, as a chat request."""
+"""Converts a request to Anthropic's /v1/messages to a chat request."""
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
-from serve.api.common.errors import ApiError
-from serve.api.common.field_names import Names, listed, mapped, refuse_fields, renamed, text_of, wrong
-from serve.api.common.schema import ChatRequest, checked, json_object
+from serve.api.common.conversation import (
+    Conversation,
+    client_fields,
+    function_choice,
+    function_tools,
+    parsed_chat,
+    require_fields,
+    tool_call,
+)
+from serve.api.common.field_names import (
+    Names,
+    expect_list,
+    expect_object,
+    expect_objects,
+    expect_text,
+    wrong_value,
+)
+from serve.api.common.request_pipeline import ParsedRequest
 
-# Of chat completions and not of this API.
-_CHATS = frozenset(
+# Fields of chat completions that are not fields of this API.
+_CHAT_ONLY = frozenset(
     "n stop max_completion_tokens response_format reasoning_effort logprobs top_logprobs stream_options functions "
     "parallel_tool_calls thinking_token_budget".split()
 )
-_HARMLESS = frozenset("metadata service_tier inference_geo container cache_control".split())
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_IGNORED = frozenset("metadata service_tier inference_geo container cache_control".split())
+_CONVERTED = frozenset("messages system stop_sequences tools tool_choice thinking".split())
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def parse(body: bytes, counting: bool = False) -> tuple[ChatRequest, Names]:
-    """The chat request, and the client's names for its fields. Raises ApiError.
+def parse_message(body: bytes, counting: bool = False) -> ParsedRequest:
+    """Parses and checks a request. Raises ApiError with the client's field names.
 
     Args:
-      body: JSON.
-      counting: whether only the prompt matters, so that no limit to the answer is needed.
+      body: a JSON object.
+      counting: True if only the prompt matters, so that `max_tokens` is optional.
     """
-    raw = {name: value for name, value in json_object(body).items() if value is not None and name not in _HARMLESS}
-    refuse_fields(raw, _CHATS)
-    for name in ("model", "messages") if counting else ("model", "messages", "max_tokens"):
-        if name not in raw:
-            raise ApiError(400, f"{name} is missing", name)
-    chat, names = _chat(raw)
-    with renamed(names):
-        return checked(chat), names
+    raw = client_fields(body, _IGNORED, _CHAT_ONLY)
+    require_fields(raw, "model", "messages", *(() if counting else ("max_tokens",)))
+    return parsed_chat(*_chat_fields(raw))
 
 
-def _chat(raw: dict[str, Any]) -> tuple[dict[str, Any], Names]:
-    own = {"messages", "system", "stop_sequences", "tools", "tool_choice", "thinking"}
-    chat = {name: value for name, value in raw.items() if name not in own}
-    conversation = _Conversation()
+def _chat_fields(raw: dict[str, Any]) -> tuple[dict[str, Any], Names]:
+    """Returns (the chat request's fields, the client's names for them)."""
+    chat = {name: value for name, value in raw.items() if name not in _CONVERTED}
+    conversation = _MessageConversation()
     if "system" in raw:
         conversation.add({"role": "system", "content": _system(raw["system"])}, "system")
-    for i, message in enumerate(listed(raw["messages"], "messages")):
-        conversation.read(mapped(message, f"messages[{i}]"), f"messages[{i}]")
+    conversation.read(raw["messages"], "messages")
     chat["messages"] = conversation.messages
     if "stop_sequences" in raw:
-        chat["stop"] = listed(raw["stop_sequences"], "stop_sequences")
+        chat["stop"] = expect_list(raw["stop_sequences"], "stop_sequences")
     if "tools" in raw:
-        chat["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(listed(raw["tools"], "tools"))]
+        chat["tools"] = function_tools(raw["tools"], _function)
     if "tool_choice" in raw:
-        chat |= _choice(mapped(raw["tool_choice"], "tool_choice"))
+        chat |= _tool_choice(expect_object(raw["tool_choice"], "tool_choice"))
     chat |= _thinking(
-        mapped(raw.get("thinking", {"type": None}), "thinking"),
-        mapped(raw.get("chat_template_kwargs", {}), "chat_template_kwargs"),
+        expect_object(raw.get("thinking", {"type": None}), "thinking"),
+        expect_object(raw.get("chat_template_kwargs", {}), "chat_template_kwargs"),
     )
     return chat, {"stop": "stop_sequences", **conversation.names}
 
@@ -58,26 +68,24 @@ def _chat(raw: dict[str, Any]) -> tuple[dict[str, Any], Names]:
 def _system(system: Any) -> str:
     if isinstance(system, str):
         return system
-    blocks = [mapped(block, f"system[{i}]") for i, block in enumerate(listed(system, "system"))]
-    return "\n\n".join(text_of(block.get("text"), f"system[{i}].text") for i, block in enumerate(blocks))
+    return "\n\n".join(expect_text(block.get("text"), f"{path}.text") for block, path in expect_objects(system, "system"))
 
 
-def _tool(tool: Any, path: str) -> dict[str, Any]:
-    if mapped(tool, path).get("type", "custom") != "custom":
-        raise wrong(f"{path}.type", tool["type"], "'custom': this server runs no tools of its own")
-    function = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+def _function(tool: dict[str, Any], path: str) -> dict[str, Any]:
+    if tool.get("type", "custom") != "custom":
+        raise wrong_value(f"{path}.type", tool["type"], "'custom': this server has no built-in tools")
+    return {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
 
 
-def _choice(choice: dict[str, Any]) -> dict[str, Any]:
+def _tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
     kind = choice.get("type")
     if kind == "tool":
-        wanted: Any = {"type": "function", "function": {"name": choice.get("name")}}
-    elif kind in _CHOICES:
-        wanted = _CHOICES[kind]
+        chat_choice: Any = function_choice(choice.get("name"))
+    elif isinstance(kind, str) and kind in _TOOL_CHOICES:
+        chat_choice = _TOOL_CHOICES[kind]
     else:
-        raise wrong("tool_choice.type", kind, "'auto', 'any', 'tool' or 'none'")
-    return {"tool_choice": wanted, "parallel_tool_calls": not choice.get("disable_parallel_tool_use", False)}
+        raise wrong_value("tool_choice.type", kind, "'auto', 'any', 'tool' or 'none'")
+    return {"tool_choice": chat_choice, "parallel_tool_calls": not choice.get("disable_parallel_tool_use", False)}
 
 
 def _thinking(thinking: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
@@ -85,81 +93,64 @@ def _thinking(thinking: dict[str, Any], variables: dict[str, Any]) -> dict[str, 
     if kind is None:
         return {}
     if kind not in ("enabled", "disabled", "adaptive"):
-        raise wrong("thinking.type", kind, "'enabled', 'disabled' or 'adaptive'")
+        raise wrong_value("thinking.type", kind, "'enabled', 'disabled' or 'adaptive'")
     budget = {"thinking_token_budget": thinking["budget_tokens"]} if "budget_tokens" in thinking else {}
     return {"chat_template_kwargs": {"enable_thinking": kind != "disabled", **variables}, **budget}
 
 
-class _Conversation:
-    """Messages whose blocks are spread over messages of the chat API: a tool's result is one of its own there."""
+class _MessageConversation(Conversation):
+    """Chat messages converted from Anthropic's. One message may become several: a tool result is its own chat
+    message."""
 
-    def __init__(self):
-        self.messages: list[dict[str, Any]] = []
-        self.names: dict[str, str] = {}
+    text_types: ClassVar = {"text": "text"}
+    media_types: ClassVar = {"image": "image", "video": "video"}
+    known_types = "'text', 'image', 'video', 'tool_use', 'tool_result' or 'thinking'"
 
-    def add(self, message: dict[str, Any], path: str) -> None:
-        """One more."""
-        self.names[f"messages[{len(self.messages)}]"] = path
-        self.messages.append(message)
-
-    def read(self, message: dict[str, Any], path: str) -> None:
-        """One of the client's."""
-        role, content = message.get("role"), message.get("content")
+    def read_entry(self, entry: dict[str, Any], path: str) -> None:
+        """Converts one message."""
+        role, content = entry.get("role"), entry.get("content")
         if role not in ("user", "assistant"):
-            raise wrong(f"{path}.role", role, "'user' or 'assistant'; the system's words are the field `system`")
+            raise wrong_value(f"{path}.role", role, "'user' or 'assistant'; the system prompt is the field `system`")
         if isinstance(content, str):
             self.add({"role": role, "content": content}, path)
             return
-        blocks = [
-            (mapped(b, f"{path}.content[{i}]"), f"{path}.content[{i}]") for i, b in enumerate(listed(content, f"{path}.content"))
-        ]
-        self._user(blocks, path) if role == "user" else self._assistant(blocks, path)
+        blocks = expect_objects(content, f"{path}.content")
+        self._read_user(blocks, path) if role == "user" else self._read_assistant(blocks, path)
 
-    def _user(self, blocks: list[tuple[dict[str, Any], str]], path: str) -> None:
+    def _read_user(self, blocks: list[tuple[dict[str, Any], str]], path: str) -> None:
         parts = []
-        for block, at in blocks:
+        for block, block_path in blocks:
             if block.get("type") == "tool_result":
-                content = block.get("content", "")
-                content = content if isinstance(content, str) else [_part(mapped(b, at), at) for b in listed(content, at)]
-                self.add({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}, at)
+                content = self.content(block.get("content", ""), f"{block_path}.content")
+                self.add({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}, block_path)
             else:
-                parts.append(_part(block, at))
+                parts.append(self.content_part(block, block_path))
         if parts or not blocks:
             self.add({"role": "user", "content": parts}, path)
 
-    def _assistant(self, blocks: list[tuple[dict[str, Any], str]], path: str) -> None:
+    def _read_assistant(self, blocks: list[tuple[dict[str, Any], str]], path: str) -> None:
         message: dict[str, Any] = {"role": "assistant", "content": []}
-        for block, at in blocks:
+        for block, block_path in blocks:
             kind = block.get("type")
             if kind == "tool_use":
-                function = {
-                    "name": text_of(block.get("name"), f"{at}.name"),
-                    "arguments": json.dumps(mapped(block.get("input"), at)),
-                }
-                call = {"id": block.get("id"), "type": "function", "function": function}
+                arguments = json.dumps(expect_object(block.get("input"), f"{block_path}.input"))
+                call = tool_call(block.get("id"), block.get("name"), arguments, block_path)
                 message.setdefault("tool_calls", []).append(call)
             elif kind == "thinking":
-                message["reasoning_content"] = message.get("reasoning_content", "") + text_of(block.get("thinking"), at)
+                text = expect_text(block.get("thinking"), f"{block_path}.thinking")
+                message["reasoning_content"] = message.get("reasoning_content", "") + text
             elif kind != "redacted_thinking":
-                message["content"].append(_part(block, at))
+                message["content"].append(self.content_part(block, block_path))
         self.add(message, path)
 
-
-def _part(block: dict[str, Any], path: str) -> dict[str, Any]:
-    kind = block.get("type")
-    if kind == "text":
-        return {"type": "text", "text": text_of(block.get("text"), f"{path}.text")}
-    if kind in ("image", "video"):
-        url = _source(mapped(block.get("source"), f"{path}.source"), f"{path}.source")
-        return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
-    raise wrong(f"{path}.type", kind, "'text', 'image', 'video', 'tool_use', 'tool_result' or 'thinking'")
-
-
-def _source(source: dict[str, Any], path: str) -> str:
-    kind = source.get("type")
-    if kind == "base64":
-        media_type, data = text_of(source.get("media_type"), f"{path}.media_type"), text_of(source.get("data"), f"{path}.data")
-        return f"data:{media_type};base64,{data}"
-    if kind == "url":
-        return text_of(source.get("url"), f"{path}.url")
-    raise wrong(f"{path}.type", kind, "'base64' or 'url'")
+    def media_url(self, medium: str, part: dict[str, Any], path: str) -> str:
+        """Returns the URL of an image's or video's source."""
+        path = f"{path}.source"
+        source = expect_object(part.get("source"), path)
+        kind = source.get("type")
+        if kind == "base64":
+            media_type = expect_text(source.get("media_type"), f"{path}.media_type")
+            return f"data:{media_type};base64,{expect_text(source.get('data'), f'{path}.data')}"
+        if kind == "url":
+            return expect_text(source.get("url"), f"{path}.url")
+        raise wrong_value(f"{path}.type", kind, "'base64' or 'url'")

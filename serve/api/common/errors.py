@@ -1,4 +1,4 @@
-"""OpenAI's error object (Anthropic's on its routes), and which status goes with which mistake."""
+"""Error objects of OpenAI's API (of Anthropic's on its routes), and the HTTP status of each kind of error."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from serve.engine.engine_client import EngineFull, EngineStopped, RequestRejected
 
-RETRY_AFTER_S = 1  # places come free one by one, so the client may knock soon
+RETRY_AFTER_S = 1  # capacity is freed request by request, so a retry may soon succeed
 INTERNAL = "the server failed to answer; its log has the details under this request's X-Request-Id"
 
 ANTHROPIC_ROUTES = "/v1/messages"
@@ -29,7 +29,7 @@ _PATH = re.compile(r"([a-z_]+)(?:\[\d+\]|\.[a-z_]+)*")  # messages[0].content[1]
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """A response with an error status. `content` is OpenAI's error object."""
 
     def __init__(
         self,
@@ -45,71 +45,71 @@ class ApiError(Exception):
         self.content = {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
     def response(self, path: str) -> JSONResponse:
-        """As HTTP, in the words of the API that the path belongs to."""
+        """Returns the HTTP response in the format of the API that `path` belongs to."""
         content = anthropic_content(self) if path.startswith(ANTHROPIC_ROUTES) else self.content
         return JSONResponse(content, self.status, self.headers)
 
 
 def anthropic_content(error: ApiError) -> dict[str, Any]:
-    """Anthropic's error object, which has no room for the field at fault: the message names it."""
+    """Returns Anthropic's error object. It has no field for the parameter, but the message names it."""
     kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": error.content["error"]["message"]}}
 
 
 def internal_error() -> ApiError:
-    """For a fault of ours: what happened stands in the log, not in the answer."""
+    """Returns status 500 without details: the log has them, clients must not see them."""
     return ApiError(500, INTERNAL, type_="server_error", code="internal_error")
 
 
 def stopped_error() -> ApiError:
-    """For what a stopping server gives up."""
+    """Returns status 503, for requests that a stopping server gives up."""
     return ApiError(503, str(EngineStopped()), code="shutting_down", type_="server_error")
 
 
 @contextmanager
-def user_mistakes(fields: Collection[str], param: str | None = None) -> Iterator[None]:
-    """Turns the library's ValueErrors into status 400.
+def value_errors_as_400(fields: Collection[str], param: str | None = None) -> Iterator[None]:
+    """Converts ValueErrors of the library to ApiError 400.
 
     Args:
-      fields: the request's. A message that starts with one of them, or a path into one, says what `param` is.
-      param: the field at fault where the message does not say.
+      fields: the request's fields. If the message starts with one of them or a path into one, `param` becomes
+        that path.
+      param: the field at fault if the message names none.
     """
     try:
         yield
     except ValueError as error:
         path = _PATH.match(str(error))
-        named = path is not None and path[1] in fields
-        raise ApiError(400, str(error), path[0] if named else param) from error
+        raise ApiError(400, str(error), path[0] if path and path[1] in fields else param) from error
 
 
 def install(app: FastAPI) -> None:
-    """Has the app answer every kind of failure with an error object."""
+    """Installs exception handlers, so that the app responds to every failure with an error object."""
 
     @app.exception_handler(ApiError)
-    async def of_ours(request: Request, error: ApiError) -> JSONResponse:
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response(request.url.path)
 
     @app.exception_handler(EngineFull)
-    async def full(request: Request, error: EngineFull) -> JSONResponse:
+    async def engine_full(request: Request, error: EngineFull) -> JSONResponse:
         headers = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(429, str(error), None, "rate_limit_exceeded", "rate_limit_error", headers).response(request.url.path)
 
     @app.exception_handler(EngineStopped)
-    async def stopped(request: Request, _: EngineStopped) -> JSONResponse:
+    async def engine_stopped(request: Request, _: EngineStopped) -> JSONResponse:
         return stopped_error().response(request.url.path)
 
     @app.exception_handler(RequestRejected)
-    async def refused(request: Request, error: RequestRejected) -> JSONResponse:
+    async def request_rejected(request: Request, error: RequestRejected) -> JSONResponse:
         return ApiError(400, str(error)).response(request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def of_routing(request: Request, error: HTTPException) -> JSONResponse:
+    async def routing_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}"
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return ApiError(error.status_code, message, code=code, headers=_headers(error)).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def of_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def parameter_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         return ApiError(400, first["msg"], ".".join(map(str, first["loc"]))).response(request.url.path)
 

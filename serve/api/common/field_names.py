@@ -1,4 +1,4 @@
-"""What the other APIs share: their requests become chat requests, and mistakes found there are told in the client's own words."""
+"""Field names of APIs that are converted to chat requests: an error names the field that the client sent."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,64 +8,69 @@ from typing import Any
 from serve.api.common.errors import ApiError
 
 Names = Mapping[str, str]
-"""From the fields of a chat request (`max_tokens`, `messages[2]`) to those that the client wrote."""
+"""Fields of a chat request (`max_tokens`, `messages[2]`) to the client's fields."""
 
 
 @contextmanager
 def renamed(names: Names) -> Iterator[None]:
-    """Rewrites the fields that a refusal names."""
+    """Replaces the fields that an ApiError names by the client's names."""
     try:
         yield
     except ApiError as error:
         if not names:
             raise
-        fault = error.content["error"]
+        content = error.content["error"]
         raise ApiError(
             error.status,
-            rename(fault["message"], names),
-            fault["param"] and rename(fault["param"], names),
-            fault["code"],
-            fault["type"],
+            rename(content["message"], names),
+            content["param"] and rename(content["param"], names),
+            content["code"],
+            content["type"],
             error.headers,
         ) from None
 
 
 def rename(text: str, names: Names) -> str:
-    """A text with the client's names for fields."""
+    """Returns the text with the client's names for fields."""
     longest_first = sorted(names, key=len, reverse=True)
     pattern = "|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in longest_first)
     return re.sub(pattern, lambda match: names[match[0]], text)
 
 
-def wrong(path: str, value: Any, wanted: str) -> ApiError:
-    """A refusal that names the field and both values."""
+def wrong_value(path: str, value: Any, expected: str) -> ApiError:
+    """Returns status 400 that names the field, its value and the expected values."""
     shown = repr(value) if not isinstance(value, (dict, list)) else type(value).__name__
-    return ApiError(400, f"{path} is {shown[:200]}, expected {wanted}", path)
+    return ApiError(400, f"{path} is {shown[:200]}, expected {expected}", path)
 
 
-def listed(value: Any, path: str) -> list[Any]:
-    """A list. Raises ApiError."""
+def expect_list(value: Any, path: str) -> list[Any]:
+    """Returns the value if it is a list. Raises ApiError otherwise."""
     if not isinstance(value, list):
-        raise wrong(path, value, "a list")
+        raise wrong_value(path, value, "a list")
     return value
 
 
-def mapped(value: Any, path: str) -> dict[str, Any]:
-    """An object. Raises ApiError."""
+def expect_object(value: Any, path: str) -> dict[str, Any]:
+    """Returns the value if it is an object. Raises ApiError otherwise."""
     if not isinstance(value, dict):
-        raise wrong(path, value, "an object")
+        raise wrong_value(path, value, "an object")
     return value
 
 
-def text_of(value: Any, path: str) -> str:
-    """A text. Raises ApiError."""
+def expect_text(value: Any, path: str) -> str:
+    """Returns the value if it is a text. Raises ApiError otherwise."""
     if not isinstance(value, str):
-        raise wrong(path, value, "a text")
+        raise wrong_value(path, value, "a text")
     return value
+
+
+def expect_objects(value: Any, path: str) -> list[tuple[dict[str, Any], str]]:
+    """Returns (object, its path) for each entry of a list of objects. Raises ApiError otherwise."""
+    return [(expect_object(entry, f"{path}[{i}]"), f"{path}[{i}]") for i, entry in enumerate(expect_list(value, path))]
 
 
 def refuse_fields(raw: Mapping[str, Any], fields: frozenset[str]) -> None:
-    """Refuses fields that are another API's."""
+    """Raises ApiError for a field of another API."""
     for name in raw:
         if name in fields:
             raise ApiError(400, f"{name!r} is not a field that this route serves", name, "unsupported_parameter")

@@ -1,4 +1,4 @@
-"""The pictures and videos of a conversation: how many there may be, and what they cost."""
+"""Limits on the images and videos of a conversation, and their cost in tokens."""
 
 import itertools
 from collections import Counter
@@ -10,19 +10,26 @@ from serve.api.common.errors import ApiError
 
 
 def check_media(messages: list[dict[str, Any]], limits: Mapping[str, int]) -> None:
-    """Refuses a conversation with too many pictures before any is fetched."""
-    seen: Counter[str] = Counter()
-    for kind, where in _media(messages):
-        seen[kind] += 1
-        if seen[kind] > limits.get(kind, seen[kind]):
-            fault = f"{where} is {kind} number {seen[kind]}, but a request may have at most {limits[kind]}"
-            raise ApiError(400, f"{fault} (--limit-mm-per-prompt)", where)
+    """Raises ApiError for a conversation with too many images or videos, before any is fetched.
+
+    Args:
+      messages: the conversation.
+      limits: maximum number per kind, "image" and "video"; a kind that is absent has no limit.
+    """
+    count: Counter[str] = Counter()
+    for kind, path in _media(messages):
+        count[kind] += 1
+        if count[kind] > limits.get(kind, count[kind]):
+            message = f"{path} is {kind} number {count[kind]}, but a request may have at most {limits[kind]}"
+            raise ApiError(400, f"{message} (--limit-mm-per-prompt)", path)
 
 
 def media_costs(messages: list[dict[str, Any]], inputs: Inputs) -> list[dict[str, Any]]:
-    """What each picture and video of a conversation was made into, and how many of the prompt's tokens that takes.
+    """Returns the size and the prompt tokens of each image and video of a conversation.
 
-    `grid` is the rows and columns of an image's slices, [0, 0] where it was left whole; `views` are sizes in patches.
+    `pictures` is 1 for an image and the number of frames for a video. `grid` is the rows and columns of an
+    image's slices, [0, 0] for an image without slices. `views` are the sizes of the source image and its
+    slices, in patches.
     """
     views, images, videos = iter(inputs.views), iter(inputs.image_grids), iter(inputs.video_grids)
     costs = []
@@ -35,6 +42,7 @@ def media_costs(messages: list[dict[str, Any]], inputs: Inputs) -> list[dict[str
 
 
 def _media(messages: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yields (kind, path) of each image and video."""
     for i, message in enumerate(messages):
         content = message.get("content")
         for j, part in enumerate(content if isinstance(content, list) else ()):

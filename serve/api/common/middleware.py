@@ -1,6 +1,8 @@
-"""Around every request: an id, a log line, a limit to its body, and an answer to what nobody expected.
+"""Middleware of every request: a request id, a log line, a limit on the body, and status 500 for unexpected
+errors.
 
-The log says how long and how much, not what: prompts are the users' own, and in the log only where the server was told so.
+The log has durations and token counts. It has prompts only with the option `log_prompts`, because they are
+private.
 """
 
 import dataclasses
@@ -19,13 +21,22 @@ from serve.engine.engine_client import Cancelled
 
 log = logging.getLogger("serve")
 
-CLIENT_GONE = 499  # nginx's number for a client that did not wait; only the log ever shows it
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only the log shows it
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclasses.dataclass
 class RequestRecord:
-    """A request and its answer, as far as the log is concerned. `status` is None until the answer starts."""
+    """A request's id, status and token counts, for the log and for usage.
+
+    Attributes:
+      id: the client's X-Request-Id if it is valid, else a new one.
+      status: HTTP status; None until the response starts.
+      prompt_tokens: tokens of the prompt, images included.
+      completion_tokens: tokens generated so far, over all choices.
+      reasoning_tokens: those of them that are reasoning.
+      client_gone: True if the client disconnected before the response ended.
+    """
 
     id: str
     status: int | None = None
@@ -36,12 +47,12 @@ class RequestRecord:
 
 
 def request_record(request: Request) -> RequestRecord:
-    """The record that `RequestMiddleware` keeps of a request."""
+    """Returns the record that `RequestMiddleware` keeps of a request."""
     return request.state.record
 
 
 class RequestMiddleware:
-    """Keeps an `RequestRecord` for each request, and logs it."""
+    """ASGI middleware that keeps a `RequestRecord` for each request, and logs it."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -54,11 +65,11 @@ class RequestMiddleware:
         scope.setdefault("state", {})["record"] = record
         start = time.monotonic()
         try:
-            await self._answer(scope, receive, _tagging(send, record), record)
+            await self._respond(scope, receive, _with_request_id(send, record), record)
         finally:
-            _log_line(scope, record, time.monotonic() - start)
+            _log_request(scope, record, time.monotonic() - start)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
             await self.app(scope, receive, send)
         except (Cancelled, ClientDisconnect):
@@ -66,15 +77,15 @@ class RequestMiddleware:
         except Exception:
             log.exception("%s failed", record.id)
             if record.status is not None:
-                raise  # half an answer is out: the server must break the connection
+                raise  # part of the response has been sent, so the server must break the connection
             await internal_error().response(scope["path"])(scope, receive, send)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is known to be too long."""
+    """Reads the whole body. Raises ApiError 413 as soon as its length exceeds `max_bytes`."""
     too_long = ApiError(413, f"the body is longer than the {max_bytes} bytes allowed", code="request_too_large")
-    announced = request.headers.get("Content-Length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
+    content_length = request.headers.get("Content-Length", "")
+    if content_length.isdigit() and int(content_length) > max_bytes:
         raise too_long
     body = bytearray()
     async for chunk in request.stream():
@@ -85,35 +96,37 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _request_id(headers: Headers) -> str:
-    given = headers.get("X-Request-Id", "")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    sent = headers.get("X-Request-Id", "")
+    return sent if _VALID_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
-def _tagging(send: Send, record: RequestRecord) -> Send:
-    async def tagged(message: Message) -> None:
+def _with_request_id(send: Send, record: RequestRecord) -> Send:
+    """Wraps `send`: adds the X-Request-Id header to the response and records its status."""
+
+    async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.status = message["status"]
-            tag = (b"x-request-id", record.id.encode())
-            message = {**message, "headers": [*message.get("headers", []), tag]}
+            header = (b"x-request-id", record.id.encode())
+            message = {**message, "headers": [*message.get("headers", []), header]}
         await send(message)
 
-    return tagged
+    return wrapped
 
 
-def _log_line(scope: Scope, record: RequestRecord, seconds: float) -> None:
-    quiet = scope["path"] in ("/health", "/ready", "/metrics")  # load balancers and Prometheus ask every second
+def _log_request(scope: Scope, record: RequestRecord, seconds: float) -> None:
+    quiet = scope["path"] in ("/health", "/ready", "/metrics")  # load balancers and Prometheus poll them every second
     fields = {
         "request_id": record.id,
         "method": scope["method"],
         "path": scope["path"],
-        "status": CLIENT_GONE if record.client_gone else record.status,
+        "status": CLIENT_CLOSED_REQUEST if record.client_gone else record.status,
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.completion_tokens,
         "seconds": round(seconds, 3),
     }
     log.log(
         logging.DEBUG if quiet else logging.INFO,
-        # the path is quoted: it may hold a line break
+        # The path is quoted because it may contain a line break.
         "%(request_id)s %(method)s %(path)r %(status)s prompt_tokens=%(prompt_tokens)d "
         "completion_tokens=%(completion_tokens)d seconds=%(seconds).3f",
         fields,

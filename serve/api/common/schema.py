@@ -1,25 +1,36 @@
-"""What a chat request may say.
+"""The fields of requests, and their checks.
 
-A field that would change the answer and is not served is refused by name, never passed over; one that is null was not said.
+A field that would change the answer and is not served is refused by name, never ignored. A null field counts
+as absent.
 """
 
 import difflib
 import json
 import re
 import reprlib
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
 from serve.api.common.errors import ApiError
 
-# Bookkeeping of OpenAI's and vLLM's clients: no answer depends on it.
+# Bookkeeping fields of OpenAI's and vLLM's clients, which no answer depends on.
 IGNORED_FIELDS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention cache_salt".split()
 )
 
-# Fields of OpenAI's and vLLM's of which one value is served.
+# Fields of OpenAI and vLLM that are served with one value only.
 SINGLE_VALUE_FIELDS: dict[str, Any] = {
     "best_of": 1,
     "modalities": ["text"],
@@ -33,59 +44,94 @@ SINGLE_VALUE_FIELDS: dict[str, Any] = {
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-MAX_CHOICES = 16  # answers to one request; each takes a place of the engine
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")  # OpenAI's; those from the third on make this model think
+MAX_CHOICES = 16  # answers to one request; each takes one unit of the engine's capacity
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]  # OpenAI's
+NO_THINKING = ("none", "minimal")  # efforts that disable thinking
 
 M = TypeVar("M", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+StopTexts = Annotated[
+    list[str],
+    BeforeValidator(_as_list),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
 class Strict(BaseModel):
-    """Types as they are, and no field that is not known."""
+    """A model without type conversion that refuses unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Strict):
-    """Whether a last chunk tells the usage, or every one (vLLM's). Obfuscation pads OpenAI's chunks; there is none here."""
+    """Options of a stream.
+
+    `include_usage` adds a final chunk with the usage, `continuous_usage_stats` (vLLM's) adds the usage to
+    every chunk. `include_obfuscation` has no effect: chunks are never padded.
+    """
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class ChatRequest(Strict):
-    """POST /v1/chat/completions: OpenAI's fields, and vLLM's from top_k on. What is left open is the checkpoint's to decide."""
+class GenerationRequest(Strict):
+    """Fields of chat and text completions alike. The checkpoint's defaults fill the absent ones."""
 
     model: str
-    messages: list[dict[str, Any]]
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stop: Annotated[list[str], BeforeValidator(_listed)] = []
+    stop: StopTexts = []
     logit_bias: dict[str, float] = {}
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = "auto"
-    parallel_tool_calls: bool = True
-    reasoning_effort: Literal[EFFORTS] | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, biases: dict[str, float]) -> dict[str, float]:
+        for token in biases:
+            if not (token.isascii() and token.isdigit()):
+                raise ValueError(f"{token[:50]!r} is not a token id")
+        return biases
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Maximum tokens of the answer; None for all that the context holds."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report beside each token's log probability; None for no log probabilities."""
+        raise NotImplementedError
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions: OpenAI's fields, and vLLM's additional ones."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, Any] = {}
     mm_processor_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
@@ -123,14 +169,6 @@ class ChatRequest(Strict):
             raise ValueError('expected \'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}')
         return choice
 
-    @field_validator("logit_bias")
-    @classmethod
-    def _token_ids(cls, biases: dict[str, float]) -> dict[str, float]:
-        for token in biases:
-            if not (token.isascii() and token.isdigit()):
-                raise ValueError(f"{token[:50]!r} is no token id")
-        return biases
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -140,10 +178,10 @@ class ChatRequest(Strict):
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
-        self._check_choice()
+        self._check_tool_choice()
         return self
 
-    def _check_choice(self) -> None:
+    def _check_tool_choice(self) -> None:
         if self.tool_choice == "required" and not self.tools:
             raise ValueError("tool_choice is 'required', but there are no tools")
         if isinstance(self.tool_choice, dict) and (name := self.tool_choice["function"]["name"]) not in self.functions:
@@ -151,71 +189,74 @@ class ChatRequest(Strict):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The most tokens to answer with, under whichever name they were asked for."""
+        """Maximum tokens of the answer, from either field; None for all that the context holds."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report beside each token's log probability; None for no log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def functions(self) -> dict[str, dict[str, Any]]:
-        """The functions that may be called: their parameters' schemas by name."""
+        """The functions that may be called: the JSON schema of each one's parameters, by name."""
         tools = () if self.tool_choice == "none" else self.tools or ()
         return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """For the chat template. An effort says whether to think; `enable_thinking` itself goes before it."""
-        effort = {} if self.reasoning_effort is None else {"enable_thinking": EFFORTS.index(self.reasoning_effort) >= 2}
-        return {**effort, **self.chat_template_kwargs}
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that tells the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        """Variables of the chat template. An explicit `enable_thinking` overrides the reasoning effort."""
+        effort = self.reasoning_effort
+        thinking = {} if effort is None else {"enable_thinking": effort not in NO_THINKING}
+        return {**thinking, **self.chat_template_kwargs}
 
 
-FIELDS = frozenset(ChatRequest.model_fields)
+CHAT_FIELDS = frozenset(ChatRequest.model_fields)
 
 
-def parse(body: bytes) -> ChatRequest:
-    """A checked request. Raises ApiError 400 that names the field."""
-    return checked(json_object(body))
+def parse_chat(body: bytes) -> ChatRequest:
+    """Parses and checks a chat request. Raises ApiError 400 that names the field."""
+    return checked(json_object(body), ChatRequest)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """A body's JSON. Raises ApiError 400."""
+    """Parses a body that must be a JSON object. Raises ApiError 400."""
     raw = _json(body)
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is a JSON {_json_type(raw)}, expected an object")
     return raw
 
 
-def checked(raw: dict[str, Any]) -> ChatRequest:
-    """A request from its fields. Raises ApiError 400 that names the field."""
-    said = {name: value for name, value in raw.items() if value is not None and name not in IGNORED_FIELDS}
-    for name in [name for name in said if name not in FIELDS]:
-        _check_unserved(name, said.pop(name))
-    return validated(ChatRequest, said)
+def checked(raw: Mapping[str, Any], model: type[M], single_value_fields: Mapping[str, Any] = SINGLE_VALUE_FIELDS) -> M:
+    """Checks a request's fields. Raises ApiError 400 that names the field.
+
+    Args:
+      raw: fields and values as the client sent them.
+      model: the request's type.
+      single_value_fields: fields that are not the model's and are served with one value only.
+    """
+    fields = {name: value for name, value in raw.items() if value is not None and name not in IGNORED_FIELDS}
+    for name in [name for name in fields if name not in model.model_fields]:
+        _check_unserved(name, fields.pop(name), model.model_fields, single_value_fields)
+    return validated(model, fields)
 
 
-def validated(model: type[M], said: dict[str, Any]) -> M:
-    """Fields as a model. Raises ApiError 400 that names the field."""
+def validated(model: type[M], fields: dict[str, Any]) -> M:
+    """Returns the fields as a model. Raises ApiError 400 that names the field."""
     try:
-        return model.model_validate(said)
+        return model.model_validate(fields)
     except ValidationError as error:
-        raise _mistake(error) from None
+        raise _validation_error(error) from None
 
 
-def _check_unserved(name: str, value: Any) -> None:
-    """Raises unless the field says what is done anyway."""
-    if name in SINGLE_VALUE_FIELDS:
-        if type(value) is not type(SINGLE_VALUE_FIELDS[name]) or value != SINGLE_VALUE_FIELDS[name]:
-            raise ApiError(
-                400,
-                f"{name} is {reprlib.repr(value)}, but only {SINGLE_VALUE_FIELDS[name]!r} is served",
-                name,
-                "unsupported_value",
-            )
+def _check_unserved(name: str, value: Any, known: Collection[str], single_value_fields: Mapping[str, Any]) -> None:
+    """Raises ApiError unless the field has the one value that is served."""
+    if name in single_value_fields:
+        served = single_value_fields[name]
+        if type(value) is not type(served) or value != served:
+            raise ApiError(400, f"{name} is {reprlib.repr(value)}, but only {served!r} is served", name, "unsupported_value")
         return
-    near = difflib.get_close_matches(name, FIELDS, n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ApiError(400, f"{reprlib.repr(name)} is not a field that this server serves{hint}", name[:64], "unsupported_parameter")
 
@@ -224,7 +265,7 @@ def _json(body: bytes) -> Any:
     try:
         raw = json.loads(body.decode(), parse_constant=_refuse_constant)
         if _SURROGATE.search(body):
-            json.dumps(raw, ensure_ascii=False).encode()  # half a character (a lone surrogate) has no bytes, thus no tokens
+            json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8 encoding, thus no tokens
         return raw
     except UnicodeEncodeError:
         raise ApiError(400, "the body has half a character in it: a \\ud800 to \\udfff escape without its partner") from None
@@ -243,8 +284,8 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _mistake(error: ValidationError) -> ApiError:
-    """The first thing wrong, in the words of the others here: field, value, what it may be."""
+def _validation_error(error: ValidationError) -> ApiError:
+    """Returns the first error with the field, its value and the expected values."""
     first = error.errors(include_url=False)[0]
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:

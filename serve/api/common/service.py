@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""The service: a model, its engine and the server's options, shared by all routes."""
 
 import asyncio
 import dataclasses
@@ -13,16 +13,16 @@ from serve.engine.engine import Engine
 from serve.multimodal.image_workers import ImageWorkerPool
 from serve.structured_output.grammar import GrammarCompiler
 
-MAX_BODY_BYTES = 128 * 2**20  # base64 makes of it 96 MiB of pictures or video
-MEDIA_LIMITS = {"image": 128, "video": 16}  # of one request
-PREPARE_THREADS = 8  # decoding and resizing let go of the GIL; a slow URL holds one of them
+MAX_BODY_BYTES = 128 * 2**20  # holds 96 MiB of images or video in base64
+MEDIA_LIMITS = {"image": 128, "video": 16}  # per request
+PREPARE_THREADS = 8  # image decoding releases the GIL; a slow URL occupies one thread
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cors:
-    """Which web pages of other origins may ask, and how; see Starlette's CORSMiddleware."""
+    """Options for pages of other origins; see Starlette's CORSMiddleware."""
 
     allow_origins: tuple[str, ...]
     allow_methods: tuple[str, ...] = ("*",)
@@ -32,23 +32,24 @@ class Cors:
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """A model being served.
+    """A served model.
 
     Attributes:
       model: prepares requests, in threads of `pool`.
-      engine: answers them.
-      name: what clients call the model.
-      aliases: what they may call it as well.
-      api_keys: of which clients must show one; none lets everyone in.
-      max_body_bytes: most bytes of a request's body.
-      media_limits: most images and most videos of a request.
-      cors: which web pages may ask; None for those of this server alone.
-      restore_newlines: whether a written backslash-n becomes a line break where a request does not say.
-      demo: whether the model is the one that comes with the package; the page then offers pictures that it can answer about.
-      log_prompts: whether the log has the text of prompts. They are the users' own, so it has not unless asked.
-      created: when serving began, in seconds since 1970.
-      pool: where requests are prepared, off the event loop.
-      image_workers: the processes in which the model's processor opens pictures, if it has any, to be closed with the rest.
+      engine: runs requests.
+      name: the model's name in responses.
+      aliases: further names that requests may use.
+      api_keys: accepted API keys (`Authorization: Bearer KEY`); none disables authentication.
+      max_body_bytes: maximum length of a request's body.
+      media_limits: maximum number of images and of videos per request.
+      cors: options for pages of other origins; None refuses them.
+      restore_newlines: default of the request field `restore_newlines`.
+      demo: True for the package's own demo model; the page then offers scenes that the model can answer
+        about.
+      log_prompts: True to log the text of prompts, which is private.
+      created: start of the service, in seconds since 1970.
+      pool: threads that prepare requests, off the event loop.
+      image_workers: processes in which the model's processor decodes images, if any; closed with the service.
     """
 
     model: MiniCPMV
@@ -70,35 +71,35 @@ class Service:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that the model answers to."""
+        """All names that requests may use for the model."""
         return (self.name, *self.aliases)
 
     @property
-    def context(self) -> int:
-        """Most tokens of a prompt and its answer."""
+    def max_model_len(self) -> int:
+        """Maximum tokens of a prompt and its answer."""
         return self.engine.max_model_len
 
     @property
-    def vocabulary(self) -> int:
-        """How many tokens there are."""
+    def vocab_size(self) -> int:
+        """Number of tokens in the vocabulary."""
         return self.model.config.text.vocab_size
 
     @functools.cached_property
     def grammar_compiler(self) -> GrammarCompiler:
-        """What keeps answers to a form."""
+        """Compiler of structured-output grammars."""
         model = self.model
-        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocabulary, model.generation_config.stop_token_ids)
+        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocab_size, model.generation_config.stop_token_ids)
 
     def tokenize(self, text: str) -> list[int]:
-        """A text's tokens, without any of the template's."""
+        """Returns a text's token ids, without special tokens."""
         return self.model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    async def in_thread(self, function: Callable[..., T], *args) -> T:
-        """Runs a function that takes its time without holding up the event loop."""
+    async def run_in_thread(self, function: Callable[..., T], *args) -> T:
+        """Runs a slow function in a thread of `pool`, so that the event loop stays responsive."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
 
     def close(self) -> None:
-        """Stops the engine and takes on no more preparations."""
+        """Stops the engine and cancels waiting preparations."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         if self.image_workers is not None:
             self.image_workers.close()

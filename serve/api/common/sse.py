@@ -1,4 +1,4 @@
-"""Server-sent events: a JSON object an event."""
+"""Responses as server-sent events, one JSON object per event."""
 
 import dataclasses
 import json
@@ -14,17 +14,19 @@ from serve.api.common.errors import ApiError, anthropic_content, internal_error,
 from serve.engine.engine_client import Cancelled, EngineStopped
 
 log = logging.getLogger("serve")
-_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode  # `json.dumps` makes one a call
+_dumps = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":")
+).encode  # reused: `json.dumps` builds one a call
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """What differs between APIs.
+    """The event format of an API.
 
     Attributes:
-      named: whether an event's type stands on a line of its own before it.
-      error: the event that tells of an error.
-      end: what follows the last event.
+      named: True if a line with the event's type precedes its data.
+      error: returns the event that reports an error.
+      end: bytes after the last event.
     """
 
     named: bool
@@ -33,8 +35,8 @@ class Dialect:
 
 
 def _typed_error(error: ApiError) -> dict[str, Any]:
-    fault = error.content["error"]
-    return {"type": "error", "code": fault["code"], "message": fault["message"], "param": fault["param"]}
+    content = error.content["error"]
+    return {"type": "error", "code": content["code"], "message": content["message"], "param": content["param"]}
 
 
 CHAT = Dialect(named=False, error=lambda error: error.content, end=b"data: [DONE]\n\n")
@@ -43,13 +45,13 @@ ANTHROPIC = Dialect(named=True, error=anthropic_content)
 
 
 class EventStream(Response):
-    """A streamed answer. An error in the middle becomes an event, for the status is out by then.
+    """A streamed response. An error after the first event becomes an event, because the status has been sent.
 
     Args:
       first: the first event.
-      rest: those after it.
-      cleanup: closed when the stream has ended, however it did.
-      dialect: of the API.
+      rest: the later events.
+      cleanup: closed when the stream ends, normally or not.
+      dialect: the API's event format.
     """
 
     media_type = "text/event-stream"
@@ -59,7 +61,7 @@ class EventStream(Response):
     ):
         self.status_code, self.background = 200, None
         self._first, self._rest, self._cleanup, self._dialect = first, rest, cleanup, dialect
-        # no-cache and X-Accel-Buffering: proxies must not collect the pieces
+        # no-cache and X-Accel-Buffering: proxies must not buffer events
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +75,7 @@ class EventStream(Response):
             await self._send(send, self._first)
             async for event in self._rest:
                 await self._send(send, event)
-        except (Cancelled, OSError):  # OSError: how some servers say that the client has gone
+        except (Cancelled, OSError):  # some servers raise OSError after a disconnect
             raise Cancelled from None
         except EngineStopped:
             await self._send(send, self._dialect.error(stopped_error()))
@@ -84,4 +86,4 @@ class EventStream(Response):
 
     async def _send(self, send: Send, event: dict[str, Any]) -> None:
         name = f"event: {event['type']}\n" if self._dialect.named else ""
-        await send({"type": "http.response.body", "body": f"{name}data: {_text(event)}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": f"{name}data: {_dumps(event)}\n\n".encode(), "more_body": True})

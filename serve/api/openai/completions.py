@@ -1,198 +1,181 @@
-"""POST /v1/completions: a text or token ids, continued. What load clients speak; no template, no pictures.
+"""POST /v1/completions: continues a text or token ids, without chat template and images. Load clients use it.
 
-Answered are one prompt a request and one answer a prompt; all other fields are refused by name.
+A request has one prompt and up to 16 choices. `echo`, `suffix` and a `best_of` other than `n` are refused by
+name.
 """
 
 import asyncio
-import json
-import reprlib
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from fastapi.responses import Response
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
-from minicpmv46_jax.generation.options import GenerationOptions
-from minicpmv46_jax.library import Delta
+from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.generate import Token
+from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
 from minicpmv46_jax.processing import Inputs
-from serve.api.common.errors import ApiError, user_mistakes
-from serve.api.common.middleware import RequestRecord, read_body, request_record
-from serve.api.common.request_pipeline import check_model
+from serve.api.common.errors import ApiError
+from serve.api.common.output_stream import merged
+from serve.api.common.request_pipeline import (
+    ActiveRequest,
+    OutputOptions,
+    PreparedRequest,
+    check_context,
+    check_model,
+    make_options,
+)
+from serve.api.common.respond import respond
+from serve.api.common.schema import SINGLE_VALUE_FIELDS, GenerationRequest, checked, json_object
 from serve.api.common.service import Service
-from serve.api.common.sse import EventStream
-from serve.api.openai.chat_response import usage
-from serve.engine.engine_client import RequestHandle
+from serve.api.openai.chat_response import LOWEST_LOGPROB, usage
 
 router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-# Fields that say what is done anyway, and OpenAI's bookkeeping.
-SINGLE_VALUE_FIELDS: dict[str, Any] = {"n": 1, "best_of": 1, "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}}
-IGNORED_FIELDS = frozenset({"user"})
-SAME_NAMES = (
-    "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop_token_ids ignore_eos".split()
-)
-
-TokenId = Annotated[int, Field(ge=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions: OpenAI's fields, and vLLM's additional ones."""
 
-
-class StreamOptions(_Strict):
-    """Whether a last chunk tells the usage."""
-
-    include_usage: bool = False
-
-
-class CompletionRequest(_Strict):
-    """OpenAI's fields, and vLLM's from top_k on."""
-
-    model: str
-    prompt: str | list[TokenId]
+    prompt: str | list[Annotated[int, Field(ge=0)]]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: str | list[str] = []
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[TokenId] = []
-    ignore_eos: bool = False
+    best_of: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="wrap")
     @classmethod
-    def _something(cls, prompt: str | list[int]) -> str | list[int]:
+    def _text_or_token_ids(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> str | list[int]:
+        try:
+            prompt = handler(value)
+        except ValidationError:
+            raise ValueError("expected a text or a list of token ids") from None
         if not prompt:
             raise ValueError("expected a text or a list of token ids, not empty")
         return prompt
 
-
-FIELDS = frozenset(CompletionRequest.model_fields)
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report beside each token's log probability; None for no log probabilities."""
+        return self.logprobs
 
 
 @router.post("/completions")
 async def completions(request: Request) -> Response:
-    """Continues a prompt, at once or as a stream."""
-    service, record = request.app.state.service, request_record(request)
-    body = await read_body(request, service.max_body_bytes)
-    async with AsyncExitStack() as cleanup:
-        job = service.engine.reserve()
-        cleanup.callback(job.close)
-        cleanup.callback(_watch(request, job).cancel)
-        asked, inputs, options = await service.in_thread(prepare, service, body)
-        record.prompt_tokens = len(inputs.token_ids)
-        job.submit(inputs, options)
-        answer = CompletionStream(service.name, record, asked.stream_options.include_usage, job)
-        if not asked.stream:
-            return JSONResponse(await answer.whole())
-        chunks = answer.chunks()
-        cleanup.push_async_callback(chunks.aclose)
-        return EventStream(await anext(chunks), chunks, cleanup.pop_all())
+    """Continues a prompt, as one object or as a stream of chunks."""
+    return await respond(request, prepare_completion, CompletionStream)
 
 
-def prepare(service: Service, body: bytes) -> tuple[CompletionRequest, Inputs, GenerationOptions]:
-    """All that comes before the engine. Raises ApiError for the client's mistakes."""
-    asked = parse(body)
-    check_model(service, asked.model)
-    with user_mistakes(FIELDS):
-        choices = {name: getattr(asked, name) for name in SAME_NAMES}
-        options = service.model.options(**choices, stop=asked.stop, max_new_tokens=asked.max_tokens)
-    ids = token_ids(service, asked.prompt)
-    total = len(ids) + asked.max_tokens
-    if total > service.context:
-        fault = f"your prompt has {len(ids)} tokens and max_tokens is {asked.max_tokens}, together {total}"
-        raise ApiError(400, f"the context holds {service.context} tokens, but {fault}", "prompt", "context_length_exceeded")
-    return asked, Inputs(ids, ()), options
+def prepare_completion(service: Service, body: bytes) -> PreparedRequest:
+    """Prepares a request for the engine. Raises ApiError for errors of the client."""
+    request = parse_completion(body)
+    check_model(service, request.model)
+    options = make_options(service, request)
+    ids = prompt_token_ids(service, request.prompt)
+    check_context(len(ids), request.max_tokens, service.max_model_len, "max_tokens", param="prompt")
+    return PreparedRequest(OutputOptions.from_request(request), Inputs(ids, ()), options)
 
 
-def token_ids(service: Service, prompt: str | list[int]) -> np.ndarray:
-    """A text's tokens, int32, or those given. Raises ApiError for ids that are no words."""
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Parses and checks a request. Raises ApiError 400 that names the field."""
+    request = checked(json_object(body), CompletionRequest, {**SINGLE_VALUE_FIELDS, "suffix": None})
+    if request.best_of not in (None, request.n):
+        message = f"best_of is {request.best_of}, but only {request.n} is served, the value of n"
+        raise ApiError(400, message, "best_of", "unsupported_value")
+    return request
+
+
+def prompt_token_ids(service: Service, prompt: str | list[int]) -> np.ndarray:
+    """Returns the prompt's token ids, int32. Raises ApiError for ids beyond the vocabulary."""
     if isinstance(prompt, str):
-        return np.array(service.model.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)
-    size = service.model.config.text.vocab_size
-    if (highest := max(prompt)) >= size:
-        raise ApiError(400, f"prompt has token {highest}, but the vocabulary ends at {size - 1}", "prompt")
+        return np.array(service.tokenize(prompt), np.int32)
+    if (highest := max(prompt)) >= service.vocab_size:
+        raise ApiError(400, f"prompt has token {highest}, but the vocabulary ends at {service.vocab_size - 1}", "prompt")
     return np.array(prompt, np.int32)
 
 
-def parse(body: bytes) -> CompletionRequest:
-    """A checked request. Raises ApiError 400 that names the field."""
-    try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ApiError(400, "the body is JSON, but no object")
-    said = {name: value for name, value in raw.items() if value is not None and name not in IGNORED_FIELDS}
-    for name in [name for name in said if name in SINGLE_VALUE_FIELDS]:
-        if (value := said.pop(name)) != SINGLE_VALUE_FIELDS[name]:
-            raise ApiError(
-                400,
-                f"{name} is {reprlib.repr(value)}, but only {SINGLE_VALUE_FIELDS[name]!r} is served",
-                name,
-                "unsupported_value",
-            )
-    try:
-        return CompletionRequest.model_validate(said)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"{path!r} is not a field that is served here", path[:64], "unsupported_parameter") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        found = "missing" if first["type"] == "missing" else f"{reprlib.repr(raw[path])}: {reason}"
-        raise ApiError(400, f"{path} is {found}", path) from None
-
-
 class CompletionStream:
-    """A submitted request's way back to its client."""
+    """The output of a submitted request as a text completion or as its chunks."""
 
-    def __init__(self, model: str, record: RequestRecord, include_usage: bool, job: RequestHandle):
-        self._record, self._job, self._include_usage = record, job, include_usage
-        self._header = {"id": f"cmpl-{record.id}", "object": "text_completion", "created": int(time.time()), "model": model}
+    def __init__(self, request: ActiveRequest):
+        self._request, self._options = request, request.output
+        self._header = {
+            "id": f"cmpl-{request.record.id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.service.name,
+        }
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer as one object."""
-        deltas = [self._counted(delta) async for delta in self._job.deltas()]
+    async def collect(self) -> dict[str, Any]:
+        """Returns all choices as one object."""
+        choices = await asyncio.gather(*(self._collect_choice(i) for i in range(self._options.n)))
+        return {**self._header, "choices": choices, "usage": usage(self._request.record)}
+
+    async def _collect_choice(self, index: int) -> dict[str, Any]:
+        deltas = [delta async for delta in self._request.deltas(index)]
         text = "".join(delta.text for delta in deltas)
-        return {**self._choice(text, deltas[-1].finish_reason), "usage": self._usage()}
+        tokens = [token for delta in deltas for token in delta.tokens]
+        logprobs = self._new_logprobs().add(tokens) if self._options.logprobs else None
+        return _choice(index, text, deltas[-1].finish_reason, logprobs)
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer in pieces; each is sent, without text too, for load clients count them."""
-        async for delta in self._job.deltas():
-            self._counted(delta)
-            yield self._choice(delta.text, delta.finish_reason)
-        if self._include_usage:
-            yield {**self._header, "choices": [], "usage": self._usage()}
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields one chunk per delta, even without text, because load clients count chunks."""
+        n, options = self._options.n, self._options.stream_options
+        logprobs = [self._new_logprobs() for _ in range(n)]
+        async with aclosing(merged([self._request.deltas(i) for i in range(n)])) as deltas:
+            async for index, delta in deltas:
+                entry = logprobs[index].add(delta.tokens) if self._options.logprobs and delta.tokens else None
+                chunk = {**self._header, "choices": [_choice(index, delta.text, delta.finish_reason, entry)]}
+                if options.continuous_usage_stats and options.include_usage:
+                    chunk["usage"] = usage(self._request.record)
+                yield chunk
+        if options.include_usage:
+            yield {**self._header, "choices": [], "usage": usage(self._request.record)}
 
-    def _counted(self, delta: Delta) -> Delta:
-        self._record.completion_tokens += len(delta.tokens)
-        return delta
-
-    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        return {**self._header, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]}
-
-    def _usage(self) -> dict[str, int]:
-        return usage(self._record)
+    def _new_logprobs(self) -> "CompletionLogprobs":
+        return CompletionLogprobs(self._request.service.model.detokenizer)
 
 
-def _watch(request: Request, job: RequestHandle) -> asyncio.Task:
-    """Cancels the job when the connection ends; once the body has been read nothing else can come."""
+def _choice(index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        job.cancel()
 
-    return asyncio.create_task(watch())
+class CompletionLogprobs:
+    """Log probabilities of one choice in the completions format.
+
+    Token text is the token's UTF-8 text. A token that is part of a character is written as OpenAI does,
+    `bytes:\\xe2\\x82`.
+    """
+
+    def __init__(self, detokenizer: Detokenizer):
+        self._detokenizer = detokenizer
+        self._text = detokenizer.stream()
+        self._offset = 0
+
+    def add(self, tokens: Iterable[Token]) -> dict[str, Any]:
+        """Returns the log probabilities of the next tokens.
+
+        `top_logprobs` has each token's alternatives, best first, and the sampled token itself. `text_offset`
+        is the characters of the choice's text before each token.
+        """
+        out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            text, logprob = self._token_text(token.id), max(token.logprob, LOWEST_LOGPROB)
+            top = {self._token_text(token_id): max(value, LOWEST_LOGPROB) for token_id, value in token.top}
+            out["tokens"].append(text)
+            out["token_logprobs"].append(logprob)
+            out["top_logprobs"].append({**top, text: logprob})
+            out["text_offset"].append(self._offset)
+            self._offset += len(self._text.push(token.id))
+        return out
+
+    def _token_text(self, token_id: int) -> str:
+        raw = self._detokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -1,19 +1,20 @@
-"""POST /v1/responses: OpenAI's newer API, stateless. Nothing is kept, so a conversation comes whole with each request."""
+"""POST /v1/responses: OpenAI's newer API, without state: each request has the whole conversation."""
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from serve.api.common.output_stream import OutputStep
-from serve.api.common.request_pipeline import ActiveRequest, ParsedRequest, submit_request
-from serve.api.common.sse import TYPED, EventStream
-from serve.api.openai.responses_request import parse
-from serve.parsers import Part, Reasoning, ToolCall
+from serve.api.common.request_pipeline import ActiveRequest, PreparedRequest, prepare_chat
+from serve.api.common.respond import respond
+from serve.api.common.service import Service
+from serve.api.common.sse import TYPED
+from serve.api.common.typed_events import BlockBuilder, Event, TypedStream
+from serve.api.openai.responses_request import parse_response
+from serve.parsers import ToolCall
 
 router = APIRouter()
 
@@ -33,64 +34,54 @@ _ECHOED = (
 
 @router.post("/responses")
 async def responses(request: Request) -> Response:
-    """Answers a conversation, at once or as typed events."""
-    said: dict[str, Any] = {}
+    """Generates the response to a conversation, as one object or as typed events."""
+    echoed: dict[str, Any] = {}
 
-    def make(body: bytes) -> ParsedRequest:
-        chat, names, raw = parse(body)
-        said.update({name: raw[name] for name in _ECHOED if name in raw})
-        return ParsedRequest(chat, names)
+    def prepare(service: Service, body: bytes) -> PreparedRequest:
+        parsed, raw = parse_response(body)
+        echoed.update({name: raw[name] for name in _ECHOED if name in raw})
+        return prepare_chat(service, parsed)
 
-    async with AsyncExitStack() as cleanup:
-        answer = ResponseStream(await submit_request(request, cleanup, make), said)
-        if not answer.stream:
-            return JSONResponse(await answer.whole())
-        events = answer.events()
-        cleanup.push_async_callback(events.aclose)
-        return EventStream(await anext(events), events, cleanup.pop_all(), TYPED)
+    return await respond(request, prepare, lambda active: ResponseStream(active, echoed), TYPED)
 
 
-class ResponseStream:
-    """A submitted request's way back to its client."""
+class ResponseStream(TypedStream):
+    """The output of a submitted request in the format of the Responses API.
 
-    def __init__(self, asked: ActiveRequest, said: dict[str, Any]):
-        self.stream = asked.form.stream
-        self._asked, self._said = asked, said
+    Args:
+      request: the submitted request.
+      echoed: the client's fields that the response repeats.
+    """
+
+    def __init__(self, request: ActiveRequest, echoed: dict[str, Any]):
+        super().__init__(request, OutputItems())
+        self._echoed = echoed
         self._created = int(time.time())
-        self._items = Items()
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer as one object."""
-        async for step in self._asked.steps():
-            for _ in self._items.add(step):
-                pass
-        return self._object()
-
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer as events, numbered; the first comes with the engine's first step."""
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yields the response as numbered events."""
         number = 0
-        async for event in self._unnumbered():
+        async for event in super().events():
             yield {**event, "sequence_number": number}
             number += 1
 
-    async def _unnumbered(self) -> AsyncIterator[dict[str, Any]]:
-        begun = False
-        async for step in self._asked.steps():
-            if not begun:
-                begun = True
-                for name in ("created", "in_progress"):
-                    yield {"type": f"response.{name}", "response": self._object()}
-            for event in self._items.add(step):
-                yield event
-        response = self._object()
-        yield {"type": f"response.{response['status']}", "response": response}
+    def start_events(self) -> list[Event]:
+        """Returns response.created and response.in_progress, with a response without output."""
+        return [{"type": f"response.{name}", "response": self.response()} for name in ("created", "in_progress")]
 
-    def _object(self) -> dict[str, Any]:
-        reason = self._items.finish_reason
+    def end_events(self) -> list[Event]:
+        """Returns response.completed or response.incomplete, with the whole response."""
+        response = self.response()
+        return [{"type": f"response.{response['status']}", "response": response}]
+
+    def response(self) -> dict[str, Any]:
+        """Returns the response object as of now."""
+        reason = self._blocks.finish_reason
         status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
-        defaults = {"parallel_tool_calls": self._asked.form.parallel, "tool_choice": "auto", "tools": [], "metadata": {}}
+        parallel = self._request.output.parallel_tool_calls
+        defaults = {"parallel_tool_calls": parallel, "tool_choice": "auto", "tools": [], "metadata": {}}
         return {
-            "id": f"resp_{self._asked.record.id}",
+            "id": f"resp_{self._request.record.id}",
             "object": "response",
             "created_at": self._created,
             "status": status,
@@ -98,19 +89,19 @@ class ResponseStream:
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": None,
-            "model": self._asked.service.name,
-            "output": self._items.done,
+            "model": self._request.service.name,
+            "output": list(self._blocks.done),
             "previous_response_id": None,
             "store": False,
             "text": {"format": {"type": "text"}},
             "truncation": "disabled",
             **defaults,
-            **self._said,
+            **self._echoed,
             "usage": self._usage() if reason else None,
         }
 
     def _usage(self) -> dict[str, Any]:
-        record = self._asked.record
+        record = self._request.record
         return {
             "input_tokens": record.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},
@@ -120,80 +111,63 @@ class ResponseStream:
         }
 
 
-class Items:
-    """An answer's output items, and the events that tell of them."""
+class OutputItems(BlockBuilder):
+    """A builder of a response's output items."""
 
-    def __init__(self):
-        self.done: list[dict[str, Any]] = []
-        self.finish_reason: str | None = None
-        self._open: dict[str, Any] | None = None
+    text_type, reasoning_type = "message", "reasoning"
 
-    def add(self, step: OutputStep) -> Iterator[dict[str, Any]]:
-        """One more step."""
-        for part in step.parts:
-            yield from self._add(part)
-        if step.finish_reason is not None:
-            self.finish_reason = step.finish_reason
-            yield from self._close("incomplete" if step.finish_reason == "length" else "completed")
-
-    def _add(self, part: Part) -> Iterator[dict[str, Any]]:
-        if isinstance(part, ToolCall):
-            yield from self._close()
-            yield from self._call(part)
-            return
-        kind = "reasoning" if isinstance(part, Reasoning) else "message"
-        if self._open is not None and self._open["type"] != kind:
-            yield from self._close()
-        if self._open is None:
-            yield from self._begin(kind)
-        content = self._open["content"][0]
-        content["text"] += part.text
-        yield self._event(f"{_text_event(kind)}.delta", delta=part.text, **_logprobs(kind))
-
-    def _begin(self, kind: str) -> Iterator[dict[str, Any]]:
+    def new_block(self, kind: str) -> dict[str, Any]:
+        """Returns an empty message or reasoning item."""
         if kind == "message":
             content = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            self._open = {"id": _id("msg"), "type": kind, "role": "assistant", "status": "in_progress", "content": [content]}
-        else:
-            content = {"type": "reasoning_text", "text": ""}
-            self._open = {"id": _id("rs"), "type": kind, "status": "in_progress", "summary": [], "content": [content]}
-        empty = {**self._open, "content": []}
-        yield {"type": "response.output_item.added", "output_index": len(self.done), "item": empty}
-        yield self._event("response.content_part.added", part=dict(content))
+            return {"id": _id("msg"), "type": kind, "role": "assistant", "status": "in_progress", "content": [content]}
+        content = {"type": "reasoning_text", "text": ""}
+        return {"id": _id("rs"), "type": kind, "status": "in_progress", "summary": [], "content": [content]}
 
-    def _close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
-        if self._open is None:
-            return
-        item, content = self._open, self._open["content"][0]
-        yield self._event(f"{_text_event(item['type'])}.done", text=content["text"], **_logprobs(item["type"]))
-        yield self._event("response.content_part.done", part=dict(content))
-        item["status"], self._open = status, None
-        yield from self._finished(item)
+    def start_events(self, block: dict[str, Any]) -> Iterator[Event]:
+        """Yields the events that add an item and its content part."""
+        yield {"type": "response.output_item.added", "output_index": len(self.done), "item": {**block, "content": []}}
+        yield self._event(block, "response.content_part.added", part=dict(block["content"][0]))
 
-    def _finished(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self.done.append(item)
-        yield {"type": "response.output_item.done", "output_index": len(self.done) - 1, "item": item}
+    def text_event(self, block: dict[str, Any], text: str) -> Event:
+        """Appends text to an item and returns its delta event."""
+        block["content"][0]["text"] += text
+        return self._event(block, f"{_text_event(block)}.delta", delta=text, **_no_logprobs(block))
 
-    def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+    def end_events(self, block: dict[str, Any]) -> Iterator[Event]:
+        """Appends an item to `done` and yields the events that complete its text, its content part and
+        itself."""
+        content = block["content"][0]
+        yield self._event(block, f"{_text_event(block)}.done", text=content["text"], **_no_logprobs(block))
+        yield self._event(block, "response.content_part.done", part=dict(content))
+        block["status"] = "incomplete" if self.finish_reason == "length" else "completed"
+        yield self._done_event(block)
+
+    def call_events(self, call: ToolCall) -> Iterator[Event]:
+        """Appends a function_call item to `done` and yields its events."""
         item = {"id": _id("fc"), "type": "function_call", "call_id": _id("call"), "name": call.name, "arguments": ""}
-        where = {"item_id": item["id"], "output_index": len(self.done)}
+        position = {"item_id": item["id"], "output_index": len(self.done)}
         added = {**item, "status": "in_progress"}
         yield {"type": "response.output_item.added", "output_index": len(self.done), "item": added}
-        yield {"type": "response.function_call_arguments.delta", **where, "delta": call.arguments}
-        yield {"type": "response.function_call_arguments.done", **where, "name": call.name, "arguments": call.arguments}
-        yield from self._finished({**item, "arguments": call.arguments, "status": "completed"})
+        yield {"type": "response.function_call_arguments.delta", **position, "delta": call.arguments}
+        yield {"type": "response.function_call_arguments.done", **position, "name": call.name, "arguments": call.arguments}
+        yield self._done_event({**item, "arguments": call.arguments, "status": "completed"})
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """An event about the first content part of the open item."""
-        return {"type": kind, "item_id": self._open["id"], "output_index": len(self.done), "content_index": 0, **fields}
+    def _done_event(self, item: dict[str, Any]) -> Event:
+        self.done.append(item)
+        return {"type": "response.output_item.done", "output_index": len(self.done) - 1, "item": item}
+
+    def _event(self, block: dict[str, Any], kind: str, **fields: Any) -> Event:
+        """Returns an event about the content part of the open item."""
+        return {"type": kind, "item_id": block["id"], "output_index": len(self.done), "content_index": 0, **fields}
 
 
-def _text_event(kind: str) -> str:
-    return "response.reasoning_text" if kind == "reasoning" else "response.output_text"
+def _text_event(block: dict[str, Any]) -> str:
+    return "response.reasoning_text" if block["type"] == "reasoning" else "response.output_text"
 
 
-def _logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "message" else {}
+def _no_logprobs(block: dict[str, Any]) -> dict[str, Any]:
+    return {"logprobs": []} if block["type"] == "message" else {}
 
 
 def _id(kind: str) -> str:

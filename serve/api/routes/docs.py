@@ -1,6 +1,8 @@
-"""The OpenAPI document, at /openapi.json, and a page to read it on, at /docs (which loads Swagger UI from its public address).
+"""The OpenAPI document at /openapi.json, and its page at /docs (which loads Swagger UI from its public
+address).
 
-The routes read their bodies themselves, to refuse them in the words of their APIs; so what a body looks like is said here.
+The routes parse bodies themselves, so that errors have the format of their API. This module adds the bodies'
+schemas.
 """
 
 from typing import Any
@@ -18,7 +20,7 @@ _COUNT, _OBJECT = {"type": "integer", "minimum": 1}, {"type": "object"}
 _OBJECTS = {"type": "array", "items": _OBJECT}
 _SAMPLING = {"temperature": _NUMBER, "top_p": _NUMBER, "top_k": {"type": "integer"}, "stream": _FLAG, "tools": _OBJECTS}
 
-# Requests that become chat requests: their own fields. Those of vLLM's extra body go with them as well.
+# Own fields of requests that become chat requests. vLLM's additional chat fields are accepted too.
 _RESPONSES = {
     "type": "object",
     "required": ["model", "input"],
@@ -34,7 +36,7 @@ _RESPONSES = {
         **_SAMPLING,
     },
 }
-_CONVERSATION = {
+_MESSAGE_FIELDS = {
     "model": _TEXT,
     "messages": {
         "type": "array",
@@ -52,9 +54,9 @@ _CONVERSATION = {
 _MESSAGES = {
     "type": "object",
     "required": ["model", "messages", "max_tokens"],
-    "properties": {**_CONVERSATION, "max_tokens": _COUNT, "stop_sequences": {"type": "array", "items": _TEXT}},
+    "properties": {**_MESSAGE_FIELDS, "max_tokens": _COUNT, "stop_sequences": {"type": "array", "items": _TEXT}},
 }
-_COUNT_TOKENS = {"type": "object", "required": ["model", "messages"], "properties": _CONVERSATION}
+_COUNT_TOKENS = {"type": "object", "required": ["model", "messages"], "properties": _MESSAGE_FIELDS}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -70,41 +72,41 @@ _BODIES: dict[str, type[BaseModel] | dict[str, Any]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-_REFUSALS = {"400": "a mistake in the request", "401": "no valid key", "404": "no such model", "429": "too many requests"}
+_ERRORS = {"400": "invalid request", "401": "no valid API key", "404": "unknown model", "429": "too many requests"}
 
 
 def install(app: FastAPI) -> None:
-    """Has the app describe itself."""
+    """Installs the document as the app's OpenAPI schema."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _described(get_openapi(title=app.title, version=app.version, routes=app.routes))
+            app.openapi_schema = _complete(get_openapi(title=app.title, version=app.version, routes=app.routes))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _described(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with bodies, keys and refusals."""
+def _complete(document: dict[str, Any]) -> dict[str, Any]:
+    """Returns the document with request bodies, API keys and error responses."""
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas["Error"] = _ERROR
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in document["paths"].items():
         for operation in methods.values():
-            _refusals(operation)
+            _add_errors(operation)
             if path in _BODIES:
                 schema = _schema(_BODIES[path], schemas)
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return document
 
 
-def _refusals(operation: dict[str, Any]) -> None:
+def _add_errors(operation: dict[str, Any]) -> None:
     operation["security"] = [{"key": []}, {}]
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    for status, description in _REFUSALS.items():
+    for status, description in _ERRORS.items():
         operation["responses"][status] = {"description": description, "content": content}
-    operation["responses"].pop("422", None)  # FastAPI's own refusals have status 400 here
+    operation["responses"].pop("422", None)  # FastAPI's own validation errors have status 400 here
 
 
 def _schema(body: type[BaseModel] | dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:

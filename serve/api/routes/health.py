@@ -1,4 +1,4 @@
-"""GET /health, /ready, /version: open to all."""
+"""GET /health, /ready and /version, without an API key."""
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -10,14 +10,14 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """200 while the engine works, 503 once it does not."""
+    """Returns 200 while the engine runs, 503 once it has stopped."""
     alive = request.app.state.service.engine.alive
     return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 while a request would be taken on; 503 while the queue is full or the engine stops."""
+    """Returns 200 if a new request would be accepted, 503 if the queue is full or the engine has stopped."""
     engine = request.app.state.service.engine
     state = "stopped" if not engine.alive else "full" if engine.full else "ready"
     return JSONResponse({"status": state}, 200 if state == "ready" else 503)
@@ -25,5 +25,5 @@ async def ready(request: Request) -> JSONResponse:
 
 @router.get("/version")
 async def version() -> dict[str, str]:
-    """This server's."""
+    """Returns the server's version."""
     return {"version": minicpmv46_jax.__version__}

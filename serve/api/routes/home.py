@@ -10,6 +10,6 @@ router = APIRouter()
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def home() -> HTMLResponse:
-    """Open to all: it asks for a key where the server wants one."""
+    """Returns the chat page, without an API key. The page itself asks for the key if the server has keys."""
     html, headers = page()
     return HTMLResponse(html, headers=headers)

@@ -1,4 +1,4 @@
-"""GET /scene: pictures that the demo model has never seen, and a question about them; for the page."""
+"""GET /scene, for the chat page: a scene that the demo model was not trained on, and a question about it."""
 
 import base64
 import io
@@ -12,23 +12,23 @@ from minicpmv46_jax import scenes
 
 router = APIRouter()
 
-SHOWN = ("shapes", "letters", "lines", "signs", "table", "small print", "pair")  # kinds that are pictures alone
-MIX = {kind: scenes.MIX[kind] for kind in SHOWN}
+IMAGE_KINDS = ("shapes", "letters", "lines", "signs", "table", "small print", "pair")  # kinds without videos
+MIX = {kind: scenes.MIX[kind] for kind in IMAGE_KINDS}
 
 
 @router.get("/scene", include_in_schema=False, response_model=None)
 async def scene(request: Request) -> dict[str, Any] | Response:
-    """A question and `data:` URLs of PNG files, others each time; nothing (204) where another model is served."""
+    """Returns a random question and the `data:` URLs of its images; 204 without content for other models."""
     service = request.app.state.service
-    return await service.in_thread(drawn) if service.demo else Response(status_code=204)
+    return await service.run_in_thread(draw_scene) if service.demo else Response(status_code=204)
 
 
-def drawn() -> dict[str, Any]:
-    """Of the held-out split."""
+def draw_scene() -> dict[str, Any]:
+    """Draws a scene of the held-out split."""
     seed = secrets.randbits(32)
-    one = scenes.draw(seed, held_out=True, mix=MIX)
-    turn, _ = scenes.exam_turn(seed, one)
-    return {"question": turn.question, "pictures": [_png(picture) for picture in one.media]}
+    drawn = scenes.draw(seed, held_out=True, mix=MIX)
+    turn, _ = scenes.exam_turn(seed, drawn)
+    return {"question": turn.question, "pictures": [_png(picture) for picture in drawn.media]}
 
 
 def _png(picture: scenes.Picture) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve.api.common.errors import ApiError
 from serve.api.common.request_pipeline import generation_kwargs
-from serve.api.common.schema import FIELDS, SINGLE_VALUE_FIELDS, parse
+from serve.api.common.schema import CHAT_FIELDS, SINGLE_VALUE_FIELDS, parse_chat
 from tests.serve.support import CONTEXT, NAME, FakeModel, ask, body, client, content_of, events, prompt, serving
 
 
@@ -54,17 +54,17 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ({"response_format": {"type": "xml"}}, "response_format.type", "'text', 'json_object' or 'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "is None, expected a JSON schema"),
         ({"response_format": schema_of({"type": "objectt"})}, "response_format", "objectt"),
-        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "response_format says where"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "response_format decides where"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "leave one out"),
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "cannot be kept to"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "cannot be compiled"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is list, expected a list of texts"),
         ({"structured_outputs": {"tag": 1}}, "structured_outputs.tag", "known are json, json_object, regex"),
         ({"guided_json": "x"}, "guided_json", "guided_json is 'x', expected a JSON schema"),
-        ({"guided_grammar": "start: nothing"}, "guided_grammar", "cannot be kept to"),
-        ({"tools": [FUNCTION], "guided_grammar": 'start: "x"'}, "tool_choice", "leaves them no room"),
+        ({"guided_grammar": "start: nothing"}, "guided_grammar", "cannot be compiled"),
+        ({"tools": [FUNCTION], "guided_grammar": 'start: "x"'}, "tool_choice", "cannot be combined with tool calls"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]", "logit_bias[5] is 101.0"),
         ({"logit_bias": {"256": 1}}, "logit_bias", "for token 256, but the vocabulary has 256"),
-        ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is no token id"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is not a token id"),
         ({"logit_bias": {"5": "much"}}, "logit_bias.5", "logit_bias.5 is 'much'"),
         ({"functions": []}, "functions", "'functions' is not a field"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "parallel_tool_calls is 'no'"),
@@ -138,18 +138,18 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(sorted(FIELDS | set(SINGLE_VALUE_FIELDS))) | st.text(max_size=5), JSON, max_size=4))
+@given(st.dictionaries(st.sampled_from(sorted(CHAT_FIELDS | set(SINGLE_VALUE_FIELDS))) | st.text(max_size=5), JSON, max_size=4))
 def test_whatever_the_fields_are_the_mistake_is_the_clients(fields):
     content = json.dumps({**body(), **fields}).encode()
     try:
-        request = parse(content)
+        request = parse_chat(content)
     except ApiError as refusal:
         assert refusal.status == 400 and refusal.content["error"]["message"]
         return
     try:
         FakeModel().options(**generation_kwargs(request))
     except ValueError as refusal:
-        assert str(refusal).partition(" ")[0].partition("[")[0] in FIELDS
+        assert str(refusal).partition(" ")[0].partition("[")[0] in CHAT_FIELDS
 
 
 def test_more_pictures_than_allowed(model):

@@ -131,7 +131,7 @@ REFUSALS = [
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
         "input[0].content[0].image_url",
-        "uploaded before",
+        "uploaded files",
     ),
     ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no answers"),
     ({"background": True}, "background", "background is True"),

@@ -102,9 +102,9 @@ def test_thoughts_are_free(compiler):
 
 def test_tokens_that_break_it(compiler):
     constraint = compiler.compile(GrammarSpec(choice=("yes",)), False)
-    with pytest.raises(RuntimeError, match="token 110 breaks the constraint"):
+    with pytest.raises(RuntimeError, match="token 110 breaks the grammar"):
         constraint.advance(ord("n"))
-    with pytest.raises(RuntimeError, match="cannot be kept"):
+    with pytest.raises(RuntimeError, match="cannot be followed"):
         constraint.mask()
 
 
