@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 in JAX: OpenBMB's multimodal model for TPU, GPU and, small, CPU."""
+"""MiniCPM-V 4.6 in JAX: OpenBMB's multimodal model on TPU, GPU and, for small models, CPU."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["Delta", "MiniCPMV"]
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, when they are first asked for: who only prepares pictures need not import jax."""
+    """Imports the names above on first use, so that image preparation does not import jax."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from minicpmv46_jax import library

@@ -1,8 +1,9 @@
-"""How fast one conversation runs on this device: `python -m minicpmv46_jax.bench --model FOLDER`.
+"""Speed of one conversation on this device: `python -m minicpmv46_jax.bench --model FOLDER`.
 
-Weights are drawn at random unless `--load` is given: speed does not depend on them, and only config.json is read. Times are
-medians, on the host's clock around work that is waited for. What the device could do is measured first: a large copy for
-bandwidth, a large product for arithmetic; on an accelerator by its profiler and in bfloat16, as `kernels_pallas.bench` does.
+Weights are random unless `--load` is given: speed does not depend on them, and only config.json is read.
+Times are medians of the host's clock around work that is waited for. The device's own limits are measured
+first: a large copy for bandwidth, a large product for arithmetic. On an accelerator both are in bfloat16 by
+its profiler, as in `kernels_pallas.bench`.
 """
 
 import argparse
@@ -31,11 +32,11 @@ from minicpmv46_jax.model.packing import MERGES
 from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, View
 
-PHOTO = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 picture: its source view and 2 x 3 slices
+PHOTO_GRIDS = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 image: its source view and 2 x 3 slices
 
 
-def seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median time of `run`, its result waited for, after two runs to warm up."""
+def median_seconds(run: Callable[[], object], repeats: int = 10) -> float:
+    """Measures the median time of `run` to a ready result, after two warm-up runs."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -45,21 +46,21 @@ def seconds(run: Callable[[], object], repeats: int = 10) -> float:
 
 
 def copy_bandwidth(size: int) -> float:
-    """Bytes a second, read plus written, of copying `size` bytes on the device."""
+    """Measures bytes per second, read plus written, of copying `size` bytes on the device."""
     x = jax.random.normal(jax.random.key(0), (size // 4,), jnp.float32)
     copy = jax.jit(lambda x: -x)
-    return 2 * x.nbytes / seconds(lambda: copy(x))
+    return 2 * x.nbytes / median_seconds(lambda: copy(x))
 
 
 def matrix_rate(n: int, dtype: jnp.dtype) -> float:
-    """FLOP a second of an n x n x n product of random numbers."""
+    """Measures FLOP per second of an n x n x n product of random numbers."""
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
     product = jax.jit(lambda a: a @ a)
-    return 2 * n**3 / seconds(lambda: product(a))
+    return 2 * n**3 / median_seconds(lambda: product(a))
 
 
 def tower_flops(config: VisionConfig, text_width: int, grids: list[tuple[int, int]]) -> float:
-    """Multiply-adds x 2 of encoding these views in "16x", padding not counted."""
+    """Counts multiply-adds x 2 of encoding these views in "16x", without padding."""
     D, F = config.hidden_size, config.intermediate_size
     total = 0.0
     for h, w in grids:
@@ -74,10 +75,10 @@ def tower_flops(config: VisionConfig, text_width: int, grids: list[tuple[int, in
 
 
 def photo_inputs(config: ModelConfig, words: int) -> Inputs:
-    """A prompt of `words` random tokens after a random 1280 x 720 picture."""
+    """Makes a prompt of a random 1280 x 720 image and `words` random tokens."""
     rng = np.random.default_rng(0)
     views, at = [], 0
-    for h, w in PHOTO:
+    for h, w in PHOTO_GRIDS:
         tokens = h * w // 4 ** MERGES["16x"]
         pixels = rng.integers(0, 256, (h * w, config.vision.patch_dim), np.uint8)
         table = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(config.vision.num_channels, axis=0)
@@ -88,7 +89,7 @@ def photo_inputs(config: ModelConfig, words: int) -> Inputs:
 
 
 def decode_seconds(generator: Generator, inputs: Inputs, tokens: int = 257) -> tuple[float, float]:
-    """Time to the first token, and per token after it."""
+    """Measures the time to the first token, and the time per token after it."""
     options = generation_options(GenerationConfig(), max_new_tokens=tokens, temperature=0.0)
     firsts, rests = [], []
     for _ in range(5):
@@ -102,19 +103,19 @@ def decode_seconds(generator: Generator, inputs: Inputs, tokens: int = 257) -> t
     return statistics.median(firsts[1:]), statistics.median(rests[1:])
 
 
-def encode_many(generator: Generator, pictures: int) -> float:
-    """Seconds of the tower alone for so many 1280 x 720 pictures in one pass, their patches on the device already."""
+def encode_seconds(generator: Generator, pictures: int) -> float:
+    """Measures the tower on `pictures` 1280 x 720 images in one pass, with the patches on the device."""
     views, side = photo_inputs(generator.config, 1).views * pictures, generator.config.vision.positions_per_side
-    ((_, packed),) = packing.pack(views, side, limit=sum(h * w for h, w in PHOTO) * pictures)
+    ((_, packed),) = packing.pack(views, side, limit=sum(h * w for h, w in PHOTO_GRIDS) * pictures)
     packed, graph = jax.device_put(packed), model.schema(generator.config).vision
     encode = jax.jit(functools.partial(model.encode, graph))
-    return seconds(lambda: encode(generator.params["vision"], packed))
+    return median_seconds(lambda: encode(generator.params["vision"], packed))
 
 
-def beside_attention(config: TextConfig, tokens: int, dtype: jnp.dtype) -> float:
-    """Device microseconds of what a layer does beside its paged attention: the norms, rotary, and the writing of pages.
+def attention_overhead(config: TextConfig, tokens: int, dtype: jnp.dtype) -> float:
+    """Measures one layer's work beside paged attention: norms, rotary and page writes (microseconds).
 
-    It bounds what doing any of it inside the kernel could save.
+    It is an upper bound of the time that fusing them into the kernel could save.
     """
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Attention(config, rngs=nnx.Rngs(0))))
@@ -139,23 +140,25 @@ def beside_attention(config: TextConfig, tokens: int, dtype: jnp.dtype) -> float
     return device_microseconds(call)
 
 
-def print_kernels(what: str, run: Callable[[], object], parts: int) -> None:
-    """The device's kernels of one of `parts` equal parts of the run: how often each ran, how long all of them took."""
+def print_kernel_times(title: str, run: Callable[[], object], parts: int) -> None:
+    """Prints the device's kernels of one of `parts` equal parts of the run: their number and times."""
     times = collections.defaultdict(list)
     for name, us in kernel_times(run, 1):
         times[name].append(us)
     total, count = sum(map(sum, times.values())), sum(map(len, times.values()))
-    print(f"{what}: {count / parts:.1f} kernels, {total / parts:.1f} us")
+    print(f"{title}: {count / parts:.1f} kernels, {total / parts:.1f} us")
     for name, runs in sorted(times.items(), key=lambda item: -sum(item[1]))[:40]:
         print(f"  {len(runs) / parts:7.2f} x {sum(runs) / len(runs):8.1f} us = {sum(runs) / parts:8.1f} us  {name[:100]}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json without --load")
-    parser.add_argument("--load", action="store_true", help="load its weights instead of drawing random ones")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="checkpoint folder; without --load only its config.json is read"
+    )
+    parser.add_argument("--load", action="store_true", help="load the checkpoint's weights instead of random ones")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--kernels", action="store_true", help="print the device's kernels of each part as well")
+    parser.add_argument("--kernels", action="store_true", help="also print the device's kernels of each part")
     args = parser.parse_args(arguments)
     config, dtype = ModelConfig.from_folder(args.model), jnp.dtype(args.dtype)
     on_cpu = jax.default_backend() == "cpu"
@@ -177,27 +180,27 @@ def main(arguments: list[str] | None = None) -> None:
     rows.append(("text, 128 tokens: first token", first * 1e3, "ms", ""))
     limit = text_bytes / bandwidth
     rows.append(("decode, one conversation: a token", rest * 1e3, "ms", f"{limit / rest:.0%} of reading the weights once"))
-    prefill = seconds(lambda: generator.prefill(long_words)[0])
+    prefill = median_seconds(lambda: generator.prefill(long_words)[0])
     flops = 2 * (text_bytes / dtype.itemsize) * len(long_words.token_ids)
     rows.append(("prefill of 2,048 tokens", prefill * 1e3, "ms", f"{flops / prefill / rate:.0%} of the matrix rate"))
-    encode = seconds(lambda: generator.features(inputs.views)[0])
-    flops = tower_flops(config.vision, config.text.hidden_size, PHOTO)
+    encode = median_seconds(lambda: generator.features(inputs.views)[0])
+    flops = tower_flops(config.vision, config.text.hidden_size, PHOTO_GRIDS)
     rows.append(("encode a 1280x720 picture", encode * 1e3, "ms", f"{flops / encode / rate:.0%} of the matrix rate"))
     if not on_cpu:
-        many = encode_many(generator, 16)
+        many = encode_seconds(generator, 16)
         rows.append(("tower, 16 of them in one pass", many * 1e3, "ms", f"{16 * flops / many / rate:.0%} of the matrix rate"))
         for tokens in (100, 2048):
-            name, us = f"beside paged attention, {tokens:,} tokens", beside_attention(config.text, tokens, dtype)
+            name, us = f"beside paged attention, {tokens:,} tokens", attention_overhead(config.text, tokens, dtype)
             rows.append((name, us / 1e3, "ms", "norms, rotary and page writes of one layer"))
     first, _ = decode_seconds(generator, inputs, tokens=2)
-    rows.append(("picture and 128 tokens: first token", first * 1e3, "ms", "decoding and slicing of the file not counted"))
+    rows.append(("picture and 128 tokens: first token", first * 1e3, "ms", "without decoding and slicing of the file"))
     for name, value, unit, note in rows:
         print(f"{name:38s} {value:9.2f} {unit}  {note}")
     if args.kernels:
         options = generation_options(GenerationConfig(), max_new_tokens=65, temperature=0.0)
-        print_kernels("a token, reading of 128 shared out", lambda: list(generator.tokens(words, options)), 65)
-        print_kernels("prefill of 2,048 tokens", lambda: generator.prefill(long_words)[0], 1)
-        print_kernels("encode a 1280x720 picture", lambda: generator.features(inputs.views)[0], 1)
+        print_kernel_times("a token, with its share of a prefill of 128", lambda: list(generator.tokens(words, options)), 65)
+        print_kernel_times("prefill of 2,048 tokens", lambda: generator.prefill(long_words)[0], 1)
+        print_kernel_times("encode a 1280x720 picture", lambda: generator.features(inputs.views)[0], 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`MiniCPMV`: a checkpoint as a Python object that answers."""
+"""`MiniCPMV`: a checkpoint as a Python object that generates text."""
 
 import dataclasses
 import difflib
@@ -29,10 +29,10 @@ _GENERATION_OPTIONS = frozenset(inspect.signature(generation_options).parameters
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """A step of an answer.
+    """One step of an output.
 
     Attributes:
-      text: what became certain with this step; often "" inside a character or a possible stop text.
+      text: text that is final after this step; often "" inside a character or a possible stop text.
       tokens: the tokens decoded in this step.
       finish_reason: None until the last step; then "stop" (a stop token or text) or "length".
     """
@@ -43,19 +43,19 @@ class Delta:
 
 
 class MiniCPMV:
-    """MiniCPM-V 4.6, ready to answer.
+    """MiniCPM-V 4.6, loaded.
 
         model = MiniCPMV.from_pretrained("openbmb/MiniCPM-V-4.6", dtype="bfloat16")
         parts = [{"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "What is it?"}]
         text = model.chat([{"role": "user", "content": parts}])
 
     Attributes:
-      config: what config.json says.
+      config: contents of config.json.
       generation_config: the checkpoint's decoding defaults.
       params: every parameter, a plain tree of arrays (see `minicpmv46_jax.model` for the functions over it).
       processor: messages to model inputs.
       generator: the compiled functions.
-      folder: where the checkpoint lies on this machine.
+      folder: the checkpoint's folder on this machine.
     """
 
     def __init__(
@@ -88,26 +88,28 @@ class MiniCPMV:
           source: a folder, or a hub id such as "openbmb/MiniCPM-V-4.6".
           dtype: "bfloat16", "float32", or None for the checkpoint's own.
           revision: a hub branch, tag or commit.
-          fetch: how pictures and videos given as URLs or paths are read; a server passes its own rules.
-          progress: draw a bar on a terminal while parameters are loaded.
-          backend: who runs the kernels: "reference", "hopper", "tpu", or None for the fastest that serves this model here.
+          fetch: reads images and videos given as URLs or paths; a server passes its own rules.
+          progress: show a progress bar on a terminal while parameters are loaded.
+          backend: implementation of the kernels: "reference", "hopper", "tpu", or None for the fastest that
+            supports this device and model.
 
         Raises:
-          ValueError: in one line, naming what is missing, unknown or broken.
+          ValueError: a file, field or parameter is missing, unknown or broken; the message names it in one
+            line.
         """
         with ModelLoader(source, dtype, revision, fetch, progress) as loading:
             return loading.model(backend)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
-        """Token ids, pictures and their places for a conversation.
+        """Converts a conversation to token ids and views.
 
         Args:
-          messages: role and content, as transformers and OpenAI's API write them.
+          messages: role and content, in the format of transformers and OpenAI's API.
           enable_thinking: the template's variable; None leaves it to the template.
           **options: `tools`, `downsample_mode`, `max_slice_nums`, ...: see `processing.Processor.__call__`.
 
         Raises:
-          ValueError: naming the option, message or picture at fault.
+          ValueError: an option, message or image is invalid; the message names it.
         """
         _refuse_unknown(options, _PROCESS_OPTIONS)
         if enable_thinking is not None:
@@ -116,16 +118,16 @@ class MiniCPMV:
         return self.processor(messages, **options)
 
     def options(self, **options: Any) -> GenerationOptions:
-        """Decoding options over the checkpoint's defaults: see `options.generation_options`."""
+        """Returns generation options with the checkpoint's defaults: see `options.generation_options`."""
         _refuse_unknown(options, _GENERATION_OPTIONS)
         return generation_options(self.generation_config, **options)
 
     def logits(self, inputs: Inputs) -> Float32[np.ndarray, "T V"]:
-        """The model's scores after every token of a prompt."""
+        """Computes logits at every token of a prompt."""
         return self.generator.logits(inputs)
 
     def generate(self, inputs: Inputs, options: GenerationOptions) -> Iterator[Delta]:
-        """Answers step by step; the last step has a `finish_reason`."""
+        """Generates an output step by step; the last step has a `finish_reason`."""
         stream = self.detokenizer.stream(options.stop)
         stops = frozenset(options.stop_token_ids)
         reason = "length"
@@ -140,16 +142,16 @@ class MiniCPMV:
         yield Delta(stream.finish(), (), reason)
 
     def stream(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
-        """The answer's text piece by piece, never half a character. Options as `process` and `options` take them."""
+        """Generates the output's text in pieces of whole characters; options as in `process` and `options`."""
         inputs, generation = self.prepare(messages, options)
         return (delta.text for delta in self.generate(inputs, generation) if delta.text)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The whole answer. Options as `process` and `options` take them."""
+        """Returns the whole output text; options as in `process` and `options`."""
         return "".join(self.stream(messages, **options))
 
     def prepare(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> tuple[Inputs, GenerationOptions]:
-        """Sorts a call's options into what `process` and what `options` takes, and does both."""
+        """Splits a call's options between `process` and `options`, and calls both."""
         _refuse_unknown(options, _PROCESS_OPTIONS | _GENERATION_OPTIONS)
         generation = self.options(**{name: value for name, value in options.items() if name in _GENERATION_OPTIONS})
         inputs = self.process(messages, **{name: value for name, value in options.items() if name in _PROCESS_OPTIONS})
@@ -157,13 +159,13 @@ class MiniCPMV:
 
 
 class ModelLoader:
-    """A checkpoint on its way to the device, in threads of its own; what it is, is known at once. Leaving its context stops them.
+    """Loads a checkpoint in threads; `config` is known at once. Leaving the context stops the threads.
 
-    Arguments and errors as of `MiniCPMV.from_pretrained`.
+    Arguments and errors as in `MiniCPMV.from_pretrained`.
 
     Attributes:
-      source, dtype: as given.
-      config: what config.json says.
+      source, dtype: the arguments.
+      config: contents of config.json.
     """
 
     def __init__(
@@ -181,27 +183,27 @@ class ModelLoader:
         self.config = ModelConfig.from_folder(folder)
         self._generation_config = GenerationConfig.from_folder(folder)
         self._stopped = threading.Event()
-        threads = ThreadPoolExecutor(2, thread_name_prefix="load")  # the tokenizer takes about as long as the weights
-        wanted = None if dtype is None else DTYPES[dtype]
+        threads = ThreadPoolExecutor(2, thread_name_prefix="load")  # the tokenizer loads about as long as the weights
+        to_dtype = None if dtype is None else DTYPES[dtype]
         self._processor = threads.submit(Processor.from_folder, folder, fetch=fetch)
-        model.parameter_shapes(self.config)  # kept; not to be made in two threads at once
-        self._params = threads.submit(checkpoint.load_params, folder, self.config, wanted, progress, self._stopped)
+        model.parameter_shapes(self.config)  # fills a cache, which two threads must not fill at once
+        self._params = threads.submit(checkpoint.load_params, folder, self.config, to_dtype, progress, self._stopped)
         threads.shutdown(wait=False)
 
-    def __enter__(self) -> "Loading":
+    def __enter__(self) -> "ModelLoader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
 
     def check(self) -> None:
-        """Raises what is wrong with the checkpoint, as far as is known by now."""
+        """Raises the error of a thread that has failed by now."""
         for part in self._processor, self._params:
             if part.done():
                 part.result()
 
     def model(self, backend: str | None = None) -> MiniCPMV:
-        """Waits until all of it is there."""
+        """Waits for the threads and returns the loaded model."""
         wait((self._processor, self._params), return_when=FIRST_EXCEPTION)
         self.check()
         parts = self._params.result(), self._processor.result()

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that jax takes apart and puts together."""
+"""Frozen dataclasses registered as pytrees."""
 
 import dataclasses
 import typing
@@ -8,9 +8,9 @@ import jax
 
 @typing.dataclass_transform(frozen_default=True)
 def tree_dataclass(cls: type) -> type:
-    """A frozen dataclass registered as a pytree; fields with metadata {"static": True} are part of its structure.
+    """Makes a frozen dataclass that is a pytree; fields with metadata {"static": True} are static.
 
-    The annotations of its fields say what it holds. They are not checked: jax rebuilds it around whatever leaves a transformation
-    has, numpy arrays, tracers, shapes, shardings.
+    The annotations of the fields are documentation and not checked, because jax rebuilds the class around any
+    leaves: numpy arrays, tracers, shapes, shardings.
     """
     return typing.no_type_check(jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls)))

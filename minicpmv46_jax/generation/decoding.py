@@ -7,8 +7,8 @@ The host only passes the slots that take part and their new pages, so it can run
 Some masks depend on the token before. Such a step has two parts: `decode` computes the logits, which needs no
 mask, and keeps them in `held_logits`; `sample_held` samples from them. The host makes the mask while the
 device computes.
-Glossary: S slots, B rows of a step, E stop tokens per slot, N steps per dispatch, T tokens, V vocabulary, W
-words of a mask.
+Glossary: S slots, B rows of a step, E stop tokens per slot, N steps per dispatch, T tokens, V vocabulary,
+W words of a mask.
 """
 
 import dataclasses

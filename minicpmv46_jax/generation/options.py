@@ -1,4 +1,4 @@
-"""What a caller may ask of decoding, checked once, before anything runs."""
+"""Options of generation, validated once, before anything runs."""
 
 import dataclasses
 import numbers
@@ -15,34 +15,37 @@ from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
 
 @typing.runtime_checkable
 class Constraint(Protocol):
-    """What keeps one answer to a form; lives on the host and changes with each token, so it serves one answer alone."""
+    """Mask of allowed tokens that depends on the output so far, on the host; one object per output."""
 
     def mask(self) -> UInt32[np.ndarray, " W"]:
-        """Which tokens may come next: bit i % 32 of word i // 32 is token i's."""
+        """Returns the mask of tokens allowed next: bit i % 32 of word i // 32 is token i's."""
         ...
 
     def advance(self, token: int) -> None:
-        """The token that came, where another is to follow."""
+        """Accepts a sampled token; not called for the output's last token."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """One request's decoding. Made by `generation_options`, which fills what the caller leaves open from generation_config.json.
+    """Generation options of one request.
+
+    `generation_options` makes it and takes defaults from generation_config.json.
+
 
     Attributes:
-      max_new_tokens: the most tokens to answer with; None for as many as the context holds.
+      max_new_tokens: maximum number of output tokens; None for the rest of the context.
       temperature: 0 is greedy.
       top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
-      repetition_penalty: over prompt and answer, 1 is off (arXiv:1909.05858).
-      presence_penalty, frequency_penalty: over the answer, 0 is off.
-      seed: the same seed, prompt and options give the same answer; None draws one.
-      stop_token_ids: tokens that end the answer; they are no part of it.
-      stop: texts that end the answer; they are no part of it.
-      ignore_eos: go on past the checkpoint's own end tokens (for load tests); they then stand in the answer as what they are.
-      logprobs: None, or how many alternatives (0 to 20) to report beside each token's log probability.
-      logit_bias: (token, what is added to its score), after penalties and before temperature.
-      constraint: which tokens may come; None for all. Then one token is decoded at a time.
+      repetition_penalty: over prompt and output; 1 is off (arXiv:1909.05858).
+      presence_penalty, frequency_penalty: over the output; 0 is off.
+      seed: the same seed, prompt and options give the same output; None draws a random seed.
+      stop_token_ids: tokens that end the output and are not part of its text.
+      stop: texts that end the output and are not part of it.
+      ignore_eos: do not stop at the checkpoint's own end tokens (for load tests).
+      logprobs: number of alternatives (0 to 20) to report with each token's log probability, or None.
+      logit_bias: (token id, bias); added to the logit after penalties and before temperature.
+      constraint: mask of allowed tokens, which limits a dispatch to one token; None for all tokens.
     """
 
     max_new_tokens: int | None
@@ -62,7 +65,7 @@ class GenerationOptions:
     constraint: Constraint | None = None
 
 
-@typing.no_type_check  # it checks its arguments itself, with messages for users
+@typing.no_type_check  # the function checks its arguments itself, with messages for users
 def generation_options(
     defaults: GenerationConfig,
     *,
@@ -82,10 +85,10 @@ def generation_options(
     logit_bias: Mapping[int, float] | None = None,
     constraint: Constraint | None = None,
 ) -> GenerationOptions:
-    """Checks a request's wishes and completes them from the checkpoint's defaults.
+    """Validates a request's options and adds the checkpoint's defaults.
 
     Raises:
-      ValueError: naming the option, its value and what it may be.
+      ValueError: an option is out of range; the message has its name, value and range.
     """
     default_temperature = defaults.temperature if defaults.do_sample else 0.0
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -129,22 +132,22 @@ def _biases(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _number(name: str, value: object, low: float, high: float | None, above: bool = False) -> float:
-    wanted = f"{'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}")
+    expected = f"{'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}")
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, expected a number {wanted}")
+        raise ValueError(f"{name} is {value!r}, expected a number {expected}")
     value = float(value)
     inside = (value > low if above else value >= low) and (high is None or value <= high) and value < float("inf")
     if not inside:
-        raise ValueError(f"{name} is {value}, expected {wanted}")
+        raise ValueError(f"{name} is {value}, expected {expected}")
     return value
 
 
 def _optional_integer(name: str, value: object, low: int, high: int | None) -> int | None:
-    wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
+    expected = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
     if value is None:
         return None
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, expected {wanted}")
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}, expected {wanted}")
+        raise ValueError(f"{name} is {value}, expected {expected}")
     return int(value)

@@ -3,7 +3,7 @@
 Order and meaning follow transformers' logits processors: repetition penalty over prompt and output, presence
 and frequency penalties (OpenAI's definition) over the output, logit bias and mask, then temperature, top-k,
 top-p, min-p. Temperature 0 takes the largest logit.
-Glossary: B rows, S slots that have a history, V vocabulary, W words of a mask (V / 32), E biased tokens per
+Glossary: B rows, S slots that have a history, V vocabulary, W words of a mask (V / 32), E biased tokens of a
 slot, K reported alternatives.
 """
 
@@ -19,10 +19,10 @@ from minicpmv46_jax.trees import tree_dataclass
 MAX_LOGPROBS = 20  # alternatives a request may ask for, as in OpenAI's API
 MAX_BIASED = 1024  # biased tokens of a request, as in OpenAI's API
 
-# The sampling program of a step, static. "greedy" takes the largest logit. Each further mode adds to the one before:
-# "sampled" temperature and mask, "filtered" penalties, min-p, top-k and top-p, "full" biases and log probabilities.
-# Modes exist because each pass over the logits of a large batch takes a considerable part of a step. The choice
-# is static, because at a conditional on a GPU the host waits for the device and cannot dispatch ahead.
+# The sampling program of a step, static. "greedy" takes the largest logit. Each further mode adds to the one
+# before: "sampled" temperature and mask; "filtered" penalties, min-p, top-k and top-p; "full" biases and log
+# probabilities. Modes exist because each pass over the logits of a large batch takes a considerable part of a
+# step. The choice is static: at a conditional on a GPU the host waits for the device and cannot dispatch ahead.
 SamplingMode = Literal["greedy", "sampled", "filtered", "full"]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from minicpmv46_jax import model
-from minicpmv46_jax.bench import PHOTO, matrix_rate, photo_inputs, print_kernels, tower_flops
+from minicpmv46_jax.bench import PHOTO_GRIDS, matrix_rate, photo_inputs, print_kernel_times, tower_flops
 from minicpmv46_jax.config import ModelConfig, TextConfig
 from minicpmv46_jax.processing import Inputs
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, pack, stack
@@ -113,8 +113,8 @@ def batch_flops(config: ModelConfig, batch: TrainBatch) -> float:
     lengths = [np.count_nonzero(row == number) for row in batch.segments[0, 0] for number in np.unique(row[row > 0])]
     total = sum(text_flops(config.text, int(length)) for length in lengths)
     if batch.views is not None:
-        photos = np.count_nonzero(batch.views.view_lens) // len(PHOTO)
-        total += photos * tower_flops(config.vision, config.text.hidden_size, PHOTO)
+        photos = np.count_nonzero(batch.views.view_lens) // len(PHOTO_GRIDS)
+        total += photos * tower_flops(config.vision, config.text.hidden_size, PHOTO_GRIDS)
     return 3 * total
 
 
@@ -161,7 +161,7 @@ def measure(
         loss = float(run())
         times.append(time.perf_counter() - start)
     if kernels:
-        print_kernels("a step", run, 1)
+        print_kernel_times("a step", run, 1)
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return {"compile": compiling, "seconds": float(np.median(times[1:])), "loss": loss, "bytes": held}
@@ -179,7 +179,7 @@ def report(
 ) -> dict[str, Any]:
     """The figures of a plan; prints their line. `rate` is the chip's."""
     seconds, tokens = found["seconds"], int(np.count_nonzero(batch.segments))
-    photos = 0 if batch.views is None else np.count_nonzero(batch.views.view_lens) // len(PHOTO)
+    photos = 0 if batch.views is None else np.count_nonzero(batch.views.view_lens) // len(PHOTO_GRIDS)
     figures = {
         "workload": name,
         **case._asdict(),

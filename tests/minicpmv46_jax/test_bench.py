@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from minicpmv46_jax import model
-from minicpmv46_jax.bench import PHOTO, main, photo_inputs, tower_flops
+from minicpmv46_jax.bench import PHOTO_GRIDS, main, photo_inputs, tower_flops
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.model import packing
 from tests.released import released_config
@@ -19,14 +19,14 @@ def test_the_towers_work_is_what_the_compiler_counts():
     params = model.parameter_shapes(config)["vision"]
     encode = jax.jit(functools.partial(model.encode, model.schema(config).vision))
     counted = encode.lower(params, packed).cost_analysis()["flops"]
-    ours = tower_flops(config.vision, config.text.hidden_size, PHOTO)
+    ours = tower_flops(config.vision, config.text.hidden_size, PHOTO_GRIDS)
     assert ours < counted < 1.1 * ours
 
 
 def test_its_picture_is_the_processors(demo, photos):
     config = ModelConfig.from_dict(released_config())
     message = {"role": "user", "content": [{"type": "image", "image": photos[0].resize((1280, 720))}]}
-    assert [view.grid for view in demo.process([message]).views] == PHOTO
+    assert [view.grid for view in demo.process([message]).views] == PHOTO_GRIDS
     assert sum(view.num_tokens for view in photo_inputs(config, 5).views) == 444
 
 

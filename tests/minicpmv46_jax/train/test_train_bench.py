@@ -37,8 +37,8 @@ def test_the_texts_work_is_what_the_compiler_counts(released):
 def test_a_step_with_pictures_counts_tower_and_words(released):
     text, both = (bench.make_batch(released, 1, 1024, pictures) for pictures in (False, True))
     assert np.count_nonzero(both.segments) == 1024
-    assert np.count_nonzero(both.views.view_lens) == len(bench.PHOTO)  # one fits: the rest of the row is words
-    tower = bench.tower_flops(released.vision, 1024, bench.PHOTO)
+    assert np.count_nonzero(both.views.view_lens) == len(bench.PHOTO_GRIDS)  # one fits: the rest of the row is words
+    tower = bench.tower_flops(released.vision, 1024, bench.PHOTO_GRIDS)
     apart = sum(bench.text_flops(released.text, length) for length in (572, 452))
     assert bench.batch_flops(released, both) == pytest.approx(3 * (tower + apart))
     assert bench.batch_flops(released, text) == pytest.approx(3 * bench.text_flops(released.text, 1024))
