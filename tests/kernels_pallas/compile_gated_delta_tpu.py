@@ -1,8 +1,8 @@
-"""Compiles the gated delta kernels at the real shapes for TPUs that are not here, and says what the compiler says.
+"""Compiles the gated delta kernels at the real shapes for TPUs that are not here, and prints figures.
 
-python -m tests.compile_gated_delta_tpu memory v5e      bytes of the operations as they are called, as JSON
-python -m tests.compile_gated_delta_tpu schedule v5e    instruction bundles and spills of each kernel, as JSON
-python -m tests.compile_gated_delta_tpu expect          writes expected/gated_delta_tpu.json anew, for this libtpu
+python -m tests.kernels_pallas.compile_gated_delta_tpu memory v5e      bytes of the operations, as JSON
+python -m tests.kernels_pallas.compile_gated_delta_tpu schedule v5e    bundles and spills per kernel, as JSON
+python -m tests.kernels_pallas.compile_gated_delta_tpu expect          rewrites the expected figures
 """
 
 import functools
@@ -49,20 +49,20 @@ floats, ints = functools.partial(array, dtype=jnp.float32), functools.partial(ar
 LAYER = gated_delta.Layer(array(C, W), array(N), array(N))
 S, T = len(PROMPT.lengths), sum(PROMPT.lengths)
 CONTINUOUS = (array(T, C), array(T, N), array(T, N), LAYER, floats(S, N, V, K), array(S, W - 1, C))
-PLACES = (ints(S), ints(S), ints(4, 2))
+SEQUENCES = (ints(S), ints(S), ints(4, 2))
 
 
-def read(*arguments: jax.Array) -> gated_delta.Chunked:
+def forward(*arguments: jax.Array) -> gated_delta.Chunked:
     return gated_delta.chunked(*arguments, backend="tpu")
 
 
-def gradient(continuous: tuple, places: tuple, bars: gated_delta.Chunked) -> tuple:
-    """Cotangents of all arguments that can have one; the forward pass is in it."""
-    return jax.vjp(lambda *x: read(*x, *places), *continuous)[1](bars)
+def gradient(continuous: tuple, sequences: tuple, cotangents: gated_delta.Chunked) -> tuple:
+    """Returns cotangents of all differentiable arguments; the forward pass is included."""
+    return jax.vjp(lambda *x: forward(*x, *sequences), *continuous)[1](cotangents)
 
 
-def step(qkv, a, b, z, layer, norm, memory, tail, slots, keep):
-    return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, memory, tail, slots, keep, backend="tpu")
+def step(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slots, keep):
+    return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, recurrent_state, conv_state, slots, keep, backend="tpu")
 
 
 def step_arguments() -> tuple:
@@ -71,15 +71,17 @@ def step_arguments() -> tuple:
     return *tokens, LAYER, array(V), floats(B, N, V, K), array(B, W - 1, C), ints(B), ints(B)
 
 
-def backward_kernel(qkv, gates, states, out_bar, ends_bar, kept_bar, starts, lengths, snapshots):
-    at = tpu_chunked.places(starts, lengths, snapshots, T)
-    return tpu_backward.backward(qkv, gates, states, out_bar, ends_bar, kept_bar, at, tuned_config("tpu", "gated_delta").heads)
+def backward_kernel(qkv, gates, states, d_out, d_final_states, d_snapshots, query_starts, query_lens, snapshots):
+    windows = tpu_chunked.chunk_windows(query_starts, query_lens, snapshots, T)
+    return tpu_backward.backward(
+        qkv, gates, states, d_out, d_final_states, d_snapshots, windows, tuned_config("tpu", "gated_delta").heads
+    )
 
 
 def backward_arguments() -> tuple:
     chunks = max_chunks(T, S)
     tokens = array(chunks, CHUNK, C), floats(chunks, CHUNK, LANES), floats(chunks, N, V, K), array(chunks, CHUNK, N * V)
-    return *tokens, floats(S, N, V, K), floats(4, N, V, K), *PLACES
+    return *tokens, floats(S, N, V, K), floats(4, N, V, K), *SEQUENCES
 
 
 def compiled(mesh: Mesh, f: Callable, *args: object, **jit: object) -> jax.stages.Compiled:
@@ -93,13 +95,13 @@ def mesh_of(chip: str) -> Mesh:
 
 
 def memory(chip: str) -> dict[str, dict[str, int]]:
-    """Bytes of arguments, temporaries and donated arguments of each operation."""
+    """Returns bytes of arguments, temporaries and donated arguments of each operation."""
     mesh = mesh_of(chip)
     with jax.set_mesh(mesh):
-        bars = jax.eval_shape(read, *CONTINUOUS, *PLACES)
+        cotangents = jax.eval_shape(forward, *CONTINUOUS, *SEQUENCES)
     programs = {
-        "forward": compiled(mesh, read, *CONTINUOUS, *PLACES, donate_argnums=4),
-        "backward": compiled(mesh, gradient, CONTINUOUS, PLACES, bars),
+        "forward": compiled(mesh, forward, *CONTINUOUS, *SEQUENCES, donate_argnums=4),
+        "backward": compiled(mesh, gradient, CONTINUOUS, SEQUENCES, cotangents),
         "recurrent": compiled(mesh, step, *step_arguments(), donate_argnums=(6, 7)),
     }
     found = {name: program.memory_analysis() for name, program in programs.items()}
@@ -114,20 +116,21 @@ def memory(chip: str) -> dict[str, dict[str, int]]:
 
 
 def schedule(chip: str) -> dict[str, dict[str, int]]:
-    """Instruction bundles and spilled vector registers of each kernel, from the compiler's listings."""
+    """Returns instruction bundles and spilled vector registers per kernel, from the compiler's listings."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         mesh = mesh_of(chip)
-        compiled(mesh, read, *CONTINUOUS, *PLACES, donate_argnums=4)
+        compiled(mesh, forward, *CONTINUOUS, *SEQUENCES, donate_argnums=4)
         compiled(mesh, backward_kernel, *backward_arguments())
         compiled(mesh, step, *step_arguments(), donate_argnums=(6, 7))
         return {name: listing(Path(folder), kernel) for name, kernel in KERNELS.items()}
 
 
 def listing(folder: Path, kernel: str) -> dict[str, int]:
-    """Of the listing `<time>-<kernel>.<number>-<pass>-final_bundles.txt`: a line a bundle, numbered in hexadecimal.
+    """Counts bundles and spills in the listing `<time>-<kernel>.<number>-<pass>-final_bundles.txt`.
 
-    Differentiation puts the kernel's name between others: `transpose_jvp_<kernel>__`.
+    It has one line per bundle, numbered in hexadecimal. Differentiation adds a prefix and a suffix to the
+    kernel's name: `transpose_jvp_<kernel>__`.
     """
     name = re.compile(rf"-(jvp_|transpose_)*{kernel}_*\.\d+-\d+-final_bundles\.txt")
     (file,) = (file for file in folder.iterdir() if name.search(file.name))
@@ -136,13 +139,13 @@ def listing(folder: Path, kernel: str) -> dict[str, int]:
 
 
 def expect() -> None:
-    """Measures all chips, each in a process of its own, and writes what the tests expect."""
+    """Measures all chips, each in a process of its own, and writes the expected figures."""
     expected = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__, "memory": {}, "schedule": {}}
-    for what in ("memory", "schedule"):
+    for kind in ("memory", "schedule"):
         for chip in TOPOLOGIES:
-            command = [sys.executable, "-m", "tests.kernels_pallas.compile_gated_delta_tpu", what, chip]
+            command = [sys.executable, "-m", "tests.kernels_pallas.compile_gated_delta_tpu", kind, chip]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            expected[what][chip] = json.loads(done.stdout.strip().splitlines()[-1])
+            expected[kind][chip] = json.loads(done.stdout.strip().splitlines()[-1])
     EXPECTED.parent.mkdir(exist_ok=True)
     EXPECTED.write_text(json.dumps(expected, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""The gated delta rule as the paper writes it, token by token in float64 numpy, from the raw projections; and inputs for it."""
+"""The gated delta rule as in the paper, token by token in float64 numpy, and random inputs for it."""
 
 import dataclasses
 
@@ -9,7 +9,8 @@ import numpy as np
 from kernels_pallas.gated_delta import Layer
 from tests.tolerances import relative_rms, rms
 
-DECAYS = {"slow": (-14.0, -7.0), "usual": (-5.0, 0.0), "fast": (0.0, 2.6)}  # log of -g: from 1 - 1e-6 to 1e-6 kept a token
+# Range of log(-g): a token keeps between 1 - 1e-6 and 1e-6 of the state.
+DECAYS = {"slow": (-14.0, -7.0), "usual": (-5.0, 0.0), "fast": (0.0, 2.6)}
 
 
 @dataclasses.dataclass
@@ -30,14 +31,17 @@ class Case:
 
 
 def draw(rng, lengths, *, heads=2, key_heads=None, K=16, V=16, decay="usual", dtype=jnp.float32, gaps=True) -> Case:
-    """Sequences of these lengths in one row, in any order and with tokens of nobody between them where `gaps`."""
+    """Returns sequences of these lengths in one row of tokens, in random order.
+
+    With `gaps`, tokens of no sequence lie between the sequences.
+    """
     S, C = len(lengths), 2 * (key_heads or heads) * K + heads * V
     starts, at = np.zeros(S, int), 0
     for s in rng.permutation(S):
         at += int(rng.integers(0, 5)) if gaps else 0
         starts[s] = at
         at += lengths[s]
-    T = -(-(at + 1) // 256) * 256 if gaps else at  # few different sizes: each is compiled
+    T = -(-(at + 1) // 256) * 256 if gaps else at  # rounds up, because every size is compiled
     rates = np.exp(rng.uniform(*DECAYS[decay], (T, heads)))  # -g of every token
     a_log, dt_bias = rng.uniform(-1, 1, heads), rng.uniform(-1, 1, heads)
     rate = rates / np.exp(a_log)
@@ -55,7 +59,7 @@ def draw(rng, lengths, *, heads=2, key_heads=None, K=16, V=16, decay="usual", dt
 
 
 def naive(qkv, a, b, layer, recurrent_state, conv_state):
-    """One sequence: what each token reads, and the memory after each token (float64 [T, N, V] and [T, N, V, K])."""
+    """Returns one sequence's reads and the state after each token (float64 [T, N, V] and [T, N, V, K])."""
     qkv, a, b, recurrent_state, conv_state = (np.asarray(x, np.float64) for x in (qkv, a, b, recurrent_state, conv_state))
     conv, a_log, dt_bias = (np.asarray(x, np.float64) for x in layer)
     (N, V, K), T = recurrent_state.shape, len(qkv)
@@ -72,7 +76,7 @@ def naive(qkv, a, b, layer, recurrent_state, conv_state):
 
 
 def naive_final(case: Case, s: int):
-    """`naive` of one sequence of a case, without a memory for every token: what each reads, and the last memory."""
+    """Returns one sequence's reads and its final state, like `naive` but in bounded memory."""
     own = slice(int(case.query_starts[s]), int(case.query_starts[s] + case.query_lens[s]))
     outs, recurrent_state, conv_state = [], case.recurrent_state[s], case.conv_state[s]
     for start in range(own.start, own.stop, 500):
@@ -85,7 +89,7 @@ def naive_final(case: Case, s: int):
 
 
 def project(qkv, conv_state, conv, N, K, V):
-    """Convolution, SiLU, heads and normalisation; float64."""
+    """Applies convolution, SiLU, the split into heads and normalisation; float64."""
     window = np.concatenate([conv_state, qkv])
     linear = sum(window[i : i + len(qkv)] * conv[:, i] for i in range(conv.shape[1]))
     x = linear / (1 + np.exp(-linear))
@@ -96,26 +100,32 @@ def project(qkv, conv_state, conv, N, K, V):
 
 
 def gated_norm(x, z, weight, eps):
-    """`x / rms(x) * w * silu(z)`, float64."""
+    """Returns `x / rms(x) * w * silu(z)`, float64."""
     x, z, weight = (np.asarray(y, np.float64) for y in (x, z, weight))
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight * z / (1 + np.exp(-z))
 
 
 def sequences(case: Case):
-    """For each sequence: (its tokens, what each reads, the memory after each)."""
+    """Yields (slice of its tokens, reads, state after each token) of each sequence."""
     for s, (start, length) in enumerate(zip(np.asarray(case.query_starts), np.asarray(case.query_lens), strict=True)):
         own = slice(int(start), int(start + length))
         yield own, *naive(case.qkv[own], case.a[own], case.b[own], case.layer, case.recurrent_state[s], case.conv_state[s])
 
 
 def output_rms(expected) -> float:
-    """Root mean square of what all tokens of a case's `sequences` read. A single token's may be far smaller, where its query
-    hardly meets its key: a product of bfloat16 numbers that cancel has the error of its terms."""
+    """Returns the root mean square of all tokens' reads in a case's `sequences`.
+
+    A single token's read may be far smaller, where its query is almost orthogonal to its keys. The error of a
+    bfloat16 product whose terms cancel is that of its terms.
+    """
     return rms(np.concatenate([out for _, out, _ in expected]))
 
 
 def gate_terms(case: Case, d_a):
-    """Per head, the sizes of the terms that the gradients of `a_log` and `dt_bias` are sums of, from that of `a`; float64."""
+    """Returns per head the sizes of the terms that the gradients of `a_log` and `dt_bias` sum up; float64.
+
+    `d_a` is the gradient of `a`.
+    """
     x, d_a = (np.asarray(y, np.float64) for y in (case.a, d_a))
     x = x + np.asarray(case.layer.dt_bias, np.float64)
     rates = np.logaddexp(x, 0) * (1 + np.exp(-x))  # d(g)/d(a_log) over d(g)/d(a)
@@ -123,8 +133,11 @@ def gate_terms(case: Case, d_a):
 
 
 def worst_gradient_error(case: Case, found, expected):
-    """The largest error of gradients of `chunked`'s first eight arguments, and whose it is: relative RMS, but for sums over all
-    tokens, which may come out near zero, relative to the sizes of what they add up."""
+    """Returns the largest error among the gradients of `chunked`'s first eight arguments, and its name.
+
+    The error is relative RMS. `a_log` and `dt_bias` have gradients that are sums over all tokens and may be
+    near zero. Their errors are relative to the sizes of the summed terms.
+    """
     names = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "recurrent_state", "conv_state")
     errors = {name: relative_rms(x, y) for name, x, y in zip(names, found, expected, strict=True)}
     for name, size in zip(("a_log", "dt_bias"), gate_terms(case, expected[1]), strict=True):

@@ -24,7 +24,7 @@ LENGTHS = [0, 1, 2, 3, 63, 64, 65, 128, 150, 200]
 @pytest.mark.parametrize("decay", truth.DECAYS)
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.sampled_from(LENGTHS), min_size=3, max_size=3), seed=st.integers(0, 2**31))
-def test_chunked_follows_the_recurrence(decay, lengths, seed):
+def test_chunked_matches_recurrence(decay, lengths, seed):
     case = truth.draw(np.random.default_rng(seed), lengths, heads=4, key_heads=2, K=16, V=24, decay=decay)
     found = chunked(*case.arguments())
     for s, (own, out, states) in enumerate(truth.sequences(case)):
@@ -36,13 +36,13 @@ def test_chunked_follows_the_recurrence(decay, lengths, seed):
             assert relative_rms(found.out[own], out) < GATED_DELTA["reference"]
 
 
-def test_snapshots_are_the_memories_at_chunk_ends():
+def test_snapshots_match_states_at_chunk_ends():
     lengths = [200, 0, 128, 70]
     case = truth.draw(np.random.default_rng(7), lengths)
-    wanted = [(0, 1), (2, 2), (0, 3), (3, 1), (0, 4), (1, 1), (2, 0)]  # the last three ask for chunks that are not there
-    found = chunked(*case.arguments(), jnp.asarray(wanted, jnp.int32))
+    requested = [(0, 1), (2, 2), (0, 3), (3, 1), (0, 4), (1, 1), (2, 0)]  # the last three chunks do not exist
+    found = chunked(*case.arguments(), jnp.asarray(requested, jnp.int32))
     expected = list(truth.sequences(case))
-    for i, (s, chunks) in enumerate(wanted[:4]):
+    for i, (s, chunks) in enumerate(requested[:4]):
         own, _, states = expected[s]
         end = 64 * chunks
         assert relative_rms(found.snapshots[i], states[end - 1]) < GATED_DELTA["reference"]
@@ -51,7 +51,7 @@ def test_snapshots_are_the_memories_at_chunk_ends():
     assert not np.asarray(found.snapshot_conv_states[4:]).any()
 
 
-def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
+def test_prompt_split_at_chunk_boundary_is_bit_exact():
     case = truth.draw(np.random.default_rng(1), [256], gaps=False)
     whole = chunked(*case.arguments(), jnp.array([[0, 2]], jnp.int32))
     qkv, a, b, layer, *_ = case.arguments()
@@ -65,9 +65,9 @@ def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit():
 
 
 def step_inputs(rng, rows, tokens, slots, *, heads=4, K=16, V=24, decay="usual", dtype=jnp.float32):
-    """A case of `rows` sequences of `tokens` tokens as `recurrent` takes it, with slots to spare in random order."""
+    """Returns `recurrent`'s inputs for `rows` sequences of `tokens` tokens in random slots."""
     case = truth.draw(rng, [tokens] * rows, heads=heads, K=K, V=V, decay=decay, dtype=dtype, gaps=False)
-    order = np.argsort(np.asarray(case.query_starts))  # sequences stand in the row in another order than in the batch
+    order = np.argsort(np.asarray(case.query_starts))  # the row holds the sequences in another order than the batch
     qkv, a, b = (x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b))
     spare = truth.draw(rng, [1] * slots, heads=heads, K=K, V=V, dtype=dtype)
     z = jnp.asarray(rng.standard_normal((rows, tokens, heads, V)), dtype)
@@ -79,7 +79,7 @@ def step_inputs(rng, rows, tokens, slots, *, heads=4, K=16, V=24, decay="usual",
 
 
 def expected_step(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slot, keep, eps):
-    """(outputs, memory and tail after `keep` tokens) of each row, float64."""
+    """Yields each row's outputs and its states after `keep` tokens, float64."""
     for r, s in enumerate(np.asarray(slot)):
         out, states = truth.naive(qkv[r], a[r], b[r], layer, recurrent_state[s], conv_state[s])
         end = states[keep[r] - 1] if keep[r] else np.asarray(recurrent_state[s])
@@ -88,7 +88,7 @@ def expected_step(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slot, 
 
 @pytest.mark.parametrize("decay", truth.DECAYS)
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(decay, tokens):
+def test_recurrent_matches_recurrence_and_keeps_requested_tokens(decay, tokens):
     rng = np.random.default_rng([tokens, len(decay)])
     *inputs, slot = step_inputs(rng, 5, tokens, 8, decay=decay)
     slot, idle = slot.at[2].set(-1), 2
@@ -105,7 +105,7 @@ def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(decay, token
     np.testing.assert_array_equal(conv_state[untouched], inputs[7][untouched])
 
 
-def test_a_draft_that_is_taken_back_leaves_nothing_behind():
+def test_rejected_drafts_do_not_change_states():
     *inputs, slot = step_inputs(np.random.default_rng(3), 3, 4, 4)
     qkv, a, b, z, layer, norm, recurrent_state, conv_state = inputs
     keep = jnp.array([2, 0, 4], jnp.int32)
@@ -119,7 +119,7 @@ def test_a_draft_that_is_taken_back_leaves_nothing_behind():
         np.testing.assert_array_equal(drafted[2][own], one_by_one[1][own])
 
 
-def test_gradients_agree_with_finite_differences():
+def test_gradients_match_finite_differences():
     case = truth.draw(np.random.default_rng(3), [70, 40], heads=1, K=4, V=4)
     *continuous, starts, lengths = case.arguments()
 
@@ -137,7 +137,7 @@ def test_gradients_agree_with_finite_differences():
     assert float(analytic) == pytest.approx(float((ahead - behind) / (2 * step)), rel=2e-2)
 
 
-def test_what_cannot_be_served_is_refused_in_one_line():
+def test_invalid_arguments_raise_value_error():
     case = truth.draw(np.random.default_rng(0), [3])
     with pytest.raises(ValueError, match="backend is 'cuda', and this operation has 'reference'"):
         gated_delta.chunked(*case.arguments(), backend="cuda")
@@ -147,7 +147,7 @@ def test_what_cannot_be_served_is_refused_in_one_line():
         gated_delta.chunked(*narrow.arguments())
 
 
-def test_none_falls_back_and_a_name_does_not():
+def test_backend_none_falls_back_and_named_backend_raises():
     def select(backend, reason=None):
         return backends.dispatch(backend, {"reference": Implementation(min), "hopper": Implementation(max, reason)})
 

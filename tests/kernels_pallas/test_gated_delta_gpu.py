@@ -1,4 +1,7 @@
-"""The Hopper kernels as far as a machine without one can show: in the program, refused in words, and one of them interpreted."""
+"""The Hopper kernels, tested without a Hopper GPU.
+
+The tests check that programs contain the kernels, that unsupported arguments raise, and interpreted results.
+"""
 
 import functools
 
@@ -31,7 +34,7 @@ GRADIENT_KERNELS = tuple(f"gated_delta_{name}" for name in ("scan_backward", "ch
 
 
 def gradient(*inputs, backend, **sequences):
-    """Of everything that `chunked` may be differentiated by."""
+    """Returns the gradients of all differentiable arguments of `chunked`."""
     return jax.grad(lambda inputs: gated_delta.chunked(*inputs, **sequences, backend=backend).out.astype(jnp.float32).sum())(
         inputs
     )
@@ -43,13 +46,13 @@ needs_mosaic = pytest.mark.skipif(
 
 
 def described_gpu():
-    """A mesh that says what to compile for; no such device is needed."""
+    """Returns a mesh that describes the target GPU; no such device is needed."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device))
 
 
 def exported(f, *args, **kwargs):
-    """The program as it is sent to a GPU's compiler."""
+    """Returns the program as a GPU's compiler receives it."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (args, kwargs))
     skip = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     program = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=skip)(*shapes[0], **shapes[1])
@@ -69,7 +72,7 @@ def step(rng, rows=2, tokens=1, slots=2, **options):
 
 
 @needs_mosaic
-def test_the_kernels_are_in_the_program(rng):
+def test_program_contains_kernels(rng):
     case = truth.draw(rng, [70], heads=2, K=128, V=128, dtype=jnp.bfloat16)
     inputs, named = step(rng, heads=2)
     operations = [
@@ -94,14 +97,14 @@ def test_the_kernels_are_in_the_program(rng):
         ({"dtype": jnp.float32}, "qkv is float32, and it takes bfloat16"),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_refused(rng, options, message):
+def test_unsupported_arguments_raise(rng, options, message):
     case = truth.draw(rng, [3], **{"heads": 2, "K": 128, "V": 128, "dtype": jnp.bfloat16} | options)
     with pytest.raises(NotImplementedError, match=f"backend 'hopper': {message}; backend 'reference' serves it"):
         gated_delta.chunked(*case.arguments(), backend="hopper")
 
 
 @needs_mosaic
-def test_another_device_is_refused(rng):
+def test_other_device_raises(rng):
     case = truth.draw(rng, [3], heads=2, K=128, V=128, dtype=jnp.bfloat16)
     with pytest.raises(
         ValueError, match=r"backend 'hopper' is for NVIDIA H100.*, and the device is 'cpu'; backend 'reference' runs on it"
@@ -110,8 +113,11 @@ def test_another_device_is_refused(rng):
 
 
 @needs_mosaic
-def test_packed_rows_and_their_gradients_interpreted(rng, monkeypatch):
-    """Against plain XLA in float32: seams inside a chunk, on its edge and through a whole one; a head that forgets quickly."""
+def test_packed_rule_and_gradients_interpreted(rng, monkeypatch):
+    """Compares with plain XLA in float32.
+
+    Sequences change inside a chunk and at its edge, and one spans a whole chunk. One row decays quickly.
+    """
     T, N = 192, 1
 
     def draw(*shape):
@@ -138,8 +144,8 @@ def test_packed_rows_and_their_gradients_interpreted(rng, monkeypatch):
 
 
 @needs_mosaic
-def test_chunked_and_its_gradients_interpreted(rng, monkeypatch):
-    """Against the reference's autodiff; the matrix unit's products stand in jnp."""
+def test_chunked_and_gradients_interpreted(rng, monkeypatch):
+    """Compares with the reference's autodiff; matrix-unit products are replaced by jnp."""
     for module in (gpu_chunked, gpu_backward):
         monkeypatch.setattr(module, "product", product)
         monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
@@ -161,15 +167,18 @@ def test_chunked_and_its_gradients_interpreted(rng, monkeypatch):
     for x, y in zip(found, expected, strict=True):
         x, y = (z[own] if len(z) == len(own) else z for z in (x, y))
         assert relative_rms(x, y) < GATED_DELTA["gpu bfloat16"]
-    error, whose = truth.worst_gradient_error(case, grads, expected_grads)
-    assert error < GATED_DELTA["gpu bfloat16 gradient"], whose
-    assert not np.asarray(grads[0], np.float32)[~own].any()  # of tokens of no sequence
-    np.testing.assert_array_equal(grads[6][1], ends[1])  # of a sequence without tokens
+    error, name = truth.worst_gradient_error(case, grads, expected_grads)
+    assert error < GATED_DELTA["gpu bfloat16 gradient"], name
+    assert not np.asarray(grads[0], np.float32)[~own].any()  # tokens of no sequence
+    np.testing.assert_array_equal(grads[6][1], ends[1])  # a sequence without tokens
 
 
 @needs_mosaic
-def test_the_convolution_of_packed_rows_and_its_gradients_interpreted(rng):
-    """Against plain XLA in float32: sequences of one token and two, seams beside and on the edge of a block."""
+def test_packed_convolution_and_gradients_interpreted(rng):
+    """Compares with plain XLA in float32.
+
+    There are sequences of one and two tokens, and sequences that change beside and at the edge of a block.
+    """
     qkv, cotangent = (jnp.asarray(rng.standard_normal((2, 128, 128)), jnp.bfloat16) for _ in range(2))
     conv = jnp.asarray(rng.standard_normal((128, 4)), jnp.bfloat16)
     lengths = [10, 1, 53, 64], [63, 2, 63]
@@ -184,7 +193,7 @@ def test_the_convolution_of_packed_rows_and_its_gradients_interpreted(rng):
 
 
 @needs_mosaic
-def test_the_kernels_of_packed_rows_are_in_the_program():
+def test_program_contains_packed_kernels():
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     layer = gated_delta.Layer(like((768, 4)), like((2,)), like((2,)))
     arguments = like((1, 128, 768)), like((1, 128, 2)), like((1, 128, 2)), layer, jax.ShapeDtypeStruct((1, 128), jnp.int32)
@@ -207,8 +216,11 @@ def test_the_kernels_of_packed_rows_are_in_the_program():
 
 @needs_mosaic
 @pytest.mark.parametrize(("tokens", "processors", "groups", "stages"), [(1, 2, 4, 3), (1, 6, 4, 1), (2, 3, 4, 2), (2, 3, 2, 2)])
-def test_the_step_interpreted(rng, monkeypatch, tokens, processors, groups, stages):
-    """Several heads a block, with rows at rest between them, and one; not in clusters, which the interpreter does not know."""
+def test_recurrent_interpreted(rng, monkeypatch, tokens, processors, groups, stages):
+    """Runs several heads per block, with idle rows between them, and one head per block.
+
+    Clusters are not covered, because the interpreter does not support them.
+    """
     monkeypatch.setattr(gpu_recurrent, "num_sms", lambda: processors)
     cuts = {"hopper": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
     *inputs, recurrent_state, conv_state, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)

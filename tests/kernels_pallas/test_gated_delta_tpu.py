@@ -1,7 +1,8 @@
 """The TPU kernels, interpreted on the CPU, against the naive recurrence in float64.
 
-Interpretation fills all memory that nobody wrote with NaN, raises when two accesses race, and runs a transfer either as it
-starts or as it is waited for: each case says which. Inputs are new in each run; a failure prints the seed.
+The interpreter fills unwritten memory with NaN and raises when two accesses race. It runs a copy either when
+it starts or when it is awaited; each case names the mode. Inputs are new in each run; a failure prints the
+seed.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from tests.kernels_pallas import gated_delta_truth as truth
 from tests.kernels_pallas.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
 
-ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "memory", "tail")
-HOW = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
+ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "recurrent_state", "conv_state")
+MODES = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
 LENGTHS = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 190)
 draw = functools.partial(truth.draw, heads=2, K=128, V=128)
 
@@ -28,13 +29,13 @@ def tolerance(dtype):
 
 
 @pytest.mark.parametrize(
-    ("decay", "dtype", "mode"), [(d, *how) for d, how in zip([*truth.DECAYS] * 2, HOW + HOW[2:], strict=True)]
+    ("decay", "dtype", "mode"), [(d, *case) for d, case in zip([*truth.DECAYS] * 2, MODES + MODES[2:], strict=True)]
 )
-def test_chunked_follows_the_recurrence(decay, dtype, mode, rng, tpu):
+def test_chunked_matches_recurrence(decay, dtype, mode, rng, tpu):
     lengths = [0, 190, *rng.choice(LENGTHS, 3)]
     case = draw(rng, lengths, decay=decay, dtype=dtype)
-    wanted = [(1, 2), (0, 1), (1, 3), (1, 1)]  # two of them are no whole chunks
-    found = tpu(gated_delta.chunked, *case.arguments(), jnp.asarray(wanted, jnp.int32), mode=mode)
+    requested = [(1, 2), (0, 1), (1, 3), (1, 1)]  # two of these chunks do not exist or are partial
+    found = tpu(gated_delta.chunked, *case.arguments(), jnp.asarray(requested, jnp.int32), mode=mode)
     unowned, expected = np.ones(len(case.qkv), bool), list(truth.sequences(case))
     usual_rms = truth.output_rms(expected) if dtype == jnp.bfloat16 else 0.0
     for s, (own, out, states) in enumerate(expected):
@@ -59,25 +60,23 @@ def test_many_short_sequences_share_tiles(rng, tpu):
     expected = np.zeros(found.out.shape)
     for s, (own, out, states) in enumerate(truth.sequences(case)):
         expected[own] = out
-        assert relative_rms(found.recurrent_state[s], states[-1] if lengths[s] else case.recurrent_state[s]) < tolerance(
-            "float32"
-        )
+        final_state = states[-1] if lengths[s] else case.recurrent_state[s]
+        assert relative_rms(found.recurrent_state[s], final_state) < tolerance("float32")
     assert relative_rms(found.out, expected) < tolerance("float32")
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [5]])
-def test_next_to_nothing(lengths, rng, tpu):
+def test_empty_and_short_sequences(lengths, rng, tpu):
     case = draw(rng, lengths)
     found = tpu(gated_delta.chunked, *case.arguments())
     for s, (own, out, states) in enumerate(truth.sequences(case)):
-        assert relative_rms(found.recurrent_state[s], states[-1] if lengths[s] else case.recurrent_state[s]) < tolerance(
-            "float32"
-        )
+        final_state = states[-1] if lengths[s] else case.recurrent_state[s]
+        assert relative_rms(found.recurrent_state[s], final_state) < tolerance("float32")
         assert not lengths[s] or relative_rms(found.out[own], out) < tolerance("float32")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit(dtype, rng, tpu):
+def test_prompt_split_at_chunk_boundary_is_bit_exact(dtype, rng, tpu):
     case = draw(rng, [200], dtype=dtype)
     start, length = case.query_starts, case.query_lens
     whole = tpu(gated_delta.chunked, *case.arguments(), jnp.array([[0, 2]], jnp.int32))
@@ -93,12 +92,12 @@ def test_a_prompt_cut_on_a_chunk_is_the_same_to_the_bit(dtype, rng, tpu):
     np.testing.assert_array_equal(first.recurrent_state, whole.snapshots)
     np.testing.assert_array_equal(first.conv_state, whole.snapshot_conv_states)
     np.testing.assert_array_equal(second.recurrent_state, whole.recurrent_state)
-    np.testing.assert_array_equal(first.out + second.out, whole.out)  # each is zero where the other's tokens are
+    np.testing.assert_array_equal(first.out + second.out, whole.out)  # each output is zero at the other's tokens
 
 
-@pytest.mark.parametrize(("dtype", "mode"), HOW)
+@pytest.mark.parametrize(("dtype", "mode"), MODES)
 @pytest.mark.parametrize(("tokens", "idle"), [(1, [0, 2]), (4, [1, 4]), (1, [0, 1, 2, 3, 4])])
-def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(idle, tokens, dtype, mode, rng, tpu):
+def test_recurrent_matches_recurrence_and_keeps_requested_tokens(idle, tokens, dtype, mode, rng, tpu):
     decay = rng.choice(list(truth.DECAYS))
     *inputs, slot = step_inputs(rng, 5, tokens, 8, heads=2, K=128, V=128, decay=decay, dtype=dtype)
     slot = slot.at[jnp.array(idle, jnp.int32)].set(-1)
@@ -111,23 +110,25 @@ def test_recurrent_follows_the_recurrence_and_keeps_what_it_is_told(idle, tokens
             assert not np.asarray(out[r]).any()
             continue
         assert relative_rms(out[r], expected[0]) < tolerance(dtype)
-        assert relative_rms(recurrent_state[slot[r]], expected[1]) < tolerance(
-            "float32"
-        )  # no product of bfloat16 on the way to it
+        # No bfloat16 product contributes to the state.
+        assert relative_rms(recurrent_state[slot[r]], expected[1]) < tolerance("float32")
         np.testing.assert_array_equal(conv_state[slot[r]], expected[2])
     np.testing.assert_array_equal(recurrent_state[untouched], inputs[6][untouched])
     np.testing.assert_array_equal(conv_state[untouched], inputs[7][untouched])
 
 
-@pytest.mark.parametrize(("decay", "dtype", "mode"), [(d, *how) for d, how in zip(truth.DECAYS, HOW, strict=False)])
-def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
-    """The reference differentiates itself, in float32; all outputs, of which two snapshots, and all arguments take part."""
+@pytest.mark.parametrize(("decay", "dtype", "mode"), [(d, *case) for d, case in zip(truth.DECAYS, MODES, strict=False)])
+def test_gradients_match_reference(decay, dtype, mode, rng, tpu):
+    """Compares with the reference's float32 autodiff.
+
+    All outputs, with two snapshots, and all arguments take part.
+    """
     case = draw(rng, [int(rng.integers(128, 140)), 0, 65], heads=1, decay=decay, dtype=dtype)
     *arguments, starts, lengths = case.arguments()
-    wanted = jnp.array([[0, 1], [0, 2], [1, 1]], jnp.int32)  # the last is no whole chunk
+    requested = jnp.array([[0, 1], [0, 2], [1, 1]], jnp.int32)  # the last chunk is partial
 
     def outputs(arguments, **options):
-        found = gated_delta.chunked(*arguments, starts, lengths, wanted, **options)
+        found = gated_delta.chunked(*arguments, starts, lengths, requested, **options)
         return found.out, found.recurrent_state, found.snapshots, found.conv_state
 
     cotangents = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in jax.eval_shape(outputs, arguments)]
@@ -141,19 +142,20 @@ def test_gradients_agree_with_the_reference(decay, dtype, mode, rng, tpu):
     expected = jax.tree.leaves(jax.jit(functools.partial(gradients, backend="reference"))(exact))
     for name, gradient, value, argument in zip(ARGUMENTS, found, expected, jax.tree.leaves(arguments), strict=True):
         assert gradient.dtype == argument.dtype
-        # Where a head forgets quickly the gates' gradients come from few pairs of tokens, whose products may all be small by
-        # chance, and their error is that of usual ones: of cotangents of standard deviation 1 those are about this large.
-        usual_rms = {"a": 1.0, "a_log": 1.0, "dt_bias": 1.0, "b": 2.0}.get(name, 0.0)
+        # Where a head decays quickly, the gates' gradients come from few pairs of tokens. Their products may
+        # all be small by chance, but the error is that of usual products. With cotangents of standard
+        # deviation 1, usual gradients have about this norm.
+        usual_norm = {"a": 1.0, "a_log": 1.0, "dt_bias": 1.0, "b": 2.0}.get(name, 0.0)
         error = float(jnp.linalg.norm((gradient.astype(jnp.float32) - value).ravel()))
         size = float(jnp.linalg.norm(value.ravel()))
-        assert error < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"] * max(size, usual_rms), f"{name}: {error} of {size}"
+        assert error < GATED_DELTA[f"tpu {jnp.dtype(dtype)} gradient"] * max(size, usual_norm), f"{name}: {error} of {size}"
 
 
 def recurrent(qkv, a, b, z, layer, norm, recurrent_state, conv_state, slots, keep, backend):
     return gated_delta.recurrent(qkv, a, b, z, layer, norm, 1e-6, recurrent_state, conv_state, slots, keep, backend=backend)
 
 
-def test_a_draft_that_is_taken_back_leaves_nothing_behind(rng, tpu):
+def test_rejected_drafts_do_not_change_states(rng, tpu):
     *inputs, slot = step_inputs(rng, 3, 4, 4, heads=2, K=128, V=128)
     qkv, a, b, z, layer, norm, *start = inputs
     keep = np.array([2, 0, 4])
@@ -169,18 +171,18 @@ def test_a_draft_that_is_taken_back_leaves_nothing_behind(rng, tpu):
 
 
 def described_tpu():
-    """A mesh that says what to compile for; no such device is needed."""
+    """Returns a mesh that describes the target TPU; no such device is needed."""
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device))
 
 
 def exported(f, *args):
-    """The program as it is sent to a TPU's compiler."""
+    """Returns the program as a TPU's compiler receives it."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     return jax.export.export(jax.jit(f), platforms=["tpu"])(*shapes).mlir_module()
 
 
-def test_the_kernels_are_in_the_program(rng):
+def test_program_contains_kernels(rng):
     case = draw(rng, [70]).arguments()
     step = *step_inputs(rng, 2, 1, 2, heads=2, K=128, V=128), jnp.ones(2, jnp.int32)
     for name, f, args in (("chunked", gated_delta.chunked, case), ("recurrent", recurrent, step)):
@@ -193,7 +195,7 @@ def test_the_kernels_are_in_the_program(rng):
         assert "tpu_custom_call" not in exported(functools.partial(f, backend=None), *args)  # this machine's device is a CPU
 
 
-def test_the_backward_kernel_is_in_the_program(rng):
+def test_program_contains_backward_kernel(rng):
     qkv, *others = draw(rng, [70]).arguments()
 
     def loss(qkv):
@@ -214,20 +216,20 @@ def test_the_backward_kernel_is_in_the_program(rng):
         ({"dtype": jnp.float16}, "qkv is float16 and tail float16, and it takes float32 or bfloat16 for both"),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_refused(options, message, rng, monkeypatch):
+def test_unsupported_arguments_raise(options, message, rng, monkeypatch):
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
     case = truth.draw(rng, [3], **{"heads": 2, "K": 128, "V": 128, **options})
     with pytest.raises(NotImplementedError, match=f"backend 'tpu': {message}; backend 'reference' serves it"):
         gated_delta.chunked(*case.arguments(), backend="tpu")
 
 
-def test_too_many_drafts_are_refused(rng, monkeypatch):
+def test_too_many_draft_tokens_raise(rng, monkeypatch):
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
     step = step_inputs(rng, 1, 9, 1, heads=1, K=128, V=128)
     with pytest.raises(NotImplementedError, match="qkv has 9 tokens a row, and it takes up to 8; backend 'reference'"):
         recurrent(*step, jnp.ones(1, jnp.int32), backend="tpu")
 
 
-def test_the_name_is_refused_where_there_is_no_tpu(rng):
+def test_tpu_backend_raises_on_other_device(rng):
     with pytest.raises(ValueError, match="backend 'tpu' is for TPU v5, TPU v6, TPU7, and the device is 'cpu'"):
         gated_delta.chunked(*draw(rng, [3]).arguments(), backend="tpu")

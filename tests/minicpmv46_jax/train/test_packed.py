@@ -1,4 +1,4 @@
-"""The two token mixers over packed rows, each against a slower truth: sequences apart stay apart."""
+"""The two token mixers over packed rows, each against a slower reference: sequences must not mix."""
 
 import functools
 
@@ -15,12 +15,12 @@ from tests.kernels_pallas import gated_delta_truth as truth
 from tests.minicpmv46_jax.train.train_compile import QUICK
 from tests.tolerances import FLOAT32_ONE_OP, GATED_DELTA, relative_rms
 
-LENGTHS = [70, 1, 57, 128, 60]  # seams inside a chunk, on its edge and through a whole one; the rest of the row is padding
+LENGTHS = [70, 1, 57, 128, 60]  # sequences change inside a chunk and at its edge; padding follows
 TOKENS = 384
 
 
 def segments(lengths, tokens):
-    """[1, tokens]: 1, 2, ... and 0."""
+    """Returns [1, tokens] sequence numbers 1, 2, ..., and 0 for padding."""
     ends = np.cumsum(lengths)
     index = np.searchsorted(ends, np.arange(tokens), side="right") + 1
     return jnp.asarray(np.where(np.arange(tokens) < ends[-1], index, 0)[None], jnp.int32)
@@ -34,18 +34,18 @@ packed = jax.jit(rule, static_argnames="widths", compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("decay", truth.DECAYS)
-def test_packed_rule_follows_the_recurrence(decay):
+def test_packed_rule_matches_recurrence(decay):
     rng = np.random.default_rng(3)
     case = truth.draw(rng, [TOKENS], heads=4, key_heads=2, K=16, V=24, decay=decay, gaps=False)
     out = packed(case.qkv, case.a, case.b, case.layer, segments(LENGTHS, TOKENS), (16, 24))
-    nothing = np.zeros(case.recurrent_state.shape[1:]), np.zeros(case.conv_state.shape[1:])
+    zero_states = np.zeros(case.recurrent_state.shape[1:]), np.zeros(case.conv_state.shape[1:])
     for end, length in zip(np.cumsum(LENGTHS), LENGTHS, strict=True):
         own = slice(end - length, end)
-        expected, _ = truth.naive(case.qkv[own], case.a[own], case.b[own], case.layer, *nothing)
+        expected, _ = truth.naive(case.qkv[own], case.a[own], case.b[own], case.layer, *zero_states)
         assert relative_rms(out[own], expected) < GATED_DELTA["reference"]
 
 
-def test_gradients_of_the_rule_are_those_of_sequences_apart():
+def test_packed_gradients_match_separate_sequences():
     lengths = [70, 58]
     case = truth.draw(np.random.default_rng(4), lengths, heads=2, K=16, V=16, gaps=False)
     order = np.argsort(np.asarray(case.query_starts))
@@ -55,19 +55,22 @@ def test_gradients_of_the_rule_are_those_of_sequences_apart():
     def ours(qkv, a, b, layer):
         return (rule(qkv, a, b, layer, row, (16, 16)) * weights).sum()
 
-    def apart(qkv, a, b, layer):
-        nothing = jnp.zeros_like(case.recurrent_state), jnp.zeros_like(case.conv_state)
-        out = gated_delta.chunked(qkv, a, b, layer, *nothing, case.query_starts, case.query_lens, backend="reference").out
+    def separate(qkv, a, b, layer):
+        zero_states = jnp.zeros_like(case.recurrent_state), jnp.zeros_like(case.conv_state)
+        out = gated_delta.chunked(qkv, a, b, layer, *zero_states, case.query_starts, case.query_lens, backend="reference").out
         return (out * weights).sum()
 
     arguments = case.qkv, case.a, case.b, case.layer
-    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)), compiler_options=QUICK)(*arguments) for f in (ours, apart))
+    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)), compiler_options=QUICK)(*arguments) for f in (ours, separate))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative_rms(one, other) < 2e-5
 
 
-def test_the_inverse_is_exact_where_powers_would_cancel():
-    """All keys equal: the matrix is all ones below the diagonal, its powers reach 1e17, its inverse is 1 and -1."""
+def test_inverse_is_exact_where_powers_cancel():
+    """Inverts the matrix of equal keys, which has ones below the diagonal.
+
+    Its powers reach 1e17. Its inverse has ones on the diagonal and -1 below it.
+    """
     ones = np.tril(np.ones((64, 64)), -1)
     random = np.tril(0.3 * np.random.default_rng(0).standard_normal((64, 64)), -1)
     found = jax.jit(unit_lower_inverse)(jnp.asarray([ones, random], jnp.float32))
@@ -75,13 +78,13 @@ def test_the_inverse_is_exact_where_powers_would_cancel():
     assert relative_rms(found[1], np.linalg.inv(np.eye(64) + random)) < 1e-5
 
 
-def test_rows_are_whole_chunks():
+def test_partial_chunk_row_raises():
     with pytest.raises(ValueError, match="rows have 65 tokens"):
         layer = gated_delta.Layer(jnp.zeros((96, 4)), jnp.zeros(2), jnp.zeros(2))
         packed(*(jnp.zeros((65, n)) for n in (96, 2, 2)), layer, segments([65], 65), (16, 16))
 
 
-def test_attention_sees_its_own_sequence_alone(monkeypatch):
+def test_attention_is_masked_to_own_sequence(monkeypatch):
     monkeypatch.setattr(reference, "BLOCK", 16)  # four blocks and spans
     q, k, v = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).standard_normal((3, 2, 64, 2, 8)))
     q = jnp.concatenate([q, -q], axis=2)  # four query heads, two key heads
