@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.backends import HOPPER, REFERENCE, TPU, Implementation, dispatch
 from kernels_pallas.gated_delta import gpu, reference, tpu
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.packing import CHUNK
 
 
@@ -42,9 +43,9 @@ class Chunked(NamedTuple):
 
     out: Float[Array, "T N V"]
     recurrent_state: Float32[Array, "S N V K"]
-    conv_state: Float[Array, "S tail C"]
+    conv_state: Float[Array, "S history C"]
     snapshots: Float32[Array, "P N V K"]
-    snapshot_conv_states: Float[Array, "P tail C"]
+    snapshot_conv_states: Float[Array, "P history C"]
 
 
 def chunked(
@@ -53,9 +54,9 @@ def chunked(
     b: Float[Array, "T N"],
     layer: Layer,
     recurrent_state: Float32[Array, "S N V K"],
-    conv_state: Float[Array, "S tail C"],
-    starts: Int32[Array, " S"],
-    lengths: Int32[Array, " S"],
+    conv_state: Float[Array, "S history C"],
+    query_starts: Int32[Array, " S"],
+    query_lens: Int32[Array, " S"],
     snapshots: Int32[Array, "P 2"] | None = None,
     *,
     backend: str | None = None,
@@ -86,13 +87,14 @@ def chunked(
         TPU: Implementation(tpu.chunked, tpu.unsupported_reason(qkv, layer.conv, recurrent_state, conv_state)),
     }
     run = dispatch(backend, implementations)
-    out, ends, kept = run(qkv, a, b, *layer, recurrent_state, conv_state, starts, lengths, snapshots)
+    arguments = ChunkedArguments(qkv, a, b, *layer, recurrent_state, conv_state, query_starts, query_lens, snapshots)
+    out, final_states, snapshot_states = run(arguments)
     sequence, tokens = snapshots[:, 0], snapshots[:, 1] * CHUNK
-    whole = (tokens > 0) & (tokens <= lengths[sequence])
-    kept_tails = jnp.where(
-        whole[:, None, None], _conv_states(qkv, conv_state[sequence], starts[sequence], tokens), jnp.zeros((), conv_state.dtype)
-    )
-    return Chunked(out, ends, _conv_states(qkv, conv_state, starts, lengths), kept, kept_tails)
+    is_taken = ((tokens > 0) & (tokens <= query_lens[sequence]))[:, None, None]
+    taken_conv_states = _conv_states(qkv, conv_state[sequence], query_starts[sequence], tokens)
+    snapshot_conv_states = jnp.where(is_taken, taken_conv_states, jnp.zeros((), conv_state.dtype))
+    conv_states = _conv_states(qkv, conv_state, query_starts, query_lens)
+    return Chunked(out, final_states, conv_states, snapshot_states, snapshot_conv_states)
 
 
 def recurrent(
@@ -104,12 +106,12 @@ def recurrent(
     norm: Float[Array, " V"],
     eps: float,
     recurrent_state: Float32[Array, "S N V K"],
-    conv_state: Float[Array, "S tail C"],
+    conv_state: Float[Array, "S history C"],
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
     *,
     backend: str | None = None,
-) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S tail C"]]:
+) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """Applies the rule and the gated output norm to a few tokens per sequence, for decode.
 
     Rows may hold draft tokens: all T tokens are read, but only the first `keep` update the states. To reject
@@ -151,11 +153,14 @@ def _check(C: int, layer: Layer, recurrent_state: Array, conv_state: Array) -> N
 
 
 def _conv_states(
-    qkv: Float[Array, "T C"], conv_state: Float[Array, "S tail C"], starts: Int32[Array, " S"], tokens: Int32[Array, " S"]
-) -> Float[Array, "S tail C"]:
+    qkv: Float[Array, "T C"],
+    conv_state: Float[Array, "S history C"],
+    query_starts: Int32[Array, " S"],
+    tokens: Int32[Array, " S"],
+) -> Float[Array, "S history C"]:
     """Returns the last rows of `conv_state` followed by the sequence's first `tokens` rows of `qkv`."""
-    inputs = conv_state.shape[1]
-    back = tokens[:, None] - inputs + jnp.arange(inputs, dtype=jnp.int32)[None]  # counted from the sequence's start
-    new = qkv[jnp.clip(starts[:, None] + back, 0, qkv.shape[0] - 1)].astype(conv_state.dtype)
-    old = jnp.take_along_axis(conv_state, jnp.clip(back + inputs, 0, inputs - 1)[..., None], axis=1)
-    return jnp.where((back >= 0)[..., None], new, old)
+    history = conv_state.shape[1]
+    offset = tokens[:, None] - history + jnp.arange(history, dtype=jnp.int32)[None]  # counted from the sequence's start
+    new = qkv[jnp.clip(query_starts[:, None] + offset, 0, qkv.shape[0] - 1)].astype(conv_state.dtype)
+    old = jnp.take_along_axis(conv_state, jnp.clip(offset + history, 0, history - 1)[..., None], axis=1)
+    return jnp.where((offset >= 0)[..., None], new, old)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backends import mosaic_unsupported_reason
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.gpu_backward import backward
 from kernels_pallas.gated_delta.gpu_chunked import CONV_HISTORY, forward
 from kernels_pallas.gated_delta.gpu_recurrent import recurrent
@@ -31,24 +32,23 @@ def unsupported_reason(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Arr
 
 
 @exported_once
-def chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def chunked(arguments: ChunkedArguments) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes `reference.chunked`."""
-    return _chunked(*arguments)
+    return _chunked(arguments)
 
 
 @jax.custom_vjp
-def _chunked(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return forward(*arguments, save_residuals=False)[0]
+def _chunked(arguments: ChunkedArguments) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return forward(arguments, save_residuals=False)[0]
 
 
-def _chunked_fwd(*arguments: Any) -> tuple[Any, Any]:
-    results, saved = forward(*arguments, save_residuals=True)
+def _chunked_fwd(arguments: ChunkedArguments) -> tuple[Any, Any]:
+    results, saved = forward(arguments, save_residuals=True)
     return results, (arguments, saved)
 
 
-def _chunked_bwd(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    (*projected, _, conv_state, query_starts, query_lens, snapshots), saved = residuals
-    return *backward(*projected, conv_state, query_starts, query_lens, snapshots, saved, *cotangents), None, None, None
+def _chunked_bwd(residuals: Any, cotangents: Any) -> tuple[ChunkedArguments]:
+    return (backward(*residuals, *cotangents),)
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

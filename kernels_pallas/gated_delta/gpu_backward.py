@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.backward import chunk_rows, to_chunks, to_tokens
 from kernels_pallas.gated_delta.gpu_chunked import (
     CONV_HISTORY,
@@ -64,27 +65,19 @@ LANES = 128  # channels of a block of the convolution
 
 
 def backward(
-    qkv: Float[Array, "T C"],
-    a: Float[Array, "T N"],
-    b: Float[Array, "T N"],
-    conv: Float[Array, "C W"],
-    a_log: Float[Array, " N"],
-    dt_bias: Float[Array, " N"],
-    conv_state: Float[Array, "S history C"],
-    query_starts: Int32[Array, " S"],
-    query_lens: Int32[Array, " S"],
-    snapshots: Int32[Array, "P 2"],
+    arguments: ChunkedArguments,
     saved: tuple[ChunkTerms, PrepareResiduals, ScanResiduals],
     d_out: Float[Array, "T N V"],
     d_final_states: Float32[Array, "S N V K"],
     d_snapshots: Float32[Array, "P N V K"],
-) -> tuple[Array, ...]:
-    """Returns cotangents of `chunked`'s first eight arguments.
+) -> ChunkedArguments:
+    """Returns cotangents of `chunked`'s arguments; None for integers.
 
     Args:
       saved: residuals that `gpu_chunked.forward` returned.
       d_out, d_final_states, d_snapshots: cotangents of the results of `chunked`.
     """
+    qkv, a, b, conv, a_log, dt_bias, _, conv_state, query_starts, query_lens, snapshots = arguments
     T, (terms, residuals, scan_residuals) = qkv.shape[0], saved
     table = chunk_table(query_starts, query_lens, T)
     rows = chunk_rows(table, T)
@@ -102,7 +95,7 @@ def backward(
     _, pull_gates = jax.vjp(lambda a, b, *layer: gates(a[None], b[None], *layer), a, b, a_log, dt_bias)
     d_a, d_b, d_a_log, d_dt_bias = pull_gates(tuple(d_gates))
     d_qkv, d_conv, d_conv_state = convolution_gradients(qkv, conv, conv_state, grads.d_qkv, table, query_starts, query_lens)
-    return d_qkv, d_a, d_b, d_conv, d_a_log, d_dt_bias, d_recurrent_state, d_conv_state
+    return ChunkedArguments(d_qkv, d_a, d_b, d_conv, d_a_log, d_dt_bias, d_recurrent_state, d_conv_state, None, None, None)
 
 
 class ScanGradients(NamedTuple):

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
 from kernels_pallas.gated_delta.reference import L2_EPS, chunk_gates
 from kernels_pallas.gpu.mosaic import (
@@ -51,19 +52,7 @@ CONV_HISTORY = 3  # earlier inputs that the convolution reads for a token
 
 
 def forward(
-    qkv: Float[Array, "T C"],
-    a: Float[Array, "T N"],
-    b: Float[Array, "T N"],
-    conv: Float[Array, "C W"],
-    a_log: Float[Array, " N"],
-    dt_bias: Float[Array, " N"],
-    recurrent_state: Float32[Array, "S N V K"],
-    conv_state: Float[Array, "S history C"],
-    query_starts: Int32[Array, " S"],
-    query_lens: Int32[Array, " S"],
-    snapshots: Int32[Array, "P 2"],
-    *,
-    save_residuals: bool,
+    arguments: ChunkedArguments, *, save_residuals: bool
 ) -> tuple[tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]], tuple]:
     """Runs `reference.chunked` on Hopper.
 
@@ -71,6 +60,7 @@ def forward(
       The results of `reference.chunked`, and (ChunkTerms, PrepareResiduals, ScanResiduals) for the backward
       pass. The last two are None unless `save_residuals` is set.
     """
+    qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots = arguments
     T, (_, N, V, _) = qkv.shape[0], recurrent_state.shape
     table = chunk_table(query_starts, query_lens, T)
     g, beta = (x.transpose(2, 0, 1) for x in chunk_gates(a, b, a_log, dt_bias, table))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Float32, Int32
 
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
 
 L2_EPS = 1e-6  # fixed in transformers' implementation, not a field of the checkpoint
@@ -21,23 +22,14 @@ def _dot(equation: str, *operands: Array) -> Array:
 
 
 def chunked(
-    qkv: Float[Array, "T C"],
-    a: Float[Array, "T N"],
-    b: Float[Array, "T N"],
-    conv: Float[Array, "C W"],
-    a_log: Float[Array, " N"],
-    dt_bias: Float[Array, " N"],
-    recurrent_state: Float32[Array, "S N V K"],
-    conv_state: Float[Array, "S history C"],
-    query_starts: Int32[Array, " S"],
-    query_lens: Int32[Array, " S"],
-    snapshots: Int32[Array, "P 2"],
+    arguments: ChunkedArguments,
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
     """Computes `api.chunked` without the conv states (arXiv:2412.06464, section 3.3).
 
     Inside a chunk the writes depend on each other through a unit lower-triangular system. The systems of all
     chunks are solved at once. Only the scan of the recurrent state over the chunks is sequential.
     """
+    qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots = arguments
     T, (S, N, V, K) = qkv.shape[0], recurrent_state.shape
     table = chunk_table(query_starts, query_lens, T)
     rows, real = _token_rows(table)

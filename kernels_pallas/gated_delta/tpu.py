@@ -1,14 +1,16 @@
 """Both operations on TPU: the supported arguments, and the layouts that the kernels expect."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas.gated_delta import backward, tpu_backward, tpu_chunked, tpu_recurrent
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.packing import chunk_table
-from kernels_pallas.gated_delta.tpu_math import LANES
+from kernels_pallas.gated_delta.tpu_math import LANES, LayerRows
 from kernels_pallas.tuning import tuned_config
 
 TOKENS = 8  # maximum per row of a decode step, because the kernel unrolls them
@@ -50,50 +52,37 @@ def step_unsupported_reason(
 
 @jax.custom_vjp
 def chunked(
-    qkv: Float[Array, "T C"],
-    a: Float[Array, "T N"],
-    b: Float[Array, "T N"],
-    conv: Float[Array, "C W"],
-    a_log: Float[Array, " N"],
-    dt_bias: Float[Array, " N"],
-    recurrent_state: Float32[Array, "S N V K"],
-    conv_state: Float[Array, "S history C"],
-    query_starts: Int32[Array, " S"],
-    query_lens: Int32[Array, " S"],
-    snapshots: Int32[Array, "P 2"],
+    arguments: ChunkedArguments,
 ) -> tuple[Float[Array, "T N V"], Float32[Array, "S N V K"], Float32[Array, "P N V K"]]:
     """Computes `api.chunked` without the conv states."""
-    out, final_states, snapshot_states = _forward(
-        qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots
-    )
+    out, final_states, snapshot_states = _forward(arguments)
     return out, final_states, snapshot_states
 
 
-def _forward(
-    qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots, *, save_states=False
-):
+def _forward(arguments: ChunkedArguments, *, save_states: bool = False) -> tuple[Array, ...]:
     """Computes `chunked`, and with `save_states` the state before each chunk."""
+    qkv, a, b, conv, a_log, dt_bias, recurrent_state, conv_state, query_starts, query_lens, snapshots = arguments
     T, (_, N, V, _) = qkv.shape[0], recurrent_state.shape
     padding = _padded_len(T) - T
     windows = tpu_chunked.chunk_windows(query_starts, query_lens, snapshots, T + padding)
     qkv, gates = (jnp.pad(x, ((0, padding), (0, 0))) for x in (qkv, _gate_inputs(a, b)))
     layer = _layer_rows(conv, a_log, dt_bias)
     out, *states = tpu_chunked.forward(
-        qkv, gates, *layer, recurrent_state, conv_state, windows, len(snapshots), _heads_per_step(N), save_states
+        qkv, gates, layer, recurrent_state, conv_state, windows, len(snapshots), _heads_per_step(N), save_states
     )
     return out[:T].reshape(T, N, V), *states
 
 
-def _chunked_fwd(*arguments):
-    return chunked(*arguments), arguments
+def _chunked_fwd(arguments: ChunkedArguments) -> tuple[Any, ChunkedArguments]:
+    return chunked(arguments), arguments
 
 
-def _chunked_bwd(arguments, cotangents):
+def _chunked_bwd(arguments: ChunkedArguments, cotangents: Any) -> tuple[ChunkedArguments]:
     """Returns the cotangents of `chunked`'s arguments; see tpu_backward."""
     qkv, a, b, conv, a_log, dt_bias, _, conv_state, query_starts, query_lens, snapshots = arguments
     d_out, d_final_states, d_snapshots = cotangents
     T, N = a.shape
-    *_, states = _forward(*arguments, save_states=True)
+    *_, states = _forward(arguments, save_states=True)
     table = chunk_table(query_starts, query_lens, _padded_len(T))
     windows = tpu_chunked.chunk_windows(query_starts, query_lens, snapshots, _padded_len(T))
     rows = backward.chunk_rows(table, T)
@@ -104,11 +93,11 @@ def _chunked_bwd(arguments, cotangents):
         backward.to_chunks(x, rows) for x in (projected.astype(qkv.dtype), _gate_inputs(g, beta), d_out.reshape(T, -1))
     )
     d_snapshots = jnp.pad(d_snapshots, ((0, 1), (0, 0), (0, 0), (0, 0)))  # kernels do not accept empty arrays
-    *grads, d_recurrent_state = tpu_backward.backward(
+    *d_projected, d_recurrent_state = tpu_backward.backward(
         projected, gates, states, d_out, d_final_states, d_snapshots, windows, _heads_per_step(N)
     )
-    *grads, d_conv_state = pull(tuple(backward.to_tokens(x, rows, T).astype(jnp.float32) for x in grads))
-    return *grads, d_recurrent_state, d_conv_state, None, None, None
+    *grads, d_conv_state = pull(tuple(backward.to_tokens(x, rows, T).astype(jnp.float32) for x in d_projected))
+    return (ChunkedArguments(*grads, d_recurrent_state, d_conv_state, None, None, None),)
 
 
 chunked.defvjp(_chunked_fwd, _chunked_bwd)
@@ -137,7 +126,7 @@ def recurrent(
     """Computes `api.recurrent`."""
     norm = norm.astype(jnp.float32)[None]
     layer = _layer_rows(conv, a_log, dt_bias)
-    return tpu_recurrent.step(qkv, _gate_inputs(a, b), z, *layer, norm, eps, recurrent_state, conv_state, slots, keep)
+    return tpu_recurrent.step(qkv, _gate_inputs(a, b), z, layer, norm, eps, recurrent_state, conv_state, slots, keep)
 
 
 def _heads_per_step(N: int) -> int:
@@ -156,11 +145,8 @@ def _gate_inputs(a: Float[Array, "*tokens N"], b: Float[Array, "*tokens N"]) -> 
     return jnp.pad(both, [(0, 0)] * (both.ndim - 1) + [(0, LANES - both.shape[-1])])
 
 
-def _layer_rows(
-    conv: Float[Array, "C W"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"]
-) -> tuple[Float32[Array, "W C"], Float32[Array, "1 lanes"], Float32[Array, "1 lanes"]]:
-    """Returns the filters by tap, and decay rate and bias in rows of 128."""
+def _layer_rows(conv: Float[Array, "C W"], a_log: Float[Array, " N"], dt_bias: Float[Array, " N"]) -> LayerRows:
     rate, bias = (
         jnp.pad(x, (0, LANES - len(x)))[None] for x in (jnp.exp(a_log.astype(jnp.float32)), dt_bias.astype(jnp.float32))
     )
-    return conv.astype(jnp.float32).T, rate, bias
+    return LayerRows(conv.astype(jnp.float32).T, rate, bias)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from kernels_pallas.gated_delta.packing import CHUNK, chunk_table, snapshot_of_chunk
 from kernels_pallas.gated_delta.tpu_math import (
     LANES,
+    LayerRows,
     compiler_params,
     convolved,
     dot,
@@ -75,9 +76,7 @@ def chunk_windows(
 def forward(
     qkv: Float[Array, "T C"],
     gate_inputs: Float32[Array, "T lanes"],
-    conv: Float32[Array, "W C"],
-    rate: Float32[Array, "1 lanes"],
-    bias: Float32[Array, "1 lanes"],
+    layer: LayerRows,
     recurrent_state: Float32[Array, "S N V K"],
     conv_state: Float[Array, "S history C"],
     windows: ChunkWindows,
@@ -91,8 +90,6 @@ def forward(
 
     Args:
       gate_inputs: `a` of all heads, then `b` of all heads, then padding, in rows of 128.
-      conv: the filters, oldest tap first.
-      rate, bias: `exp(a_log)` and `dt_bias`, in rows of 128.
       windows: the chunks.
       snapshots: number of snapshots.
       heads: heads of one grid step.
@@ -102,6 +99,7 @@ def forward(
       The outputs, the state after each sequence, the snapshots, and with `save_states` the state before each
       chunk.
     """
+    conv, rate, bias = layer
     T, (_, N, V, K), dtype = qkv.shape[0], recurrent_state.shape, qkv.dtype
     chunks, groups, width = windows.num_tokens.shape[0], N // heads, heads * LANES
 

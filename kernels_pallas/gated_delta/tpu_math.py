@@ -3,16 +3,32 @@
 Every function is traced into a kernel, so it uses only operations that Mosaic lowers.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.lax import Precision
+from jaxtyping import Array, Float32
 
 from kernels_pallas.gated_delta.packing import CHUNK
 from kernels_pallas.gated_delta.reference import L2_EPS
 
 LANES = 128  # of a vector register; the only head width that these kernels support
+
+
+class LayerRows(NamedTuple):
+    """A layer's parameters in the layout of the TPU kernels.
+
+    Attributes:
+      conv: the filters by tap, oldest first.
+      rate, bias: `exp(a_log)` and `dt_bias`, padded to 128 lanes.
+    """
+
+    conv: Float32[Array, "W C"]
+    rate: Float32[Array, "1 lanes"]
+    bias: Float32[Array, "1 lanes"]
 
 
 def compiler_params(dtype):

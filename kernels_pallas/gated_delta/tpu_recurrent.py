@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from kernels_pallas.gated_delta.tpu_math import LANES, dot, normalised, softplus
+from kernels_pallas.gated_delta.tpu_math import LANES, LayerRows, dot, normalised, softplus
 
 
 def block_slots(slots: Int32[Array, " B"]) -> Int32[Array, " B"]:
@@ -32,9 +32,7 @@ def step(
     qkv: Float[Array, "B T C"],
     gate_inputs: Float32[Array, "B T lanes"],
     z: Float[Array, "B T N V"],
-    conv: Float32[Array, "W C"],
-    rate: Float32[Array, "1 lanes"],
-    bias: Float32[Array, "1 lanes"],
+    layer: LayerRows,
     norm: Float32[Array, "1 V"],
     eps: float,
     recurrent_state: Float32[Array, "S N V K"],
@@ -42,7 +40,7 @@ def step(
     slots: Int32[Array, " B"],
     keep: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
-    """Runs the kernel over all rows. The gates and filters are as in tpu_chunked.forward."""
+    """Runs the kernel over all rows. The gate inputs are as in tpu_chunked.forward."""
 
     def row(x):
         return pl.BlockSpec((1, *x.shape[1:]), lambda b, *_: (b, *[0] * (x.ndim - 1)))
@@ -53,7 +51,7 @@ def step(
     def whole(x):
         return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
-    B, T, C = qkv.shape
+    (B, T, C), (conv, rate, bias) = qkv.shape, layer
     scalars = (block_slots(slots), slots, keep)
     constants, state = (conv.reshape(-1, C // LANES, LANES), rate, bias, norm), (recurrent_state, conv_state)
     before = len(scalars) + 3 + len(constants)

@@ -107,7 +107,7 @@ def gradients(tokens: int) -> tuple[Callable, tuple, tuple[int, ...]]:
     projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
 
     def run(cotangent, starts, lengths, *inputs):
-        forward = functools.partial(gated_delta.chunked, starts=starts, lengths=lengths, backend="hopper")
+        forward = functools.partial(gated_delta.chunked, query_starts=starts, query_lens=lengths, backend="hopper")
         return jax.vjp(lambda *x: forward(*x).out, *inputs)[1](cotangent)
 
     return run, (like(tokens, HEADS, WIDTH), integers(1), integers(1), *projected, layer(), *state(1)), ()

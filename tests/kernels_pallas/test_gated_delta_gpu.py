@@ -22,6 +22,7 @@ from kernels_pallas.gated_delta import (
     gpu_state_scan,
     reference,
 )
+from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.packed import convolve_segments
 from kernels_pallas.gated_delta.packed import rule as rule_in_xla
 from tests.kernels_pallas import gated_delta_truth as truth
@@ -78,7 +79,7 @@ def test_program_contains_kernels(rng):
     operations = [
         (gated_delta.chunked, case.arguments(), {}, ("gated_delta_prepare_chunks", "gated_delta_scan")),
         (recurrent, inputs, named, ("gated_delta_recurrent",)),
-        (gradient, case.arguments()[:-2], {"starts": case.query_starts, "lengths": case.query_lens}, GRADIENT_KERNELS),
+        (gradient, case.arguments()[:-2], {"query_starts": case.query_starts, "query_lens": case.query_lens}, GRADIENT_KERNELS),
     ]
     for f, args, kwargs, kernels in operations:
         with described_gpu():
@@ -150,15 +151,15 @@ def test_chunked_and_gradients_interpreted(rng, monkeypatch):
         monkeypatch.setattr(module, "product", product)
         monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
     case = truth.draw(rng, [70, 0, 64, 3], heads=1, K=128, V=128, dtype=jnp.bfloat16)
-    *inputs, layer, recurrent_state, conv_state, starts, lengths = case.arguments()
+    *inputs, layer, recurrent_state, conv_state, query_starts, query_lens = case.arguments()
     inputs, snapshots = (*inputs, *layer, recurrent_state, conv_state), jnp.array([[2, 1], [0, 1], [0, 9]], jnp.int32)
     row = np.arange(len(case.qkv))[:, None]
-    own = ((row >= np.asarray(starts)) & (row < np.asarray(starts + lengths))).any(axis=1)
+    own = ((row >= np.asarray(query_starts)) & (row < np.asarray(query_starts + query_lens))).any(axis=1)
     out = jnp.asarray(rng.standard_normal((len(row), 1, 128)) * own[:, None, None], jnp.bfloat16)
     ends, kept = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (recurrent_state.shape, (3, 1, 128, 128)))
 
     def both(run, *exact):
-        results, pull = jax.vjp(lambda *x: run(*x, starts, lengths, snapshots), *exact)
+        results, pull = jax.vjp(lambda *x: run(ChunkedArguments(*x, query_starts, query_lens, snapshots)), *exact)
         return results, pull((out.astype(exact[0].dtype), ends, kept))
 
     with plgpu.force_gpu_interpret_mode():
