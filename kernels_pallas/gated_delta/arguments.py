@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 
 class ChunkedArguments(NamedTuple):
-    """Arguments of `api.chunked`, with the layer's parameters as fields. Cotangents of them have the same form."""
+    """Arguments of `api.chunked` with the layer's parameters as fields; also the form of their cotangents."""
 
     qkv: Float[Array, "T C"]
     a: Float[Array, "T N"]

@@ -76,6 +76,22 @@ class PreparedChunks(NamedTuple):
     inverse: BFloat16[Array, "B N L L"]
 
 
+class BackwardTerms(NamedTuple):
+    """Per-chunk results of both scans that `gradients` needs.
+
+    Attributes:
+      inverse: each system's inverse.
+      states, d_states: the state before each chunk, and the cotangent of the state after it.
+      new, d_new: each token's write to the state, and its cotangent.
+    """
+
+    inverse: BFloat16[Array, "B N L L"]
+    states: BFloat16[Array, "B N V K"]
+    d_states: BFloat16[Array, "B N V K"]
+    new: BFloat16[Array, "B N V L"]
+    d_new: BFloat16[Array, "B N V L"]
+
+
 @jax.custom_vjp
 def rule(
     channels: BFloat16[Array, "R T C"],
@@ -107,9 +123,10 @@ def _rule_bwd(saved: Any, d_out: Array) -> tuple[Array | None, ...]:
     (channels, g, beta, chunk_segments), (_, *rest, inverse), fade, states, new = saved
     R, T, N, V = d_out.shape
     d_out = d_out.reshape(R, T, N * V)
-    d_after, d = scan_states_backward(d_out, *rest, fade)
-    by_chunk = (x.reshape(-1, *x.shape[2:]) for x in (inverse, states, d_after, new, d))
-    d_channels, d_beta, shares, d_fade = gradients(channels, d_out.reshape(R * T, -1), g, beta, chunk_segments, *by_chunk)
+    d_states, d_new = scan_states_backward(d_out, *rest, fade)
+    flat_d_out = d_out.reshape(R * T, -1)
+    terms = BackwardTerms(*(x.reshape(-1, *x.shape[2:]) for x in (inverse, states, d_states, new, d_new)))
+    d_channels, d_beta, shares, d_fade = gradients(channels, flat_d_out, g, beta, chunk_segments, terms)
     # The decay over the whole chunk fades the incoming state, so every token of it gets the same summand.
     d_g = shares.sum(axis=0) + (_fade(g, chunk_segments) * d_fade.sum(axis=-1))[..., None]
     return d_channels.reshape(R, T, -1), *(x.reshape(N, R, T).transpose(1, 2, 0) for x in (d_g, d_beta)), None
@@ -172,7 +189,7 @@ class _Factors(NamedTuple):
     j: Any
 
 
-def _factors(g, segment, handed, q_s, k_s, vectors_s, head, chunk):
+def _factors(g, segment, incoming_segment, q_s, k_s, vectors_s, head, chunk):
     i, j = iota((L, L), 0), iota((L, L), 1)
     g_col = along_columns(load(g.at[head, chunk], COL), L)
     decay = jnp.sum(jnp.where(i >= j, g_col, 0.0), axis=1)  # a cumulative sum
@@ -183,7 +200,7 @@ def _factors(g, segment, handed, q_s, k_s, vectors_s, head, chunk):
     k_norm_col, decay_col = (load(vectors_s.at[n], COL) for n in range(2))
     between = jnp.exp(jnp.minimum(along_rows(decay, L) - along_columns(decay_col, L), 0.0))
     between = jnp.where(along_rows(own, L) == along_columns(own_col, L), between, 0.0)
-    incoming = jnp.where(own == handed[chunk], jnp.exp(decay), 0.0)
+    incoming = jnp.where(own == incoming_segment[chunk], jnp.exp(decay), 0.0)
     outgoing = jnp.where(own == segment[chunk, L - 1], jnp.exp(rest), 0.0)
     return _Factors(q_norm, k_norm, k_norm_col, incoming, outgoing, between, i, j)
 
@@ -196,13 +213,13 @@ def _fetch(channels, dst, ready, head, N):
 
 
 def _prepare(*refs, N):
-    channels, g, beta, segment, handed, *outputs, q_s, k_s, v_s, u_s, w_s, d_s, m_s, vectors_s, ready = refs
+    channels, g, beta, segment, incoming_segment, *outputs, q_s, k_s, v_s, u_s, w_s, d_s, m_s, vectors_s, ready = refs
     out_u, out_w, out_q, out_k, out_p, out_m = (x.at[lax.axis_index("chunk"), lax.axis_index("head")] for x in outputs)
     chunk, head = lax.axis_index("chunk"), lax.axis_index("head")
     _fetch(channels, (q_s, k_s, v_s), ready, head, N)
     beta_row, beta_col = (load(beta.at[head, chunk], layout) for layout in (ROW, COL))
     plgpu.barrier_wait(ready)
-    f = _factors(g, segment, handed, q_s, k_s, vectors_s, head, chunk)
+    f = _factors(g, segment, incoming_segment, q_s, k_s, vectors_s, head, chunk)
     scaled = f.between * along_columns(f.k_norm_col, L)
 
     attention = product(q_s, k_s.transpose(ACROSS)) * scaled * along_rows(f.q_norm, L)
@@ -227,11 +244,7 @@ def gradients(
     g: Float32[Array, "N B L"],
     beta: Float32[Array, "N B L"],
     chunk_segments: ChunkSegments,
-    inverse: BFloat16[Array, "B N L L"],
-    states: BFloat16[Array, "B N V K"],
-    d_after: BFloat16[Array, "B N V K"],
-    new: BFloat16[Array, "B N V L"],
-    d: BFloat16[Array, "B N V L"],
+    terms: BackwardTerms,
 ) -> tuple[BFloat16[Array, "RT C"], Float32[Array, "N B L"], Float32[Array, "4 N B L"], Float32[Array, "N B L"]]:
     """Returns the gradients of the channels, of beta, of g and of the fade.
 
@@ -257,7 +270,7 @@ def gradients(
         compiler_params=params(approximate=True),
         kernel_name="gated_delta_gradients",
     )
-    return tuple(kernel(channels, d_out, g, beta, *chunk_segments, inverse, states, d_after, new, d))
+    return tuple(kernel(channels, d_out, g, beta, *chunk_segments, *terms))
 
 
 def _gradients(*refs, N):
@@ -265,7 +278,7 @@ def _gradients(*refs, N):
 
     One propagates through the system to values and keys, the other through the attention and the state.
     """
-    channels, d_out, g, beta, segment, handed, *refs = refs
+    channels, d_out, g, beta, segment, incoming_segment, *refs = refs
     matrices, (out, out_beta, out_shares, out_fade), scratch = refs[:5], refs[5:9], refs[9:]
     q_s, k_s, v_s, o_s, m_s, state_s, after_s, n_s, d_s, t_s, share_s, vectors_s, ready, shared = scratch
     chunk, head, group = (lax.axis_index(name) for name in ("chunk", "head", "group"))
@@ -286,7 +299,7 @@ def _gradients(*refs, N):
 
     @pl.when(group == 0)
     def _system():
-        f = _factors(g, segment, handed, None, k_s, vectors_s.at[0], head, chunk)
+        f = _factors(g, segment, incoming_segment, None, k_s, vectors_s.at[0], head, chunk)
         strength = load(beta.at[head, chunk])
         dr = product(m_s.transpose(ACROSS), d_s.transpose(ACROSS))
         d_beta = _row_dot(dr, _float32(v_s))
@@ -315,7 +328,7 @@ def _gradients(*refs, N):
 
     @pl.when(group == 1)
     def _attention():
-        f = _factors(g, segment, handed, q_s, k_s, vectors_s.at[1], head, chunk)
+        f = _factors(g, segment, incoming_segment, q_s, k_s, vectors_s.at[1], head, chunk)
         halves = (pl.ds(half * L, L) for half in range(2))
         out_fade[head, chunk] = sum(_row_dot(_float32(state_s.at[half]), _float32(after_s.at[half])) for half in halves)
         d_attention = jnp.where(f.i >= f.j, product(o_s, n_s) * f.between, 0.0)
