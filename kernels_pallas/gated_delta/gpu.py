@@ -21,7 +21,7 @@ def unsupported_reason(qkv: jax.Array, conv: jax.Array, recurrent_state: jax.Arr
     """Returns why the kernels do not support these arguments, or None."""
     _, N, V, K = recurrent_state.shape
     if (K, V) != (WIDTH, WIDTH):
-        return f"memory has heads of {V} values and {K} keys, and it takes {WIDTH} and {WIDTH}"
+        return f"recurrent_state has heads of {V} values and {K} keys, and it takes {WIDTH} and {WIDTH}"
     if qkv.shape[-1] != 3 * N * WIDTH:
         return f"qkv has {qkv.shape[-1]} channels, and it takes {3 * N * WIDTH}: as many key heads as value heads"
     if conv.shape[1] != CONV_HISTORY + 1:

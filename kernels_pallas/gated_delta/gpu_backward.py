@@ -129,8 +129,8 @@ def scan_backward(
       chunk_snapshots: index of the snapshot taken at each chunk's end, or -1.
     """
     (S, N, V, K), chunks, dtype = d_final_states.shape, chunk_snapshots.shape[0], d_out.dtype
-    cut = tuned_config("hopper", "gated_delta_scan_backward", S * N)
-    groups, stages = cut.groups, cut.stages
+    config = tuned_config("hopper", "gated_delta_scan_backward", S * N)
+    groups, stages = config.groups, config.stages
     kernel = plgpu.kernel(
         functools.partial(_scan_backward, groups=groups, stages=stages),
         out_type=(

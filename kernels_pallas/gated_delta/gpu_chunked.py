@@ -292,8 +292,8 @@ def scan(
     """
     S, N, V, K = recurrent_state.shape
     slices, dtype = V // SLICE, terms.q.dtype
-    cut = tuned_config("hopper", "gated_delta_scan", S * N)
-    groups, stages = cut.groups, cut.stages
+    config = tuned_config("hopper", "gated_delta_scan", S * N)
+    groups, stages = config.groups, config.stages
     shape, chunks = jax.ShapeDtypeStruct, chunk_snapshots.shape[0]
     kernel = plgpu.kernel(
         functools.partial(_scan, V=V, stages=stages, groups=groups),

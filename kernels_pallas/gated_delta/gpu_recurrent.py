@@ -72,29 +72,29 @@ def recurrent(
 ) -> tuple[Float[Array, "B T N V"], Float32[Array, "S N V K"], Float[Array, "S history C"]]:
     """Computes `api.recurrent`."""
     (B, T, N, V), K = z.shape, recurrent_state.shape[-1]
-    cut = tuned_config("hopper", "gated_delta_recurrent", B * N)
-    blocks = B * N if cut.parts > 1 else min(num_sms(), B * N)
-    stages = min(cut.stages, -(-B * N // blocks))
-    share = V // (cut.groups * cut.parts)
+    config = tuned_config("hopper", "gated_delta_recurrent", B * N)
+    blocks = B * N if config.parts > 1 else min(num_sms(), B * N)
+    stages = min(config.stages, -(-B * N // blocks))
+    share = V // (config.groups * config.parts)
     recurrent_state, conv_state = jax.new_ref(recurrent_state), jax.new_ref(conv_state)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, eps=eps, blocks=blocks, stages=stages, groups=cut.groups, parts=cut.parts),
+        functools.partial(_kernel, eps=eps, blocks=blocks, stages=stages, groups=config.groups, parts=config.parts),
         out_type=jax.ShapeDtypeStruct(z.shape, z.dtype),
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=cut.groups,
+        num_threads=config.groups,
         thread_name="group",
         scratch_types=[
-            tiles(cut.groups * stages, share, K, dtype=jnp.float32),
+            tiles(config.groups * stages, share, K, dtype=jnp.float32),
             plgpu.SMEM((T, STREAMS, K), jnp.float32),  # queries, keys and values after the convolution
             plgpu.SMEM((T, V), jnp.float32),  # all reads of a head, for its norm
-            plgpu.Barrier(num_barriers=cut.groups * stages),
-            plgpu.Barrier(num_arrivals=cut.groups),
-            barrier_of(cut.parts, cut.groups),
+            plgpu.Barrier(num_barriers=config.groups * stages),
+            plgpu.Barrier(num_arrivals=config.groups),
+            barrier_of(config.parts, config.groups),
         ],
         compiler_params=params(approximate=False),
         kernel_name="gated_delta_recurrent",
-        **clustered(cut.parts),
+        **clustered(config.parts),
     )
     out = kernel(qkv, a, b, z, conv, a_log, dt_bias, norm, slots, keep, recurrent_state, conv_state)
     return out, jax.freeze(recurrent_state), jax.freeze(conv_state)

@@ -26,15 +26,15 @@ def unsupported_reason(
     """Returns why the kernels do not support these arguments, or None."""
     (_, N, V, K), W = recurrent_state.shape, conv.shape[1]
     if (K, V) != (LANES, LANES):
-        return f"memory's widths K and V are {(K, V)}, and it takes {(LANES, LANES)}"
+        return f"recurrent_state's widths K and V are {(K, V)}, and it takes {(LANES, LANES)}"
     if qkv.shape[-1] != 3 * N * LANES:
         return f"qkv has {(qkv.shape[-1] - N * V) // (2 * K)} key heads to {N} value heads, and it takes as many of each"
     if 2 * N > LANES:
-        return f"memory has {N} heads, and it takes up to {LANES // 2}"
+        return f"recurrent_state has {N} heads, and it takes up to {LANES // 2}"
     if W - 1 > tpu_chunked.LOOKBACK:
         return f"layer.conv has {W} taps, and it takes up to {tpu_chunked.LOOKBACK + 1}"
     if str(qkv.dtype) not in DTYPES or conv_state.dtype != qkv.dtype:
-        return f"qkv is {qkv.dtype} and tail {conv_state.dtype}, and it takes {' or '.join(DTYPES)} for both"
+        return f"qkv is {qkv.dtype} and conv_state {conv_state.dtype}, and it takes {' or '.join(DTYPES)} for both"
     return None
 
 

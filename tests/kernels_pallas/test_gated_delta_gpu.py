@@ -93,7 +93,7 @@ def test_program_contains_kernels(rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"K": 16}, "memory has heads of 128 values and 16 keys, and it takes 128 and 128"),
+        ({"K": 16}, "recurrent_state has heads of 128 values and 16 keys, and it takes 128 and 128"),
         ({"key_heads": 1}, "qkv has 512 channels, and it takes 768: as many key heads as value heads"),
         ({"dtype": jnp.float32}, "qkv is float32, and it takes bfloat16"),
     ],
@@ -223,10 +223,10 @@ def test_recurrent_interpreted(rng, monkeypatch, tokens, processors, groups, sta
     Clusters are not covered, because the interpreter does not support them.
     """
     monkeypatch.setattr(gpu_recurrent, "num_sms", lambda: processors)
-    cuts = {"hopper": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
+    configs = {"hopper": {"any": {"gated_delta_recurrent": [{"groups": groups, "parts": 1, "stages": stages}]}}}
     *inputs, recurrent_state, conv_state, slot = step_inputs(rng, 3, tokens, 4, heads=2, K=128, V=128, dtype=jnp.bfloat16)
     slot, keep = slot.at[1].set(-1), np.array([tokens, 1, 0])
-    with tuning.using(cuts), plgpu.force_gpu_interpret_mode():
+    with tuning.using(configs), plgpu.force_gpu_interpret_mode():
         found = gpu_recurrent.recurrent(
             *inputs[:4], *inputs[4], inputs[5], 1e-6, recurrent_state, conv_state, slot, jnp.asarray(keep, jnp.int32)
         )

@@ -210,10 +210,10 @@ def test_program_contains_backward_kernel(rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"K": 16}, r"memory's widths K and V are \(16, 128\), and it takes \(128, 128\)"),
+        ({"K": 16}, r"recurrent_state's widths K and V are \(16, 128\), and it takes \(128, 128\)"),
         ({"key_heads": 1}, "qkv has 1 key heads to 2 value heads, and it takes as many of each"),
-        ({"heads": 65}, "memory has 65 heads, and it takes up to 64"),
-        ({"dtype": jnp.float16}, "qkv is float16 and tail float16, and it takes float32 or bfloat16 for both"),
+        ({"heads": 65}, "recurrent_state has 65 heads, and it takes up to 64"),
+        ({"dtype": jnp.float16}, "qkv is float16 and conv_state float16, and it takes float32 or bfloat16 for both"),
     ],
 )
 def test_unsupported_arguments_raise(options, message, rng, monkeypatch):
