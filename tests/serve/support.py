@@ -1,6 +1,6 @@
-"""What the server's tests share: a model whose answers are known beforehand, and ways to talk to a server around it.
+"""Shared by the server's tests: a fake model with known answers, and helpers to send requests to its server.
 
-The fake model answers a prompt with the same text in capitals, or with what a test has it say, one token (a byte) a step.
+The fake model answers with the prompt in capitals or with a text that the test sets, one byte per step.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ PATIENCE_S = 20  # for events that come at once unless something is broken
 
 
 class FakeDetokenizer(Detokenizer):
-    """A token is a byte."""
+    """A detokenizer whose tokens are bytes."""
 
     def __init__(self):
         self.special = frozenset()
@@ -39,22 +39,22 @@ class FakeDetokenizer(Detokenizer):
 
 
 class FakeTokenizer:
-    """The way back."""
+    """The matching tokenizer."""
 
     def __call__(self, text, **_):
         return {"input_ids": list(text.encode())}
 
 
 class FakeModel:
-    """Has the methods of MiniCPMV that the server calls, and switches for tests.
+    """A model with the methods of MiniCPMV that the server calls, and switches for tests.
 
     Attributes:
-      gate: if not None, each step waits for one release of it.
+      gate: if not None, each step waits for one release of this semaphore.
       fault: if not None, raised by the third step.
-      opening: what the template puts behind the last message.
-      say: from a prompt's text to the answer's.
-      calls: the options of each `process`.
-      started, ended: the prompts whose generation has begun and has been let go of, in order; `changed` guards them.
+      opening: text that the template appends to the last message.
+      say: returns the answer's text for a prompt's text.
+      calls: the options of each call of `process`.
+      started, ended: prompts whose generation has started and ended, in order; `changed` guards them.
     """
 
     def __init__(self):
@@ -82,7 +82,7 @@ class FakeModel:
 
     def generate(self, inputs, options):
         text = bytes(inputs.token_ids.tolist()).decode()
-        self._note(self.started, text)
+        self._append(self.started, text)
         answer = constrained(self.say(text).encode(), options.constraint)
         limit = options.max_new_tokens or len(answer)
         try:
@@ -95,34 +95,35 @@ class FakeModel:
                 yield Delta(chr(byte), (Token(byte, -1.0, top),))
             yield Delta("", (), "stop" if limit >= len(answer) else "length")
         finally:
-            self._note(self.ended, text)
+            self._append(self.ended, text)
 
     def wait_for(self, notes, text):
-        """Blocks until `text` stands in `notes` (`started` or `ended`)."""
+        """Blocks until `text` is in `notes` (`started` or `ended`)."""
         with self.changed:
             assert self.changed.wait_for(lambda: text in notes, PATIENCE_S), f"{text!r} did not come; {notes}"
 
-    def _note(self, notes, text):
+    def _append(self, notes, text):
         with self.changed:
             notes.append(text)
             self.changed.notify_all()
 
 
-def constrained(wish, constraint):
-    """What a model says that wishes for these bytes and may say others."""
+def constrained(preferred, constraint):
+    """Returns the output of a model that prefers these bytes, under a constraint."""
     if constraint is None:
-        return wish
-    said = bytearray()
-    while len(said) < 500:
+        return preferred
+    output = bytearray()
+    while len(output) < 500:
         mask = constraint.mask()
         tokens = [i for i in range(256) if mask[i // 32] >> (i % 32) & 1]
-        likely = [*wish[len(said) : len(said) + 1], *b'\0}"]:0 ', *tokens]  # what it wants, then what ends a document soonest
+        # Preferred bytes, then those that end a document soonest.
+        likely = [*preferred[len(output) : len(output) + 1], *b'\0}"]:0 ', *tokens]
         token = next(i for i in likely if i in tokens)
         if token == 0:
             break
         constraint.advance(token)
-        said.append(token)
-    return bytes(said)
+        output.append(token)
+    return bytes(output)
 
 
 def prompt(text):
@@ -131,19 +132,19 @@ def prompt(text):
 
 @contextlib.contextmanager
 def serving(model, max_waiting=16, **fields):
-    """A service around a model."""
+    """Yields a service around a model."""
     service = Service(model, SerialEngine(model, max_waiting), NAME, **fields)
     try:
         yield service
     finally:
         if getattr(model, "gate", None) is not None:
-            model.gate.release(10_000)  # nothing may keep the worker from ending
+            model.gate.release(10_000)  # so that the engine thread can end
         service.close()
         assert not service.engine.alive
 
 
 def client(service, **options):
-    """An httpx client of the application, in this event loop."""
+    """Returns an httpx client of the application, in this event loop."""
     transport = httpx.ASGITransport(create_app(service))
     return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE_S, **options)
 
@@ -153,7 +154,7 @@ def body(text="hello", **fields):
 
 
 def ask(service, content=None, path="/v1/chat/completions", headers=None, **fields):
-    """One request. `content`: raw bytes instead of a body made of fields."""
+    """Sends one request. `content` replaces the body that is made of the fields."""
 
     async def post():
         async with client(service) as http:
@@ -164,7 +165,7 @@ def ask(service, content=None, path="/v1/chat/completions", headers=None, **fiel
 
 
 def events(text):
-    """The objects of a stream that ended properly."""
+    """Returns the objects of a stream that ended with [DONE]."""
     lines = [line for line in text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines), lines
     assert lines[-1] == "data: [DONE]"
@@ -175,8 +176,8 @@ def content_of(chunks):
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
 
 
-class _Announcing(uvicorn.Server):
-    """Sets an event once connections are taken."""
+class _ReadyServer(uvicorn.Server):
+    """A server that sets an event once it accepts connections."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -189,11 +190,11 @@ class _Announcing(uvicorn.Server):
 
 @contextlib.contextmanager
 def live(service):
-    """A real server on a loopback port; gives its address."""
+    """Yields the address of a real server on a loopback port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         config = uvicorn.Config(create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        server = _Announcing(config)
+        server = _ReadyServer(config)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         assert server.ready.wait(PATIENCE_S)

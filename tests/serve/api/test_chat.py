@@ -1,4 +1,4 @@
-"""Chat completions around a model whose answers are known: the objects, the options that reach it, many requests at once."""
+"""Chat completions around a fake model: response objects, options, concurrent requests, keys and the log."""
 
 import asyncio
 import base64
@@ -19,7 +19,7 @@ from tests.serve.support import (
 )
 
 
-def test_an_answer(service):
+def test_completion_object(service):
     answer = ask(service)
     assert answer.status_code == 200
     got = answer.json()
@@ -35,7 +35,7 @@ def test_an_answer(service):
     assert got["usage"] == {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
 
 
-def test_a_stream(service):
+def test_stream_chunks(service):
     answer = ask(service, stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")
     chunks = events(answer.text)
@@ -48,7 +48,7 @@ def test_a_stream(service):
     assert not any("usage" in chunk for chunk in chunks)
 
 
-def test_a_stream_with_usage(service):
+def test_stream_with_usage(service):
     chunks = events(ask(service, stream=True, stream_options={"include_usage": True}).text)
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
@@ -57,7 +57,7 @@ def test_a_stream_with_usage(service):
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_cut_short(service, name, stream):
+def test_max_tokens_end_the_answer(service, name, stream):
     answer = ask(service, stream=stream, **{name: 3})
     choice = events(answer.text)[-1]["choices"][0] if stream else answer.json()["choices"][0]
     assert choice["finish_reason"] == "length"
@@ -73,14 +73,14 @@ def test_logprobs(service):
     assert content == [{**expected, "top_logprobs": []}]
 
 
-def test_streamed_logprobs_add_up_to_the_whole_answers(service):
+def test_streamed_logprobs_equal_those_of_the_whole_answer(service):
     whole = ask(service, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"]["content"]
     chunks = events(ask(service, logprobs=True, top_logprobs=1, stream=True).text)
     parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
     assert [entry for part in parts if part for entry in part["content"]] == whole
 
 
-def test_options_reach_the_model(service, model):
+def test_prompt_options_reach_the_model(service, model):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     media = {"max_slice_nums": 1, "downsample_mode": "4x", "use_image_id": False, "max_num_frames": 2, "stack_frames": 3}
     fields = {"tools": tools, "chat_template_kwargs": {"enable_thinking": True}, "mm_processor_kwargs": media}
@@ -103,7 +103,7 @@ def test_tool_choice_none_leaves_the_tools_out_of_the_prompt(service, model, fie
     assert (model.calls[0]["tools"] is not None) == tools
 
 
-def test_continuing_a_message_opens_no_new_one(service, model):
+def test_continued_message_adds_no_generation_prompt(service, model):
     assert ask(service, continue_final_message=True).status_code == 200
     assert ask(service, add_generation_prompt=False).status_code == 200
     assert [call["add_generation_prompt"] for call in model.calls] == [False, False]
@@ -138,12 +138,12 @@ def test_decoding_options_reach_the_model(service, model):
         {"functions": None, "guided_json": None, "structured_outputs": {"json_object": False}, "anything": None},
     ],
 )
-def test_fields_that_change_nothing_are_taken(service, fields):
+def test_fields_that_change_nothing_are_accepted(service, fields):
     assert ask(service, **fields).json()["choices"][0]["message"]["content"] == "HELLO"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_many_at_once_each_as_alone(service, stream):
+def test_concurrent_requests_get_the_same_answers_as_alone(service, stream):
     texts = [f"request number {i}" for i in range(16)]
 
     async def all_at_once():
@@ -202,7 +202,7 @@ def test_health_and_models_answer_while_a_request_is_prepared(service, model):
     assert asyncio.run(scenario()) == (200, 200)
 
 
-def test_health_tells_when_the_engine_has_stopped(model):
+def test_health_is_503_after_the_engine_has_stopped(model):
     with serving(model) as service:
         service.engine.close()
 
@@ -214,7 +214,7 @@ def test_health_tells_when_the_engine_has_stopped(model):
 
 
 @pytest.mark.parametrize("key", ["key-ü", "plain"])
-def test_keys(model, key):
+def test_api_keys(model, key):
     def status(header, path="/v1/models"):
         async def get():
             async with client(service) as http:
@@ -243,7 +243,7 @@ def test_request_ids(service):
         assert made != odd and len(made) == 32
 
 
-def test_the_log_has_counts_and_no_text(service, caplog):
+def test_log_has_token_counts_and_no_text(service, caplog):
     with caplog.at_level("INFO", "serve"):
         ask(service, headers={"X-Request-Id": "mine-2"})
         ask(service, messages=[])

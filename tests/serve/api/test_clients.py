@@ -1,4 +1,4 @@
-"""The openai client and the demo checkpoint over a loopback port: photographs, streams, many at once, broken media."""
+"""The openai client and the demo checkpoint over a loopback port: images, streams, concurrency, errors."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ FEW = {"max_tokens": 12, "temperature": 0.0}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where local files may be read from."""
+    """The folder that local media may be read from."""
     return tmp_path_factory.mktemp("media")
 
 
@@ -84,7 +84,7 @@ def sound():
     return file.getvalue()
 
 
-def test_a_photograph(client, demo, photos):
+def test_photograph(client, demo, photos):
     question = text("What is this?")
     expected = demo.chat(conversation({"type": "image", "image": photos[0]}, question), max_new_tokens=12, temperature=0.0)
     messages = conversation(image(data_url(photos[0])), question)
@@ -98,10 +98,10 @@ def test_a_photograph(client, demo, photos):
 
     whole = {"extra_body": {"mm_processor_kwargs": {"max_slice_nums": 1}}}
     fewer = client.chat.completions.create(model=NAME, messages=messages, **FEW, **whole)
-    assert fewer.usage.prompt_tokens < answer.usage.prompt_tokens  # 640 x 427 is cut into slices unless told not to
+    assert fewer.usage.prompt_tokens < answer.usage.prompt_tokens  # 640 x 427 is sliced by default
 
 
-def test_a_stream_adds_up_to_the_whole_answer(client):
+def test_stream_equals_the_whole_answer(client):
     ask = {"model": NAME, "messages": [{"role": "user", "content": "Say something long."}], "temperature": 0.0, "max_tokens": 60}
     whole = client.chat.completions.create(**ask)
     chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
@@ -111,7 +111,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client):
     assert chunks[-1].usage == whole.usage
 
 
-def test_the_same_seed_draws_the_same_answer(client):
+def test_same_seed_gives_the_same_answer(client):
     def draw(seed):
         messages = [{"role": "user", "content": "Draw."}]
         answer = client.chat.completions.create(model=NAME, messages=messages, seed=seed, temperature=1.0, max_tokens=12)
@@ -133,7 +133,7 @@ def test_logprobs(client):
         assert len(entry.top_logprobs) == 3
 
 
-def test_many_at_once_each_as_alone(address, client, photos):
+def test_concurrent_requests_get_the_same_answers_as_alone(address, client, photos):
     small = photos[1].resize((80, 60))
     conversations = [[{"role": "user", "content": f"Question {i}"}] for i in range(4)]
     conversations += [conversation(image(data_url(small.rotate(120 * i))), text("Which way up?")) for i in range(3)]
@@ -155,7 +155,7 @@ def test_models(client):
     assert [model.id for model in client.models.list()] == [NAME]
 
 
-def test_what_pictures_cost(address, demo, photos):
+def test_tokenize_reports_media_costs(address, demo, photos):
     messages = conversation(video(clip(5)), image(data_url(photos[0])), text("?"), image(data_url(photos[1].resize((80, 60)))))
     root, headers = address.removesuffix("/v1"), {"Authorization": "Bearer secret"}
     answer = httpx.post(f"{root}/tokenize", headers=headers, json={"messages": messages}, timeout=60).json()
@@ -178,16 +178,16 @@ def test_what_pictures_cost(address, demo, photos):
         ({"add_generation_prompt": False}, False),
     ],
 )
-def test_whether_a_prompt_opens_thinking(demo, options, opened):
-    for said in ("Hi", "<think>", "<|im_start|>assistant\n<think>\n"):
-        assert opens_thinking(demo, demo.process([{"role": "user", "content": said}], **options)) == opened
+def test_opens_thinking(demo, options, opened):
+    for prefix in ("Hi", "<think>", "<|im_start|>assistant\n<think>\n"):
+        assert opens_thinking(demo, demo.process([{"role": "user", "content": prefix}], **options)) == opened
 
 
-def test_whether_a_message_that_is_continued_is_thought(demo):
+def test_opens_thinking_of_a_continued_message(demo):
     going = {"add_generation_prompt": False, "continue_final_message": True}
-    for said, opened in (("<think>\nwell", True), ("Well", False)):
-        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
-        assert opens_thinking(demo, demo.process(messages, **going)) == opened, said
+    for prefix, opened in (("<think>\nwell", True), ("Well", False)):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": prefix}]
+        assert opens_thinking(demo, demo.process(messages, **going)) == opened, prefix
 
 
 def test_local_files_under_the_allowed_folder(client, folder, photos):
@@ -223,9 +223,9 @@ def refusals():
     }
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's, beside the refusal of ours
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow warns in addition to the server's error
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_answered(client, stream):
+def test_invalid_messages_and_media_are_refused(client, stream):
     for name, (messages, param, words) in refusals().items():
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model=NAME, messages=messages, stream=stream, **FEW)
@@ -235,8 +235,8 @@ def test_what_cannot_be_answered(client, stream):
 
 
 def test_wrong_key_and_wrong_model(address, client):
-    stranger = openai.OpenAI(base_url=address, api_key="guess", max_retries=0)
+    unauthorized = openai.OpenAI(base_url=address, api_key="guess", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
-        stranger.models.list()
+        unauthorized.models.list()
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "Hi"}])

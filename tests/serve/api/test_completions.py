@@ -1,4 +1,4 @@
-"""Text completions around a fake model; completions, metrics and the load client over the small engine on a loopback port."""
+"""Text completions with a fake model and with the small engine, metrics, and the load client."""
 
 import json
 

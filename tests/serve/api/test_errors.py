@@ -1,4 +1,4 @@
-"""Every refusal: its status, OpenAI's error object, the field at fault; and the server goes on serving."""
+"""Errors: status, OpenAI's error object and the field at fault; the server keeps serving after each."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ def service(model):
     with serving(model) as service:
         yield service
         model.fault = model.process_fault = model.gate = None
-        assert ask(service).json()["choices"][0]["message"]["content"] == "HELLO"  # it goes on serving
+        assert ask(service).json()["choices"][0]["message"]["content"] == "HELLO"  # it still serves
         assert service.engine.num_reserved == 0
 
 
@@ -113,7 +113,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ({"mm_processor_kwargs": {"max_slice_nums": 0}}, "mm_processor_kwargs", "max_slice_nums must be"),
     ],
 )
-def test_wrong_fields(service, fields, param, words, stream):
+def test_invalid_fields(service, fields, param, words, stream):
     found = error(ask(service, stream=stream, **fields), 400)
     assert found["param"] == param
     assert words in found["message"]
@@ -127,7 +127,7 @@ def test_wrong_fields(service, fields, param, words, stream):
         ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
     ],
 )
-def test_wrong_stream_fields(service, fields, param):
+def test_invalid_stream_fields(service, fields, param):
     assert error(ask(service, **fields), 400)["param"] == param
 
 
@@ -139,7 +139,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(CHAT_FIELDS | set(SINGLE_VALUE_FIELDS))) | st.text(max_size=5), JSON, max_size=4))
-def test_whatever_the_fields_are_the_mistake_is_the_clients(fields):
+def test_random_fields_are_accepted_or_refused_with_400(fields):
     content = json.dumps({**body(), **fields}).encode()
     try:
         request = parse_chat(content)
@@ -152,7 +152,7 @@ def test_whatever_the_fields_are_the_mistake_is_the_clients(fields):
         assert str(refusal).partition(" ")[0].partition("[")[0] in CHAT_FIELDS
 
 
-def test_more_pictures_than_allowed(model):
+def test_media_limits(model):
     def content(images, videos):
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}] * images
         return [*parts, *[{"type": "video_url", "video_url": {"url": "data:,"}}] * videos]
@@ -189,12 +189,12 @@ def test_missing_fields(service, missing):
         (b'{"user": "\\udc00"}', "half a character"),
     ],
 )
-def test_broken_bodies(service, content, words):
+def test_invalid_bodies(service, content, words):
     found = error(ask(service, content), 400)
     assert words in found["message"] and found["param"] is None
 
 
-def test_bodies_that_only_the_template_finds_too_deep(service, model):
+def test_bodies_too_deep_for_the_template(service, model):
     def deep(messages, **_):
         raise RecursionError
 
@@ -207,20 +207,20 @@ def test_bodies_that_only_the_template_finds_too_deep(service, model):
     assert ask(service, response_format=schema_of(schema)).status_code in (200, 400)
 
 
-def test_whole_surrogate_pairs_are_characters(service):
+def test_surrogate_pairs_are_characters(service):
     content = json.dumps(body("smile \U0001f600"))
     assert "\\ud83d" in content
     assert ask(service, content).status_code == 200
 
 
-def test_another_model(service):
+def test_unknown_model(service):
     found = error(ask(service, model="gpt-4o"), 404)
     assert (found["param"], found["code"]) == ("model", "model_not_found")
     assert "'gpt-4o'" in found["message"] and repr(NAME) in found["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_more_than_the_context(service, model, stream):
+def test_context_length(service, model, stream):
     long = [{"role": "user", "content": "x" * CONTEXT}]
     found = error(ask(service, messages=long, stream=stream), 400)
     assert (found["param"], found["code"]) == ("messages", "context_length_exceeded")
@@ -234,7 +234,7 @@ def test_more_than_the_context(service, model, stream):
     assert ask(service, max_tokens=CONTEXT - 5).status_code == 200
 
 
-def test_routes(service):
+def test_unknown_routes_and_methods(service):
     async def scenario():
         async with client(service) as http:
             return await http.get("/v1/nothing"), await http.delete("/v1/models"), await http.get("/v1/chat/completions")
@@ -245,7 +245,7 @@ def test_routes(service):
     assert error(get, 405)["message"] == "GET /v1/chat/completions: Method Not Allowed"
 
 
-def test_a_body_too_long(model):
+def test_body_too_long(model):
     content = json.dumps(body()).encode()
 
     async def pieces():
@@ -260,7 +260,7 @@ def test_a_body_too_long(model):
         assert error(ask(service, pieces()), 413)["code"] == "request_too_large"  # without a Content-Length
 
 
-def test_a_full_queue(model):
+def test_full_queue(model):
     model.gate = threading.Semaphore(0)
 
     async def scenario():
@@ -278,7 +278,7 @@ def test_a_full_queue(model):
     assert (first.status_code, third.status_code) == (200, 200)
 
 
-def test_a_server_that_stops(model):
+def test_stopping_server(model):
     model.gate = threading.Semaphore(1)
 
     async def scenario():
@@ -303,21 +303,21 @@ def test_a_server_that_stops(model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_fault_of_ours_while_preparing(service, model, stream, caplog):
-    model.process_fault = RuntimeError("a secret of ours")
+def test_internal_error_while_preparing(service, model, stream, caplog):
+    model.process_fault = RuntimeError("an internal detail")
     answer = ask(service, stream=stream)
-    assert "secret" not in error(answer, 500)["message"]
-    assert "a secret of ours" in caplog.text and "Traceback" in caplog.text
+    assert "internal detail" not in error(answer, 500)["message"]
+    assert "an internal detail" in caplog.text and "Traceback" in caplog.text
     assert answer.headers["X-Request-Id"] in caplog.text
 
 
-def test_a_fault_of_ours_while_decoding(service, model, caplog):
-    model.fault = RuntimeError("a secret of ours")
+def test_internal_error_while_decoding(service, model, caplog):
+    model.fault = RuntimeError("an internal detail")
     error(ask(service), 500)
-    assert "a secret of ours" in caplog.text and "Traceback" in caplog.text
+    assert "an internal detail" in caplog.text and "Traceback" in caplog.text
 
 
-def test_a_fault_before_a_streams_first_token_has_a_status(service, model):
+def test_error_before_a_streams_first_token_has_a_status(service, model):
     def generate(inputs, options):
         raise RuntimeError("at once")
         yield
@@ -327,8 +327,8 @@ def test_a_fault_before_a_streams_first_token_has_a_status(service, model):
     model.generate = ours
 
 
-def test_a_fault_in_the_middle_of_a_stream_is_an_event(service, model, caplog):
-    model.gate, model.fault = threading.Semaphore(2), RuntimeError("a secret of ours")
+def test_error_in_the_middle_of_a_stream_is_an_event(service, model, caplog):
+    model.gate, model.fault = threading.Semaphore(2), RuntimeError("an internal detail")
 
     async def scenario():
         async with client(service) as http:
@@ -340,5 +340,5 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event(service, model, caplog):
     chunks = events(asyncio.run(scenario()).text)
     assert content_of(chunks[:-1]) == "HE"
     assert chunks[-1]["error"]["type"] == "server_error"
-    assert "secret" not in json.dumps(chunks)
-    assert "a secret of ours" in caplog.text
+    assert "internal detail" not in json.dumps(chunks)
+    assert "an internal detail" in caplog.text

@@ -1,4 +1,4 @@
-"""Anthropic's /v1/messages, driven by its own package: whole and streamed, tools, pictures, thinking, counting, refusals."""
+"""Anthropic's /v1/messages with its own client: messages, streams, tools, images, thinking, errors."""
 
 import json
 
@@ -41,7 +41,7 @@ def plain(model):
     )[1]
 
 
-def test_an_answer(http):
+def test_message(http):
     answer = http.messages.create(**ASK)
     assert [(block.type, block.text) for block in answer.content] == [("text", "HELLO")]
     assert (answer.role, answer.model, answer.stop_reason, answer.stop_sequence) == ("assistant", NAME, "end_turn", None)
@@ -49,10 +49,10 @@ def test_an_answer(http):
     assert http.messages.create(**{**ASK, "max_tokens": 2}).stop_reason == "max_tokens"
 
 
-def test_which_stop_sequence_it_was(http, model):
+def test_stop_sequence_is_reported(http, model):
     tokens = FakeModel.generate
 
-    def stopping(inputs, options):  # as the library does: the text ends before the stop, the tokens with it
+    def stopping(inputs, options):  # like the library: text ends before the stop text, tokens after it
         for delta in tokens(model, inputs, options):
             yield type(delta)("" if delta.text == "L" else delta.text, delta.tokens, "stop" if delta.text == "L" else None)
             if delta.text == "L":
@@ -66,7 +66,7 @@ def test_which_stop_sequence_it_was(http, model):
         del model.generate
 
 
-def test_events_add_up_to_the_answer(http, model):
+def test_events_equal_the_whole_message(http, model):
     model.opening, model.say = OPENED, lambda _: f"Hm.</think>I look. {XML}"
     with http.messages.stream(**ASK, tools=[TOOL]) as stream:
         events = list(stream)
@@ -81,7 +81,7 @@ def test_events_add_up_to_the_answer(http, model):
     assert raw == ["message_start", *["content_block_start", "content_block_stop"] * 3, "message_delta", "message_stop"]
 
 
-def test_a_tools_loop(http, model):
+def test_tool_loop(http, model):
     model.say = lambda _: XML if len(model.seen[-1]) == 1 else "No rain."
     messages = [{"role": "user", "content": "Will it rain?"}]
     first = http.messages.create(**{**ASK, "messages": messages}, tools=[TOOL])
@@ -96,7 +96,7 @@ def test_a_tools_loop(http, model):
     ]
 
 
-def test_blocks_become_messages(http, model):
+def test_blocks_are_converted_to_chat_messages(http, model):
     source = {"type": "base64", "media_type": "image/png", "data": "aGk="}
     messages = [
         {"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "what?"}]},
@@ -125,10 +125,10 @@ def test_blocks_become_messages(http, model):
     assert model.calls[-1]["chat_template_kwargs"] == {"enable_thinking": False} and model.calls[-1]["tools"] is None
 
 
-def test_counting_tokens(http, model):
+def test_count_tokens(http, model):
     started = len(model.started)
     assert http.messages.count_tokens(model=NAME, messages=HELLO).input_tokens == 5
-    assert len(model.started) == started  # the model was not asked
+    assert len(model.started) == started  # nothing was generated
 
 
 REFUSALS = [
@@ -155,14 +155,14 @@ def post(service, path="/v1/messages", key="secret", **fields):
 
 
 @pytest.mark.parametrize("fields, words", REFUSALS)
-def test_refusals(service, fields, words):
+def test_invalid_fields(service, fields, words):
     refused = post(service, **fields)
     assert refused.status_code == 400
     assert refused.json()["type"] == "error" and refused.json()["error"]["type"] == "invalid_request_error"
     assert words in refused.json()["error"]["message"]
 
 
-def test_other_refusals_have_anthropics_words_too(service, model, http):
+def test_other_errors_have_anthropics_format(service, model, http):
     for refused, status, kind in (
         (post(service, key="guess"), 401, "authentication_error"),
         (post(service, model="other"), 404, "not_found_error"),
@@ -172,7 +172,7 @@ def test_other_refusals_have_anthropics_words_too(service, model, http):
         assert (refused.status_code, refused.json()["error"]["type"]) == (status, kind)
     with pytest.raises(anthropic.NotFoundError):
         http.messages.create(**{**ASK, "model": "other"})
-    model.fault = RuntimeError("a secret of ours")
+    model.fault = RuntimeError("an internal detail")
     try:
         assert post(service).json()["error"]["type"] == "api_error"
         with pytest.raises(anthropic.APIError), http.messages.stream(**ASK) as stream:
@@ -181,7 +181,7 @@ def test_other_refusals_have_anthropics_words_too(service, model, http):
         model.fault = None
 
 
-def test_places_of_mistakes_are_told_by_the_clients_names(service, model):
+def test_errors_name_the_clients_fields(service, model):
     def fault(messages, **_):
         raise ValueError("messages[1].content[0]: not an image")
 

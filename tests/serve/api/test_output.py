@@ -1,4 +1,4 @@
-"""What clients are told of an answer: reasoning, tool calls, several answers, a thinking budget; whole and streamed alike."""
+"""Parsed output of the chat route, whole and streamed: reasoning, tool calls, choices, thinking budget."""
 
 import json
 
@@ -16,13 +16,13 @@ XML = "<tool_call>\n<function=weather>\n<parameter=days>\n3\n</parameter>\n</fun
 JSON = '<tool_call>{"name": "weather", "arguments": {"days": 3}}</tool_call>'
 
 
-def saying(model, text, thinking=False):
+def set_output(model, text, thinking=False):
     model.opening = OPENED if thinking else ""
     model.say = lambda _: text
 
 
 def streamed(service, index=0, **fields):
-    """(message, finish reason) of one streamed answer, put together as a client does."""
+    """Returns (message, finish reason) of one streamed choice, merged as clients do."""
     message = {"role": "assistant", "content": None}
     for chunk in events(ask(service, stream=True, **fields).text):
         for choice in chunk["choices"]:
@@ -45,7 +45,7 @@ def _merge(message, delta):
 
 
 def whole(service, **fields):
-    """The same of an answer that came at once."""
+    """Returns (message, finish reason) of a choice that is not streamed."""
     choice = ask(service, **fields).json()["choices"][0]
     message = {key: value for key, value in choice["message"].items() if key != "refusal"}
     if "tool_calls" in message:
@@ -57,8 +57,8 @@ def whole(service, **fields):
 @pytest.mark.parametrize("get", [whole, streamed])
 @pytest.mark.parametrize("call", [XML, JSON])
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_tool_call(service, model, get, call, thinking):
-    saying(model, ("Hm.\n</think>\n\n" if thinking else "") + f"I look.\n\n{call}", thinking)
+def test_tool_call(service, model, get, call, thinking):
+    set_output(model, ("Hm.\n</think>\n\n" if thinking else "") + f"I look.\n\n{call}", thinking)
     message, reason = get(service, tools=[TOOL])
     assert reason == "tool_calls"
     assert message.get("reasoning_content") == ("Hm." if thinking else None)
@@ -67,8 +67,8 @@ def test_a_tool_call(service, model, get, call, thinking):
 
 
 @pytest.mark.parametrize("get", [whole, streamed])
-def test_several_calls_or_one(service, model, get):
-    saying(model, XML + JSON)
+def test_parallel_tool_calls(service, model, get):
+    set_output(model, XML + JSON)
     message, reason = get(service, tools=[TOOL])
     assert (len(message["tool_calls"]), message["content"], reason) == (2, None, "tool_calls")
     message, reason = get(service, tools=[TOOL], parallel_tool_calls=False)
@@ -76,24 +76,24 @@ def test_several_calls_or_one(service, model, get):
 
 
 @pytest.mark.parametrize("get", [whole, streamed])
-def test_a_broken_call_stays_in_the_content(service, model, get):
+def test_invalid_call_stays_in_the_content(service, model, get):
     broken = XML.replace("</parameter>", "")
-    saying(model, broken)
+    set_output(model, broken)
     assert get(service, tools=[TOOL]) == ({"role": "assistant", "content": broken}, "stop")
-    saying(model, XML)
+    set_output(model, XML)
     for fields in ({}, {"tools": [TOOL], "tool_choice": "none"}):
         assert get(service, **fields) == ({"role": "assistant", "content": XML}, "stop")
 
 
 @pytest.mark.parametrize("get", [whole, streamed])
-def test_an_answer_cut_off_in_a_call(service, model, get):
-    saying(model, "a" + XML)
+def test_answer_that_ends_inside_a_call(service, model, get):
+    set_output(model, "a" + XML)
     assert get(service, tools=[TOOL], max_tokens=20) == ({"role": "assistant", "content": ("a" + XML)[:20]}, "length")
 
 
 @pytest.mark.parametrize("get", [whole, streamed])
 def test_reasoning(service, model, get):
-    saying(model, "Hm.\n</think>\n\nYes.", thinking=True)
+    set_output(model, "Hm.\n</think>\n\nYes.", thinking=True)
     expected = {"role": "assistant", "content": "Yes."}
     assert get(service) == (expected | {"reasoning_content": "Hm."}, "stop")
     assert get(service, include_reasoning=False) == (expected, "stop")
@@ -101,29 +101,29 @@ def test_reasoning(service, model, get):
 
 @pytest.mark.parametrize("get", [whole, streamed])
 @pytest.mark.parametrize(
-    "budget, thought, content",
+    "budget, reasoning, content",
     [(None, "abcdef", "Yes."), (6, "abcdef", "go on"), (3, "abc", "go on"), (0, "", "go on"), (100, "abcdef", "Yes.")],
 )
-def test_a_thinking_budget(service, model, get, budget, thought, content):
+def test_thinking_budget(service, model, get, budget, reasoning, content):
     model.opening = OPENED
     model.say = lambda text: "go on" if text.endswith("</think>\n\n") else "abcdef</think>Yes."
     message, reason = get(service, thinking_token_budget=budget)
-    assert (message.get("reasoning_content", ""), message["content"], reason) == (thought, content, "stop")
+    assert (message.get("reasoning_content", ""), message["content"], reason) == (reasoning, content, "stop")
 
 
-def test_a_thinking_budget_spends_the_answers_tokens(service, model):
+def test_reasoning_counts_toward_max_tokens(service, model):
     model.opening = OPENED
     model.say = lambda text: "and so on" if text.endswith("</think>\n\n") else "abcdef"
-    for most, content, thought in ((3, "", "abc"), (5, "an", "abc"), (2, "", "ab")):
-        answer = ask(service, thinking_token_budget=3, max_tokens=most).json()
+    for max_tokens, content, reasoning in ((3, "", "abc"), (5, "an", "abc"), (2, "", "ab")):
+        answer = ask(service, thinking_token_budget=3, max_tokens=max_tokens).json()
         message = answer["choices"][0]["message"]
-        assert (message["content"], message["reasoning_content"]) == (content, thought)
+        assert (message["content"], message["reasoning_content"]) == (content, reasoning)
         assert answer["choices"][0]["finish_reason"] == "length"
-        assert answer["usage"]["completion_tokens"] == most
+        assert answer["usage"]["completion_tokens"] == max_tokens
 
 
 def test_logprobs_cover_every_token(service, model):
-    saying(model, f"Hm.</think>{XML}", thinking=True)
+    set_output(model, f"Hm.</think>{XML}", thinking=True)
     for get in (
         lambda: ask(service, tools=[TOOL], logprobs=True).json()["choices"][0]["logprobs"]["content"],
         lambda: [
@@ -135,7 +135,7 @@ def test_logprobs_cover_every_token(service, model):
         assert "".join(entry["token"] for entry in get()) == f"Hm.</think>{XML}"
 
 
-def test_several_answers(service, model):
+def test_several_choices(service, model):
     seeds = []
     make = model.generate
     model.generate = lambda inputs, options: seeds.append(options.seed) or make(inputs, options)
@@ -152,7 +152,7 @@ def test_several_answers(service, model):
     assert chunks[-1]["usage"]["completion_tokens"] == 15
 
 
-def test_more_answers_than_places(model):
+def test_more_choices_than_capacity(model):
     with serving(model, max_waiting=1) as service:
         refused = ask(service, n=3)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -166,8 +166,8 @@ def test_usage_in_every_chunk(service):
     assert counts == sorted(counts) and counts[-1] == 5
 
 
-def test_restored_newlines(service, model):
-    saying(model, r"one\ntwo `a\nb`")
+def test_restore_newlines(service, model):
+    set_output(model, r"one\ntwo `a\nb`")
     assert whole(service)[0]["content"] == r"one\ntwo `a\nb`"
     for get in (whole, streamed):
         assert get(service, restore_newlines=True)[0]["content"] == "one\ntwo `a\\nb`"
@@ -184,12 +184,12 @@ def test_restored_newlines(service, model):
         ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True}),
     ],
 )
-def test_an_effort_says_whether_to_think(service, model, fields, variables):
+def test_reasoning_effort_sets_enable_thinking(service, model, fields, variables):
     ask(service, **fields)
     assert model.calls[-1]["chat_template_kwargs"] == variables
 
 
-def test_newer_words_in_messages(service, model):
+def test_developer_role_and_reasoning_field(service, model):
     seen, make = [], model.process
     model.process = lambda messages, **options: seen.append(messages) or make(messages, **options)
     messages = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]
@@ -197,7 +197,7 @@ def test_newer_words_in_messages(service, model):
     assert seen[0][0]["role"] == "system" and seen[0][1]["reasoning_content"] == "c"
 
 
-def test_a_tools_loop_with_the_openai_client(service, model):
+def test_tool_loop_with_the_openai_client(service, model):
     model.say = lambda text: XML if text == "Will it rain?" else "It will not."
     with live(service) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -214,8 +214,8 @@ def test_a_tools_loop_with_the_openai_client(service, model):
         assert last.choices[0].message.content == "It will not."
 
 
-def test_the_templates_own_round_trip(demo):
-    """A call as it is parsed goes back into the prompt as the model wrote it."""
+def test_parsed_call_renders_as_the_model_wrote_it(demo):
+    """A parsed call is rendered into the next prompt as the model wrote it."""
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"days": 3}'}}
     messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     inputs = demo.process([*messages, {"role": "tool", "tool_call_id": "call_1", "content": "no"}], tools=[TOOL])

@@ -1,4 +1,4 @@
-"""/v1/responses, driven by the openai package: whole and streamed, tools, pictures, reasoning, refusals."""
+"""/v1/responses with the openai client: responses, streams, tools, images, reasoning, errors."""
 
 import json
 
@@ -45,7 +45,7 @@ def plain(model):
     )[1]
 
 
-def test_an_answer(http):
+def test_response(http):
     answer = http.responses.create(model=NAME, input="hello")
     assert (answer.output_text, answer.status, answer.store) == ("HELLO", "completed", False)
     assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (5, 5, 10)
@@ -54,7 +54,7 @@ def test_an_answer(http):
     assert (short.temperature, short.instructions, short.max_output_tokens) == (0.5, "Be brief.", 2)
 
 
-def test_events_add_up_to_the_answer(http, model):
+def test_events_equal_the_whole_response(http, model):
     model.opening, model.say = OPENED, lambda _: f"Hm.</think>I look. {XML}"
     events = list(http.responses.create(model=NAME, input="hello", tools=[TOOL], stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -81,12 +81,12 @@ def joined(events, kind):
     return "".join(event.delta for event in events if event.type == kind)
 
 
-def test_the_clients_own_stream_helper(http):
+def test_stream_helper_of_the_client(http):
     with http.responses.stream(model=NAME, input="hello") as stream:
         assert stream.get_final_response().output_text == "HELLO"
 
 
-def test_a_tools_loop(http, model):
+def test_tool_loop(http, model):
     model.say = lambda _: XML if len(model.seen[-1]) == 1 else "No rain."
     conversation = [{"role": "user", "content": "Will it rain?"}]
     first = http.responses.create(model=NAME, input=conversation, tools=[TOOL], tool_choice="auto")
@@ -102,7 +102,7 @@ def test_a_tools_loop(http, model):
     assert model.calls[-1]["tools"] == [{"type": "function", "function": {k: TOOL[k] for k in ("name", "parameters", "strict")}}]
 
 
-def test_items_become_messages(http, model):
+def test_items_are_converted_to_chat_messages(http, model):
     items = [
         {"role": "developer", "content": [{"type": "input_text", "text": "dev"}]},
         {"role": "user", "content": [{"type": "input_image", "image_url": "data:x"}, {"type": "input_text", "text": "what?"}]},
@@ -150,7 +150,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fields, param, words", REFUSALS)
-def test_refusals(service, fields, param, words, stream):
+def test_invalid_fields(service, fields, param, words, stream):
     content = {"model": NAME, "input": "hello", "stream": stream, **fields}
     refused = ask(service, content=json.dumps(content), path="/v1/responses")
     error = refused.json()["error"]
@@ -158,7 +158,7 @@ def test_refusals(service, fields, param, words, stream):
     assert words in error["message"]
 
 
-def test_what_the_library_finds_is_told_by_the_clients_names(http, model):
+def test_errors_name_the_clients_fields(http, model):
     def fault(messages, **_):
         raise ValueError("messages[1].content[0]: not an image")
 
@@ -168,10 +168,10 @@ def test_what_the_library_finds_is_told_by_the_clients_names(http, model):
     assert caught.value.param == "input[0].content[0]" and "input[0].content[0]: not an image" in caught.value.message
 
 
-def test_a_fault_in_the_middle_of_a_stream_is_an_event(http, model):
-    model.fault = RuntimeError("a secret of ours")
+def test_error_in_the_middle_of_a_stream_is_an_event(http, model):
+    model.fault = RuntimeError("an internal detail")
     try:
         *_, last = http.responses.create(model=NAME, input="hello", stream=True)
-        assert (last.type, last.code) == ("error", "internal_error") and "secret" not in last.message
+        assert (last.type, last.code) == ("error", "internal_error") and "internal detail" not in last.message
     finally:
         model.fault = None

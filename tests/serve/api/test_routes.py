@@ -1,4 +1,4 @@
-"""The small routes, the OpenAPI document, keys, pages of other origins, the log."""
+"""Utility routes, the OpenAPI document, API keys, CORS and the log."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ def post(service, path, **fields):
     return ask(service, content=json.dumps(fields), path=path)
 
 
-def test_a_model_by_its_names(model):
+def test_model_names(model):
     with serving(model, aliases=("org/other", "gpt-4o")) as service:
         assert [entry["id"] for entry in get(service, "/v1/models").json()["data"]] == [NAME, "org/other", "gpt-4o"]
         for name in (NAME, "org/other"):
@@ -41,7 +41,7 @@ def test_a_model_by_its_names(model):
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_ready_while_a_request_would_be_taken_on(model):
+def test_ready_while_requests_are_accepted(model):
     with serving(model, max_waiting=0) as service:
         assert (get(service, "/ready").status_code, get(service, "/ready").json()) == (200, {"status": "ready"})
 
@@ -64,7 +64,7 @@ def test_version(service):
     assert get(service, "/version").json() == {"version": minicpmv46_jax.__version__}
 
 
-def test_tokens_there_and_back(service):
+def test_tokenize_and_detokenize(service):
     found = post(service, "/tokenize", prompt="hello", return_token_strs=True).json()
     assert found == {"count": 5, "max_model_len": CONTEXT, "tokens": list(b"hello"), "token_strs": list("hello"), "media": []}
     messages = [{"role": "user", "content": "hello"}]
@@ -85,18 +85,18 @@ def test_tokens_there_and_back(service):
         ("/detokenize", {"tokens": [1, 256]}, "tokens[1]", "tokens[1] is 256, but the vocabulary has 256 tokens"),
     ],
 )
-def test_wrong_tokens(service, path, fields, param, words):
+def test_invalid_token_requests(service, path, fields, param, words):
     refused = post(service, path, **fields)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     assert words in refused.json()["error"]["message"]
 
 
-def test_tokens_of_another_model(service):
+def test_token_routes_refuse_unknown_models(service):
     for path, fields in (("/tokenize", {"prompt": "x"}), ("/tokenize", {"messages": []}), ("/detokenize", {"tokens": []})):
         assert post(service, path, model="other", **fields).status_code == 404
 
 
-def test_keys_guard_what_costs_and_nothing_else(model):
+def test_routes_that_need_a_key(model):
     with serving(model, api_keys=("a", "b")) as service:
         for path in ("/health", "/ready", "/version", "/openapi.json", "/docs"):
             assert get(service, path).status_code == 200, path
@@ -107,7 +107,7 @@ def test_keys_guard_what_costs_and_nothing_else(model):
         assert get(service, "/v1/models", **{"x-api-key": "c"}).status_code == 401
 
 
-def test_the_demo_model_has_pictures_to_be_asked_about(model):
+def test_scene_of_the_demo_model(model):
     with serving(model, demo=True, api_keys=("a",)) as service:
         assert get(service, "/scene").status_code == 401
         offers = [get(service, "/scene", Authorization="Bearer a").json() for _ in range(4)]
@@ -120,23 +120,23 @@ def test_the_demo_model_has_pictures_to_be_asked_about(model):
     assert len({offer["pictures"][0] for offer in offers}) > 1
 
 
-def test_other_models_have_none(service):
+def test_scene_is_empty_for_other_models(service):
     answered = get(service, "/scene")
     assert (answered.status_code, answered.content) == (204, b"")
 
 
-def test_pages_of_other_origins(model):
+def test_cors(model):
     def origin(service, path="/v1/models"):
         return get(service, path, Origin="https://a.example").headers.get("Access-Control-Allow-Origin")
 
     with serving(model) as service:
         assert origin(service) is None
     with serving(model, cors=Cors(("https://a.example",)), api_keys=("k",)) as service:
-        assert origin(service, "/health") == origin(service) == "https://a.example"  # refusals can be read too
+        assert origin(service, "/health") == origin(service) == "https://a.example"  # pages can read errors too
         assert get(service, "/health", Origin="https://b.example").headers.get("Access-Control-Allow-Origin") is None
 
 
-def test_the_log_has_prompts_only_where_asked(model, caplog):
+def test_log_has_prompts_only_if_enabled(model, caplog):
     for wanted in (False, True):
         caplog.clear()
         with serving(model, log_prompts=wanted) as service, caplog.at_level("INFO", "serve"):
@@ -144,12 +144,12 @@ def test_the_log_has_prompts_only_where_asked(model, caplog):
         assert ("hello" in caplog.text) == wanted
 
 
-def test_a_line_of_json(capsys):
+def test_json_log_lines(capsys):
     logs.configure("json")
     try:
         log = logging.getLogger("serve")
         log.info("two\nlines")
-        log.info("%s", "told", extra={"fields": {"request_id": "r", "status": 200}})
+        log.info("%s", "message", extra={"fields": {"request_id": "r", "status": 200}})
         try:
             raise RuntimeError("broken")
         except RuntimeError:
@@ -162,7 +162,7 @@ def test_a_line_of_json(capsys):
     assert "RuntimeError: broken" in lines[2]["exception"]
 
 
-def test_the_document_describes_every_route(service):
+def test_openapi_document_describes_every_route(service):
     document = get(service, "/openapi.json").json()
     posts = {path for path, methods in document["paths"].items() if "post" in methods}
     assert all("requestBody" in document["paths"][path]["post"] for path in posts)
@@ -172,7 +172,7 @@ def test_the_document_describes_every_route(service):
 
 
 @pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.full)])
-def test_nothing_in_the_documents_requests_makes_the_server_fail(model, examples):
+def test_requests_generated_from_the_openapi_document(model, examples):
 
     model.process = lambda messages, **options: FakeModel.process(model, [{"content": "hello"}] if messages else [], **options)
     model.say = lambda text: "ok"

@@ -1,4 +1,4 @@
-"""Clients that go away, on a real server: the model stops, the next one is served."""
+"""Clients that disconnect from a real server: generation stops, and the next request is served."""
 
 import json
 import socket
@@ -15,8 +15,8 @@ LONG = "x" * 150
 
 
 @pytest.fixture
-def noticed(monkeypatch):
-    """Set once the server has noticed that a client went away, or that an answer is over."""
+def cancelled(monkeypatch):
+    """An event that is set when a request is cancelled, after a disconnect or at its end."""
     event, cancel = threading.Event(), RequestHandle.cancel
 
     def spy(job):
@@ -45,7 +45,7 @@ def address(model):
 
 
 def connect(address, **fields):
-    """A connection on which a request has been sent."""
+    """Returns a connection on which a request has been sent."""
     url, content = urlsplit(address), json.dumps(body(**fields)).encode()
     connection = socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -63,30 +63,30 @@ def read_until(connection, mark):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_while_the_model_answers(address, model, noticed, stream):
+def test_disconnect_while_generating(address, model, cancelled, stream):
     with connect(address, text=LONG, stream=stream) as connection:
         model.wait_for(model.started, LONG)
         if stream:
             model.gate.release(3)
             assert b"200 OK" in read_until(connection, b'"content":"X')
-    assert noticed.wait(PATIENCE_S)
+    assert cancelled.wait(PATIENCE_S)
     assert LONG not in model.ended  # it waits for its next step
     model.gate.release()
     model.wait_for(model.ended, LONG)
 
 
-def test_leaving_while_waiting(address, model, noticed):
+def test_disconnect_while_waiting(address, model, cancelled):
     with connect(address, text="first", stream=True) as first:
         model.wait_for(model.started, "first")
         with connect(address, text="second"):
             pass
-        assert noticed.wait(PATIENCE_S)
+        assert cancelled.wait(PATIENCE_S)
         model.gate.release(100)
         read_until(first, b"[DONE]")
     assert "second" not in model.started
 
 
-def test_leaving_while_being_prepared(address, model, noticed):
+def test_disconnect_while_preparing(address, model, cancelled):
     entered, leave = threading.Event(), threading.Event()
     prepare = model.process
 
@@ -98,7 +98,7 @@ def test_leaving_while_being_prepared(address, model, noticed):
     model.process = slow
     with connect(address, text="gone"):
         assert entered.wait(PATIENCE_S)
-    assert noticed.wait(PATIENCE_S)
+    assert cancelled.wait(PATIENCE_S)
     leave.set()
     model.process = prepare
     model.gate.release(100)
@@ -107,14 +107,14 @@ def test_leaving_while_being_prepared(address, model, noticed):
     assert "gone" not in model.started
 
 
-def test_leaving_in_the_middle_of_a_body(address, model):
+def test_disconnect_in_the_middle_of_a_body(address, model):
     url = urlsplit(address)
     with socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n{")
     assert model.calls == []
 
 
-def test_a_stream_comes_while_it_is_made(address, model):
+def test_stream_arrives_during_generation(address, model):
     with connect(address, text="abc", stream=True) as connection:
         for letter in b"AB":
             model.gate.release()

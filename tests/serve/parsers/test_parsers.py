@@ -1,4 +1,4 @@
-"""Reasoning, tool calls and line breaks out of a model's text: what each gives, and that no cutting of the text changes it."""
+"""Parsers of reasoning, tool calls and line breaks, with text in pieces of any size."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ NOW = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
 
 
 def joined(parts):
-    """Parts with neighbours of one kind as one."""
+    """Joins neighbouring parts of one kind."""
     out = []
     for part in parts:
         if out and not isinstance(part, ToolCall) and type(out[-1]) is type(part):
@@ -72,7 +72,7 @@ def content(text):
 )
 def test_reasoning(text, thinking, parts):
     assert parsed([text], thinking=thinking) == parts
-    assert parsed(text, thinking=thinking) == parts  # letter by letter
+    assert parsed(text, thinking=thinking) == parts  # one character per piece
 
 
 @pytest.mark.parametrize("call", [XML, JSON])
@@ -90,22 +90,22 @@ def test_reasoning(text, thinking, parts):
         ("<tool_call>\n{}", [Content("<tool_call>"), CALL]),
     ],
 )
-def test_calls(text, parts, call):
+def test_tool_calls(text, parts, call):
     text = text.replace("{{", "{{{{").replace("{}", "\0").replace("{{{{", "{").replace("\0", call)
     assert parsed([text], tools=TOOLS) == parts
     assert parsed(text, tools=TOOLS) == parts
 
 
-def test_a_call_after_reasoning():
+def test_call_after_reasoning():
     assert parsed(f"Hm.\n</think>\n\nI look.\n\n{XML}", thinking=True, tools=TOOLS) == [
         Reasoning("Hm."),
         Content("I look."),
         CALL,
     ]
-    assert parsed(f"Hm. {XML}", thinking=True, tools=TOOLS) == [Reasoning(f"Hm. {XML}")]  # it only thinks of calling
+    assert parsed(f"Hm. {XML}", thinking=True, tools=TOOLS) == [Reasoning(f"Hm. {XML}")]  # a call inside reasoning is text
 
 
-def test_a_call_that_lacks_only_its_last_mark_is_one():
+def test_call_without_closing_tag_at_the_end():
     assert parsed([XML.removesuffix("</tool_call>")], tools=TOOLS) == [CALL]
     assert parsed([JSON.removesuffix("\n</tool_call>")], tools=TOOLS) == [CALL]
 
@@ -133,22 +133,22 @@ def test_a_call_that_lacks_only_its_last_mark_is_one():
     ],
 )
 @pytest.mark.parametrize("after", ["</tool_call>", "</tool_call> and more", "", "\n"])
-def test_a_broken_call_stays_in_the_content(inner, after):
+def test_invalid_call_stays_in_the_content(inner, after):
     text = f"Before. <tool_call>{inner}{after}"
     assert parsed([text], tools=TOOLS) == parsed(text, tools=TOOLS) == [Content(text)]
 
 
-def test_without_tools_nothing_is_a_call():
+def test_calls_stay_text_without_tools():
     assert parsed([f" {XML}\n"]) == [Content(f" {XML}\n")]
 
 
-def test_one_call_where_only_one_may_be():
+def test_answer_ends_after_one_call_if_not_parallel():
     parser = OutputParser(tools=TOOLS, parallel=False)
     assert joined(parser.push(f"a {XML}{XML} b") + parser.finish()) == [Content("a"), CALL]
     assert parser.ended
 
 
-def test_marks_inside_arguments():
+def test_tags_inside_arguments():
     value = "a </parameter> b </tool_call> c"
     xml = f"<tool_call>\n<function=weather>\n<parameter=city>\n{value}\n</parameter>\n</function>\n</tool_call>"
     text = json.dumps({"name": "weather", "arguments": {"city": 'say "</tool_call>" \\'}})
@@ -182,13 +182,13 @@ def test_marks_inside_arguments():
         ("unheard of", "5", "5"),
     ],
 )
-def test_arguments_have_the_schemas_types(key, text, value):
+def test_arguments_are_converted_to_the_schemas_types(key, text, value):
     schema = TOOLS["weather"]
     got = convert_argument(text, schema["properties"].get(key), schema)
     assert got == value and type(got) is type(value)
 
 
-def test_a_schema_in_a_circle_ends():
+def test_recursive_schema_terminates():
     root = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
     assert convert_argument("5", {"$ref": "#/$defs/a"}, root) == "5"
 
@@ -205,7 +205,7 @@ def test_a_schema_in_a_circle_ends():
         ({"type": 5, "anyOf": 7, "enum": 3, "$ref": 4}, "2", "2"),
     ],
 )
-def test_odd_schemas(schema, text, value):
+def test_unusual_schemas(schema, text, value):
     assert convert_argument(text, schema, {}) == value
 
 
@@ -229,13 +229,13 @@ def test_odd_schemas(schema, text, value):
         ("```open\\n", "```open\\n"),
     ],
 )
-def test_newlines(text, restored):
+def test_restore_newlines(text, restored):
     for pieces in ([text], text):
         parser = NewlineParser()
         assert "".join(map(parser.push, pieces)) + parser.finish() == restored
 
 
-def test_restored_newlines_leave_reasoning_and_arguments_alone():
+def test_newlines_in_reasoning_and_arguments_are_not_restored():
     call = XML.replace("Bonn", r"a\nb")
     parts = parsed(rf"a\nb</think>c\nd {call}", thinking=True, tools=TOOLS, restore_newlines=True)
     assert parts == [Reasoning(r"a\nb"), Content("c\nd"), ToolCall("weather", json.dumps({"city": r"a\nb", "days": 3}))]
@@ -267,10 +267,10 @@ def cut(text, places):
 @settings(max_examples=600, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8), OPTIONS)
 @example(r"\\", [1], {"thinking": False, "tools": None, "parallel": True, "restore_newlines": True})
-def test_no_cutting_changes_an_answer(text, places, options):
+def test_output_does_not_depend_on_piece_sizes(text, places, options):
     whole = parsed([text], **options)
     assert parsed(cut(text, places), **options) == whole
-    assert parsed(text, **options) == whole  # a character a time
+    assert parsed(text, **options) == whole  # one character per piece
     for part in whole:
         if isinstance(part, ToolCall):
             assert isinstance(json.loads(part.arguments), dict) and part.name in TOOLS
@@ -278,7 +278,7 @@ def test_no_cutting_changes_an_answer(text, places, options):
 
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 10_000), max_size=8))
-def test_text_without_calls_or_reasoning_is_kept_to_the_letter(text, places):
+def test_plain_text_is_unchanged(text, places):
     parts = parsed(cut(text, places), tools=TOOLS)
     if not any(isinstance(part, (ToolCall, Reasoning)) for part in parts) and not text.lstrip().startswith("<think>"):
         assert parts == content(text)
@@ -286,7 +286,7 @@ def test_text_without_calls_or_reasoning_is_kept_to_the_letter(text, places):
 
 @settings(max_examples=100, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
-def test_a_json_calls_arguments_come_back_as_they_were(value):
+def test_json_arguments_round_trip(value):
     text = json.dumps({"name": "now", "arguments": {"x": value}})
     (call,) = parsed([f"<tool_call>{text}</tool_call>"], tools=TOOLS)
     assert json.loads(call.arguments) == {"x": value}
@@ -296,7 +296,7 @@ def test_a_json_calls_arguments_come_back_as_they_were(value):
 @given(
     st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.text(st.characters(codec="utf-8", exclude_characters="\r")))
 )
-def test_an_xml_calls_texts_come_back_as_they_were(arguments):
+def test_xml_arguments_round_trip(arguments):
     marks = ("<tool_call>", "</tool_call>", "<parameter=", "</parameter>", "</function>")
     if any(mark in value for value in arguments.values() for mark in marks):
         return

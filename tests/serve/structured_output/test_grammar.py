@@ -1,4 +1,4 @@
-"""Constrained answers against a sampler that wants something else: what comes is always what was asked for."""
+"""Grammar constraints with a sampler that prefers other tokens: the output always follows the grammar."""
 
 import json
 import re
@@ -22,16 +22,17 @@ def allowed(constraint):
     return [i for i in range(256) if mask[i // 32] >> (i % 32) & 1]
 
 
-def sampled(constraint, seed, wishes=b"", most=600):
-    """What a model says that wishes for some bytes and else draws anything. None if it did not end."""
+def sampled(constraint, seed, preferred=b"", max_tokens=600):
+    """Samples the preferred bytes where the mask allows them, else random ones. Returns None without an
+    end."""
     draw = np.random.default_rng(seed)
     said = []
-    for step in range(most):
+    for step in range(max_tokens):
         tokens = allowed(constraint)
         assert tokens, bytes(said)
-        wish = wishes[step] if step < len(wishes) else None
-        token = wish if wish in tokens else int(draw.choice(tokens))
-        if step > most // 2 and EOS in tokens:
+        candidate = preferred[step] if step < len(preferred) else None
+        token = candidate if candidate in tokens else int(draw.choice(tokens))
+        if step > max_tokens // 2 and EOS in tokens:
             token = EOS
         if token == EOS:
             return bytes(said).decode()
@@ -53,18 +54,18 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_schemas_documents(compiler, seed):
+def test_json_schema(compiler, seed):
     found = json.loads(sampled(compiler.compile(GrammarSpec(schema=SCHEMA), False), seed, b"I would rather talk."))
     assert set(found) - {"tags"} == {"name", "age"} and len(found["name"]) <= 5 and 0 <= found["age"] <= 150
     assert set(found.get("tags", [])) <= {"a", "b"}
 
 
-def test_the_models_own_layout_is_let_be(compiler):
+def test_white_space_between_parts_is_free(compiler):
     for text in ('{"name": "Ann", "age": 5}', '{"name":"Ann","age":5}', '{\n  "name": "Ann",\n  "age": 5\n}'):
         assert sampled(compiler.compile(GrammarSpec(schema=SCHEMA), False), 0, text.encode() + bytes([EOS])) == text
 
 
-def test_expressions_choices_grammars(compiler):
+def test_regex_choice_and_grammar(compiler):
     for seed in range(5):
         assert re.fullmatch(r"a/[0-9]{3}", sampled(compiler.compile(GrammarSpec(regex=r"a/[0-9]{3}"), False), seed))
         assert sampled(compiler.compile(GrammarSpec(choice=('say "yes"', "no\n")), False), seed) in ('say "yes"', "no\n")
@@ -73,25 +74,25 @@ def test_expressions_choices_grammars(compiler):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_calls(compiler, seed):
+def test_tool_calls(compiler, seed):
     functions = {"f": SCHEMA, 'quo"ted': {}}
-    wanted = GrammarSpec(functions=functions, parallel=False)
-    text = sampled(compiler.compile(wanted, False), seed, b'<tool_call>\n{"name": "f"')
+    spec = GrammarSpec(functions=functions, parallel=False)
+    text = sampled(compiler.compile(spec, False), seed, b'<tool_call>\n{"name": "f"')
     call = json.loads(re.fullmatch(r"<tool_call>\n(.*)\n</tool_call>", text, re.DOTALL)[1])
     assert call["name"] == "f" and {"name", "age"} <= set(call["arguments"])
     several = sampled(
-        compiler.compile(GrammarSpec(functions={"f": {"type": "object", "maxProperties": 0}}), False), seed, most=4000
+        compiler.compile(GrammarSpec(functions={"f": {"type": "object", "maxProperties": 0}}), False), seed, max_tokens=4000
     )
     assert several.count("<tool_call>") == several.count("</tool_call>") >= 1
 
 
-def test_an_answer_or_a_call(compiler):
-    wanted = GrammarSpec(choice=("yes",), functions={"f": {"type": "object"}})
-    assert sampled(compiler.compile(wanted, False), 0, b"yes" + bytes([EOS])) == "yes"
-    assert sampled(compiler.compile(wanted, False), 0, b'<tool_call>\n{"name": "f", "arguments": {}}').startswith("<tool_call>")
+def test_answer_or_tool_call(compiler):
+    spec = GrammarSpec(choice=("yes",), functions={"f": {"type": "object"}})
+    assert sampled(compiler.compile(spec, False), 0, b"yes" + bytes([EOS])) == "yes"
+    assert sampled(compiler.compile(spec, False), 0, b'<tool_call>\n{"name": "f", "arguments": {}}').startswith("<tool_call>")
 
 
-def test_thoughts_are_free(compiler):
+def test_reasoning_is_unconstrained(compiler):
     constraint = compiler.compile(GrammarSpec(choice=("yes",)), thinking=True)
     for byte in b"anything at all</think>":
         assert len(allowed(constraint)) == 256
@@ -100,7 +101,7 @@ def test_thoughts_are_free(compiler):
     assert len(allowed(constraint.copy_from_start())) == 256 and allowed(constraint.copy_from_start(thinking=False)) == [ord("y")]
 
 
-def test_tokens_that_break_it(compiler):
+def test_tokens_outside_the_mask_raise(compiler):
     constraint = compiler.compile(GrammarSpec(choice=("yes",)), False)
     with pytest.raises(RuntimeError, match="token 110 breaks the grammar"):
         constraint.advance(ord("n"))
@@ -109,7 +110,7 @@ def test_tokens_that_break_it(compiler):
 
 
 @pytest.mark.parametrize(
-    "wanted, words",
+    "spec, words",
     [
         (GrammarSpec(schema={"type": "objectt"}), "objectt"),
         (GrammarSpec(schema={"$ref": "#/nope"}), "/nope"),
@@ -120,7 +121,7 @@ def test_tokens_that_break_it(compiler):
         (GrammarSpec(schema=False), ""),
     ],
 )
-def test_what_no_answer_can_be(compiler, wanted, words):
+def test_invalid_specs_raise(compiler, spec, words):
     with pytest.raises(ValueError) as caught:
-        compiler.compile(wanted, False)
+        compiler.compile(spec, False)
     assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Answers that must have a form: JSON, schemas, expressions, choices, grammars, calls; with a fake and with a real model."""
+"""Structured output over HTTP, with a fake and a real model."""
 
 import json
 import random
@@ -28,13 +28,13 @@ def content(service, **fields):
 
 def test_json(service):
     assert isinstance(json.loads(content(service, response_format={"type": "json_object"})), dict)
-    wanted = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMA}}
-    for fields in ({"response_format": wanted}, {"structured_outputs": {"json": SCHEMA}}, {"guided_json": SCHEMA}):
+    response_format = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMA}}
+    for fields in ({"response_format": response_format}, {"structured_outputs": {"json": SCHEMA}}, {"guided_json": SCHEMA}):
         assert set(json.loads(content(service, **fields))) == {"name", "age"}
 
 
 @pytest.mark.parametrize("name", ["structured_outputs", "guided"])
-def test_expressions_choices_grammars(service, name):
+def test_regex_choice_and_grammar(service, name):
     def fields(kind, value):
         return {f"guided_{kind}": value} if name == "guided" else {name: {kind: value}}
 
@@ -43,7 +43,7 @@ def test_expressions_choices_grammars(service, name):
     assert content(service, **fields("grammar", 'start: "x" "y"')) == "xy"
 
 
-def test_a_form_begins_after_thinking(service, model):
+def test_constraint_begins_after_reasoning(service, model):
     model.opening, model.say = OPENED, lambda _: "Hm, well.</think>zzz"
     message = ask(service, structured_outputs={"choice": ["yes"]}).json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm, well.", "yes")
@@ -59,28 +59,28 @@ def calls(service, **fields):
     ]
 
 
-def test_calls_that_must_be_made(service):
+def test_required_tool_calls(service):
     (made,) = calls(service, tool_choice="required", parallel_tool_calls=False)
     assert made[0] in ("f", "g") and made[1] == {"name", "age"}
     assert calls(service, tool_choice={"type": "function", "function": {"name": "g"}}) == [("g", {"name", "age"})]
     assert all(fields == {"name", "age"} for _, fields in calls(service, tool_choice="required"))
 
 
-def test_a_form_or_a_call(service, model):
-    form = {"response_format": {"type": "json_object"}, "tools": TOOLS}
+def test_answer_or_tool_call(service, model):
+    request_fields = {"response_format": {"type": "json_object"}, "tools": TOOLS}
     model.say = lambda _: '<tool_call>\n{"name": "f", "arguments": {"name": "A", "age": 5}}\n</tool_call>'
-    assert ask(service, **form).json()["choices"][0]["finish_reason"] == "tool_calls"
+    assert ask(service, **request_fields).json()["choices"][0]["finish_reason"] == "tool_calls"
     model.say = lambda _: '{"a": 1}'
-    assert ask(service, **form).json()["choices"][0]["message"]["content"] == '{"a": 1}'
+    assert ask(service, **request_fields).json()["choices"][0]["message"]["content"] == '{"a": 1}'
 
 
-def test_several_answers_each_keep_to_it(service):
+def test_every_choice_follows_the_format(service):
     choices = ask(service, n=3, response_format={"type": "json_object"}).json()["choices"]
     assert all(isinstance(json.loads(choice["message"]["content"]), dict) for choice in choices)
 
 
 class Person(pydantic.BaseModel):
-    """What `.parse` is given."""
+    """The type that `.parse` returns."""
 
     name: str = pydantic.Field(max_length=5)
     age: int = pydantic.Field(ge=0, le=99)
@@ -91,7 +91,7 @@ def http(demo_address):
     return openai.OpenAI(base_url=f"{demo_address}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def test_parse_with_a_model_of_random_weights(http):
+def test_parse_with_random_weights(http):
     messages = [{"role": "user", "content": "Who?"}]
     found = http.chat.completions.parse(model=NAME, messages=messages, response_format=Person, seed=1, max_tokens=200)
     assert isinstance(found.choices[0].message.parsed, Person)
@@ -100,7 +100,7 @@ def test_parse_with_a_model_of_random_weights(http):
 
 
 def random_schema(draw, depth=0):
-    """A small schema whose documents are short."""
+    """Returns a small schema whose documents are short."""
     kind = draw.choice(["integer", "boolean", "enum", "string", "null", *["object", "array"] * (depth < 2)])
     if kind == "enum":
         return {"enum": draw.sample(["a", "b", 1, None, True], 2)}
@@ -117,8 +117,8 @@ def random_schema(draw, depth=0):
     return {"type": kind}
 
 
-def test_random_schemas_with_a_model_of_random_weights(http):
-    """20 of them here; the whole 500 are the long test's."""
+def test_random_schemas_with_random_weights(http):
+    """Checks 20 schemas; the long test checks 500."""
     check_schemas(http, range(20))
 
 
@@ -132,8 +132,10 @@ def check_schemas(http, seeds):
 
     for seed in seeds:
         schema = random_schema(random.Random(seed))
-        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         messages = [{"role": "user", "content": f"Prompt {seed}"}]
-        answer = http.chat.completions.create(model=NAME, messages=messages, response_format=form, seed=seed, max_tokens=900)
+        answer = http.chat.completions.create(
+            model=NAME, messages=messages, response_format=response_format, seed=seed, max_tokens=900
+        )
         assert answer.choices[0].finish_reason == "stop", schema
         jsonschema_rs.validate(schema, json.loads(answer.choices[0].message.content))
