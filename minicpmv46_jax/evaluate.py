@@ -1,16 +1,17 @@
-"""Scores a model on questions with known answers: `python -m minicpmv46_jax.evaluate questions.jsonl --model FOLDER`.
+"""Scores a model on questions with known answers: `python -m minicpmv46_jax.evaluate questions.jsonl --model
+FOLDER`.
 
-A line of the file is one question, as an object:
+A line of the file is one question, an object:
 
     {"images": ["cat.png"], "question": "What is this?", "answers": ["A cat."], "group": "animals"}
+ `image` and `video`, or `images` and `videos`, are URLs or paths relative to the file's folder. Instead of a
+question and media, `messages` may hold a whole conversation in OpenAI's form. `answers` are all correct
+answers. Optional keys: `id`, `group`, `tools`, and `options` such as {"max_slice_nums": 4, "enable_thinking":
+true}. Decoding is greedy. With `--url http://127.0.0.1:8000/v1`, a running server answers, of this project or
+another, instead of the plain generator.
 
-`image` and `video` or `images` and `videos` are paths, from the file's own folder on, or URLs; or `messages` is a whole
-conversation in OpenAI's form instead of question and media. `answers` are all right ones. Optional: `id`, `group`, `tools`, and
-`options` such as {"max_slice_nums": 4, "enable_thinking": true}. Answers are greedy. `--url http://127.0.0.1:8000/v1` asks a
-running server, this project's engine or another's, in place of the plain generator.
-
-Scores: exact, the answer equals one of the right ones but for white space; ANLS, the edit similarity to the nearest one, 0 below
-a half (arXiv:1907.00490). Thoughts are cut off first.
+Scores: "exact" is 1 if the answer equals a correct one up to white space. ANLS is the edit similarity to the
+nearest correct answer, and 0 below a half (arXiv:1907.00490). Thoughts are removed first.
 """
 
 import argparse
@@ -30,24 +31,24 @@ from tqdm import tqdm
 from minicpmv46_jax.library import MiniCPMV
 
 FIELDS = frozenset("id group image images video videos question messages answers tools options".split())
-MIN_SIMILARITY = 0.5  # ANLS counts what is further off as nothing
+MIN_SIMILARITY = 0.5  # lower similarities count as 0 in ANLS
 MAX_NEW_TOKENS = 512
-CONCURRENCY = 16  # requests to a server
-TIMEOUT_S = 600.0  # seconds for one answer of a server
+CONCURRENCY = 16  # concurrent requests to a server
+TIMEOUT_S = 600.0  # for one answer of a server
 THOUGHT_END = "</think>"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question of an evaluation.
 
     Attributes:
-      id: its own, or "line N".
-      messages: as the processor takes them.
-      answers: the right ones.
-      group: whose score it counts in.
+      id: its id in the file, or "line N".
+      messages: messages as `processing.Processor` takes them.
+      answers: all correct answers.
+      group: the group that its score counts in.
       tools: functions on offer.
-      options: for the processor and the template.
+      options: options of the processor and the chat template.
     """
 
     id: str
@@ -60,7 +61,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer and what it is worth: `exact` is 0 or 1, `anls` 0 to 1."""
+    """An answer with its scores: `exact` is 0 or 1, `anls` is 0 to 1."""
 
     question: Question
     answer: str
@@ -72,11 +73,15 @@ Answerer = Callable[[Question], str]
 
 
 def read_questions(path: Path) -> list[Question]:
-    """A file's questions. Raises ValueError naming file and line for the first that is none."""
+    """Reads a file of questions.
+
+    Raises:
+      ValueError: a line is not a question, or there is none; the message names file and line.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [_question(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise ValueError(f"{path}: it has no questions")
+        raise ValueError(f"{path}: the file has no questions")
     return found
 
 
@@ -99,7 +104,7 @@ def _question(line: str, path: Path, number: int) -> Question:
 
 
 def _user_messages(raw: Mapping[str, Any], folder: Path, where: str) -> list[dict[str, Any]]:
-    """One user's turn: the media, then the question."""
+    """Returns one user message: the media, then the question."""
     if not isinstance(raw.get("question"), str):
         raise ValueError(f"{where}: question must be a text, got {raw.get('question')!r}; or give messages")
     parts: list[dict[str, Any]] = []
@@ -111,7 +116,7 @@ def _user_messages(raw: Mapping[str, Any], folder: Path, where: str) -> list[dic
 
 def _source(source: Any, folder: Path, where: str) -> str:
     if not isinstance(source, str):
-        raise ValueError(f"{where}: a picture or video is named by a text, got {source!r}")
+        raise ValueError(f"{where}: a picture or video must be a path or URL, got {source!r}")
     if source.startswith(("http://", "https://", "data:")):
         return source
     if not (folder / source).is_file():
@@ -120,7 +125,7 @@ def _source(source: Any, folder: Path, where: str) -> str:
 
 
 def model_answerer(model: MiniCPMV, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
-    """Greedy answers of the plain generator."""
+    """Returns a function that answers questions greedily with the plain generator."""
 
     def answer(question: Question) -> str:
         tools = list(question.tools) or None
@@ -130,15 +135,15 @@ def model_answerer(model: MiniCPMV, max_new_tokens: int = MAX_NEW_TOKENS) -> Ans
 
 
 def server_answerer(url: str, name: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> Answerer:
-    """Greedy answers of a server that speaks OpenAI's chat completions.
+    """Returns a function that answers questions greedily through a server's OpenAI chat completions.
 
     Args:
-      url: up to and with /v1.
-      name: the model's; None for the first that the server lists.
-      max_new_tokens: of an answer.
+      url: the base URL, up to and including /v1.
+      name: the model's name; None for the first that the server lists.
+      max_new_tokens: bound of an answer.
 
     Raises:
-      ValueError: the server cannot be reached or refuses; its own words are in the text.
+      ValueError: the server cannot be reached or rejects a request; the message has the server's text.
     """
     client = httpx.Client(base_url=url.rstrip("/") + "/", timeout=TIMEOUT_S)
     name = name or _request_json(client, "GET", "models")["data"][0]["id"]
@@ -155,9 +160,9 @@ def server_answerer(url: str, name: str | None = None, max_new_tokens: int = MAX
             "chat_template_kwargs": template,
         }
         body |= {"tools": list(question.tools)} if question.tools else {}
-        said = _request_json(client, "POST", "chat/completions", json=body)["choices"][0]["message"]
-        calls = "\n".join(_call_text(call["function"]) for call in said.get("tool_calls") or [])
-        return "\n\n".join(filter(None, [said.get("content"), calls]))
+        message = _request_json(client, "POST", "chat/completions", json=body)["choices"][0]["message"]
+        calls = "\n".join(_call_text(call["function"]) for call in message.get("tool_calls") or [])
+        return "\n\n".join(filter(None, [message.get("content"), calls]))
 
     return answer
 
@@ -173,7 +178,7 @@ def _request_json(client: httpx.Client, method: str, path: str, **fields: Any) -
 
 
 def _for_api(message: Mapping[str, Any]) -> dict[str, Any]:
-    """With pictures and videos as the API has them: by URL, files as data URLs."""
+    """Returns a message in the API's form: media are URLs, and files become data URLs."""
     content = message.get("content")
     if isinstance(content, str) or content is None:
         return dict(message)
@@ -192,7 +197,7 @@ def _part_for_api(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _call_text(function: Mapping[str, Any]) -> str:
-    """A call as the model writes it."""
+    """Returns a function call in the notation that the model writes."""
     arguments = json.loads(function["arguments"])
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
     return f"<tool_call>\n<function={function['name']}>\n{body}</function>\n</tool_call>"
@@ -201,30 +206,40 @@ def _call_text(function: Mapping[str, Any]) -> str:
 def evaluate(
     questions: Sequence[Question], answer: Answerer, concurrency: int = 1, progress: bool = False
 ) -> Iterator[ScoredAnswer]:
-    """Each question's answer with its marks, in order; so many are asked at once."""
+    """Yields each question's scored answer, in order.
+
+    Args:
+      questions: the questions.
+      answer: answers one question.
+      concurrency: number of questions answered at the same time.
+      progress: True to draw a progress bar.
+    """
     with ThreadPoolExecutor(concurrency) as pool:
         answers: Iterable[str] = pool.map(answer, questions) if concurrency > 1 else map(answer, questions)
         bar = tqdm(answers, total=len(questions), unit="answer", disable=None if progress else True)
-        for question, said in zip(questions, bar, strict=True):
-            yield score(question, said)
+        for question, text in zip(questions, bar, strict=True):
+            yield score(question, text)
 
 
 def score(question: Question, answer: str) -> ScoredAnswer:
-    """What an answer is worth."""
-    said = _normalize_spaces(answer.rpartition(THOUGHT_END)[2])
-    right = [_normalize_spaces(one) for one in question.answers]
-    return ScoredAnswer(question, answer, float(said in right), max(anls(said, one) for one in right))
+    """Returns an answer's scores, with thoughts removed and white space normalised."""
+    text = _normalize_spaces(answer.rpartition(THOUGHT_END)[2])
+    correct = [_normalize_spaces(one) for one in question.answers]
+    return ScoredAnswer(question, answer, float(text in correct), max(anls(text, one) for one in correct))
 
 
-def anls(said: str, right: str) -> float:
-    """Average normalised Levenshtein similarity of one pair, letters' case aside: 1 for equal, 0 below a half."""
-    a, b = said.lower(), right.lower()
+def anls(answer: str, correct: str) -> float:
+    """Returns the average normalised Levenshtein similarity of one pair, ignoring case.
+
+    It is 1 for equal texts, and 0 below a similarity of a half.
+    """
+    a, b = answer.lower(), correct.lower()
     similarity = 1 - levenshtein(a, b) / max(len(a), len(b), 1)
     return similarity if similarity >= MIN_SIMILARITY else 0.0
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements of a letter that make `b` of `a`."""
+    """Returns the least number of insertions, deletions and replacements of a letter from `a` to `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row = row, [i]
@@ -238,7 +253,7 @@ def _normalize_spaces(text: str) -> str:
 
 
 def report(scored: Sequence[ScoredAnswer]) -> str:
-    """A table: each group's questions, exact answers and ANLS, and those of all."""
+    """Returns a table of the number of questions, exact share and mean ANLS of each group and of all."""
     groups: dict[str, list[ScoredAnswer]] = {}
     for one in scored:
         groups.setdefault(one.question.group, []).append(one)
@@ -254,21 +269,21 @@ def _means(scored: Sequence[ScoredAnswer]) -> tuple[int, float, float]:
     return number, sum(one.exact for one in scored) / number, sum(one.anls for one in scored) / number
 
 
-def result_row(one: ScoredAnswer) -> dict[str, Any]:
-    """A line of the results."""
-    question = one.question
+def result_row(scored: ScoredAnswer) -> dict[str, Any]:
+    """Returns a line of the results file."""
+    question = scored.question
     return {
         "id": question.id,
         "group": question.group,
         "answers": list(question.answers),
-        "answer": one.answer,
-        "exact": one.exact,
-        "anls": one.anls,
+        "answer": scored.answer,
+        "exact": scored.exact,
+        "anls": scored.anls,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or 1 for a mistake (one line on stderr)."""
+    """Runs the command and returns its exit status: 0, or 1 for a user's mistake (one line on stderr)."""
     args = _parser().parse_args(arguments)
     try:
         if (args.model is None) == (args.url is None):
@@ -292,14 +307,14 @@ def _local(args: argparse.Namespace) -> Answerer:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("questions", type=Path, metavar="FILE", help="JSONL, a question a line")
-    parser.add_argument("--model", metavar="FOLDER_OR_ID", help="answered by the plain generator")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the model's numbers (default: the checkpoint's)")
-    parser.add_argument("--url", help="answered by the server there, such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--name", help="which of the server's models (default: the first)")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of an answer (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="ask only the first so many")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="every answer with its marks, as JSONL")
+    parser.add_argument("questions", type=Path, metavar="FILE", help="JSONL file of one question a line")
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", help="checkpoint folder or hub id that the plain generator runs")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument("--url", help="base URL of a server to ask, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--name", help="name of the server's model (default: the first)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="bound of an answer (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="ask only the first N questions", metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every answer with its scores to this JSONL file")
     return parser
 
 

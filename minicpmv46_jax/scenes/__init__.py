@@ -1,13 +1,14 @@
-"""Scenes that the project draws itself, with questions whose answers are known: what the demo model is trained and tested on.
+"""Synthetic scenes with questions whose answers are known: the training and test data of the demo model.
 
-    scene = draw(7)                       # of training; the same seed, the same scene
-    scene = draw(7, held_out=True)        # of the split that training never sees
+    scene = draw(7)                       # a training scene; the same seed gives the same scene
+    scene = draw(7, held_out=True)        # a scene of the held-out split
     dialogue = messages(scene, scene.turns[:1])   # for `processing.Processor`
 
-- picture.py: marks, and how they are drawn. scene.py: scenes, turns, the split, messages.
-- shapes.py, reading.py, several.py, calls.py: the kinds. words.py: what is printed.
+- picture.py: marks and their rendering. scene.py: scenes, turns, the split and messages.
+- shapes.py, reading.py, several.py, calls.py: the kinds of scenes. words.py: random words and numbers.
 
-The split is by hash: a held-out scene, and every word printed in one, is in no scene of training whatever the seeds.
+The split is by hash. A held-out scene, and a held-out word in any scene, never occurs in training, whatever
+the seed.
 """
 
 import random
@@ -36,7 +37,8 @@ KINDS: dict[str, Callable[[random.Random, bool], Scene]] = {
     "calls": call_scene,
     "talk": talk_scene,
 }
-# How often each kind is drawn. Reading is the hard part; a large picture or a video costs as much as four to seven small ones.
+# Each kind's share. Reading is hard, so its share is large; large pictures and videos are costly, so theirs
+# is small.
 MIX: dict[str, float] = {
     "shapes": 0.24,
     "letters": 0.07,
@@ -49,16 +51,16 @@ MIX: dict[str, float] = {
     "calls": 0.04,
     "talk": 0.01,
 }
-EASY: dict[str, float] = {"shape": 0.35, "word": 0.45, "letters": 0.2}  # what training begins with
+EASY: dict[str, float] = {"shape": 0.35, "word": 0.45, "letters": 0.2}  # for the start of training
 
 
 def draw(seed: int | str, held_out: bool = False, mix: Mapping[str, float] = MIX) -> Scene:
-    """Plans a scene; its pictures are drawn by `messages` or their own `render`.
+    """Returns a random scene. `messages` or the `render` of its media draws the pixels.
 
     Args:
-      seed: the same gives the same scene, on any machine.
-      held_out: of the split for tests, which training never sees.
-      mix: kinds and how often each is drawn.
+      seed: seed of the scene; it gives the same scene on every machine.
+      held_out: True for a scene of the held-out split, which training never uses.
+      mix: kinds of scenes and their shares.
     """
     rng = random.Random(f"{'held out' if held_out else 'training'} {seed}")
     kind = rng.choices(list(mix), list(mix.values()))[0]

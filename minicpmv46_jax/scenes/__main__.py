@@ -1,7 +1,7 @@
 """Writes scenes as files: `python -m minicpmv46_jax.scenes OUT --count 500 --held-out`.
 
-OUT gets a PNG for each picture, a lossless Matroska file (FFV1) for each video, and `questions.jsonl` for
-`python -m minicpmv46_jax.evaluate`, one question a scene.
+OUT gets a PNG file for each picture and a lossless Matroska file (FFV1) for each video. It also gets
+`questions.jsonl` for `python -m minicpmv46_jax.evaluate`, with one question for each scene.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from minicpmv46_jax.scenes import KINDS, MIX, Clip, Picture, Scene, Turn, draw, 
 
 
 def write(folder: Path, count: int, held_out: bool, kinds: Sequence[str] = tuple(MIX), first: int = 0) -> Path:
-    """Writes `count` scenes, drawn from seeds `first` on. Returns the questions' file."""
+    """Writes `count` scenes, of the seeds from `first` on, and returns the path of questions.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     mix = {kind: MIX[kind] for kind in kinds}
     lines = []
@@ -55,12 +55,12 @@ def _save(medium: Picture | Clip, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.scenes", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for pictures and questions.jsonl")
-    parser.add_argument("--count", type=int, default=100, help="of scenes (default: %(default)s)")
-    parser.add_argument("--held-out", action="store_true", help="of the split that training never sees")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="only scenes of this kind; may be given several times")
+    parser.add_argument("--count", type=int, default=100, help="number of scenes (default: %(default)s)")
+    parser.add_argument("--held-out", action="store_true", help="draw from the held-out split, which training never uses")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="only scenes of this kind; may be repeated")
     parser.add_argument("--first", type=int, default=0, help="seed of the first scene (default: %(default)s)")
     args = parser.parse_args(arguments)
     print(write(args.out, args.count, args.held_out, args.kind or tuple(MIX), args.first))

@@ -1,4 +1,4 @@
-"""Functions to call with what is seen, and talk without pictures."""
+"""Scenes with functions to call, and dialogues without pictures."""
 
 import json
 import random
@@ -26,7 +26,7 @@ FUNCTIONS = {
 
 
 def call_scene(rng: random.Random, held_out: bool) -> Scene:
-    """A picture, one to three functions on offer, and something to do with them; or something they are no use for."""
+    """Returns a picture, one or two functions on offer, and questions that need a call or an answer."""
     name = rng.choice(list(FUNCTIONS))
     picture, turns = (_to_save if name == "save_text" else _to_handle)(rng, held_out, name)
     others = rng.sample([other for other in FUNCTIONS if other != name], rng.choice((0, 0, 1)))
@@ -77,6 +77,6 @@ DIALOGUES = (
 
 
 def talk_scene(rng: random.Random, held_out: bool) -> Scene:
-    """A word of welcome; it shows nothing, so no split applies."""
+    """Returns a short dialogue without pictures, which is in no split."""
     del held_out
     return Scene("talk", (), tuple(Turn("talk", *pair) for pair in rng.sample(DIALOGUES, 2)))

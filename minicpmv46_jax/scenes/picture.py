@@ -1,7 +1,8 @@
-"""Pictures as lists of marks, and how they are drawn (numpy and Pillow).
+"""Pictures as lists of marks, and their rendering with numpy and Pillow.
 
-A scene is planned as marks first and drawn later: its description can be hashed, compared and kept without a pixel.
-The letters are Pillow's own scalable font, so no font file is needed.
+A scene is a list of marks first and is rendered later, so it can be hashed and compared without pixels. The
+repr of media is hashed for the held-out split: names and order of the fields here must not change. Text is
+drawn in Pillow's own scalable font, so no font file is needed.
 """
 
 import functools
@@ -29,7 +30,7 @@ INK: Colour = COLOURS["black"]
 
 
 class Shape(NamedTuple):
-    """A filled shape: its kind and colour by name, its centre and its radius in pixels."""
+    """A filled shape: names of its kind and colour, its centre and its radius in pixels."""
 
     kind: str
     colour: str
@@ -39,12 +40,12 @@ class Shape(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as "red circle"."""
+        """Colour and kind, for example "red circle"."""
         return f"{self.colour} {self.kind}"
 
 
 class Text(NamedTuple):
-    """A line of print, centred on (x, y); `size` is the font's, about 1.4 times the height of a capital."""
+    """A line of text centred on (x, y); `size` is the font size, about 1.4 times the height of a capital."""
 
     text: str
     colour: Colour
@@ -68,7 +69,7 @@ Mark = Shape | Text | Rule
 
 @dataclass(frozen=True)
 class Picture:
-    """Marks on a plain ground, the last on top."""
+    """Marks on a plain background (`ground`); later marks lie on top."""
 
     width: int
     height: int
@@ -76,7 +77,7 @@ class Picture:
     marks: tuple[Mark, ...]
 
     def zoomed(self, factor: float) -> "Picture":
-        """The same, drawn larger or smaller."""
+        """Returns the picture scaled by `factor`."""
         marks = (
             mark._replace(**{k: round(v * factor) for k, v in mark._asdict().items() if isinstance(v, int)})
             for mark in self.marks
@@ -84,7 +85,7 @@ class Picture:
         return Picture(round(self.width * factor), round(self.height * factor), self.ground, tuple(marks))
 
     def render(self) -> np.ndarray:
-        """uint8 [height, width, 3]."""
+        """Returns the pixels, uint8 [height, width, 3]."""
         image = Image.new("RGB", (self.width, self.height), self.ground)
         draw = ImageDraw.Draw(image)
         for mark in self.marks:
@@ -94,23 +95,23 @@ class Picture:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video: one picture a second, all of one size."""
+    """A video of one picture a second, all of one size."""
 
     pictures: tuple[Picture, ...]
 
     def render(self) -> np.ndarray:
-        """uint8 [frames, height, width, 3]."""
+        """Returns the frames, uint8 [frames, height, width, 3]."""
         return np.stack([picture.render() for picture in self.pictures])
 
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font."""
+    """Returns Pillow's own font in a size."""
     return ImageFont.load_default(size)
 
 
 def text_width(text: str, size: int) -> int:
-    """Pixels that a line takes."""
+    """Returns the width of a line of text in pixels."""
     return math.ceil(font(size).getlength(text))
 
 

@@ -1,4 +1,4 @@
-"""Print: lines, words in places and colours, words in shapes, tables, and large pictures whose small print needs the slices."""
+"""Scenes with text: letters, lines, coloured words and signs, tables, and small print in large pictures."""
 
 import random
 import string
@@ -8,18 +8,18 @@ from minicpmv46_jax.scenes.scene import Scene, Turn, article, sentence
 from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground, sometimes_larger
 from minicpmv46_jax.scenes.words import number, word
 
-READABLE = (28, 56)  # sizes of print that a view of its own shows well
-LARGE = ((448, 336), (336, 448), (448, 448), (672, 448), (448, 672))  # (width, height): four to six slices
-SMALL_PRINT = (26, 40)  # in a large picture: halved or less in the view of the whole, whole in the slices
+READABLE = (28, 56)  # font sizes that are legible in a picture of one view
+LARGE = ((448, 336), (336, 448), (448, 448), (672, 448), (448, 672))  # (width, height); each is cut into four to six slices
+SMALL_PRINT = (26, 40)  # font sizes in a large picture; the overview halves them at least, the slices do not
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 PLACES = ("top", "middle", "bottom")
-DARK = ("red", "green", "blue", "purple", "black")  # colours of print that show on a light ground
-FILLED = ("red", "green", "blue", "purple", "black")  # colours of shapes on which white print shows
+DARK = ("red", "green", "blue", "purple", "black")  # text colours with contrast on a light background
+FILLED = ("red", "green", "blue", "purple", "black")  # shape colours with contrast to white text
 
 
 def letters_scene(rng: random.Random, held_out: bool) -> Scene:
-    """Three to nine letters and digits, each in a cell of its own: where reading begins."""
-    del held_out  # all letters are in both splits
+    """Returns three to nine letters and digits, each in its own cell of the grid."""
+    del held_out  # letters are in both splits
     width, height = rng.choice(SIZES)
     cells = sorted(rng.sample(range(9), rng.randint(3, 9)))
     signs = rng.choices(string.ascii_uppercase + string.digits, k=len(cells))
@@ -39,7 +39,7 @@ def letters_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def lines_scene(rng: random.Random, held_out: bool) -> Scene:
-    """One to three lines of one or two words or numbers."""
+    """Returns one to three lines of one or two words or numbers."""
     width, height = rng.choice(SIZES)
     size = rng.randint(*READABLE)
     lines: list[str] = []
@@ -55,7 +55,7 @@ def lines_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def _line(rng: random.Random, held_out: bool, width: int, size: int) -> str:
-    """One or two words, as fit."""
+    """Returns one or two words or numbers that fit the width; "" if none fits."""
     line = ""
     for _ in range(rng.choice((1, 1, 1, 2))):
         longer = f"{line} {_word_or_number(rng, held_out)}".strip()
@@ -82,7 +82,7 @@ def _line_questions(rng: random.Random, lines: list[str]) -> list[Turn]:
 
 
 def word_scene(rng: random.Random, held_out: bool) -> Scene:
-    """One large word of one to four letters: where reading begins."""
+    """Returns one large word of one to four letters."""
     width, height = rng.choice(SIZES)
     text = rng.choice(string.ascii_uppercase + string.digits) if rng.random() < 0.3 else word(rng, held_out, 2, 4)
     mark = _placed_text(rng, text, COLOURS[rng.choice(DARK)], (4, 4, width - 4, height - 4), rng.randint(36, 64))
@@ -91,7 +91,7 @@ def word_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def signs_scene(rng: random.Random, held_out: bool) -> Scene:
-    """Two or three words, each of its own colour or on a shape of its own colour."""
+    """Returns two or three words, each in its own colour or on a sign of its own colour."""
     width, height = 224, 224
     number_of = rng.choice((2, 2, 3))
     colours, on_shapes = rng.sample(DARK, number_of), rng.random() < 0.5
@@ -119,14 +119,14 @@ def signs_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def _sign(text: Text, colour: str) -> list[Rule]:
-    """A filled bar behind a line of print, of horizontal rules."""
+    """Returns a filled bar behind a line of text, as horizontal rules."""
     half = text_width(text.text, text.size) // 2 + 8
     rows = range(text.y - text.size * 2 // 3, text.y + text.size * 2 // 3, 2)
     return [Rule(text.x - half, y, text.x + half, y, COLOURS[colour]) for y in rows]
 
 
 def table_scene(rng: random.Random, held_out: bool) -> Scene:
-    """Two to four rows of a name and a number, ruled."""
+    """Returns a ruled table of two to four rows, each with a name and a number."""
     width, height, size = 224, 224, rng.randint(24, 30)
     rows = rng.randint(2, 4)
     names = _distinct(lambda: word(rng, held_out, 2, 5), rows)
@@ -157,7 +157,10 @@ def table_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def small_print_scene(rng: random.Random, held_out: bool) -> Scene:
-    """A large picture: in some of its slices words too small for the view of the whole, in others a shape."""
+    """Returns a large picture with words in some slices and shapes in others.
+
+    The words are too small to be legible in the overview.
+    """
     width, height = rng.choice(LARGE)
     columns, rows = (3 if side > 448 else 2 for side in (width, height))
     cells = rng.sample(range(columns * rows), rng.randint(2, 4))
@@ -178,7 +181,7 @@ def small_print_scene(rng: random.Random, held_out: bool) -> Scene:
 
 
 def _slice_name(cell: int, columns: int, rows: int) -> str:
-    """Such as "bottom left": the name of the ninth of the picture where the slice's middle lies."""
+    """Returns the name of the grid cell that holds the slice's middle, for example "bottom left"."""
     row, column = divmod(cell, columns)
     return CELLS[(2 * row + 1) * 3 // (2 * rows) * 3 + (2 * column + 1) * 3 // (2 * columns)]
 
@@ -191,13 +194,13 @@ def _shape_in(rng: random.Random, box: Box) -> Shape:
 
 
 def _cell_box(cell: int, columns: int, rows: int, width: int, height: int) -> Box:
-    """(left, top, right, bottom) of a cell of a picture's grid."""
+    """Returns (left, top, right, bottom) of a cell of a picture's grid."""
     row, column = divmod(cell, columns)
     return column * width // columns, row * height // rows, (column + 1) * width // columns, (row + 1) * height // rows
 
 
 def _placed_text(rng: random.Random, text: str, ink: Colour, box: Box, size: int) -> Text:
-    """A line somewhere in (left, top, right, bottom), smaller where it would not fit."""
+    """Returns a line of text at a random place in the box, in a smaller size if it would not fit."""
     left, top, right, bottom = box
     while text_width(text, size) > right - left - 4 and size > 12:
         size -= 1
@@ -208,7 +211,7 @@ def _placed_text(rng: random.Random, text: str, ink: Colour, box: Box, size: int
 
 
 def _contrast(rng: random.Random) -> tuple[Colour, Colour]:
-    """(ground, ink): dark on light, or light on dark."""
+    """Returns (background, ink): dark on light, or light on dark."""
     if rng.random() < 0.2:
         return COLOURS[rng.choice(DARK)], (255, 255, 255)
     return light_ground(rng), COLOURS[rng.choice(DARK)]

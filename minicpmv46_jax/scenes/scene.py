@@ -1,4 +1,4 @@
-"""A scene: pictures, and questions about them whose answers are known."""
+"""A scene: pictures, and questions about them with known answers."""
 
 import hashlib
 import random
@@ -9,9 +9,8 @@ from typing import Any
 from minicpmv46_jax.processing.video import Video
 from minicpmv46_jax.scenes.picture import Clip, Picture
 
-HELD_OUT = 16  # one scene, and one printed word, in so many is kept from training
-
-THINKING = 0.3  # of an exam's questions that can be thought about
+HELD_OUT = 16  # one scene in 16, and one printed word in 16, is held out of training
+THINKING = 0.3  # share of an exam's questions with a thought that are asked with thinking
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,10 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-      group: what it asks for, for the scores.
-      thought: what to think first; "" for none.
-      call: the function to call in the answer's place: (name, arguments).
+      group: the group of questions that its score counts in.
+      question, answer: the texts of both.
+      thought: the thought before the answer; "" for none.
+      call: (name, arguments) of the function call that replaces the answer.
     """
 
     group: str
@@ -32,7 +32,7 @@ class Turn:
 
     @property
     def reply(self) -> str:
-        """The answer as the model writes it, a call too."""
+        """The answer, or the function call, in the notation that the model writes."""
         if self.call is None:
             return self.answer
         name, arguments = self.call
@@ -42,7 +42,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is shown, every question that was thought of, and the functions on offer."""
+    """Media, questions about them, and functions on offer as JSON."""
 
     kind: str
     media: tuple[Picture | Clip, ...]
@@ -51,17 +51,17 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never sees this scene: decided by a hash of what is shown, whatever seed led to it."""
+        """True for a scene of the held-out split. The hash of the media decides, not the seed."""
         return bool(self.media) and is_held_out(repr(self.media))
 
 
 def is_held_out(description: str) -> bool:
-    """The split: by hash, so that it holds across seeds, processes and versions."""
+    """Returns whether the hash of a description is in the held-out split, on every machine and version."""
     return hashlib.sha256(description.encode()).digest()[0] % HELD_OUT == 0
 
 
 def messages(scene: Scene, turns: Sequence[Turn], answered: bool = True) -> list[dict[str, Any]]:
-    """A conversation as the processor takes it; without `answered`, the last turn is left open."""
+    """Returns a conversation for `processing.Processor`; without `answered`, the last answer is left out."""
     out: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         shown = [_part(medium) for medium in scene.media] if i == 0 else []
@@ -88,23 +88,23 @@ def _assistant_message(turn: Turn) -> dict[str, Any]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """ "a red circle, a blue star and a black cross"."""
+    """Returns a list such as "a red circle, a blue star and a black cross"."""
     *most, last = [article(name) for name in names]
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def article(name: str) -> str:
-    """With "a" or "an"."""
+    """Returns the name after "a" or "an"."""
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 def sentence(text: str) -> str:
-    """With a capital and a full stop."""
+    """Returns the text with a capital and a full stop."""
     return f"{text[0].upper()}{text[1:]}."
 
 
 def exam_turn(seed: int, scene: Scene) -> tuple[Turn, bool]:
-    """The one question that an exam asks of a scene, and whether the answer is to be thought about first."""
+    """Returns (the scene's question in an exam, True to ask it with thinking)."""
     rng = random.Random(f"exam {seed}")
     turn = rng.choice(scene.turns)
     return turn, bool(turn.thought) and rng.random() < THINKING

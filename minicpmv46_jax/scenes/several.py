@@ -1,4 +1,4 @@
-"""Two pictures side by side, and videos: what is the same, what differs, what moved where."""
+"""Scenes with two pictures, and videos: what differs, and what moves."""
 
 import random
 
@@ -13,12 +13,12 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  
 
 
 def pair_scene(rng: random.Random, held_out: bool) -> Scene:
-    """Two pictures of shapes, or of a word each."""
+    """Returns two pictures of shapes, or of one word each."""
     return rng.choice((_changed, _changed, _unlike, _worded))(rng, held_out)
 
 
 def _changed(rng: random.Random, held_out: bool) -> Scene:
-    """The second is the first with a shape more, a shape less, another colour, or no change at all."""
+    """Returns a picture and a changed copy: a shape added, removed or recoloured, or no change."""
     del held_out  # no words
     shapes = scatter(rng, rng.randint(1, 4), SIDE, SIDE)
     change = rng.choice(("added", "removed", "recoloured", "same"))
@@ -102,7 +102,10 @@ def _free_cell(rng: random.Random, shapes: list[Shape]) -> int:
 
 
 def clip_scene(rng: random.Random, held_out: bool) -> Scene:
-    """Three or four seconds in which one shape of one to three moves a way, or comes, or goes, or nothing happens."""
+    """Returns a video of three or four seconds with one to three shapes.
+
+    One shape moves, appears or vanishes, or nothing happens.
+    """
     del held_out
     frames = rng.choice((3, 3, 4))
     direction = rng.choice(list(DIRECTIONS))

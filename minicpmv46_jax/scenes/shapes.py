@@ -1,4 +1,4 @@
-"""Shapes on a plain ground: what, which colour, where, how many, how they lie to each other."""
+"""Scenes of shapes on a plain background: kinds, colours, places, counts and relations."""
 
 import random
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from minicpmv46_jax.scenes.picture import COLOURS, SHAPES, Colour, Picture, Shap
 from minicpmv46_jax.scenes.scene import Scene, Turn, article, listed, sentence
 
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-SIZES = ((224, 224), (224, 224), (280, 168), (168, 280))  # (width, height): each is one view, and none is resized
+SIZES = ((224, 224), (224, 224), (280, 168), (168, 280))  # (width, height); each is one view without resizing
 NUMBERS = (1, 1, 2, 2, 3, 3, 4, 5, 6, 7)
-LARGER = 0.1  # of the pictures are not of their view's size
+LARGER = 0.1  # share of pictures that are resized to a view
 PLURALS = {"cross": "crosses"}
 
 
 def shape_scene(rng: random.Random, numbers: Sequence[int] = NUMBERS) -> Scene:
-    """So many shapes as one of `numbers`, and all questions about them."""
+    """Returns a picture with a number of shapes drawn from `numbers`, and questions about it."""
     width, height = rng.choice(SIZES)
     shapes = scatter(rng, rng.choice(numbers), width, height)
     picture = Picture(width, height, light_ground(rng), tuple(shapes))
@@ -22,22 +22,25 @@ def shape_scene(rng: random.Random, numbers: Sequence[int] = NUMBERS) -> Scene:
 
 
 def sometimes_larger(rng: random.Random, picture: Picture) -> Picture:
-    """As it is, or of another size: then it is resized and often cut into slices, across whatever lies there."""
+    """Returns the picture, or now and then a scaled one.
+
+    A scaled picture is resized and often sliced, across whatever lies on the cuts.
+    """
     return picture.zoomed(rng.uniform(0.6, 3.5)) if rng.random() < LARGER else picture
 
 
 def light_ground(rng: random.Random) -> Colour:
-    """White or nearly so, on which every colour shows."""
+    """Returns white or a light colour, on which every colour has contrast."""
     return (255, 255, 255) if rng.random() < 0.4 else tuple(rng.randint(222, 255) for _ in range(3))
 
 
 def scatter(rng: random.Random, number: int, width: int, height: int) -> list[Shape]:
-    """Shapes in cells of their own of a 3 x 3 grid, in reading order."""
+    """Returns shapes in different cells of a 3 x 3 grid, in reading order."""
     return [place_shape(rng, cell, width, height) for cell in sorted(rng.sample(range(9), number))]
 
 
 def place_shape(rng: random.Random, cell: int, width: int, height: int, name: tuple[str, str] | None = None) -> Shape:
-    """A shape, of that (colour, kind) or any, well inside a cell."""
+    """Returns a shape inside a cell; `name` is its (colour, kind), random if None."""
     colour, kind = name or (rng.choice(list(COLOURS)), rng.choice(SHAPES))
     row, column = divmod(cell, 3)
     room = min(width, height) // 6
@@ -48,12 +51,12 @@ def place_shape(rng: random.Random, cell: int, width: int, height: int, name: tu
 
 
 def cell_of(shape: Shape, width: int, height: int) -> int:
-    """Where it lies in the 3 x 3 grid."""
+    """Returns the number of the shape's cell in the 3 x 3 grid."""
     return shape.y * 3 // height * 3 + shape.x * 3 // width
 
 
 def questions(rng: random.Random, shapes: list[Shape], width: int, height: int) -> list[Turn]:
-    """Every kind of question, each about shapes that are named without doubt."""
+    """Returns questions of every kind, about shapes whose names are unambiguous."""
     cells = {shape: cell_of(shape, width, height) for shape in shapes}
     sole = [shape for shape in shapes if sum(other.name == shape.name for other in shapes) == 1]
     turns = [_describe(rng, shapes), _count_all(rng, shapes), _count_kind(rng, shapes), _count_colour(rng, shapes)]
@@ -67,7 +70,7 @@ def questions(rng: random.Random, shapes: list[Shape], width: int, height: int) 
 
 
 def plural(kind: str) -> str:
-    """Such as "crosses"."""
+    """Returns a kind's plural, for example "crosses"."""
     return PLURALS.get(kind, f"{kind}s")
 
 
@@ -139,7 +142,7 @@ def _is_there(rng: random.Random, shapes: list[Shape]) -> Turn:
 
 
 def _relations(rng: random.Random, a: Shape, b: Shape, cells: dict[Shape, int]) -> list[Turn]:
-    """Left or right, above or below, larger or smaller: each only where it is plain to see."""
+    """Returns questions about the shapes' positions and sizes, only where the answer is clear."""
     (a_row, a_column), (b_row, b_column) = (divmod(cells[shape], 3) for shape in (a, b))
     lies = f"The {a.name} is at the {CELLS[cells[a]]}, the {b.name} at the {CELLS[cells[b]]}."
     turns = []

@@ -1,20 +1,21 @@
-"""Training: `python -m minicpmv46_jax.train --config run.toml`, and each of its parts as a function.
+"""Training: `python -m minicpmv46_jax.train --config run.toml`, and its parts as functions.
 
-# data, on the host: numpy only
-marks = Marks.of(processor)                               # how the template marks answers
-one = conversation(processor, marks, messages)            # messages with the assistant's turns -> Conversation
-one = Conversation(inputs, learned)                       # or from processing.Inputs and a bool a token: is it to be said?
-shape = BatchShape(rows=8, tokens=512, patches=16384, views=128, longest=256)  # one static shape, one program
-for rows in fill(conversations, shape):                   # several conversations a row, in order
-    batch = stack([pack(rows, shape, config.vision)])     # TrainBatch with leading axes [accumulation, devices]
+Given `vlm = MiniCPMV.from_pretrained(...)`, `messages` that hold an assistant's turn, and `jax`, `jnp` and
+`optax`:
 
-# on the device: plain trees, pure functions
-optimizer = optax.adamw(1e-3)
-trained, frozen = split(params, lambda path: True)        # path: ("text", "layers", 0, "mlp", "up_proj", "weight")
-state = new_state(trained, frozen, optimizer)             # TrainState; masters in float32
-step = jax.jit(make_step(config, optimizer, dtype=jnp.bfloat16), donate_argnums=0)
-state, metrics = step(state, batch)                       # metrics.loss, .z_loss, .grad_norm, .learned
-params = join(state.trained, state.frozen)                # the model's tree again, for convert.export.export_hf
+    # On the host, in numpy. markers = AnswerMarkers.from_processor(vlm.processor)           # where the chat
+    template puts answers example = conversation(vlm.processor, markers, messages)        # Conversation:
+    tokens, pictures, loss mask shape = BatchShape(rows=2, tokens=256)                          # static
+    sizes: one shape is one program for rows in fill([example], shape):                             # several
+    conversations in a row, in order
+        batch = stack([pack(rows, shape, vlm.config.vision)])       # TrainBatch, [accumulation, devices, ...]
+
+    # On the device: pure functions over plain trees. optimizer = optax.adamw(1e-3) trained, frozen =
+    split(vlm.params, lambda path: path[0] == "text")  # path: ("text", "layers", 0, ...) state =
+    new_state(trained, frozen, optimizer)                   # TrainState; masters in float32 step =
+    jax.jit(make_step(vlm.config, optimizer, dtype=jnp.bfloat16), donate_argnums=0) state, metrics =
+    step(state, batch)                             # metrics.loss, .z_loss, .grad_norm, .learned params =
+    join(state.trained, state.frozen)                      # the model's tree, for convert.export.export_hf
 """
 
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, fill, pack, stack

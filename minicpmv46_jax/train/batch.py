@@ -1,8 +1,9 @@
-"""Conversations packed into batches of one static shape (numpy only: it runs on the host's workers).
+"""Packs conversations into batches of one static shape (numpy only: it runs in the host's data workers).
 
-A batch is R rows of L tokens, several conversations in a row, and one pass of pictures for all rows. A step takes a tree of
-batches with two leading axes, `[accumulation, devices, ...]` (`stack`): each device reads its own rows and pictures, one batch
-after the other. Conversations are never cut: what does not fit a row or the pass at all is refused.
+A batch is R rows of L tokens with several conversations in a row, and the pictures of all rows in one vision
+tower call. A step takes a tree of batches with two leading axes, `[accumulation, devices, ...]` (see
+`stack`). Each device processes its own rows and pictures, one batch after the other. A conversation is never
+cut: one that fits no batch is refused.
 """
 
 import dataclasses
@@ -21,12 +22,13 @@ from minicpmv46_jax.trees import tree_dataclass
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversation:
-    """A conversation to learn from.
+    """A conversation to train on.
 
     Attributes:
-      inputs: its tokens and pictures, whole.
-      loss_mask: of each token, whether the model is to say it, or how much that counts; the first is never.
-      where: its place in the data, for messages.
+      inputs: its tokens and pictures.
+      loss_mask: for each token, True if it counts as a label, or its weight in the loss. The first token
+        never counts.
+      where: its place in the data, for error messages.
     """
 
     inputs: Inputs
@@ -44,15 +46,15 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The static sizes of a batch. Without pictures, `patches` and `views` are 0.
+    """Static sizes of a batch. `patches` and `views` are 0 in a batch without pictures.
 
     Attributes:
       rows: R.
       tokens: L, a multiple of 64.
-      patches: of all pictures of a batch, a multiple of 16.
-      views: pictures and slices of a batch.
-      longest: patches of a view, at most.
-      downsample_mode: of all of them.
+      patches: patches of all pictures of a batch, a multiple of 16.
+      views: number of pictures and image slices of a batch.
+      longest: largest number of patches of one view.
+      downsample_mode: the mode of every picture, "16x" or "4x".
     """
 
     rows: int
@@ -67,13 +69,14 @@ class BatchShape:
             raise ValueError(f"a batch has {self.rows} rows of {self.tokens} tokens: expected a row or more of a multiple of 64")
         if self.patches % 16 or (self.patches > 0) != (self.views > 0):
             raise ValueError(
-                f"a batch has {self.patches} patches and {self.views} views: expected a multiple of 16 and some, or none"
+                f"a batch has {self.patches} patches and {self.views} views: expected a multiple of 16 and some views, or none "
+                f"of both"
             )
         if self.downsample_mode not in packing.MERGES:
             raise ValueError(f"downsample_mode is {self.downsample_mode!r}, expected one of {', '.join(packing.MERGES)}")
 
     def unsupported_reason(self, conversation: Conversation) -> str | None:
-        """Why the conversation fits no batch of this shape, or None."""
+        """Returns why the conversation fits no batch of this shape, or None if it fits."""
         if conversation.num_tokens > self.tokens:
             return f"it has {conversation.num_tokens} tokens, a row holds {self.tokens}"
         views = conversation.inputs.views
@@ -84,9 +87,12 @@ class BatchShape:
             )
         for view in views:
             if view.grid[0] * view.grid[1] > self.longest:
-                return f"a picture of it has {view.grid[0]} x {view.grid[1]} patches, a batch's have at most {self.longest}"
+                return (
+                    f"one of its pictures has {view.grid[0]} x {view.grid[1]} patches, a picture of a batch has at most "
+                    f"{self.longest}"
+                )
             if view.downsample_mode != self.downsample_mode:
-                return f"a picture of it is cut for {view.downsample_mode!r}, the batch for {self.downsample_mode!r}"
+                return f"one of its pictures is sliced for {view.downsample_mode!r}, the batch is for {self.downsample_mode!r}"
         return None
 
 
@@ -95,11 +101,11 @@ class TrainBatch:
     """R rows of L tokens.
 
     Attributes:
-      ids: the tokens.
-      labels: the token that follows each in its conversation.
-      weights: how much each label counts in the loss; 0 where nothing is to be learned.
-      segments: which conversation of its row a token belongs to: 1, 2, ..., and 0 for padding.
-      feature_rows: as in `model.TokenBlock`.
+      ids: token ids.
+      labels: for each token, the token that follows it in its conversation.
+      weights: each label's weight in the loss; 0 for tokens that do not count.
+      segments: the conversation of its row that a token belongs to: 1, 2, ...; 0 for padding.
+      feature_rows: for each token, the row of the picture features that replaces its embedding; -1 for text.
       views: the pictures of all rows, or None.
     """
 
@@ -112,32 +118,38 @@ class TrainBatch:
 
 
 class BatchFiller:
-    """A batch being filled: each conversation goes into the first row that has room."""
+    """A batch being filled. Each conversation goes into the first row with enough free tokens."""
 
     def __init__(self, shape: BatchShape):
         self.shape = shape
         self.rows: list[list[Conversation]] = [[] for _ in range(shape.rows)]
-        self.room = [shape.tokens] * shape.rows
-        self.patches, self.views = shape.patches, shape.views
+        self.free_tokens = [shape.tokens] * shape.rows
+        self.free_patches, self.free_views = shape.patches, shape.views
 
     def add(self, conversation: Conversation) -> bool:
-        """Takes the conversation, or says that there is no room for it. Raises ValueError where no batch has room."""
-        if unsupported_reason := self.shape.unsupported_reason(conversation):
-            raise ValueError(f"{conversation.where}: {unsupported_reason}")
+        """Adds the conversation and returns True, or returns False if this batch lacks the space.
+
+        Raises:
+          ValueError: no batch of this shape can hold the conversation.
+        """
+        if reason := self.shape.unsupported_reason(conversation):
+            raise ValueError(f"{conversation.where}: {reason}")
         views = len(conversation.inputs.views)
-        row = next((i for i, room in enumerate(self.room) if room >= conversation.num_tokens), None)
-        if row is None or views > self.views or conversation.num_patches > self.patches:
+        row = next((i for i, free in enumerate(self.free_tokens) if free >= conversation.num_tokens), None)
+        if row is None or views > self.free_views or conversation.num_patches > self.free_patches:
             return False
         self.rows[row].append(conversation)
-        self.room[row] -= conversation.num_tokens
-        self.patches, self.views = self.patches - conversation.num_patches, self.views - views
+        self.free_tokens[row] -= conversation.num_tokens
+        self.free_patches, self.free_views = self.free_patches - conversation.num_patches, self.free_views - views
         return True
 
 
 def fill(conversations: Iterable[Conversation], shape: BatchShape) -> Iterator[list[list[Conversation]]]:
-    """The rows of one batch after another, in the order of the data; the last batch may be part empty.
+    """Yields the rows of one batch after another, in the order of the data. The last batch may be partly
+    empty.
 
-    Raises ValueError naming a conversation that fits no batch.
+    Raises:
+      ValueError: a conversation fits no batch; the message names it.
     """
     filler = BatchFiller(shape)
     for conversation in conversations:
@@ -150,29 +162,29 @@ def fill(conversations: Iterable[Conversation], shape: BatchShape) -> Iterator[l
 
 
 def pack(rows: Sequence[Sequence[Conversation]], shape: BatchShape, vision: VisionConfig) -> TrainBatch:
-    """One batch of the conversations that stand in each row.
+    """Returns one batch that holds the conversations of each row.
 
     Args:
-      rows: at most `shape.rows`, each of at most `shape.tokens` tokens in all.
+      rows: at most `shape.rows` rows, each of at most `shape.tokens` tokens in all.
       shape: the batch's sizes.
-      vision: the tower's sizes.
+      vision: the vision tower's sizes.
     """
     size = shape.rows, shape.tokens
     ids, labels, segments = (np.zeros(size, np.int32) for _ in range(3))
     weights, feature_rows = np.zeros(size, np.float32), np.full(size, -1, np.int32)
     views, features = [], 0
     for r, row in enumerate(rows):
-        at = 0
+        start = 0
         for number, conversation in enumerate(row, start=1):
-            inputs, end = conversation.inputs, at + conversation.num_tokens
-            ids[r, at:end], segments[r, at:end] = inputs.token_ids, number
-            labels[r, at : end - 1], weights[r, at : end - 1] = inputs.token_ids[1:], conversation.loss_mask[1:]
+            inputs, end = conversation.inputs, start + conversation.num_tokens
+            ids[r, start:end], segments[r, start:end] = inputs.token_ids, number
+            labels[r, start : end - 1], weights[r, start : end - 1] = inputs.token_ids[1:], conversation.loss_mask[1:]
             for view in inputs.views:
-                start = at + view.start
-                feature_rows[r, start : start + view.num_tokens] = np.arange(features, features + view.num_tokens)
+                first = start + view.start
+                feature_rows[r, first : first + view.num_tokens] = np.arange(features, features + view.num_tokens)
                 features += view.num_tokens
                 views.append(packing.pack_view(view, vision.positions_per_side))
-            at = end
+            start = end
     return TrainBatch(ids, labels, weights, segments, feature_rows, _packed_views(views, shape, vision))
 
 
@@ -191,7 +203,12 @@ def _packed_views(views: Sequence[packing.PackedView], shape: BatchShape, vision
 
 
 def stack(batches: Sequence[TrainBatch], devices: int = 1) -> TrainBatch:
-    """What a step takes: `[accumulation, devices, ...]`, out of accumulation x devices batches of one shape."""
+    """Stacks batches of one shape into a step's input, a tree of leaves `[accumulation, devices, ...]`.
+
+    Args:
+      batches: accumulation x devices batches.
+      devices: number of devices.
+    """
     assert len(batches) % devices == 0, f"{len(batches)} batches for {devices} devices"
 
     def join(*leaves: np.ndarray) -> np.ndarray:

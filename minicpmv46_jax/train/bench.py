@@ -1,10 +1,11 @@
-"""How fast full fine-tuning runs on this device: `python -m minicpmv46_jax.train.bench --model FOLDER`.
+"""Benchmark of full fine-tuning on this device: `python -m minicpmv46_jax.train.bench --model FOLDER`.
 
-The sizes of a checkpoint's config.json with random weights, every parameter trained by AdamW: float32 masters and moments,
-bfloat16 computing. Two workloads: rows of text, and rows in which 1280x720 pictures stand among the text. Model FLOP utilisation
-counts what the model needs (three times the forward products; causal attention half; the gated delta rule as its recurrence),
-not what is computed twice, over the chip's own bfloat16 peak. Plans that the memory cannot hold are skipped, with a line that
-says so.
+The model has the sizes of a checkpoint's config.json and random weights. AdamW trains every parameter, with
+float32 masters and moments and bfloat16 computing. Two workloads are measured: rows of text, and rows with
+1280x720 pictures in the text. Model FLOP utilisation is relative to the chip's bfloat16 peak. It counts the
+FLOP that the model needs: three times the forward's products, half of attention's square because of
+causality, and the gated delta rule as a recurrence. Recomputation does not count. A case that does not fit in
+memory is skipped with a line of output.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, pac
 from minicpmv46_jax.train.forward import REMAT
 from minicpmv46_jax.train.step import TrainState, make_step, new_state
 
-# Dense bfloat16 FLOP a second, from the makers' data sheets; by the start of jax.Device.device_kind.
+# Dense bfloat16 FLOP a second from the vendors' data sheets, by the first words of jax.Device.device_kind.
 PEAK = {
     "NVIDIA H100": 989.4e12,
     "NVIDIA H200": 989.4e12,
@@ -41,13 +42,17 @@ PEAK = {
 }
 CASES = {"text": ("none:8:unrolled", "layer:8", "layer:8:reference"), "pictures": ("layer:4",)}
 UNROLLED = "unrolled"
-WORDS = 128  # that follow a picture
+WORDS = 128  # tokens of text that follow a picture
 
 
 class BenchCase(NamedTuple):
-    """REMAT:ROWS[:unrolled][:BACKEND].
+    """A case to measure, on the command line REMAT:ROWS[:unrolled][:BACKEND].
 
-    What a step keeps (`forward.REMAT`), its rows, whether layers are scanned (`forward.loss`), who runs it (`model.schema`).
+    Attributes:
+      remat: activations kept for the backward pass, one of `forward.REMAT`.
+      rows: number of rows of a batch.
+      scan_layers: see `forward.batch_loss`.
+      backend: see `step.make_step`.
     """
 
     remat: str
@@ -57,14 +62,18 @@ class BenchCase(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "BenchCase":
-        """Raises ValueError where it is none."""
+        """Parses a command-line argument.
+
+        Raises:
+          ValueError: it is not a case.
+        """
         if not (found := re.fullmatch(rf"({'|'.join(REMAT)}):([1-9]\d*)(:{UNROLLED})?(?::(\w+))?", text)):
-            raise ValueError(f"a plan is {text!r}, expected REMAT:ROWS[:{UNROLLED}][:BACKEND], REMAT of {', '.join(REMAT)}")
+            raise ValueError(f"a case is {text!r}, expected REMAT:ROWS[:{UNROLLED}][:BACKEND], REMAT of {', '.join(REMAT)}")
         return cls(found[1], int(found[2]), found[3] is None, found[4])
 
 
 def cut(config: ModelConfig, groups: int) -> ModelConfig:
-    """With so many of the text's groups of four layers, and a tower of twice as many layers."""
+    """Returns the configuration with `groups` groups of four text layers and 2 x `groups` vision layers."""
     kinds = config.text.layer_types[: 4 * groups]
     text = dataclasses.replace(config.text, num_hidden_layers=len(kinds), layer_types=kinds)
     vision = dataclasses.replace(config.vision, num_hidden_layers=2 * groups, insert_layer_id=groups - 1)
@@ -72,11 +81,11 @@ def cut(config: ModelConfig, groups: int) -> ModelConfig:
 
 
 def text_flops(config: TextConfig, tokens: int) -> float:
-    """Multiply-adds x 2 of reading a row of so many tokens, the head included."""
+    """Returns the FLOP of the forward over a row of `tokens` tokens, the output head included."""
     c, T = config, tokens
     mlp = 3 * c.hidden_size * c.intermediate_size
     attention = c.hidden_size * c.head_dim * (3 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    scores = c.num_attention_heads * c.head_dim * T  # q k^T and the weights' product, half of them in the past
+    scores = c.num_attention_heads * c.head_dim * T  # q k^T and the product with the values, of which causality leaves half
     delta = c.hidden_size * (c.linear_conv_dim + 2 * c.linear_value_dim + 2 * c.linear_num_value_heads)
     rule = 3 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
     full = c.layer_types.count("full_attention")
@@ -85,19 +94,19 @@ def text_flops(config: TextConfig, tokens: int) -> float:
 
 
 def conversations(config: ModelConfig, tokens: int, pictures: bool) -> list[Conversation]:
-    """A row's: one of words; or as many as fit, at most two, each a 1280x720 picture and `WORDS` words."""
+    """Returns a row's conversations: one of text, or at most two of a 1280x720 picture and `WORDS` tokens."""
     if not pictures:
         ids = np.random.default_rng(0).integers(0, config.text.vocab_size, tokens).astype(np.int32)
         return [Conversation(Inputs(ids, ()), np.ones(tokens, bool))]
     inputs = photo_inputs(config, WORDS)
     learned = np.arange(len(inputs.token_ids)) >= len(inputs.token_ids) - WORDS
     if tokens < len(learned):
-        raise ValueError(f"rows have {tokens} tokens, and a picture and its words take {len(learned)}")
+        raise ValueError(f"rows have {tokens} tokens, and a picture and its text take {len(learned)}")
     return [Conversation(inputs, learned)] * min(tokens // len(learned), 2)
 
 
 def make_batch(config: ModelConfig, rows: int, tokens: int, pictures: bool) -> TrainBatch:
-    """`rows` equal rows; beside the pictures stand conversations of words alone."""
+    """Returns a batch of `rows` equal rows; text fills the rest of a row with pictures."""
     row = conversations(config, tokens, pictures)
     if pictures:
         rest = tokens - sum(one.num_tokens for one in row)
@@ -109,7 +118,7 @@ def make_batch(config: ModelConfig, rows: int, tokens: int, pictures: bool) -> T
 
 
 def batch_flops(config: ModelConfig, batch: TrainBatch) -> float:
-    """Of a step: three times the forward's."""
+    """Returns the FLOP of a step: three times the forward's."""
     lengths = [np.count_nonzero(row == number) for row in batch.segments[0, 0] for number in np.unique(row[row > 0])]
     total = sum(text_flops(config.text, int(length)) for length in lengths)
     if batch.views is not None:
@@ -119,7 +128,11 @@ def batch_flops(config: ModelConfig, batch: TrainBatch) -> float:
 
 
 def random_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """Weights like those a model begins with, out of one pool of numbers: drawing each leaf's took longer than compiling."""
+    """Returns a state with random weights.
+
+    All leaves repeat one pool of random numbers, because drawing each leaf's numbers takes longer than
+    compiling.
+    """
     pool = 0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -137,9 +150,17 @@ def measure(
     kernels: bool,
     compiler_options: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Seconds to compile and of a step (median), the last loss, and the bytes that the program holds on the device.
+    """Compiles a case's step and measures it.
 
-    `kernels`: print those of one more step. `compiler_options`: XLA's.
+    Args:
+      config, batch, case: the model, a step's input and the case.
+      steps: number of timed steps, after one to warm up.
+      kernels: True to print the device's kernels of one more step.
+      compiler_options: XLA's options.
+
+    Returns:
+      Seconds to compile ("compile"), median seconds of a step ("seconds"), last loss ("loss") and bytes that
+      the program holds on the device ("bytes").
     """
     optimizer = optax.adamw(1e-5)
     state = random_state(config, optimizer)
@@ -168,7 +189,7 @@ def measure(
 
 
 def peak() -> tuple[float, str]:
-    """The chip's FLOP a second in bfloat16, and where the number is from."""
+    """Returns (the chip's bfloat16 FLOP a second, source of the number)."""
     kind = jax.devices()[0].device_kind
     known = next((rate for name, rate in PEAK.items() if kind.startswith(name)), None)
     return (known, "data sheet") if known else (matrix_rate(256, jnp.dtype(jnp.bfloat16)), "a product of 256 measured here")
@@ -177,7 +198,13 @@ def peak() -> tuple[float, str]:
 def report(
     config: ModelConfig, name: str, case: BenchCase, batch: TrainBatch, rate: float, found: dict[str, float]
 ) -> dict[str, Any]:
-    """The figures of a plan; prints their line. `rate` is the chip's."""
+    """Prints a case's line and returns its figures.
+
+    Args:
+      config, name, case, batch: the model, the workload's name, the case and a step's input.
+      rate: the chip's peak FLOP a second.
+      found: results of `measure`.
+    """
     seconds, tokens = found["seconds"], int(np.count_nonzero(batch.segments))
     photos = 0 if batch.views is None else np.count_nonzero(batch.views.view_lens) // len(PHOTO_GRIDS)
     figures = {
@@ -198,16 +225,17 @@ def report(
 
 
 def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.train.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json is read")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a row")
-    parser.add_argument("--steps", type=int, default=5, help="timed, after one to warm up")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one to warm up (default: %(default)s)")
     case = {"nargs": "*", "type": BenchCase.parse, "metavar": f"REMAT:ROWS[:{UNROLLED}][:BACKEND]"}
-    parser.add_argument("--text", **case, default=[BenchCase.parse(x) for x in CASES["text"]], help="plans for rows of text")
-    parser.add_argument("--pictures", **case, default=[BenchCase.parse(x) for x in CASES["pictures"]], help="plans with pictures")
-    parser.add_argument("--groups", type=int, default=0, help="a model cut to so many groups of four layers; 0: the whole one")
-    parser.add_argument("--kernels", action="store_true", help="print the device's kernels of a step of each plan as well")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--text", **case, default=[BenchCase.parse(x) for x in CASES["text"]], help="cases with rows of text")
+    parser.add_argument("--pictures", **case, default=[BenchCase.parse(x) for x in CASES["pictures"]], help="cases with pictures")
+    parser.add_argument("--groups", type=int, default=0, help="groups of four layers to keep (default: 0, all)")
+    parser.add_argument("--kernels", action="store_true", help="also print the device's kernels of a step of each case")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
     config = ModelConfig.from_folder(args.model)
     config = cut(config, args.groups) if args.groups else config
@@ -223,7 +251,7 @@ def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(f"{name:9s} {case.rows:3d} rows, keeps {case.remat}: does not fit the memory", flush=True)
+            print(f"{name:9s} {case.rows:3d} rows, keeps {case.remat}: does not fit in memory", flush=True)
             continue
         rows.append(report(config, name, case, batch, rate, found))
         if args.json:

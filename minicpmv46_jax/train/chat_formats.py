@@ -1,14 +1,18 @@
-"""Rows of chat data as files have them -> messages as `processing` takes them.
+"""Reads rows of chat data files as messages for `processing.Processor`.
 
-Four forms are read, told apart by the row's own keys:
+A row has one of four forms, recognised by its keys:
 
-    {"messages": [{"role": "user", "content": "<image>What is it?"}, ...], "images": ["a.jpg"]}          OpenAI's, ms-swift's
-    {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", ...}], ...}     sharegpt, LLaMA-Factory's
-    {"conversation": [{"human": "What is it?", "assistant": "A cat."}], ...}                             sharegpt, ms-swift's
-    {"query": ..., "response": ..., "history": [[query, response], ...]}                                 ms-swift's older one
+    {"messages": [{"role": "user", "content": "<image>What is it?"}, ...], "images": ["a.jpg"]}
+    {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", ...}], ...}
+    {"conversation": [{"human": "What is it?", "assistant": "A cat."}], ...}
+    {"query": ..., "response": ..., "history": [[query, response], ...]}
 
-Beside them may stand `images` and `videos` (paths, URLs or {"path": ...}), `system`, and `tools` (a list or JSON text). An
-`<image>` or `<video>` in a text stands for the next of them; content may be a list of OpenAI's parts instead.
+They are OpenAI's (and ms-swift's), LLaMA-Factory's sharegpt, ms-swift's sharegpt, and the older one of
+ms-swift.
+
+Optional keys of each form are `images` and `videos` (paths, URLs or {"path": ...}), `system`, and `tools` (a
+list or JSON text). An `<image>` or `<video>` in a text stands for the next of them. Content may be a list of
+OpenAI's parts instead.
 Sources: LLaMA-Factory data/README.md, ms-swift docs "Custom Dataset".
 """
 
@@ -30,25 +34,25 @@ ROLES = {
     "tool_response": "tool",
     "tool": "tool",
 }
-MEDIA = re.compile(r"\n?<(image|video)>\n?")  # the template puts a newline between parts itself
+MEDIA = re.compile(r"\n?<(image|video)>\n?")  # without the newlines around a mark: the template adds its own between parts
 
 
 class ChatRow(NamedTuple):
-    """A conversation in `processing`'s form."""
+    """A row's messages in the form that `processing.Processor` takes, and the tools offered in it."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
 
 
 def read_row(line: str, root: Path) -> ChatRow:
-    """A line of a JSONL file.
+    """Parses a line of a JSONL file.
 
     Args:
       line: its text.
-      root: what relative paths of media are relative to.
+      root: the folder that relative paths of media start from.
 
     Raises:
-      ValueError: saying what is wrong with the row.
+      ValueError: the row is malformed or a media file does not exist; the message gives the reason.
     """
     try:
         row = json.loads(line)
@@ -67,7 +71,7 @@ def read_row(line: str, root: Path) -> ChatRow:
 
 
 def _turns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(role, content, other keys) of every turn, in our roles."""
+    """Yields (role, content, other keys) of every turn, with roles as in the values of `ROLES`."""
     forms = [form for form in ("messages", "conversations", "conversation", "query") if row.get(form) is not None]
     if len(forms) != 1:
         raise ValueError(f"expected one of messages, conversations, conversation and query, found {', '.join(forms) or 'none'}")
@@ -106,21 +110,21 @@ def _message(
 
 
 def _parts(text: str, queues: dict[str, Iterator], given: dict[str, int]) -> list[dict[str, Any]]:
-    """The text between its marks, and the media that the marks stand for."""
+    """Returns the parts of a text, with the next image or video in the place of each mark."""
     parts = []
-    for i, piece in enumerate(MEDIA.split(text)):
+    for i, part in enumerate(MEDIA.split(text)):
         if i % 2 == 0:
-            parts += [{"type": "text", "text": piece}] if piece.strip() else []
+            parts += [{"type": "text", "text": part}] if part.strip() else []
             continue
-        source = next(queues[piece], None)
+        source = next(queues[part], None)
         if source is None:
-            raise ValueError(f"more <{piece}> marks in the texts than {piece}s: {given[piece]}")
-        parts.append({"type": piece, piece: source})
+            raise ValueError(f"more <{part}> marks in the texts than {part}s: {given[part]}")
+        parts.append({"type": part, part: source})
     return parts
 
 
 def _media(row: Mapping[str, Any], kind: str, root: Path) -> list[Any]:
-    """Where the row's images or videos are; relative paths under `root`."""
+    """Returns the paths and URLs of the row's images or videos; relative paths start from `root`."""
     found = row.get(f"{kind}s", row.get(kind))
     found = [] if found is None else found if isinstance(found, list) else [found]
     return [_source(source, kind, root) for source in found]
@@ -140,7 +144,7 @@ def _source(source: Any, kind: str, root: Path) -> str:
 
 
 def _calls(content: Any) -> list[dict[str, Any]]:
-    """LLaMA-Factory's function_call: JSON of {"name", "arguments"}, or a list of them."""
+    """Parses LLaMA-Factory's function_call: JSON of {"name", "arguments"}, or a list of such objects."""
     try:
         calls = json.loads(content) if isinstance(content, str) else content
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""A run's state on disk, by orbax: written beside the training, the newest few kept, and complete or not there at all.
+"""Saves and restores a run's state with orbax. Writing is asynchronous and atomic; the newest few checkpoints
+are kept.
 
-A checkpoint holds what the run cannot get elsewhere: the trained parameters, the optimiser's state, the step, and where the data
-stands. Frozen parameters are those of the model that the run began with.
+A checkpoint holds the state that has no other source: the trained parameters, the optimiser's state, the
+step and the data iterator's state. Frozen parameters come from the model that the run started from.
 """
 
 from pathlib import Path
@@ -15,51 +16,60 @@ from minicpmv46_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of a run, in one folder."""
+    """Checkpoints of a run in one folder, of which the newest `keep` are kept."""
 
     def __init__(self, folder: str | Path, keep: int = 2):
-        """`keep`: how many of the newest stay."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Copies the state off the device and writes it while training goes on.
+        """Copies the state to the host and writes it while training continues.
 
-        `data`: JSON, the state of this host's data iterator.
+        Args:
+          state: the run's state.
+          data: state of this host's data iterator, as JSON can hold it.
         """
-        where = {"hosts": sharding.gather_json(data)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), data=ocp.args.JsonSave(where))
+        positions = {"hosts": sharding.gather_json(data)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_leaves(state)), data=ocp.args.JsonSave(positions))
         self.manager.save(int(state.step), args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint, lying on devices as `state` does and with its frozen parameters; None where there is none.
+        """Restores the newest checkpoint.
 
-        Raises ValueError where it is not of this run's parameters and optimiser, or of another number of hosts.
+        Args:
+          state: a state of this run, for its shardings and its frozen parameters.
+
+        Returns:
+          (state, state of this host's data iterator), or None if there is no checkpoint.
+
+        Raises:
+          ValueError: the checkpoint has other parameters or another optimiser, or another number of hosts
+            wrote it.
         """
         newest = self.manager.latest_step()
         if newest is None:
             return None
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _leaves(state))
-        self._check(newest, wanted)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
-        found = self.manager.restore(newest, args=args)
-        hosts = found["data"]["hosts"]
+        expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _leaves(state))
+        self._check(newest, expected)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(expected), data=ocp.args.JsonRestore())
+        restored = self.manager.restore(newest, args=args)
+        hosts = restored["data"]["hosts"]
         if len(hosts) != jax.process_count():
             raise ValueError(
                 f"{self.manager.directory}: {len(hosts)} hosts wrote the checkpoint of step {newest}, and there are "
-                f"{jax.process_count()}: their data would not go on where it was"
+                f"{jax.process_count()}: their data cannot be resumed"
             )
-        return _CheckpointItems(state).rebuilt(found["state"]), hosts[jax.process_index()]
+        return _CheckpointItems(state).rebuild(restored["state"]), hosts[jax.process_index()]
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Closes the folder after all pending writes."""
         self.manager.wait_until_finished()
         self.manager.close()
 
-    def _check(self, newest: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def _check(self, newest: int, expected: dict[str, jax.ShapeDtypeStruct]) -> None:
         found = {name: tuple(leaf.shape) for name, leaf in self.manager.item_metadata(newest)["state"].tree.items()}
-        shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+        shapes = {name: tuple(leaf.shape) for name, leaf in expected.items()}
         if differ := sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name)):
             name = differ[0]
             raise ValueError(
@@ -69,18 +79,18 @@ class Checkpoints:
 
 
 class _CheckpointItems:
-    """The parts of a state that a checkpoint holds, by name, and the way back."""
+    """The parts of a state that a checkpoint holds, as arrays by name."""
 
     def __init__(self, state: TrainState):
         self.frozen = state.frozen
-        self.held = state.step, state.trained, state.optimizer
+        self.saved = state.step, state.trained, state.optimizer
 
     def named(self) -> dict[str, jax.Array]:
-        return {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(self.held)[0]}
+        return {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(self.saved)[0]}
 
-    def rebuilt(self, named: dict[str, jax.Array]) -> TrainState:
+    def rebuild(self, named: dict[str, jax.Array]) -> TrainState:
         leaves = [named[name] for name in self.named()]
-        step, trained, optimizer = jax.tree.unflatten(jax.tree.structure(self.held), leaves)
+        step, trained, optimizer = jax.tree.unflatten(jax.tree.structure(self.saved), leaves)
         return TrainState(step, trained, self.frozen, optimizer)
 
 

@@ -1,8 +1,9 @@
-"""Files of conversations -> packed batches, through grain: shuffled by a seed, sharded, and resumed at the next batch.
+"""Data pipeline through grain: files of conversations in, packed batches out.
 
-A row is read, its pictures opened and its tokens made by grain's threads or processes; packing is the last stage. The iterator's
-state is where the next batch begins, so a run that goes on sees the batches that it would have seen. Conversations stay in the
-order of the shuffle: what does not fit a batch begins the next.
+Rows are shuffled by a seed and divided among hosts. Grain's threads or processes parse a row, open its
+pictures and tokenise it. Packing is the last stage. The iterator's state marks the start of the next batch,
+so a resumed run sees the batches that it would have seen without the interruption. Conversations keep the
+order of the shuffle: a conversation that does not fit a batch starts the next one.
 """
 
 import dataclasses
@@ -26,12 +27,16 @@ ERRORS = ("fatal", "skip")
 
 
 class LineSource:
-    """The lines of several files, by number: a random-access source for grain. Blank lines are left out."""
+    """Random-access source for grain: the lines of several files by index, without blank lines."""
 
     def __init__(self, files: Sequence[str | Path]):
-        """Raises ValueError where a file does not exist or there is no line at all."""
+        """Indexes the files.
+
+        Raises:
+          ValueError: a file does not exist, or all are empty.
+        """
         self.files = [Path(file) for file in files]
-        self.places: list[tuple[int, int, int]] = []  # file, line from 1, byte offset
+        self.offsets: list[tuple[int, int, int]] = []  # index of the file, line number from 1, byte offset
         for number, file in enumerate(self.files):
             if not file.is_file():
                 raise ValueError(f"{file} does not exist")
@@ -39,17 +44,17 @@ class LineSource:
             with file.open("rb") as lines:
                 for line_number, line in enumerate(lines, start=1):
                     if line.strip():
-                        self.places.append((number, line_number, offset))
+                        self.offsets.append((number, line_number, offset))
                     offset += len(line)
-        if not self.places:
+        if not self.offsets:
             raise ValueError(f"there is no line in {', '.join(map(str, self.files)) or 'no files'}")
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.offsets)
 
     def __getitem__(self, index: int) -> tuple[str, bytes]:
-        """("file:line", the line's bytes)."""
-        number, line, offset = self.places[index]
+        """Returns ("file:line", the line's bytes)."""
+        number, line, offset = self.offsets[index]
         with self.files[number].open("rb") as file:
             file.seek(offset)
             return f"{self.files[number]}:{line}", file.readline()
@@ -57,21 +62,22 @@ class LineSource:
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be learned from, and why."""
+    """A row that cannot be trained on; `message` names the row and the reason."""
 
     message: str
 
 
 @dataclasses.dataclass(frozen=True)
 class RowProcessor:
-    """A line -> a conversation that fits the batch, or a fault: what grain's workers do.
+    """Turns a line of a file into a conversation that fits a batch, or into a `BadRow`; runs in grain's
+    workers.
 
     Attributes:
-      processor, markers: the checkpoint's.
-      shape: of a batch.
-      root: what relative paths of media are relative to; None for each file's own folder.
-      last_only: learn the last answer alone.
-      options: as `processing.Processor` takes them.
+      processor, markers: those of the checkpoint.
+      shape: the batch's sizes.
+      root: the folder that relative paths of media start from; None for each file's own folder.
+      last_only: True to train on the last answer of each conversation only.
+      options: options of `processing.Processor`.
     """
 
     processor: Processor
@@ -84,25 +90,30 @@ class RowProcessor:
     def __call__(self, line: tuple[str, bytes]) -> Conversation | BadRow:
         where, text = line
         try:
-            return self.read(where, text)
+            return self.parse(where, text)
         except ValueError as error:
             return BadRow(str(error) if str(error).startswith(where) else f"{where}: {error}")
 
-    def read(self, where: str, text: bytes) -> Conversation:
-        """Raises ValueError saying what is wrong with the line."""
+    def parse(self, where: str, text: bytes) -> Conversation:
+        """Returns the line's conversation.
+
+        Raises:
+          ValueError: the line is malformed, its media cannot be read, or it fits no batch; the message gives
+            the reason.
+        """
         root = self.root or Path(where.rpartition(":")[0]).parent
         row = read_row(text.decode("utf-8"), root)
         options = {**self.options, "downsample_mode": self.shape.downsample_mode}
-        one = conversation(
+        parsed = conversation(
             self.processor, self.markers, row.messages, where=where, last_only=self.last_only, tools=row.tools, **options
         )
-        if unsupported_reason := self.shape.unsupported_reason(one):
-            raise ValueError(unsupported_reason)
-        return one
+        if reason := self.shape.unsupported_reason(parsed):
+            raise ValueError(reason)
+        return parsed
 
 
 class Batches(grain.IterDataset):
-    """Batches of `devices` x `accumulation` packed parts, out of a dataset of conversations and faults."""
+    """Dataset of step inputs: `accumulation` x `devices` packed batches each."""
 
     def __init__(self, parent: grain.IterDataset, shape: BatchShape, vision: VisionConfig, parts: tuple[int, int], errors: str):
         super().__init__(parent)
@@ -115,13 +126,18 @@ class Batches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """`bad_rows` counts the rows that were skipped; each is named in the log."""
+    """Iterator of `Batches`.
+
+    Attributes:
+      bad_rows: the skipped rows by place; the log gives each row's reason.
+      conversations: number of conversations packed so far.
+    """
 
     def __init__(self, parent: grain.DatasetIterator, batches: Batches):
         super().__init__(parent)
         self.batches = batches
-        self.waiting: Conversation | None = None  # read already, for the next batch
-        self.state = parent.get_state()  # before the next batch's first conversation
+        self.waiting: Conversation | None = None  # did not fit the last batch; starts the next one
+        self.state = parent.get_state()  # of the parent, before the next batch's first conversation
         self.bad_rows: Counter[str] = Counter()
         self.conversations = 0
 
@@ -134,28 +150,28 @@ class BatchIterator(grain.DatasetIterator):
         return stack(packed, devices)
 
     def _part(self) -> list[list[Conversation]]:
-        """The rows of one part; the last ones of the data may be empty."""
+        """Returns the rows of one packed batch; rows are empty at the end of the data."""
         filler = BatchFiller(self.batches.shape)
-        while (one := self._conversation()) is not None:
-            if not filler.add(one):
-                self.waiting = one
+        while (conversation := self._next_conversation()) is not None:
+            if not filler.add(conversation):
+                self.waiting = conversation
                 break
             self.conversations += 1
             self.state = self._parent.get_state()
         return filler.rows
 
-    def _conversation(self) -> Conversation | None:
-        """The next one, or None at the end."""
+    def _next_conversation(self) -> Conversation | None:
+        """Returns the next conversation, or None at the end of the data."""
         if self.waiting is not None:
-            one, self.waiting = self.waiting, None
-            return one
-        for found in self._parent:
-            if not isinstance(found, BadRow):
-                return found
+            conversation, self.waiting = self.waiting, None
+            return conversation
+        for row in self._parent:
+            if not isinstance(row, BadRow):
+                return row
             if self.batches.errors == "fatal":
-                raise ValueError(found.message)
-            self.bad_rows[found.message.split(": ")[0]] += 1
-            log.warning("skipped %s", found.message)
+                raise ValueError(row.message)
+            self.bad_rows[row.message.split(": ")[0]] += 1
+            log.warning("skipped %s", row.message)
         return None
 
     def get_state(self) -> dict[str, Any]:
@@ -168,7 +184,7 @@ class BatchIterator(grain.DatasetIterator):
 
 def batches(
     files: Sequence[str | Path],
-    reader: RowProcessor,
+    row_processor: RowProcessor,
     vision: VisionConfig,
     *,
     accumulation: int = 1,
@@ -180,30 +196,31 @@ def batches(
     threads: int = 4,
     shard: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Batches of the files' conversations.
+    """Returns the dataset of the files' conversations as packed batches.
 
     Args:
-      files: JSONL; see `rows`.
-      reader: line -> conversation.
-      vision: the tower's sizes.
+      files: JSONL files; see `chat_formats`.
+      row_processor: turns a line into a conversation.
+      vision: the vision tower's sizes.
       accumulation, devices: leading axes of a batch.
-      epochs: how often the data is read; None without end.
-      seed: of the shuffle, which is another one in every epoch; None for the files' order.
-      errors: what becomes of rows that cannot be learned from: "fatal" or "skip".
-      workers: processes that read rows; 0 for threads alone.
-      threads: that read rows, in each process.
-      shard: (which, of how many): every n-th row, for data that several hosts read.
+      epochs: number of passes over the data; None for no end.
+      seed: seed of the shuffle, whose order differs in every epoch; None for the files' order.
+      errors: "fatal" raises at a bad row, "skip" leaves it out and logs it.
+      workers: processes that parse rows; 0 for threads only.
+      threads: threads that parse rows in each process.
+      shard: (host, hosts): this host reads every `hosts`-th row, beginning with row `host`.
 
     Raises:
-      ValueError: naming the file that does not exist; while iterating, with errors = "fatal", the file and line at fault.
+      ValueError: a file does not exist. While iterating with errors = "fatal": a row is bad; the message
+        names file and line.
     """
     rows = grain.MapDataset.source(LineSource(files))[shard[0] :: shard[1]]
     if seed is not None:
         rows = rows.seed(seed).shuffle()
-    rows = rows.repeat(epochs).map(reader)
+    rows = rows.repeat(epochs).map(row_processor)
     read = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4 * threads, 1)))
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain's processes ask for its absl flags, which this program does not parse
+            flags.FLAGS.mark_as_parsed()  # grain's processes read absl flags, which this program does not parse
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return Batches(read, reader.shape, vision, (accumulation, devices), errors)
+    return Batches(read, row_processor.shape, vision, (accumulation, devices), errors)

@@ -1,4 +1,4 @@
-"""A run's numbers: a line on the console, a line of JSON, TensorBoard's events, and at the end a picture of the curves."""
+"""Metrics of a run as console lines, JSON lines, TensorBoard events and, at the end, a plot."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,18 @@ from pathlib import Path
 CURVES = ("loss", "grad_norm", "rate", "tokens_per_second")
 
 
-class Log:
-    """Writes into a run's folder: metrics.jsonl, tensorboard/, curves.png. A run that goes on appends."""
+class MetricsLog:
+    """Writer of metrics.jsonl, tensorboard/ and curves.png in a run's folder. A resumed run appends."""
 
     def __init__(self, folder: str | Path, steps: int, start: int = 0):
-        """`steps`: of the whole run; `start`: done already. Lines past it, of a run that was broken off, are dropped."""
-        from tensorboardX import SummaryWriter  # here, so that the library's steps need none of it
+        """Opens the log.
+
+        Args:
+          folder: the run's folder.
+          steps: number of steps of the whole run.
+          start: number of steps done. Lines of later steps, which an interrupted run wrote, are dropped.
+        """
+        from tensorboardX import SummaryWriter  # imported here: training steps alone do not need tensorboardX
 
         self.folder, self.steps = Path(folder), steps
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -22,7 +28,7 @@ class Log:
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One step's numbers."""
+        """Logs one step's metrics."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -30,20 +36,20 @@ class Log:
         print(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.5g}" for name, value in values.items()), flush=True)
 
     def close(self) -> None:
-        """Ends the files and draws the curves."""
+        """Closes the files and plots the curves."""
         self.board.close()
         draw_curves(self.path, self.folder / "curves.png")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """A metrics.jsonl's lines; none where there is no such file."""
+    """Returns the lines of a metrics.jsonl; an empty list if the file does not exist."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def draw_curves(metrics: str | Path, out: str | Path) -> None:
-    """The curves of a metrics.jsonl as a picture."""
-    from matplotlib.figure import Figure  # the figure alone: no window system
+    """Plots the curves of a metrics.jsonl into an image file."""
+    from matplotlib.figure import Figure  # without pyplot, which may look for a window system
 
     lines = read_metrics(metrics)
     names = [name for name in CURVES if any(name in line for line in lines)]

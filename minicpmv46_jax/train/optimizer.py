@@ -1,4 +1,4 @@
-"""optax optimisers with a schedule, a rate for each part of the model, and parts that stay as they are."""
+"""Builds optax optimisers: a schedule, a learning rate for each part of the model, and frozen parts."""
 
 import dataclasses
 from typing import Any
@@ -16,17 +16,19 @@ OPTIMIZERS = ("adamw", "lion", "sgd")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What a run's `[optimizer]` says.
+    """Settings of a run's `[optimizer]` table.
 
     Attributes:
       name: one of `OPTIMIZERS`.
-      rate: the learning rate at its highest.
-      schedule: how it falls after the warm-up, to `final` times `rate` at the last step.
-      warmup: steps in which it rises from 0.
-      weight_decay: of matrices; vectors, filters and embeddings of position have none.
-      clip: the gradient's norm is cut to this; 0 for never.
-      b1, b2: of the moments ("sgd": b1 is the momentum).
-      text, vision, merger: multiply the rate of each part; 0 freezes it. The merger is the last one, after the tower.
+      rate: the peak learning rate.
+      schedule: one of `SCHEDULES`; the rate falls after the warm-up to `final` x `rate` at the last step.
+      final: see `schedule`.
+      warmup: number of steps in which the rate rises from 0.
+      weight_decay: decay of matrices; vectors, filters and position embeddings have none.
+      clip: upper bound of the gradient's norm; 0 for none.
+      b1, b2: decay rates of the moments; for "sgd", b1 is the momentum.
+      text, vision, merger: factors on each part's rate; 0 freezes the part. `merger` is the merger after the
+        vision tower.
     """
 
     name: str = "adamw"
@@ -51,42 +53,46 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected 0 or more")
 
     def trains(self, path: TreePath) -> bool:
-        """Whether the parameter at `path` is trained."""
+        """Returns whether the parameter at `path` is trained."""
         return getattr(self, part(path)) > 0
 
 
 def part(path: TreePath) -> str:
-    """Which of `PARTS` the parameter at `path` belongs to."""
+    """Returns the one of `PARTS` that the parameter at `path` belongs to."""
     return "merger" if path[:2] == ("vision", "merger") else path[0]
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step. Raises ValueError where the warm-up is longer than the run."""
+    """Returns the learning rate as a function of the step.
+
+    Raises:
+      ValueError: the warm-up is longer than the run.
+    """
     if config.warmup > steps:
         raise ValueError(f"optimizer.warmup is {config.warmup} steps, the run has {steps}")
-    rest, low = max(steps - config.warmup, 1), config.final * config.rate
-    fall = {
+    rest, final_rate = max(steps - config.warmup, 1), config.final * config.rate
+    decay = {
         "constant": optax.constant_schedule(config.rate),
-        "linear": optax.linear_schedule(config.rate, low, rest),
+        "linear": optax.linear_schedule(config.rate, final_rate, rest),
         "cosine": optax.cosine_decay_schedule(config.rate, rest, alpha=config.final),
     }[config.schedule]
-    rise = optax.linear_schedule(config.rate / max(config.warmup, 1), config.rate, max(config.warmup - 1, 1))
-    return optax.join_schedules([rise, fall], [config.warmup]) if config.warmup else fall
+    warmup = optax.linear_schedule(config.rate / max(config.warmup, 1), config.rate, max(config.warmup - 1, 1))
+    return optax.join_schedules([warmup, decay], [config.warmup]) if config.warmup else decay
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a run of so many steps, for a tree of trained parameters as `step.split` makes it."""
+    """Returns the optimiser of a run of `steps` steps over trained parameters (see `step.split`)."""
     moments = {
         "adamw": optax.scale_by_adam(config.b1, config.b2),
         "lion": optax.scale_by_lion(config.b1, config.b2),
         "sgd": optax.trace(config.b1),
     }[config.name]
     chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    chain += [moments, optax.add_decayed_weights(config.weight_decay, _decayed)] if config.weight_decay else [moments]
-    return optax.chain(*chain, _by_part(config), optax.scale_by_learning_rate(make_schedule(config, steps)))
+    chain += [moments, optax.add_decayed_weights(config.weight_decay, _decay_mask)] if config.weight_decay else [moments]
+    return optax.chain(*chain, _scale_by_part(config), optax.scale_by_learning_rate(make_schedule(config, steps)))
 
 
-def _decayed(params: Any) -> Any:
+def _decay_mask(params: Any) -> Any:
     def matrix(keys: Any, x: jax.Array) -> bool:
         path = tree_path(keys)
         return x.ndim == 2 and path[-1] != "conv" and path[-2] != "position_embed"
@@ -94,7 +100,7 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(matrix, params)
 
 
-def _by_part(config: OptimizerConfig) -> optax.GradientTransformation:
+def _scale_by_part(config: OptimizerConfig) -> optax.GradientTransformation:
     def scale(updates: Any, params: Any) -> Any:
         del params
         return jax.tree_util.tree_map_with_path(

@@ -1,8 +1,9 @@
-"""One step of training: a pure function over plain trees.
+"""A training step: a pure function over plain trees.
 
-What is trained and what is frozen are two trees of the model's shape with None in the other's places (or an adapter beside a
-frozen matrix); None is no leaf to jax, so gradients, optimiser state and their memory are of the trained parameters alone. Those
-are float32 masters; the step casts them to the computing dtype, frozen ones may be kept in it.
+Trained and frozen parameters are two trees of the model's shape. Each has None in the other's places, or an
+adapter beside a frozen matrix. None is not a leaf in jax, so gradients and the optimiser's state exist for
+trained parameters only. Trained parameters are float32 masters, which the step casts to the computing dtype.
+Frozen ones may be stored in that dtype.
 """
 
 import functools
@@ -28,7 +29,13 @@ from minicpmv46_jax.trees import tree_dataclass
 
 @tree_dataclass
 class TrainState:
-    """Everything that a step changes, and what it reads: `trained` and `frozen` make the model (see `join`)."""
+    """State of a run.
+
+    Attributes:
+      step: number of steps done.
+      trained, frozen: the model's parameters in two parts; see `join`.
+      optimizer: the optimiser's state.
+    """
 
     step: Int32[Array, ""]
     trained: Any
@@ -37,7 +44,14 @@ class TrainState:
 
 
 class Metrics(NamedTuple):
-    """Of one step. `loss` is the mean over learned tokens; `z_loss` is not in it."""
+    """Metrics of one step.
+
+    Attributes:
+      loss: mean negative log likelihood of the label tokens, without `z_loss`.
+      z_loss: the weighted mean of the squared log-sum-exp.
+      grad_norm: norm of the gradient.
+      learned: sum of the label tokens' weights.
+    """
 
     loss: Float32[Array, ""]
     z_loss: Float32[Array, ""]
@@ -49,26 +63,36 @@ Step = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 
 
 def split(params: Params, trained: Callable[[TreePath], bool]) -> tuple[Params, Params]:
-    """(trained, frozen): two trees like `params`, each with None in the other's places."""
-    chosen = jax.tree_util.tree_map_with_path(lambda keys, _: trained(tree_path(keys)), params)
-    ours = jax.tree.map(lambda x, own: x if own else None, params, chosen)
-    theirs = jax.tree.map(lambda x, own: None if own else x, params, chosen)
-    return ours, theirs
+    """Splits parameters into (trained, frozen).
+
+    Both are trees like `params`, with None in the other's places.
+    """
+    is_trained = jax.tree_util.tree_map_with_path(lambda keys, _: trained(tree_path(keys)), params)
+    return (
+        jax.tree.map(lambda x, chosen: x if chosen else None, params, is_trained),
+        jax.tree.map(lambda x, chosen: None if chosen else x, params, is_trained),
+    )
 
 
 def join(trained: Any, frozen: Any, scale: float = 1.0) -> Params:
-    """The model's parameters: the inverse of `split`; where a trained leaf is an adapter (`lora.Adapter`), frozen + scale b a."""
+    """Joins trained and frozen parameters: the inverse of `split`.
 
-    def leaf(theirs: Array | None, ours: Any) -> Array:
-        if ours is None:
-            return theirs
-        return ours if theirs is None else lora.merge_adapter(theirs, ours, scale)
+    An adapter (`lora.Adapter`) beside a frozen matrix gives frozen + scale b a.
+    """
+
+    def leaf(frozen: Array | None, trained: Any) -> Array:
+        if trained is None:
+            return frozen
+        return trained if frozen is None else lora.merge_adapter(frozen, trained, scale)
 
     return jax.tree.map(leaf, frozen, trained, is_leaf=lambda x: x is None)
 
 
 def cast_for_compute(params: Params, dtype: DTypeLike) -> Params:
-    """Parameters in the dtype to compute in. Norms, gates and decays, which the layers use in float32, keep theirs."""
+    """Casts parameters to the computing dtype.
+
+    Norms, gates and decays keep their dtype, because the layers use them in float32.
+    """
 
     def cast(keys: Any, x: Array) -> Array:
         used_in_float32 = x.ndim == 1 and tree_path(keys)[-1] != "bias"
@@ -78,7 +102,7 @@ def cast_for_compute(params: Params, dtype: DTypeLike) -> Params:
 
 
 def new_state(trained: Any, frozen: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Before the first step; masters become float32."""
+    """Returns the state before the first step; trained parameters become float32 masters."""
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
 
@@ -96,33 +120,37 @@ def make_step(
     backend: str | None = None,
     chunk: int | None = None,
 ) -> Step:
-    """The function of a step, to be jitted with its state donated.
+    """Returns the step function; jit it with its state donated.
 
     Args:
       config: the model's.
-      optimizer: over the trained parameters.
-      dtype: to compute in: bfloat16 or float32.
+      optimizer: the optimiser of the trained parameters.
+      dtype: the computing dtype, bfloat16 or float32.
       z_loss: weight of the squared log-sum-exp of the logits (arXiv:2204.02311, section 5); 0 for none.
-      remat, scan_layers: see `forward.loss`.
-      scale: of adapters; see `join`.
-      mesh: as `sharding.make_mesh` makes it, for a state that `place`d itself on it; None for one device.
-      backend: as in `model.schema`.
+      remat, scan_layers: see `forward.batch_loss`.
+      scale: the adapters' factor; see `join`.
+      mesh: a mesh of `sharding.make_mesh` that the state was placed on with `place`; None for one device.
+      backend: the backend of every operation of the step, text layers and vision tower: "reference", "hopper"
+        (alias "gpu"), "tpu", or None for the fastest one that serves. The loss and the optimiser are plain
+        XLA with any backend.
       chunk: see `loss.summed_loss`.
 
     Returns:
-      (state, batch) -> (state, metrics). The batch has leading axes `[accumulation, devices]`; see `batch.stack`.
+      (state, batch) -> (state, metrics). The batch has leading axes `[accumulation, devices]`; see
+      `batch.stack`. Tracing it raises ValueError or NotImplementedError if an operation lacks the backend or
+      cannot use it for these sizes.
     """
     graph = model.schema(config, backend)
     options = {"remat": remat, "scan_layers": scan_layers, "z_loss": z_loss, "chunk": chunk}
 
     def sums(params: Params, batch: TrainBatch, gather: Gather) -> Float32[Array, "1 3"]:
-        """One device's, over learned tokens: the objective, negative log likelihoods, squared log-sum-exps."""
-        own = jax.tree.map(lambda x: x[0], batch)
-        total, nll, lse = forward.loss(graph, params, own, gather=gather, **options)
-        return jnp.stack([total, (nll * own.weights).sum(), (lse**2 * own.weights).sum()])[None]
+        """Computes a device's sums of the objective, the likelihood term and the squared log-sum-exp."""
+        local = jax.tree.map(lambda x: x[0], batch)
+        total, nll, lse = forward.batch_loss(graph, params, local, gather=gather, **options)
+        return jnp.stack([total, (nll * local.weights).sum(), (lse**2 * local.weights).sum()])[None]
 
     def loss(trained: Any, frozen: Any, batch: TrainBatch, total: Array) -> tuple[Array, tuple[Array, Array]]:
-        """One batch's share of the mean over all `total` learned tokens."""
+        """Computes a batch's share of the mean loss, where `total` is the weight of all batches."""
         params = cast_for_compute(join(trained, frozen, scale), dtype)
         objective, nll, z = _on_mesh(sums, params, mesh)(params, batch).sum(axis=0) / total
         return objective, (nll, z)
@@ -135,32 +163,32 @@ def make_step(
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
         metrics = Metrics(nll, z_loss * z, optax.tree.norm(grads), learned)
-        return _placed(TrainState(state.step + 1, trained, state.frozen, optimizer_state), mesh), metrics
+        return _constrain_sharding(TrainState(state.step + 1, trained, state.frozen, optimizer_state), mesh), metrics
 
     return step
 
 
 def place(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state on the mesh, in shards."""
+    """Places the state on the mesh, sharded as `sharding.place` does."""
     return sharding.place(state, mesh)
 
 
-def _placed(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """The same while tracing."""
+def _constrain_sharding(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Constrains the state to the shardings of `place`, for use while tracing."""
     return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh))
 
 
 def _on_mesh(sums: Callable[..., Array], params: Params, mesh: Mesh | None) -> Callable[[Params, TrainBatch], Array]:
-    """`sums` on every device, [devices, 3]."""
+    """Returns `sums` run on every device: (params, batch) -> [devices, 3]."""
     if mesh is None:
         return functools.partial(sums, gather=lambda part, path: part)
     specs = sharding.partition_specs(params, mesh)
-    own = functools.partial(sums, gather=sharding.make_gather(specs))
-    return jax.shard_map(own, mesh=mesh, in_specs=(specs, sharding.BATCH), out_specs=sharding.BATCH, check_vma=False)
+    local = functools.partial(sums, gather=sharding.make_gather(specs))
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, sharding.BATCH), out_specs=sharding.BATCH, check_vma=False)
 
 
 def accumulate(grad: Callable[..., Any], trained: Any, frozen: Any, batch: TrainBatch) -> Any:
-    """The sum of `grad(trained, frozen, part)` over the batch's parts."""
+    """Returns the sum of `grad(trained, frozen, part)` over the batch's parts."""
     parts = batch.ids.shape[0]
     part = functools.partial(grad, trained, frozen)
     if parts == 1:

@@ -67,7 +67,7 @@ def test_questions_of_a_file(file, tmp_path):
         ({**LINE, "answers": []}, "line 2: answers must be a list of texts"),
         ({**LINE, "answers": "A cat."}, "line 2: answers must be a list of texts"),
         ({**LINE, "image": "b.png"}, "line 2: .*b.png does not exist"),
-        ({**LINE, "image": 3}, "line 2: a picture or video is named by a text, got 3"),
+        ({**LINE, "image": 3}, "line 2: a picture or video must be a path or URL, got 3"),
         ({"answers": ["x"]}, "line 2: question must be a text, got None"),
     ],
 )
@@ -77,7 +77,7 @@ def test_bad_lines_are_named(file, line, words):
 
 
 def test_an_empty_file_is_refused(file):
-    with pytest.raises(ValueError, match="it has no questions"):
+    with pytest.raises(ValueError, match="the file has no questions"):
         read_questions(file(""))
 
 

@@ -60,7 +60,7 @@ def test_tools_are_called_and_answered(demo, reader):
     fields = {"conversations": [{"from": who, "value": what} for who, what in turns], "tools": json.dumps([schema])}
     assert row(fields).tools == [schema]
     whole = BatchShape(rows=1, tokens=1024)
-    one = RowProcessor(reader.processor, reader.markers, whole).read("a:1", json.dumps(fields).encode())
+    one = RowProcessor(reader.processor, reader.markers, whole).parse("a:1", json.dumps(fields).encode())
     said = demo.processor.tokenizer.decode(one.inputs.token_ids[one.loss_mask])
     assert said.count("<|im_end|>") == 2 and "<function=add>" in said and said.endswith("Four.<|im_end|>")
 

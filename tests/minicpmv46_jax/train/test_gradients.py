@@ -17,7 +17,7 @@ from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import AnswerMarkers, BatchShape, Conversation, pack
 from minicpmv46_jax.train import loss_mask as answers
 from minicpmv46_jax.train.chat_formats import read_row
-from minicpmv46_jax.train.forward import loss
+from minicpmv46_jax.train.forward import batch_loss
 from tests.minicpmv46_jax.train.train_compile import QUICK
 from tests.oracle import Oracle, write_checkpoint
 from tests.tolerances import FLOAT32_FORWARD, relative_rms
@@ -75,7 +75,7 @@ def gradient(ours):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, batch):
         def total(params):
-            total, nll, _ = loss(graph, params, batch, chunk=100)
+            total, nll, _ = batch_loss(graph, params, batch, chunk=100)
             return total, nll
 
         return jax.value_and_grad(total, has_aux=True)(params)

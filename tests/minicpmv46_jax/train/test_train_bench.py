@@ -65,5 +65,5 @@ def test_plans_and_rows_that_can_and_cannot_be(released):
     for case in ("layers:8", "layer", "layer:0", "layer:8:gpu:1"):
         with pytest.raises(ValueError, match=r"expected REMAT:ROWS\[:unrolled\]\[:BACKEND\], REMAT of none, dots, layer"):
             bench.BenchCase.parse(case)
-    with pytest.raises(ValueError, match="rows have 512 tokens, and a picture and its words take 572"):
+    with pytest.raises(ValueError, match="rows have 512 tokens, and a picture and its text take 572"):
         bench.make_batch(released, 1, 512, pictures=True)
