@@ -159,6 +159,16 @@ def test_each_part_has_its_rate_and_the_schedule_its_shape(demo):
         make_schedule(config, 1)
 
 
+def test_weight_decay_applies_to_matrices_only(demo):
+    optimizer = make_optimizer(OptimizerConfig(name="sgd", rate=0.1, schedule="constant", clip=0.0, weight_decay=0.5), 6)
+    zeros = jax.tree.map(jnp.zeros_like, demo.params)
+    updates, _ = jax.jit(lambda zeros, params: optimizer.update(zeros, optimizer.init(params), params))(zeros, demo.params)
+    block, own = (tree["text"]["layers"][0] for tree in (updates, demo.params))
+    np.testing.assert_allclose(block["mlp"]["up_proj"]["weight"], -0.05 * own["mlp"]["up_proj"]["weight"], rtol=1e-6)
+    assert not block["mixer"]["conv"].any() and not updates["text"]["norm"]["weight"].any()
+    assert not updates["vision"]["position_embed"]["weight"].any()
+
+
 def test_z_loss_is_the_squared_log_sum(demo, batches):
     """Its gradient against a plain computation from whole logits."""
     rng = np.random.default_rng(0)
