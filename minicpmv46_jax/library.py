@@ -142,7 +142,7 @@ class MiniCPMV:
         yield Delta(stream.finish(), (), reason)
 
     def stream(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
-        """Generates the output's text in pieces of whole characters; options as in `process` and `options`."""
+        """Generates the output's text in whole characters; options as in `process` and `options`."""
         inputs, generation = self.prepare(messages, options)
         return (delta.text for delta in self.generate(inputs, generation) if delta.text)
 

@@ -22,7 +22,7 @@ MAX_BIASED = 1024  # biased tokens of a request, as in OpenAI's API
 # The sampling program of a step, static. "greedy" takes the largest logit. Each further mode adds to the one
 # before: "sampled" temperature and mask; "filtered" penalties, min-p, top-k and top-p; "full" biases and log
 # probabilities. Modes exist because each pass over the logits of a large batch takes a considerable part of a
-# step. The choice is static: at a conditional on a GPU the host waits for the device and cannot dispatch ahead.
+# step. The choice is static: at a conditional on a GPU the host waits for the device.
 SamplingMode = Literal["greedy", "sampled", "filtered", "full"]
 
 
@@ -115,6 +115,7 @@ def record_token(history: History, slots: Int32[Array, " B"], ids: Int32[Array, 
     return History(history.in_prompt, history.counts.at[slots, ids].add(1, mode="drop"))
 
 
+@jax.named_scope("sampling")
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,

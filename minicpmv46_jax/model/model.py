@@ -127,6 +127,7 @@ def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, taps: Taps |
     return merge(graph, params)(views, taps)
 
 
+@jax.named_scope("embed")
 def embed(
     table: Params, ids: Int32[Array, " T"], feature_rows: Int32[Array, " T"], features: Float[Array, "R D"]
 ) -> Float[Array, "T D"]:
@@ -160,7 +161,9 @@ def decode_step(
     Returns the logits after the token, and the layers' state.
     """
     text = merge(graph, params)
-    hidden, layers = text(text.embed(token_ids), layers, batch)
+    with jax.named_scope("embed"):
+        x = text.embed(token_ids)
+    hidden, layers = text(x, layers, batch)
     return text.logits(hidden), layers
 
 

@@ -27,18 +27,24 @@ class Block(nnx.Module):
     def __init__(self, config: TextConfig, kind: str, *, backend: str | None = None, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if kind == "full_attention":
-            self.mixer = Attention(config, backend=backend, rngs=rngs)
+            self.mixer, self.mixer_scope = Attention(config, backend=backend, rngs=rngs), "attention"
         else:
-            self.mixer = GatedDeltaNet(config, backend=backend, rngs=rngs)
+            self.mixer, self.mixer_scope = GatedDeltaNet(config, backend=backend, rngs=rngs), "gated_delta_net"
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "T D"], state: KeyValues | GatedDeltaState | None, batch: Batch
     ) -> tuple[Float[Array, "T D"], KeyValues | GatedDeltaState | None]:
-        mixed, state = self.mixer(self.input_norm(x), state, batch)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        with jax.named_scope("input_norm"):
+            h = self.input_norm(x)
+        with jax.named_scope(self.mixer_scope):
+            h, state = self.mixer(h, state, batch)
+        x = x + h
+        with jax.named_scope("mlp_norm"):
+            h = self.mlp_norm(x)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(h), state
 
 
 class TextModel(nnx.Module):
@@ -68,8 +74,10 @@ class TextModel(nnx.Module):
             x, state = _run_block(*nnx.split(block), x, None if layers is None else layers[i], batch)
             after.append(state)
             tap(taps, f"text.layers.{i}", x)
-        return self.norm(x), None if layers is None else tuple(after)
+        with jax.named_scope("norm"):
+            return self.norm(x), None if layers is None else tuple(after)
 
+    @jax.named_scope("logits")
     def logits(self, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Returns the score of every vocabulary entry, in float32."""
         table, precision = self.embed.weight[...], matmul_precision(x.dtype)

@@ -67,8 +67,14 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "P D"], attend) -> Float[Array, "P D"]:
-        x = x + self.attn(self.norm1(x), attend)
-        return x + self.mlp(self.norm2(x))
+        with jax.named_scope("norm1"):
+            h = self.norm1(x)
+        with jax.named_scope("attention"):
+            x = x + self.attn(h, attend)
+        with jax.named_scope("norm2"):
+            h = self.norm2(x)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(h)
 
 
 class WindowMerger(nnx.Module):
@@ -133,18 +139,25 @@ class VisionTower(nnx.Module):
         Returns:
           The tokens of all views, one view after another: P/16 rows in "16x", P/4 in "4x", padding last.
         """
-        x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
-        x = x + self.position_embed(views.position_ids)
+        with jax.named_scope("patch_embed"):
+            x = self.patch_embed(pixel_values(views).astype(self.patch_embed.weight.dtype))
+            x = x + self.position_embed(views.position_ids)
         tap(taps, "vision.embeddings", x)
         run = run or functools.partial(_run_blocks, taps=taps)
         blocks, attend = list(self.layers), self.view_attention(views, 1)
         split = self.insert_layer_id + 1 if views.downsample_mode == "16x" else len(blocks)
-        x = run(0, blocks[:split], x, attend)
+        with jax.named_scope("layers"):
+            x = run(0, blocks[:split], x, attend)
         if views.downsample_mode == "16x":
-            x = self.window_merger(x, functools.partial(window_attention, window=WINDOW, backend=self.backend))
+            with jax.named_scope("window_merger"):
+                x = self.window_merger(x, functools.partial(window_attention, window=WINDOW, backend=self.backend))
             tap(taps, "vision.window_merger", x)
-            x = run(split, blocks[split:], x, self.view_attention(views, WINDOW))
-        features = self.merger(self.post_norm(x))
+            with jax.named_scope("layers"):
+                x = run(split, blocks[split:], x, self.view_attention(views, WINDOW))
+        with jax.named_scope("post_norm"):
+            x = self.post_norm(x)
+        with jax.named_scope("merger"):
+            features = self.merger(x)
         tap(taps, "vision.merger", features)
         return features
 
