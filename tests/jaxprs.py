@@ -4,7 +4,9 @@ import jax
 
 
 def equations(jaxpr):
-    """Yields (equation, name scopes) of a jaxpr and of all jaxprs inside it; scopes of outer equations come first."""
+    """Yields (equation, name scopes) of a jaxpr and of all jaxprs inside it; scopes of outer equations come
+    first.
+    """
     yield from _equations(jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr, ())
 
 

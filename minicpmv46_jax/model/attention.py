@@ -42,26 +42,25 @@ class Attention(nnx.Module):
         self, x: Float[Array, "T D"], state: KeyValues | None, batch: Batch
     ) -> tuple[Float[Array, "T D"], KeyValues | None]:
         c, T = self.config, x.shape[0]
-        positions = batch.positions(T)
         q, gate = jnp.split(self.q_proj(x).reshape(T, c.num_attention_heads, 2 * c.head_dim), 2, axis=-1)
         k = self.k_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
         v = self.v_proj(x).reshape(T, c.num_key_value_heads, c.head_dim)
-        q, k = self.norm_and_rotate(q, k, positions)
+        q, k = self.norm_and_rotate(q, k, batch.rope_positions(T))
         if isinstance(batch, FullBatch):
             out = dense_attention(q, k, v, batch.query_lens.shape[0])
         elif isinstance(batch, PackedBatch):
             rows = (x.reshape(*batch.segments.shape, *x.shape[1:]) for x in (q, k, v))
             out = causal_attention(*rows, batch.segments, backend=self.backend).reshape(q.shape)
         else:
-            state = write_pages(state, k, v, positions, batch.token_pages(T))
+            state = write_pages(state, k, v, batch.cache_positions(T), batch.token_pages(T))
             out = self.attend_pages(q, state, batch)
         return self.o_proj((out * jax.nn.sigmoid(gate)).reshape(T, -1)), state
 
     def norm_and_rotate(
-        self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], positions: Int32[Array, " T"]
+        self, q: Float[Array, "T N H"], k: Float[Array, "T K H"], rope_positions: Int32[Array, " T"]
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"]]:
         """Applies the per-head norms and the rotary embedding to queries and keys."""
-        rotary = positions, self.config.rotary_dim, self.config.rope_theta
+        rotary = rope_positions, self.config.rotary_dim, self.config.rope_theta
         return apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary)
 
     def attend_pages(
@@ -92,15 +91,15 @@ def write_pages(
     state: KeyValues,
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    positions: Int32[Array, " T"],
+    cache_positions: Int32[Array, " T"],
     pages: Int32[Array, " T"],
 ) -> KeyValues:
-    """Writes each token's key and value at `positions % PAGE` of its page; tokens of page -1 are dropped."""
+    """Writes each token's key and value at `cache_positions % PAGE` of its page; page -1 is dropped."""
     pages = scatter_index(pages, state.keys.shape[0])
     k, v = (x.reshape(x.shape[0], -1) for x in (k, v))
     return KeyValues(
-        state.keys.at[pages, positions % PAGE].set(k, mode="drop"),
-        state.values.at[pages, positions % PAGE].set(v, mode="drop"),
+        state.keys.at[pages, cache_positions % PAGE].set(k, mode="drop"),
+        state.values.at[pages, cache_positions % PAGE].set(v, mode="drop"),
     )
 
 

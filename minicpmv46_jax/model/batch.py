@@ -24,13 +24,13 @@ class FullBatch:
 
     query_lens: Int32[Array, " S"]
 
-    def positions(self, tokens: int) -> Int32[Array, " T"]:
-        """Returns each token's position in its sequence."""
+    def rope_positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Returns each token's position for the rotary embedding: its index in its sequence."""
         return jnp.tile(jnp.arange(tokens // self.query_lens.shape[0], dtype=jnp.int32), self.query_lens.shape[0])
 
     def valid(self, tokens: int) -> Bool[Array, " T"]:
         """Returns True for tokens of a sequence and False for padding."""
-        return self.positions(tokens) < jnp.repeat(self.query_lens, tokens // self.query_lens.shape[0])
+        return self.rope_positions(tokens) < jnp.repeat(self.query_lens, tokens // self.query_lens.shape[0])
 
 
 @tree_dataclass
@@ -42,8 +42,8 @@ class PackedBatch:
 
     segments: Int32[Array, "R L"]
 
-    def positions(self, tokens: int) -> Int32[Array, " T"]:
-        """Returns each token's position in its sequence."""
+    def rope_positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Returns each token's position for the rotary embedding: its index in its sequence."""
         del tokens  # equals the size of segments
         index = jnp.broadcast_to(jnp.arange(self.segments.shape[1], dtype=jnp.int32)[None], self.segments.shape)
         is_first = jnp.diff(self.segments, axis=1, prepend=-1) != 0
@@ -89,19 +89,23 @@ class PrefillBatch:
         token = jnp.arange(tokens, dtype=jnp.int32)
         return jnp.searchsorted(self.query_starts, token, side="right", method="compare_all").astype(jnp.int32) - 1
 
-    def positions(self, tokens: int) -> Int32[Array, " T"]:
-        """Returns each token's position in its sequence."""
+    def rope_positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Returns each token's position for the rotary embedding; images too have plain positions."""
+        return self.cache_positions(tokens)
+
+    def cache_positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Returns each token's index in its sequence, which decides its page and its place there."""
         own = self.token_sequences(tokens)
         return self.num_computed[own] + jnp.arange(tokens, dtype=jnp.int32) - self.query_starts[own]
 
     def token_pages(self, tokens: int) -> Int32[Array, " T"]:
         """Returns the page that stores each token's key and value; -1 for padding."""
-        own, positions = self.token_sequences(tokens), self.positions(tokens)
+        own, positions = self.token_sequences(tokens), self.cache_positions(tokens)
         return jnp.where(self.valid(tokens), page_of_position(self.block_tables, own, positions), -1)
 
     def valid(self, tokens: int) -> Bool[Array, " T"]:
         """Returns True for tokens of a sequence and False for padding."""
-        return self.positions(tokens) < self.context_lens[self.token_sequences(tokens)]
+        return self.cache_positions(tokens) < self.context_lens[self.token_sequences(tokens)]
 
     def max_query_len(self, tokens: int) -> int:
         """Returns a static upper bound of `query_lens`."""
@@ -142,15 +146,18 @@ class DecodeBatch:
         """Tokens of each sequence after this call; 0 for an inactive row."""
         return jnp.where(self.active, self.num_computed + 1, 0)
 
-    def positions(self, tokens: int) -> Int32[Array, " T"]:
-        """Returns each token's position in its sequence."""
+    def rope_positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Returns each token's position for the rotary embedding; images too have plain positions."""
+        return self.cache_positions(tokens)
+
+    def cache_positions(self, tokens: int) -> Int32[Array, " T"]:
+        """Returns each token's index in its sequence, which decides its page and its place there."""
         del tokens  # equals the number of rows
         return self.num_computed
 
     def token_pages(self, tokens: int) -> Int32[Array, " T"]:
         """Returns the page that stores each token's key and value; -1 for an inactive row."""
-        del tokens
-        return jnp.where(self.active, page_of_position(self.block_tables, self.query_starts, self.num_computed), -1)
+        return jnp.where(self.active, page_of_position(self.block_tables, self.query_starts, self.cache_positions(tokens)), -1)
 
     def max_query_len(self, tokens: int) -> int:
         """Returns a static upper bound of `query_lens`."""
@@ -164,7 +171,7 @@ Batch = FullBatch | PackedBatch | PrefillBatch | DecodeBatch
 def page_of_position(
     block_tables: Int32[Array, "S M"], sequences: Int32[Array, " T"], positions: Int32[Array, " T"]
 ) -> Int32[Array, " T"]:
-    """Returns the page that holds a position of a sequence."""
+    """Returns the page of the token at a cache position of a sequence."""
     return block_tables[sequences, jnp.clip(positions // PAGE, 0, block_tables.shape[1] - 1)]
 
 

@@ -104,4 +104,4 @@ def test_attention_is_masked_to_own_sequence(monkeypatch):
     ]
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
         assert relative_rms(found, expected) < FLOAT32_ONE_OP
-    np.testing.assert_array_equal(PackedBatch(row).positions(64)[29:33], [29, 0, 0, 1])
+    np.testing.assert_array_equal(PackedBatch(row).rope_positions(64)[29:33], [29, 0, 0, 1])
