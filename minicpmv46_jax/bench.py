@@ -27,9 +27,8 @@ from minicpmv46_jax.config import GenerationConfig, ModelConfig, TextConfig, Vis
 from minicpmv46_jax.generation.generate import Generator
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.model import packing
-from minicpmv46_jax.model.attention import Attention, write_pages
+from minicpmv46_jax.model.attention import Attention, KeyValues, write_pages
 from minicpmv46_jax.model.packing import MERGES
-from minicpmv46_jax.model.state import KeyValues
 from minicpmv46_jax.processing import Inputs, View
 
 PHOTO_GRIDS = [(24, 44)] + [(28, 36)] * 6  # patch grids of a 1280 x 720 image: its source view and 2 x 3 slices

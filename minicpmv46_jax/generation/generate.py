@@ -38,7 +38,7 @@ from minicpmv46_jax.generation.options import Constraint, GenerationOptions
 from minicpmv46_jax.generation.sampling import Sampled, SamplingMode
 from minicpmv46_jax.model import Params, PrefillInput, TokenBlock, packing
 from minicpmv46_jax.model.batch import PrefillBatch
-from minicpmv46_jax.model.state import KeyValues, TextState, empty_state, pages_of
+from minicpmv46_jax.model.state import TextState, empty_state, grow_state, pages_of
 from minicpmv46_jax.processing import Inputs, View
 
 PREFILL_BUCKETS = (64, 256, 1024)  # tokens of a prefill block; multiples of the kernels' chunk
@@ -221,16 +221,6 @@ class Generator:
             ids[:size] = prompt[at : at + size]
             history = self._record_prompt(history, np.int32(0), ids, size, size, np.bool_(at == 0))
         return history
-
-
-def grow_state(state: TextState, pages: int) -> TextState:
-    """Grows the state of one sequence to `pages` pages, all of them the sequence's own."""
-
-    def grown(x: Float[Array, "P page KH"]) -> Float[Array, "P2 page KH"]:
-        return jnp.pad(x, [(0, pages - x.shape[0]), (0, 0), (0, 0)])
-
-    layers = (KeyValues(grown(x.keys), grown(x.values)) if isinstance(x, KeyValues) else x for x in state.layers)
-    return TextState(tuple(layers), jnp.arange(pages, dtype=jnp.int32)[None], state.seq_lens)
 
 
 def write_features(features: Float[Array, "R D"], encoded: Float[Array, "r D"], at: Int32[Array, ""]) -> Float[Array, "R D"]:

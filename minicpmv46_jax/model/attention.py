@@ -3,8 +3,9 @@
 Quirks: `q_proj` gives each head its query and then its output gate (`[head, 2, head_dim]`). q and k pass a
 zero-centred RMSNorm per head before rotary. Rotary acts on the first `rotary_dim` of `head_dim`, in halves.
 The output is multiplied by sigmoid(gate).
-Glossary: T tokens, D width, N query heads, K key-value heads, G query heads per key-value head, H head width;
-B sequences of L tokens.
+Keys and values are stored in pages of 64 tokens.
+Glossary: P pages, T tokens, D width, N query heads, K key-value heads, G query heads per key-value head, H
+head width; B sequences of L tokens.
 """
 
 import jax
@@ -16,10 +17,44 @@ from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.paged_attention import PAGE, paged_attention
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, scatter_index
+from minicpmv46_jax.model.layer_state import LayerState
 from minicpmv46_jax.model.layers import Linear, RMSNorm, matmul_precision
-from minicpmv46_jax.model.state import KeyValues
+from minicpmv46_jax.trees import tree_dataclass
 
 QUERY_BLOCK = 128  # queries scored at once in `dense_attention`: all 262,144 at once would make terabytes of scores
+
+
+@tree_dataclass
+class KeyValues(LayerState):
+    """Keys and values of one full-attention layer; a token's heads are concatenated."""
+
+    keys: Float[Array, "P page KH"]
+    values: Float[Array, "P page KH"]
+
+    @classmethod
+    def empty(cls, config: TextConfig, *, pages: int, slots: int, dtype: jnp.dtype) -> "KeyValues":
+        """Creates `pages` pages of zeros."""
+        shape = (pages, PAGE, config.num_key_value_heads * config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    @classmethod
+    def page_bytes(cls, config: TextConfig, itemsize: int) -> int:
+        """Returns the bytes of one page."""
+        return 2 * PAGE * config.num_key_value_heads * config.head_dim * itemsize
+
+    def grow(self, pages: int) -> "KeyValues":
+        """Grows to `pages` pages; new pages are zeros."""
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, pages - x.shape[0]), (0, 0), (0, 0)]), self)
+
+    def offload_pages(self, pages: Int32[Array, " P"]) -> "KeyValues":
+        """Returns a copy of these pages; entries for page -1 are undefined."""
+        sources = jnp.maximum(pages, 0)
+        return jax.tree.map(lambda x: x[sources], self)
+
+    def restore_pages(self, pages: Int32[Array, " P"], values: "KeyValues") -> "KeyValues":
+        """Writes a copy made by `offload_pages` to these pages; skips page -1."""
+        targets = scatter_index(pages, self.keys.shape[0])
+        return jax.tree.map(lambda x, value: x.at[targets].set(value, mode="drop"), self, values)
 
 
 class Attention(nnx.Module):

@@ -6,19 +6,50 @@ Quirks: q, k and v pass one causal depthwise convolution and SiLU. q and k are L
 is scaled by K^-1/2. Gates, the recurrent state and their arithmetic are always float32. The output norm
 multiplies by `w` (not `1 + w`) and then by silu(z). `kernels_pallas.gated_delta` computes everything except
 the projections.
-Glossary: T tokens, S sequences, D width, N heads, K key width, V value width, C channels of q, k and v.
+Glossary: s slots, T tokens, S sequences, D width, N heads, K key width, V value width, C channels of q, k and
+v.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int32
 
 from kernels_pallas import gated_delta
 from minicpmv46_jax.config import TextConfig
 from minicpmv46_jax.model.batch import Batch, DecodeBatch, FullBatch, PackedBatch, PrefillBatch, scatter_index
+from minicpmv46_jax.model.layer_state import LayerState
 from minicpmv46_jax.model.layers import Linear, normal_init
-from minicpmv46_jax.model.state import GatedDeltaState
+from minicpmv46_jax.trees import tree_dataclass
+
+
+@tree_dataclass
+class GatedDeltaState(LayerState):
+    """Recurrent and conv state of one gated-delta layer; its size is independent of sequence lengths."""
+
+    recurrent_state: Float32[Array, "s N V K"]
+    conv_state: Float[Array, "s tail C"]
+
+    @classmethod
+    def empty(cls, config: TextConfig, *, pages: int, slots: int, dtype: jnp.dtype) -> "GatedDeltaState":
+        """Creates `slots` slots of zeros; the recurrent state is always float32."""
+        heads = (slots, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
+        conv_state = (slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
+        return cls(jnp.zeros(heads, jnp.float32), jnp.zeros(conv_state, dtype))
+
+    @classmethod
+    def slot_bytes(cls, config: TextConfig, itemsize: int) -> int:
+        """Returns the bytes of one slot; the recurrent state is always float32."""
+        recurrent_state = config.linear_num_value_heads * config.linear_value_head_dim * config.linear_key_head_dim * 4
+        return recurrent_state + (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
+
+    def offload_slot(self, slot: Int32[Array, ""]) -> "GatedDeltaState":
+        """Returns a copy of a slot."""
+        return jax.tree.map(lambda x: x[slot], self)
+
+    def restore_slot(self, slot: Int32[Array, ""], values: "GatedDeltaState") -> "GatedDeltaState":
+        """Writes a copy made by `offload_slot` to a slot."""
+        return jax.tree.map(lambda x, value: x.at[slot].set(value), self, values)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -65,13 +96,12 @@ class GatedDeltaNet(nnx.Module):
         self, qkv: Float[Array, "T C"], a: Float[Array, "T N"], b: Float[Array, "T N"], batch: FullBatch
     ) -> Float[Array, "T N V"]:
         """Runs complete sequences from a zero state and discards the final state."""
-        c, S = self.config, batch.query_lens.shape[0]
-        recurrent_state = jnp.zeros((S, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim))
-        conv_state = jnp.zeros((S, c.linear_conv_kernel_dim - 1, c.linear_conv_dim), qkv.dtype)
+        S = batch.query_lens.shape[0]
+        state = GatedDeltaState.empty(self.config, pages=0, slots=S, dtype=qkv.dtype)
         query_starts = qkv.shape[0] // S * jnp.arange(S, dtype=jnp.int32)
         sequences = query_starts, batch.query_lens
         return gated_delta.chunked(
-            qkv, a, b, self.kernel_params, recurrent_state, conv_state, *sequences, backend=self.backend
+            qkv, a, b, self.kernel_params, state.recurrent_state, state.conv_state, *sequences, backend=self.backend
         ).out
 
     def run_packed(

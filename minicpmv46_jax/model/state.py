@@ -1,37 +1,24 @@
-"""State of sequences between calls: keys and values in pages, recurrent and conv states in slots.
+"""State of sequences between calls: the layers' states in pages and slots, and the sequences' block tables.
 
 A sequence holds one slot and as many pages of 64 tokens as it needs; its row of `block_tables` lists the
 pages. There may be more slots than sequences: the additional slots hold snapshots, from which a sequence
 with the same prefix can start. All classes are frozen, and functions return new ones. Jitted steps donate
 the old one, so the arrays are updated in place.
-Glossary: S sequences, s slots (at least S), P pages, M pages a sequence may have, N heads, V and K widths.
+Glossary: S sequences, P pages of a copy, M pages a sequence may have.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Int32
 
 from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax.config import TextConfig
+from minicpmv46_jax.model.layer_kinds import LAYER_KINDS, GatedDeltaState, KeyValues  # noqa: F401
+from minicpmv46_jax.model.layer_state import LayerState
 from minicpmv46_jax.trees import tree_dataclass
 
-
-@tree_dataclass
-class KeyValues:
-    """Keys and values of one full-attention layer; a token's heads are concatenated."""
-
-    keys: Float[Array, "P page KH"]
-    values: Float[Array, "P page KH"]
-
-
-@tree_dataclass
-class GatedDeltaState:
-    """Recurrent and conv state of one gated-delta layer; its size is independent of sequence lengths."""
-
-    recurrent_state: Float32[Array, "s N V K"]
-    conv_state: Float[Array, "s tail C"]
-
-
-Layers = tuple[KeyValues | GatedDeltaState, ...]
+Layers = tuple[LayerState, ...]
 
 
 @tree_dataclass
@@ -57,23 +44,51 @@ def empty_state(
     Args:
       config: the text backbone.
       sequences: S.
-      pages: P, shared by all sequences.
+      pages: number of pages, shared by all sequences.
       dtype: dtype of keys, values and conv states; recurrent states are always float32.
       max_pages: M, pages of one sequence.
       snapshots: slots beyond those of the sequences.
     """
-
-    def layer(kind: str) -> KeyValues | GatedDeltaState:
-        if kind == "full_attention":
-            shape = (pages, PAGE, config.num_key_value_heads * config.head_dim)
-            return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        slots = sequences + snapshots
-        heads = (slots, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
-        conv_state = (slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
-        return GatedDeltaState(jnp.zeros(heads, jnp.float32), jnp.zeros(conv_state, dtype))
-
+    sizes = {"pages": pages, "slots": sequences + snapshots, "dtype": dtype}
+    layers = tuple(LAYER_KINDS[kind].state.empty(config, **sizes) for kind in config.layer_types)
     block_tables = jnp.full((sequences, max_pages), -1, jnp.int32)
-    return TextState(tuple(layer(kind) for kind in config.layer_types), block_tables, jnp.zeros(sequences, jnp.int32))
+    return TextState(layers, block_tables, jnp.zeros(sequences, jnp.int32))
+
+
+def grow_state(state: TextState, pages: int) -> TextState:
+    """Grows the state of one sequence to `pages` pages, all of them the sequence's own."""
+    layers = tuple(layer.grow(pages) for layer in state.layers)
+    return TextState(layers, jnp.arange(pages, dtype=jnp.int32)[None], state.seq_lens)
+
+
+def page_bytes(config: TextConfig, itemsize: int) -> int:
+    """Returns the bytes of one page (64 tokens) in all layers."""
+    return sum(LAYER_KINDS[kind].state.page_bytes(config, itemsize) for kind in config.layer_types)
+
+
+def slot_bytes(config: TextConfig, itemsize: int) -> int:
+    """Returns the bytes of one slot in all layers."""
+    return sum(LAYER_KINDS[kind].state.slot_bytes(config, itemsize) for kind in config.layer_types)
+
+
+def offload_pages(layers: Layers, pages: Int32[Array, " P"]) -> list[Any]:
+    """Returns a copy of these pages per layer; entries for page -1 are undefined."""
+    return [layer.offload_pages(pages) for layer in layers]
+
+
+def restore_pages(layers: Layers, pages: Int32[Array, " P"], values: list[Any]) -> Layers:
+    """Writes a copy made by `offload_pages` to these pages; skips page -1."""
+    return tuple(layer.restore_pages(pages, value) for layer, value in zip(layers, values, strict=True))
+
+
+def offload_slot(layers: Layers, slot: Int32[Array, ""]) -> list[Any]:
+    """Returns a copy of a slot per layer."""
+    return [layer.offload_slot(slot) for layer in layers]
+
+
+def restore_slot(layers: Layers, slot: Int32[Array, ""], values: list[Any]) -> Layers:
+    """Writes a copy made by `offload_slot` to a slot."""
+    return tuple(layer.restore_slot(slot, value) for layer, value in zip(layers, values, strict=True))
 
 
 def pages_of(tokens: int) -> int:

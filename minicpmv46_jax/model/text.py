@@ -14,11 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.model.attention import Attention
 from minicpmv46_jax.model.batch import Batch
-from minicpmv46_jax.model.gated_delta_net import GatedDeltaNet
+from minicpmv46_jax.model.layer_kinds import LAYER_KINDS
+from minicpmv46_jax.model.layer_state import LayerState
 from minicpmv46_jax.model.layers import Embedding, RMSNorm, SwiGLU, Taps, matmul_precision, tap
-from minicpmv46_jax.model.state import GatedDeltaState, KeyValues, Layers
+from minicpmv46_jax.model.state import Layers
 
 
 class Block(nnx.Module):
@@ -26,16 +26,14 @@ class Block(nnx.Module):
 
     def __init__(self, config: TextConfig, kind: str, *, backend: str | None = None, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if kind == "full_attention":
-            self.mixer, self.mixer_scope = Attention(config, backend=backend, rngs=rngs), "attention"
-        else:
-            self.mixer, self.mixer_scope = GatedDeltaNet(config, backend=backend, rngs=rngs), "gated_delta_net"
+        self.mixer = LAYER_KINDS[kind].mixer(config, backend=backend, rngs=rngs)
+        self.mixer_scope = LAYER_KINDS[kind].scope
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "T D"], state: KeyValues | GatedDeltaState | None, batch: Batch
-    ) -> tuple[Float[Array, "T D"], KeyValues | GatedDeltaState | None]:
+        self, x: Float[Array, "T D"], state: LayerState | None, batch: Batch
+    ) -> tuple[Float[Array, "T D"], LayerState | None]:
         with jax.named_scope("input_norm"):
             h = self.input_norm(x)
         with jax.named_scope(self.mixer_scope):
@@ -86,7 +84,7 @@ class TextModel(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(
-    graph: nnx.GraphDef, params: Any, x: Float[Array, "T D"], state: KeyValues | GatedDeltaState | None, batch: Batch
-) -> tuple[Float[Array, "T D"], KeyValues | GatedDeltaState | None]:
+    graph: nnx.GraphDef, params: Any, x: Float[Array, "T D"], state: LayerState | None, batch: Batch
+) -> tuple[Float[Array, "T D"], LayerState | None]:
     """Runs one block. Jitted, so that all layers of one kind are traced and lowered once."""
     return nnx.merge(graph, params)(x, state, batch)

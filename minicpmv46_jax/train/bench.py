@@ -26,6 +26,8 @@ import optax
 from minicpmv46_jax import model
 from minicpmv46_jax.bench import PHOTO_GRIDS, matrix_rate, photo_inputs, print_kernel_times, tower_flops
 from minicpmv46_jax.config import ModelConfig, TextConfig
+from minicpmv46_jax.model.attention import Attention
+from minicpmv46_jax.model.layer_kinds import LAYER_KINDS
 from minicpmv46_jax.processing import Inputs
 from minicpmv46_jax.train.batch import BatchShape, Conversation, TrainBatch, pack, stack
 from minicpmv46_jax.train.forward import REMAT
@@ -88,7 +90,7 @@ def text_flops(config: TextConfig, tokens: int) -> float:
     scores = c.num_attention_heads * c.head_dim * T  # q k^T and the product with the values, of which causality leaves half
     delta = c.hidden_size * (c.linear_conv_dim + 2 * c.linear_value_dim + 2 * c.linear_num_value_heads)
     rule = 3 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
-    full = c.layer_types.count("full_attention")
+    full = sum(LAYER_KINDS[kind].mixer is Attention for kind in c.layer_types)
     a_token = c.num_hidden_layers * mlp + full * (attention + scores) + (c.num_hidden_layers - full) * (delta + rule)
     return 2.0 * T * (a_token + c.vocab_size * c.hidden_size)
 

@@ -11,10 +11,10 @@ import pytest
 from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax import MiniCPMV, model
 from minicpmv46_jax.generation import decoding, generate
-from minicpmv46_jax.generation.generate import Generator, grow_state, prefill_blocks
+from minicpmv46_jax.generation.generate import Generator, prefill_blocks
 from minicpmv46_jax.model import PrefillInput
 from minicpmv46_jax.model.batch import PrefillBatch
-from minicpmv46_jax.model.state import empty_state
+from minicpmv46_jax.model.state import empty_state, grow_state
 from minicpmv46_jax.processing import Inputs
 from tests.tolerances import CACHED_FORWARD, relative_rms
 

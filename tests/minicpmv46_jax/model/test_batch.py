@@ -6,9 +6,8 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas.paged_attention import PAGE
-from minicpmv46_jax.model.attention import Attention
+from minicpmv46_jax.model.attention import Attention, KeyValues
 from minicpmv46_jax.model.batch import PrefillBatch
-from minicpmv46_jax.model.state import KeyValues
 from tests.tolerances import FLOAT32_ONE_OP, relative_rms
 
 
