@@ -1,4 +1,4 @@
-"""Backends of an operation: the readable reference, which runs on any device, and kernels for one family of chips each."""
+"""Backends of an operation: the readable reference for any device, and kernels for families of chips."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def device_kind() -> str:
 
 
 def kernel_backend(kind: str) -> str | None:
-    """Returns the name of the kernel backend for devices of this kind, or None if there are no kernels for it."""
+    """Returns the name of the kernel backend for devices of this kind, or None if there is none."""
     return next((backend for backend, kinds in CHIPS.items() if kind.startswith(kinds)), None)
 
 
@@ -52,8 +52,8 @@ def dispatch(backend: str | None, implementations: Mapping[str, Implementation])
     """Returns the function of the backend to use for an operation.
 
     Args:
-      backend: the backend requested. None selects the kernels for the present device if they serve the arguments, else the
-        reference.
+      backend: the backend requested. None selects the kernels for the present device if they serve the
+        arguments, else the reference.
       implementations: the operation's implementations by backend name, the reference among them.
 
     Raises:

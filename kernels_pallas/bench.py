@@ -1,9 +1,11 @@
-"""Benchmarks the kernels: `python -m kernels_pallas.bench [--only NAME] [--compare LIBRARY ...] [--json FILE]`.
+"""Benchmarks the kernels.
 
-Every shape of every operation's table gives one line: microseconds on the device (the sum of all its kernels, by the profiler),
-GB/s of the bytes that must move at least, TFLOP/s of the work that must be done at least, and the larger share of a limit. The
-limits are measured in the same run: a large copy (bytes read and written) and a large bfloat16 product. The plain-XLA reference
-is measured too, and on request the libraries of `BASELINES`, if they are installed.
+`python -m kernels_pallas.bench [--only NAME] [--compare LIBRARY ...] [--json FILE]` prints one line for every
+shape of every operation's table. A line holds microseconds on the device (the sum of all kernels, by the
+profiler), GB/s of the bytes that must move at least, TFLOP/s of the work that must be done at least, and the
+larger share of a limit. The limits are measured in the same run: a large copy (bytes read and written) and a
+large bfloat16 product. The plain-XLA reference is measured too, and on request the libraries of `BASELINES`,
+if they are installed.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from kernels_pallas.paged_attention import bench as paged_attention
 from kernels_pallas.top_k_top_p import bench as top_k_top_p
 
 TABLES = gated_delta, packed_gated_delta, packed_attention, paged_attention, causal_attention, top_k_top_p
-# The modules that measure another library. Each runs in a process of its own: two profilers cannot share the chip within one.
+# Modules that measure another library, each in its own process: one process cannot run two profilers.
 BASELINES = {
     "fla": ("kernels_pallas.gated_delta.baselines",),
     "fla-layer": ("kernels_pallas.gated_delta.baselines",),

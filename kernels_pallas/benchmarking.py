@@ -1,4 +1,7 @@
-"""Measurement of device times: `Benchmark` describes one line of a table, the functions time it with jax's profiler."""
+"""Measurement of device times with jax's profiler.
+
+A `Benchmark` describes one line of an operation's table; the functions time it.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,11 +15,12 @@ CALLS = 10  # calls of a measurement, whose mean counts
 
 
 class Benchmark(NamedTuple):
-    """One line of a benchmark's table.
+    """One line of an operation's table.
 
     Attributes:
       name: the operation and the shape.
-      run: takes a backend's name and returns a function without arguments that dispatches one call and returns its results.
+      run: takes a backend's name; returns a function without arguments that dispatches one call and returns
+        its results.
       bytes: the least number of bytes that a call must move.
       flops: the least number of operations that a call must compute.
     """
@@ -36,12 +40,18 @@ def backward_call(forward: Callable[..., jax.Array], *arguments: Any) -> Callabl
 
 
 def device_microseconds(call: Callable[[], Any]) -> float:
-    """Returns the mean device time of a call: the sum over its kernels. A first call, which compiles, does not count."""
+    """Returns the mean device time of a call, the sum over its kernels.
+
+    A first call, which compiles, does not count.
+    """
     return sum(us for _, us in kernel_times(call, CALLS)) / CALLS
 
 
 def kernel_times(call: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
-    """Returns name and microseconds of every kernel that the device runs in `calls` calls, after a first that compiles."""
+    """Returns name and microseconds of every kernel that the device runs in `calls` calls.
+
+    A first call, which compiles, does not count.
+    """
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -60,7 +70,11 @@ def _kernel_events(folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def device_limits() -> tuple[float, float]:
-    """Measures the device's limits: bytes/s of a large copy, read and written, and FLOP/s of a large bfloat16 product."""
+    """Measures the device's limits.
+
+    Returns:
+      Bytes/s of a large copy, read and written, and FLOP/s of a large bfloat16 product.
+    """
     x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     y = jax.random.normal(jax.random.key(1), (1 << 30,), jnp.bfloat16)
     product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)

@@ -1,7 +1,7 @@
 """Tunes the kernels for the present device: `python -m kernels_pallas.tune [--only KERNEL]`.
 
-Every candidate of every kernel is timed on the benchmarks of its class of sizes. The fastest goes into `tuning.json` under the
-device's kind.
+Every candidate of every kernel is timed on the benchmarks of its class of sizes. The fastest goes into
+`tuning.json` under the device's kind.
 """
 
 import argparse

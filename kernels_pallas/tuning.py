@@ -1,8 +1,9 @@
 """Tuned configurations of the kernels, as data: block sizes, pipeline depths and the like, by device kind.
 
-`tuning.json` holds a list of configurations for each backend, device kind and kernel. The first one whose `most` is not below
-the size of the work counts: `{"most": 127, "groups": 1}, {"groups": 2}`. A device without an entry uses the entry whose name has
-the longest common start with its own. `python -m kernels_pallas.tune` measures the present device and writes its entry.
+`tuning.json` holds a list of configurations for each backend, device kind and kernel. The first one whose
+`most` is not below the size of the work counts: `{"most": 127, "groups": 1}, {"groups": 2}`. A device without
+an entry uses the entry whose name has the longest common start with its own. `python -m kernels_pallas.tune`
+measures the present device and writes its entry.
 """
 
 import contextlib
@@ -26,9 +27,10 @@ class TuningSpace(NamedTuple):
 
     Attributes:
       backend: the backend that the kernel belongs to.
-      kernel: its name in the file.
+      kernel: the kernel's name in the file.
       candidates: the configurations; all of them compile.
-      benchmarks: the names of the benchmarks that measure each class of sizes, by the largest size in it (None: no bound).
+      benchmarks: for each class of sizes, by its largest size (None: no bound), the names of the benchmarks
+        that measure it.
     """
 
     backend: str
@@ -45,7 +47,10 @@ def tuned_config(backend: str, kernel: str, size: int = 0) -> SimpleNamespace:
 
 
 def nearest(table: Table, backend: str, kind: str) -> dict[str, list[Config]]:
-    """Returns the backend's entry whose device kind has the longest common start with this one; the first of several."""
+    """Returns the backend's entry whose device kind has the longest common start with this one.
+
+    The first of several counts.
+    """
 
     def shared(name: str) -> int:
         return max(length for length in range(len(name) + 1) if kind.startswith(name[:length]))
@@ -74,7 +79,7 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """Writes a table with one line for each kernel, so that a change of one kernel is a change of one line."""
+    """Writes a table with one line for each kernel, so that a change of one kernel changes one line."""
     backends = []
     for backend, kinds in table.items():
         entries = []
@@ -90,7 +95,7 @@ _in_use: contextvars.ContextVar[Table | None] = contextvars.ContextVar("tuning_i
 
 @contextlib.contextmanager
 def using(table: Table) -> Iterator[None]:
-    """Replaces the file's table for everything that is traced inside the context; for the tuner and for tests."""
+    """Replaces the file's table for programs traced inside the context; for the tuner and for tests."""
     token = _in_use.set(table)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Causal attention over rows that hold several sequences: what training's text layers read."""
+"""Causal attention over rows that hold several sequences, for training's text layers."""
 
 from kernels_pallas.causal_attention.api import causal_attention
 

@@ -1,4 +1,4 @@
-"""The operation; `backend` says who runs it.
+"""Causal attention over packed rows, with a choice of backends.
 
 Glossary: R rows, T tokens of a row, N query heads, K key-value heads, H head width.
 """
@@ -19,20 +19,22 @@ def causal_attention(
     *,
     backend: str | None = None,
 ) -> Float[Array, "R T N H"]:
-    """Each query over its own sequence's tokens up to its own, scaled by H^-1/2; softmax in float32. Differentiable in q, k, v.
+    """Attends each query to its own sequence's tokens up to its own; softmax in float32, scaled by H^-1/2.
 
-    What the backward pass needs besides the arguments bears the name `remat.SAVE_NAME`.
+    Differentiable in q, k and v. The results that the backward pass needs besides the arguments have the name
+    `remat.SAVE_NAME`.
 
     Args:
       q, k, v: N is a multiple of K; query head n reads key-value head n // (N // K).
-      segments: which sequence of its row a token belongs to; a sequence's tokens stand together.
-      backend: "reference", or "hopper"; None for the fastest that serves.
+      segments: each token's sequence within its row; a sequence's tokens are contiguous.
+      backend: "reference", "hopper", or None for the fastest that serves these arguments here.
 
     Returns:
-      In q's dtype.
+      The attention's result, in q's dtype.
 
     Raises:
-      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that
+        does.
     """
     implementations = {
         REFERENCE: Implementation(reference.causal_attention),

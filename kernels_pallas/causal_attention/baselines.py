@@ -1,4 +1,7 @@
-"""cuDNN's attention through jax on the same rows, for `kernels_pallas.bench --beside`: a process of its own; prints JSON."""
+"""Baseline for `kernels_pallas.bench --compare cudnn`: cuDNN's attention through jax on the same rows.
+
+Runs in a process of its own and prints JSON.
+"""
 
 import json
 import sys
@@ -12,7 +15,10 @@ from kernels_pallas.causal_attention.shapes import CAUSAL
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By the names that `bench` gives its lines. Rows of one sequence alone: jax has no public way to tell cuDNN of more."""
+    """Returns calls of cuDNN's attention by the names of the benchmarks.
+
+    Only rows of one sequence are compared, because jax has no public way to describe packed rows to cuDNN.
+    """
     (rows,) = (rows for rows in CAUSAL if len(rows.lengths) == 1)
     *qkv, _ = inputs(rows)
     attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"))

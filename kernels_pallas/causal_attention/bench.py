@@ -1,4 +1,4 @@
-"""What `kernels_pallas.bench` measures of causal attention."""
+"""Benchmarks of causal attention."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from kernels_pallas.causal_attention.shapes import HEADS, KEY_HEADS, WIDTH, Caus
 
 
 def benchmarks() -> Iterator[Benchmark]:
-    """The table; a backward's operations are counted as five products for the forward's two."""
+    """Yields the benchmarks; a backward pass counts as five products where the forward has two."""
     for name, run, products, moves in (("", _forward, 2, 1), (" backward", _backward, 5, 2)):
         for rows in shapes.CAUSAL:
             tokens, pairs = sum(rows.lengths), sum(n * (n + 1) / 2 for n in rows.lengths)
@@ -24,7 +24,7 @@ def benchmarks() -> Iterator[Benchmark]:
 
 
 def inputs(rows: CausalShape) -> tuple[jax.Array, ...]:
-    """Queries, keys, values, segments."""
+    """Returns random queries, keys and values, and the segments."""
     size = rows.rows, sum(rows.lengths)
     heads = ((HEADS, 0), (KEY_HEADS, 1), (KEY_HEADS, 2))
     segments = np.repeat(np.arange(len(rows.lengths), dtype=np.int32), rows.lengths)[None].repeat(rows.rows, axis=0)

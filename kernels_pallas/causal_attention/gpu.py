@@ -1,6 +1,6 @@
-"""The kernels for Hopper, in Mosaic GPU: what they serve, and how the forward and backward ones go together.
+"""Causal attention for Hopper in Mosaic GPU: the supported arguments, and the custom gradient.
 
-All rows are one: each token knows where its sequence begins and ends.
+All rows are one to the kernels: each token has the begin and end of its sequence.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from kernels_pallas.causal_attention.gpu_forward import forward
 from kernels_pallas.remat import SAVE_NAME
 
 WIDTH = 256  # of a head
-ALIGNED = 8  # rows of a tile in memory
+ALIGNED = 8  # rows of a memory tile
 
 
 def unsupported_reason(q: jax.Array, k: jax.Array) -> str | None:
-    """What the kernels lack for these arguments, or None."""
+    """Returns why the kernels do not serve these arguments, or None if they do."""
     R, T, _, H = q.shape
     if H != WIDTH:
         return f"q has heads of {H}, and it takes {WIDTH}"
@@ -34,13 +34,13 @@ def unsupported_reason(q: jax.Array, k: jax.Array) -> str | None:
 def causal_attention(
     q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"], segments: Int32[Array, "R T"]
 ) -> Float[Array, "R T N H"]:
-    """As `reference.causal_attention`."""
+    """Computes `api.causal_attention`."""
     flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     return _attend(*flat, *_sequences(segments)).reshape(q.shape)
 
 
 def _sequences(segments: Int32[Array, "R T"]) -> tuple[Int32[Array, " RT"], Int32[Array, " RT"]]:
-    """Where each token's sequence begins and ends, counted from the first row's first token."""
+    """Returns begin and end of each token's sequence, counted from the first row's first token."""
     R, T = segments.shape
     edge = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True).reshape(-1)
     token = jnp.arange(R * T, dtype=jnp.int32)
@@ -59,8 +59,8 @@ def _remember(q: Array, k: Array, v: Array, begin: Array, end: Array) -> tuple[A
     return out, (q, k, v, out, sums, begin, end)
 
 
-def _pull_back(kept: Any, cotangent: Array) -> tuple[Any, ...]:
-    q, k, v, out, sums, begin, end = kept
+def _pull_back(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    q, k, v, out, sums, begin, end = residuals
     return *backward(q, k, v, out, sums, cotangent, begin, end), None, None
 
 

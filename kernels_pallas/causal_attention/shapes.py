@@ -1,4 +1,4 @@
-"""Training's real workloads: one table for tests, benchmark and tuning."""
+"""The real workloads of training, one table for tests and benchmarks."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ HEADS, KEY_HEADS, WIDTH = 8, 2, 256
 
 
 class CausalShape(NamedTuple):
-    """So many rows, each of sequences of these lengths."""
+    """Rows of a batch, all with sequences of the same lengths."""
 
     name: str
     rows: int

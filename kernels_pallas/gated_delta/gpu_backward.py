@@ -45,9 +45,9 @@ from kernels_pallas.gated_delta.gpu_chunked import (
 from kernels_pallas.gated_delta.packing import Chunks, chunk_table, snapshot_of_chunk
 from kernels_pallas.gated_delta.reference import chunk_gates, gates
 from kernels_pallas.gpu.mosaic import (
-    ACROSS,
     COL,
     MATRIX,
+    TRANSPOSE,
     accumulate,
     along_columns,
     along_rows,
@@ -222,9 +222,9 @@ def _scan_backward(*refs, groups, stages):
                 state,
             )
             plgpu.barrier_wait(ready.at[slot])
-            out_s, read_s = (dst.at[slot * groups + group].transpose(ACROSS) for dst in own_s)
+            out_s, read_s = (dst.at[slot * groups + group].transpose(TRANSPOSE) for dst in own_s)
             after = state.astype(sent_s.d_states.dtype)
-            writes = product(after, k_s.at[slot].transpose(ACROSS)) * along_columns(load(k_scale_s.at[slot], COL), SLICE)
+            writes = product(after, k_s.at[slot].transpose(TRANSPOSE)) * along_columns(load(k_scale_s.at[slot], COL), SLICE)
             writes = accumulate(writes, out_s, att_s.at[slot])
             d_new = writes.astype(after.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -334,7 +334,7 @@ def _chunk_gradients(*refs, N, K):
         fetch()
         q_scale, k_scale, _, beta = (load(x.at[head, chunk]) for x in vectors)
         plgpu.barrier_wait(ready[0])
-        right = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS))
+        right = product(inverse_s.transpose(TRANSPOSE), d_s.transpose(TRANSPOSE))
         plgpu.barrier_arrive(solved_by_both)
         grads.d_beta[head, chunk, 0] = _row_dot(right, v_s)
         store_part(right * along_rows(beta, K), 2, v_s)
@@ -348,7 +348,7 @@ def _chunk_gradients(*refs, N, K):
         plgpu.barrier_arrive(attended)
 
         plgpu.barrier_wait(ready[2])
-        written = product(n_s.transpose(ACROSS), after_s) * along_rows(k_scale, K)
+        written = product(n_s.transpose(TRANSPOSE), after_s) * along_rows(k_scale, K)
         into = _row_dot(written, k_s)
         plgpu.barrier_wait(solved_by_both)
         store_shared(written, keys_s)
@@ -365,7 +365,7 @@ def _chunk_gradients(*refs, N, K):
     def _keys():
         decay, beta = (load(x.at[head, chunk]) for x in vectors[2:])
         plgpu.barrier_wait(ready[0])
-        solved = product(inverse_s.transpose(ACROSS), d_s.transpose(ACROSS)).astype(k_s.dtype)
+        solved = product(inverse_s.transpose(TRANSPOSE), d_s.transpose(TRANSPOSE)).astype(k_s.dtype)
         plgpu.barrier_arrive(solved_by_both)
 
         plgpu.barrier_wait(ready[1])
@@ -374,7 +374,7 @@ def _chunk_gradients(*refs, N, K):
         d_overlap = jnp.where(i > j, -product(solved, n_s), 0.0) * between * along_rows(k_norm, L)
         plgpu.barrier_wait(solved_by_both)
         store_shared(d_overlap * along_rows(beta, L), inverse_s)
-        d_overlap = d_overlap * product(k_s, k_s.transpose(ACROSS))
+        d_overlap = d_overlap * product(k_s, k_s.transpose(TRANSPOSE))
         strength = jnp.sum(d_overlap, axis=1)
         plgpu.barrier_wait(attended)
         pairs = d_overlap * along_rows(beta, L) + load(pairs_s, MATRIX)
@@ -387,7 +387,7 @@ def _chunk_gradients(*refs, N, K):
         grads.d_beta[head, chunk, 1] = strength - read
         grads.d_decay[head, chunk, 1] = slope - beta * read
         d_k = d_k * along_rows(-beta * jnp.exp(decay) * k_norm, K)
-        for x, y in ((inverse_s, k_s), (inverse_s.transpose(ACROSS), k_s), (att_s.transpose(ACROSS), q_s)):
+        for x, y in ((inverse_s, k_s), (inverse_s.transpose(TRANSPOSE), k_s), (att_s.transpose(TRANSPOSE), q_s)):
             d_k = accumulate(d_k, x, y)
         plgpu.barrier_wait(written_down)
         d_k = d_k + keys_s[...].astype(jnp.float32)

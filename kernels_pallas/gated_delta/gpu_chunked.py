@@ -30,10 +30,10 @@ from kernels_pallas.gated_delta.arguments import ChunkedArguments
 from kernels_pallas.gated_delta.packing import CHUNK, Chunks, chunk_table, snapshot_of_chunk
 from kernels_pallas.gated_delta.reference import L2_EPS, chunk_gates
 from kernels_pallas.gpu.mosaic import (
-    ACROSS,
     COL,
     MATRIX,
     ROW,
+    TRANSPOSE,
     accumulate,
     along_columns,
     along_rows,
@@ -184,9 +184,9 @@ def _prepare_chunks(*refs, N, K):
         k_norm_col, decay_col = (load(vectors_s.at[n], COL) for n in range(2))
 
         between = jnp.exp(jnp.minimum(along_rows(decay_row, L) - along_columns(decay_col, L), 0.0)) * along_columns(k_norm_col, L)
-        attention = jnp.where(i >= j, product(q_s, k_s.transpose(ACROSS)) * between * along_rows(q_norm, L), 0.0)
+        attention = jnp.where(i >= j, product(q_s, k_s.transpose(TRANSPOSE)) * between * along_rows(q_norm, L), 0.0)
         store_global(attention, m_s, out_att.at[chunk, head])
-        overlap = product(k_s, k_s.transpose(ACROSS)) * between * along_rows(k_norm * beta_row, L)
+        overlap = product(k_s, k_s.transpose(TRANSPOSE)) * between * along_rows(k_norm * beta_row, L)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         inverse = invert(jnp.where(i > j, overlap, 0.0), i, j, d_s, m_s)
 
@@ -197,7 +197,7 @@ def _prepare_chunks(*refs, N, K):
         store_shared(solved, d_s)
         reads = (solved * along_columns(jnp.exp(decay_col) * k_norm_col, L)).astype(w_s.dtype)
         store_global(product(reads, k_s), w_s, out_w.at[chunk, head])
-        store_global(product(v_s.transpose(ACROSS), d_s.transpose(ACROSS)), u_s, out_u.at[chunk, head])
+        store_global(product(v_s.transpose(TRANSPOSE), d_s.transpose(TRANSPOSE)), u_s, out_u.at[chunk, head])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -383,20 +383,20 @@ def _scan(*refs, V, stages, groups):
             plgpu.barrier_wait(ready.at[slot])
             before = state.astype(out.dtype)
             writes = u_s.at[slot, pl.ds(group * SLICE, SLICE)][...].astype(jnp.float32)
-            writes = writes - product(before, w_s.at[slot].transpose(ACROSS))
-            read = product(before, q_s.at[slot].transpose(ACROSS)) * along_columns(load(q_scale_s.at[slot], COL), SLICE)
+            writes = writes - product(before, w_s.at[slot].transpose(TRANSPOSE))
+            read = product(before, q_s.at[slot].transpose(TRANSPOSE)) * along_columns(load(q_scale_s.at[slot], COL), SLICE)
             new_values = writes.astype(out.dtype)
             if scan_residuals:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for x, buffer, dst in zip((before, new_values), residuals_s, scan_residuals, strict=True):
                     store_global(x, buffer.at[group], dst.at[chunk, head, own_channels])
-            read = accumulate(read, new_values, att_s.at[slot].transpose(ACROSS))
+            read = accumulate(read, new_values, att_s.at[slot].transpose(TRANSPOSE))
             scaled = (writes * along_columns(load(k_scale_s.at[slot], COL), SLICE)).astype(out.dtype)
             state = accumulate(state * fade, scaled, k_s.at[slot])
             plgpu.barrier_arrive(consumed.at[slot])
 
             transposed = out_s.at[group]
-            transposed.transpose(ACROSS)[...] = plgpu.layout_cast(read.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            transposed.transpose(TRANSPOSE)[...] = plgpu.layout_cast(read.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             is_full = L * (i + 1) <= length
 
             @pl.when(is_full)

@@ -34,7 +34,19 @@ from kernels_pallas.gated_delta.gpu_chunked import inverse_norm, invert, store_g
 from kernels_pallas.gated_delta.gpu_convolve import TAPS
 from kernels_pallas.gated_delta.gpu_state_scan import scan_states, scan_states_backward
 from kernels_pallas.gated_delta.packing import CHUNK
-from kernels_pallas.gpu.mosaic import ACROSS, COL, ROW, accumulate, along_columns, along_rows, iota, load, params, product, tiles
+from kernels_pallas.gpu.mosaic import (
+    COL,
+    ROW,
+    TRANSPOSE,
+    accumulate,
+    along_columns,
+    along_rows,
+    iota,
+    load,
+    params,
+    product,
+    tiles,
+)
 
 L = CHUNK
 WIDTH = 128  # of keys and of values
@@ -222,16 +234,16 @@ def _prepare(*refs, N):
     f = _factors(g, segment, incoming_segment, q_s, k_s, vectors_s, head, chunk)
     scaled = f.between * along_columns(f.k_norm_col, L)
 
-    attention = product(q_s, k_s.transpose(ACROSS)) * scaled * along_rows(f.q_norm, L)
+    attention = product(q_s, k_s.transpose(TRANSPOSE)) * scaled * along_rows(f.q_norm, L)
     store_global(jnp.where(f.i >= f.j, attention, 0.0), m_s, out_p)
     store_global(q_s[...].astype(jnp.float32) * along_rows(f.q_norm * f.incoming, WIDTH), q_s, out_q)
-    overlap = product(k_s, k_s.transpose(ACROSS)) * scaled * along_rows(f.k_norm * beta_row, L)
+    overlap = product(k_s, k_s.transpose(TRANSPOSE)) * scaled * along_rows(f.k_norm * beta_row, L)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     inverse = invert(jnp.where(f.i > f.j, overlap, 0.0), f.i, f.j, d_s, m_s)
 
     store_global(inverse, m_s, out_m)
     store_shared(inverse * along_columns(beta_col, L), d_s)
-    store_global(product(v_s.transpose(ACROSS), d_s.transpose(ACROSS)), u_s, out_u)
+    store_global(product(v_s.transpose(TRANSPOSE), d_s.transpose(TRANSPOSE)), u_s, out_u)
     store_shared(k_s[...].astype(jnp.float32) * along_rows(f.k_norm * f.incoming, WIDTH), v_s)
     store_global(product(d_s, v_s), w_s, out_w)
     store_global(k_s[...].astype(jnp.float32) * along_rows(f.k_norm * f.outgoing, WIDTH), k_s, out_k)
@@ -301,13 +313,13 @@ def _gradients(*refs, N):
     def _system():
         f = _factors(g, segment, incoming_segment, None, k_s, vectors_s.at[0], head, chunk)
         strength = load(beta.at[head, chunk])
-        dr = product(m_s.transpose(ACROSS), d_s.transpose(ACROSS))
+        dr = product(m_s.transpose(TRANSPOSE), d_s.transpose(TRANSPOSE))
         d_beta = _row_dot(dr, _float32(v_s))
         v_s[...] = (dr * _along_width(strength)).astype(v_s.dtype)
         store_part(v_s, 2)
         dr = dr.astype(v_s.dtype)
         d_overlap = jnp.where(f.i > f.j, -product(dr, n_s) * f.between, 0.0)
-        share = d_overlap * product(k_s, k_s.transpose(ACROSS)) * along_rows(f.k_norm, L) * along_columns(f.k_norm_col, L)
+        share = d_overlap * product(k_s, k_s.transpose(TRANSPOSE)) * along_rows(f.k_norm, L) * along_columns(f.k_norm_col, L)
         d_beta += jnp.sum(share, axis=1)
         share = share * along_rows(strength, L)
         of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
@@ -320,7 +332,7 @@ def _gradients(*refs, N):
         out_beta[head, chunk] = d_beta + read_k
         _store_gate_shares(f, of_row + strength * read_k, None, of_column, out_shares.at[pl.ds(0, 2), head, chunk])
         d_k = accumulate(d_k * _along_width(strength), d_overlap, k_s)
-        d_k = accumulate(d_k, t_s.at[0].transpose(ACROSS), k_s)
+        d_k = accumulate(d_k, t_s.at[0].transpose(TRANSPOSE), k_s)
         plgpu.barrier_wait(shared)  # the other warpgroup has read the keys
         k_s[...] = _norm_backward(d_k + share_s[...], _float32(k_s), f.k_norm, 1.0).astype(k_s.dtype)
         store_part(k_s, 1)
@@ -332,14 +344,14 @@ def _gradients(*refs, N):
         halves = (pl.ds(half * L, L) for half in range(2))
         out_fade[head, chunk] = sum(_row_dot(_float32(state_s.at[half]), _float32(after_s.at[half])) for half in halves)
         d_attention = jnp.where(f.i >= f.j, product(o_s, n_s) * f.between, 0.0)
-        share = d_attention * product(q_s, k_s.transpose(ACROSS)) * along_rows(f.q_norm, L) * along_columns(f.k_norm_col, L)
+        share = d_attention * product(q_s, k_s.transpose(TRANSPOSE)) * along_rows(f.q_norm, L) * along_columns(f.k_norm_col, L)
         share = jnp.where(f.i > f.j, share, 0.0)  # the diagonal's decay is 1 for any gates
         of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
         store_shared(d_attention * along_rows(f.q_norm, L), t_s.at[1])
         d_attention = (d_attention * along_columns(f.k_norm_col, L)).astype(q_s.dtype)
-        d_k = product(n_s.transpose(ACROSS), after_s) * _along_width(f.outgoing)
+        d_k = product(n_s.transpose(TRANSPOSE), after_s) * _along_width(f.outgoing)
         of_rest = _row_dot(d_k, _float32(k_s)) * f.k_norm
-        share_s[...] = accumulate(d_k, t_s.at[1].transpose(ACROSS), q_s)
+        share_s[...] = accumulate(d_k, t_s.at[1].transpose(TRANSPOSE), q_s)
 
         d_q = product(o_s, state_s) * _along_width(f.incoming)
         of_row += _row_dot(d_q, _float32(q_s)) * f.q_norm

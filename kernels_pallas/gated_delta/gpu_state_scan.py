@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from kernels_pallas.gated_delta.packing import CHUNK
-from kernels_pallas.gpu.mosaic import ACROSS, MATRIX, accumulate, params, product, tiles
+from kernels_pallas.gpu.mosaic import MATRIX, TRANSPOSE, accumulate, params, product, tiles
 
 L = CHUNK
 SLICE = 64  # value channels of a warpgroup
@@ -131,7 +131,7 @@ def _kernel(*refs, body, chunks, K, V):
             state_s, new_s, read_s = (dst.at[group] for dst in staging)
             state_s[...], new_s[...] = rounded, new
             if read is not None:
-                read_s.transpose(ACROSS)[...] = plgpu.layout_cast(read.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+                read_s.transpose(TRANSPOSE)[...] = plgpu.layout_cast(read.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             states, new_values = outputs[-2:]
             plgpu.copy_smem_to_gmem(state_s, states.at[row, chunk, head, own_channels])
@@ -146,12 +146,12 @@ def _kernel(*refs, body, chunks, K, V):
 
 
 def _forward_step(faded, state, writes, reads, queries, keys, attention):
-    new = (writes[...].astype(jnp.float32) - product(state, reads.transpose(ACROSS))).astype(jnp.bfloat16)
-    read = accumulate(product(state, queries.transpose(ACROSS)), new, attention.transpose(ACROSS))
+    new = (writes[...].astype(jnp.float32) - product(state, reads.transpose(TRANSPOSE))).astype(jnp.bfloat16)
+    read = accumulate(product(state, queries.transpose(TRANSPOSE)), new, attention.transpose(TRANSPOSE))
     return accumulate(faded, new, keys), new, read
 
 
 def _backward_step(faded, state, d_out, reads, queries, keys, attention):
-    transposed = d_out.transpose(ACROSS)
-    new = accumulate(product(transposed, attention), state, keys.transpose(ACROSS)).astype(jnp.bfloat16)
+    transposed = d_out.transpose(TRANSPOSE)
+    new = accumulate(product(transposed, attention), state, keys.transpose(TRANSPOSE)).astype(jnp.bfloat16)
     return accumulate(accumulate(faded, transposed, queries), -new, reads), new, None

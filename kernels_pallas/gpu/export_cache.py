@@ -1,8 +1,8 @@
 """Lowered kernels that several programs share.
 
-Mosaic GPU writes a kernel in Python, 0.3 to 2 s each, and jax repeats that for every program with the kernel; a server compiles
-dozens of such programs. Inside `shared_lowering()` a function marked with `exported_once` is exported (jax.export) on its first
-use, and every program calls the export. An export has no gradient, so this is for programs without one.
+Mosaic GPU writes a kernel in Python, 0.3 to 2 s each, and jax repeats that for every program with the kernel.
+A server compiles dozens of such programs. Inside `shared_lowering()` a function marked with `exported_once`
+is exported (jax.export) on its first use, and every program calls the export. An export has no gradient.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import export
 
-# The custom call of the kernels. jax gives it no guarantee of compatibility, which only matters for exports that are stored.
+# The custom call of the kernels. jax guarantees no compatibility, which matters only for stored exports.
 TARGET = "mosaic_gpu_v2"
 _exports: ContextVar[dict[Any, export.Exported] | None] = ContextVar("exports", default=None)
 
@@ -30,7 +30,10 @@ def shared_lowering() -> Iterator[None]:
 
 
 def exported_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function of GPU kernels so that `shared_lowering` exports it once; arguments are arrays or hashable."""
+    """Wraps a function of GPU kernels so that `shared_lowering` exports it once for each set of shapes.
+
+    Its arguments are arrays or hashable.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:

@@ -1,8 +1,9 @@
-"""What the Hopper kernels share: layouts of registers and shared memory, matrix products, scalar functions.
+"""Parts that the Hopper kernels share: layouts, matrix products, barriers, the softmax and scalar functions.
 
-Kernels are written for Mosaic GPU's Lane semantics, where a kernel names the layouts that it wants. A "thread" is a warpgroup of
-128 CUDA threads. `[rows, columns]` matrices of float32 live in the layout of wgmma's accumulators: a thread of the group holds
-pairs of neighbouring columns of two rows in eight; ROW and COL are vectors along rows or columns, as its threads need them.
+Kernels are written for Mosaic GPU's Lane semantics, in which a kernel names its layouts. A "thread" is a
+warpgroup of 128 CUDA threads. `[rows, columns]` matrices of float32 have the layout of wgmma's accumulators:
+each CUDA thread holds pairs of neighbouring columns of two rows in eight. ROW and COL are the matching
+layouts of vectors along rows and columns.
 """
 
 import jax
@@ -16,9 +17,9 @@ from kernels_pallas.backends import device_kind
 
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)
-ACROSS = (1, 0)  # the transposed view of a reference
-WARPGROUP_ROWS = 64  # of a warpgroup's matrix product
-NEG_INF = -1e30  # below every score
+TRANSPOSE = (1, 0)  # the permutation of a reference's transposed view
+WARPGROUP_ROWS = 64  # rows of a warpgroup's matrix product
+NEG_INF = -1e30  # below every score, and finite, so that differences are not NaN
 
 
 # Streaming multiprocessors by the start of the device kind, longer names first.
@@ -28,7 +29,7 @@ SM_COUNTS = {"NVIDIA H100 PCIe": 114, "NVIDIA H800 PCIe": 114, "NVIDIA H200": 13
 def num_sms() -> int:
     """Returns the number of streaming multiprocessors of the device being compiled for.
 
-    The mesh in use decides, else the default device. The device kind decides where jax reports no count.
+    The mesh in use decides, else the default device. The device kind decides if jax reports no count.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described:
@@ -40,12 +41,15 @@ def num_sms() -> int:
 
 
 def params(*, approximate: bool, **more: int) -> plgpu.CompilerParams:
-    """Compiler options; `approximate` allows the chip's fast exponentials (2 ulp)."""
+    """Returns compiler options; `approximate` allows the chip's fast exponentials (2 ulp)."""
     return plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane, **more)
 
 
 def tiles(*shape: int, dtype: DTypeLike = jnp.bfloat16, swizzle: int | None = None) -> object:
-    """Shared memory in the swizzled tiles that TMA writes and wgmma reads without bank conflicts; `swizzle` bytes wide."""
+    """Returns shared memory in swizzled tiles, `swizzle` bytes wide.
+
+    TMA writes and wgmma reads such tiles without bank conflicts.
+    """
     size = jnp.dtype(dtype).itemsize
     swizzle = swizzle or min(shape[-1] * size, 128)
     transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
@@ -53,12 +57,15 @@ def tiles(*shape: int, dtype: DTypeLike = jnp.bfloat16, swizzle: int | None = No
 
 
 def load(ref: object, layout: object = ROW) -> object:
-    """Device or shared memory to registers."""
+    """Loads device or shared memory into registers."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def store(ref: object, value: object) -> None:
-    """Registers to memory, also in less than whole sectors or with bank conflicts: jax 0.12 wants that said."""
+    """Stores registers to memory.
+
+    Stores of partial sectors or with bank conflicts are allowed; jax 0.12 requires this to be explicit.
+    """
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:
@@ -66,22 +73,22 @@ def store(ref: object, value: object) -> None:
 
 
 def along_rows(vector: object, columns: int) -> object:
-    """A ROW vector, repeated for every column."""
+    """Repeats a ROW vector for every column."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
 
 
 def along_columns(vector: object, rows: int) -> object:
-    """A COL vector, repeated for every row."""
+    """Repeats a COL vector for every row."""
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
 def iota(shape: tuple[int, int], axis: int) -> object:
-    """Row or column numbers of a matrix."""
+    """Returns a matrix of row (axis 0) or column (axis 1) numbers."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
 def product(a: object, b: object) -> object:
-    """`a @ b` in float32: a in registers or shared memory, b in shared memory."""
+    """Computes `a @ b` in float32, with a in registers or shared memory and b in shared memory."""
 
     def multiply(accumulator: object) -> object:
         plgpu.wgmma(accumulator, a, b)
@@ -91,44 +98,48 @@ def product(a: object, b: object) -> object:
 
 
 def accumulate(total: object, a: object, b: object) -> object:
-    """`total + a @ b`."""
+    """Computes `total + a @ b`."""
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
 def barrier_sync(barrier: object) -> None:
-    """Waits until all of the barrier's warpgroups have come here as often."""
+    """Arrives at a barrier and waits until all of its warpgroups have arrived."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 def clustered(parts: int) -> dict[str, object]:
-    """What makes a kernel's blocks work in clusters of so many, along the axis "part"; nothing for one."""
+    """Returns kernel options for clusters of `parts` blocks along the axis "part"; none for one part."""
     return {"cluster": (parts,), "cluster_names": ("part",)} if parts > 1 else {}
 
 
 def barrier_of(parts: int, groups: int) -> object:
-    """A barrier of all warpgroups of a cluster, or of a block where a cluster is one."""
+    """Returns a barrier of all warpgroups of a cluster, or of a block if the cluster has one block."""
     if parts > 1:
         return plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=groups)
     return plgpu.Barrier(num_arrivals=groups)
 
 
 def cluster_refs(ref: object, parts: int) -> list[object]:
-    """The same shared memory of all blocks of the cluster."""
+    """Returns the reference's counterparts in the shared memory of all blocks of the cluster."""
     return [plgpu.cluster_ref(ref, {"part": jnp.int32(part)}) for part in range(parts)] if parts > 1 else [ref]
 
 
 def cluster_sync(barrier: object) -> None:
-    """As `barrier_sync`, of all blocks of a cluster; what any thread has stored before it is there for all to read after it."""
+    """Synchronises all blocks of a cluster.
+
+    Stores of any thread before it are visible to all threads after it.
+    """
     arrive_cluster(barrier)
     plgpu.barrier_wait(barrier)
     fence_cluster()
 
 
 def arrive_cluster(barrier: object) -> None:
-    """Arrives at a cluster's barrier with all that the warpgroup has stored; who has waited for it needs a fence to read that.
+    """Arrives at a cluster's barrier after the warpgroup's stores.
 
-    One thread arrives for the others, at each block's barrier another one: they have to come together first.
+    Threads that wait at the barrier need a fence before they read those stores. One CUDA thread arrives for
+    the warpgroup, a different one at each block's barrier, so the warpgroup's threads are synchronised first.
     """
     plgpu.commit_smem()
     fence_cluster()
@@ -136,8 +147,11 @@ def arrive_cluster(barrier: object) -> None:
 
 
 def fence_cluster() -> None:
-    """Orders a thread's accesses to memory before and after it, as all blocks of its cluster see them; barriers alone do not."""
-    from jax.experimental.mosaic.gpu.utils import inline_ptx  # jax 0.10 has none
+    """Orders a thread's memory accesses for all blocks of its cluster.
+
+    Barriers alone do not order them.
+    """
+    from jax.experimental.mosaic.gpu.utils import inline_ptx  # not in jax 0.10
 
     @plgpu.inline_mgpu()
     def order(_) -> None:
@@ -147,39 +161,57 @@ def fence_cluster() -> None:
 
 
 def empty_softmax(width: int) -> tuple[object, object, object]:
-    """A softmax kept up to date (arXiv:2205.14135) that has seen nothing: sum of values, sum of weights, largest score."""
+    """Returns an online softmax (arXiv:2205.14135) before its first scores.
+
+    Returns:
+      The weighted sum of values, the sum of weights, and the largest score.
+    """
     total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), MATRIX)
     weight = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), ROW)
     return total, weight, plgpu.layout_cast(jnp.full(WARPGROUP_ROWS, NEG_INF, jnp.float32), ROW)
 
 
 def online_softmax(scores: object, weight: object, largest: object, scale: float) -> tuple[object, object, object, object]:
-    """With more scores: their weights `2^(scale score - largest)`, what the sums so far are worth now, and the new two."""
+    """Adds scores to an online softmax.
+
+    Returns:
+      The weights `2^(scale score - largest)` of the new scores, the factor by which earlier sums shrink, the
+        new sum of weights, and the new largest score.
+    """
     peak = jnp.maximum(largest, scores.max(axis=1) * scale)
-    faded = jnp.exp2(largest - peak)
+    decay = jnp.exp2(largest - peak)
     weights = jnp.exp2(scores * scale - along_rows(peak, scores.shape[1]))
-    return weights, faded, weight * faded + weights.sum(axis=1), peak
+    return weights, decay, weight * decay + weights.sum(axis=1), peak
 
 
 def finish_softmax(total: object, weight: object, largest: object) -> tuple[object, object]:
-    """The weighted mean, and the logarithm, base 2, of the sum of weights; a row without any keeps its zeros."""
+    """Returns the weighted mean of the values, and the base-2 logarithm of the sum of weights.
+
+    A row without scores keeps its zeros.
+    """
     weight = jnp.where(weight > 0, weight, 1.0)
     return total * along_rows(1 / weight, total.shape[1]), largest + jnp.log2(weight)
 
 
 def sigmoid(x: object) -> object:
-    """`1 / (1 + exp(-x))`, as the square of the root that the chip has an instruction for; division takes it ten."""
+    """Computes `1 / (1 + exp(-x))`.
+
+    It is the square of an inverse root, for which the chip has an instruction; a division takes ten.
+    """
     root = lax.rsqrt(1 + jnp.exp(-x))
     return root * root
 
 
 def silu(x: object) -> object:
-    """`x sigmoid(x)`."""
+    """Computes `x sigmoid(x)`."""
     return x * sigmoid(x)
 
 
 def softplus(x: object) -> object:
-    """`log(1 + exp(x))`, to 1e-7 of its value also where that is small: Mosaic has no log1p, so a series stands in for it."""
+    """Computes `log(1 + exp(x))` with a relative error of 1e-7, also for small results.
+
+    Mosaic has no log1p, so a series replaces it where `exp(-|x|)` is small.
+    """
     e = jnp.exp(-jnp.abs(x))
     series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e / 5))))  # below 0.03 the next term is under 1e-8
     return jnp.maximum(x, 0.0) + jnp.where(e < 0.03, series, jnp.log(1 + e))

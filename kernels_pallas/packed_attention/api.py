@@ -1,4 +1,4 @@
-"""The operation, for views of any length and for small windows; `backend` says who runs it.
+"""Attention within packed views of any length, or within small windows, with a choice of backends.
 
 Glossary: P patches in the row, I views, L the longest view, N heads, H head width.
 """
@@ -19,20 +19,21 @@ def packed_attention(
     longest: int,
     backend: str | None = None,
 ) -> Float[Array, "P N H"]:
-    """Softmax attention of each view within itself, scaled by H^-1/2. Differentiable in q, k and v.
+    """Applies softmax attention within each view, scaled by H^-1/2. Differentiable in q, k and v.
 
     Args:
-      q, k, v: every view's rows one after another; there may be gaps.
+      q, k, v: the rows of all views one after another; there may be gaps.
       starts: each view's first row, ascending.
-      lengths: each view's rows, at most `longest`; 0 for a view that is not there (its start is then P).
+      lengths: each view's number of rows, at most `longest`; 0 for an absent view, whose start is P.
       longest: the static bound L; the reference takes I x N x L x L float32.
       backend: "reference", "hopper", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
-      In q's dtype; zeros for rows of no view.
+      The attention's result, in q's dtype; zeros for rows of no view.
 
     Raises:
-      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that
+        does.
     """
     _check(q, k, v)
     implementations = {
@@ -46,10 +47,10 @@ def packed_attention(
 def window_attention(
     q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], *, window: int, backend: str | None = None
 ) -> Float[Array, "P N H"]:
-    """`packed_attention` where each `window` rows are a view. Differentiable.
+    """Applies `packed_attention` with each `window` rows as a view. Differentiable.
 
     Raises:
-      ValueError, NotImplementedError: as in `packed_attention`; or P is no multiple of `window`.
+      ValueError, NotImplementedError: as in `packed_attention`; or P is not a multiple of `window`.
     """
     if len(q) % window:
         raise ValueError(f"q has {len(q)} rows, expected a multiple of the window, {window}")

@@ -1,7 +1,8 @@
-"""Other libraries' attention on the same views, for `kernels_pallas.bench --beside`: a process of its own, which prints JSON.
+"""Baselines for `kernels_pallas.bench --compare`: other libraries' attention on the same views.
 
-`torch` is PyTorch's variable-length flash attention; `cudnn` is cuDNN's through jax, on the views padded to the longest and told
-how long each is; `cudnn-padded` is the same untold, so that every view is as long as the longest.
+`torch` is PyTorch's variable-length flash attention. `cudnn` is cuDNN's attention through jax, on views
+padded to the longest and with their lengths. `cudnn-padded` omits the lengths, so that every view counts as
+long as the longest. Runs in a process of its own and prints JSON.
 """
 
 import functools
@@ -9,57 +10,58 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.benchmarking import device_microseconds
+from kernels_pallas.gated_delta.baselines import microseconds
 from kernels_pallas.packed_attention import shapes
 from kernels_pallas.packed_attention.shapes import HEADS, WIDTH
 
 
 def torch(lengths: tuple[int, ...]) -> float:
-    """Microseconds of a forward."""
+    """Returns the microseconds of a forward pass."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
-
-    from kernels_pallas.gated_delta.baselines import microseconds
 
     q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     return microseconds(lambda: varlen_attn(q, k, v, offsets, offsets, max(lengths), max(lengths)))
 
 
-def cudnn(lengths: tuple[int, ...], told: bool) -> float:
-    """Microseconds of a forward."""
-    import jax
-    import jax.numpy as jnp
-
-    from kernels_pallas.benchmarking import device_microseconds
-
+def cudnn(lengths: tuple[int, ...], ragged: bool) -> float:
+    """Returns the microseconds of a forward pass; `ragged` gives cuDNN the views' lengths."""
     shape = (3, len(lengths), max(lengths), HEADS, WIDTH)
     q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     sizes = jnp.asarray(lengths, jnp.int32)
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        ragged = told and len(set(lengths)) > 1
-        where = {"query_seq_lengths": sizes, "key_value_seq_lengths": sizes} if ragged else {}
+        needed = ragged and len(set(lengths)) > 1
+        where = {"query_seq_lengths": sizes, "key_value_seq_lengths": sizes} if needed else {}
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **where)
 
     return device_microseconds(lambda: attend(q, k, v))
 
 
 def measured(measure: Callable[[tuple[int, ...]], float], only: str) -> Iterator[tuple[str, float]]:
-    """By the names that `bench` gives its lines; a shape that the library refuses is left out."""
+    """Yields the microseconds by the names of the benchmarks.
+
+    A shape that the library refuses is left out.
+    """
     for shape in shapes.PACKED:
         name = f"packed attention, {shape.name}"
         if only in name:
             try:
                 yield name, measure(shape.lengths)
-            except Exception as error:  # another library's, of any kind: said, and the table goes on
+            except Exception as error:  # the other library may raise anything; the remaining shapes are still measured
                 print(f"{name}: {error}", file=sys.stderr)
 
 
 BASELINES = {
     "torch": torch,
-    "cudnn": functools.partial(cudnn, told=True),
-    "cudnn-padded": functools.partial(cudnn, told=False),
+    "cudnn": functools.partial(cudnn, ragged=True),
+    "cudnn-padded": functools.partial(cudnn, ragged=False),
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `kernels_pallas.bench` measures of packed attention."""
+"""Benchmarks of packed attention."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,12 +12,16 @@ from kernels_pallas.benchmarking import Benchmark, backward_call
 from kernels_pallas.packed_attention import packed_attention, shapes, window_attention
 from kernels_pallas.packed_attention.shapes import HEADS, WIDTH, PackedShape
 
-ROW = HEADS * WIDTH * 2  # bytes of a patch's queries, or keys, or values
+ROW = HEADS * WIDTH * 2  # bytes of a patch's queries, keys or values
 WINDOW = 4
 
 
 def benchmarks() -> Iterator[Benchmark]:
-    """The table. Operations are counted at the heads' own width; a backward's as five products for the forward's two."""
+    """Yields the benchmarks.
+
+    Operations count at the heads' own width. A backward pass counts as five products where the forward has
+    two.
+    """
     for shape in shapes.PACKED:
         patches, flops = sum(shape.lengths), 4 * HEADS * WIDTH * sum(n * n for n in shape.lengths)
         yield Benchmark(f"packed attention, {shape.name}", functools.partial(_forward, shape), 4 * patches * ROW, flops)
@@ -32,7 +36,7 @@ def benchmarks() -> Iterator[Benchmark]:
 
 
 def inputs(shape: PackedShape) -> tuple[list[jax.Array], dict[str, Any]]:
-    """Queries, keys and values; where the views are."""
+    """Returns random queries, keys and values, and the starts and lengths of the views."""
     where = {
         "starts": jnp.asarray(np.cumsum([0, *shape.lengths[:-1]]), jnp.int32),
         "lengths": jnp.asarray(shape.lengths, jnp.int32),

@@ -1,4 +1,4 @@
-"""The kernels for Hopper, in Mosaic GPU: what they serve, and how the forward and backward ones go together."""
+"""Packed attention for Hopper in Mosaic GPU: the supported arguments, and the custom gradient."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from kernels_pallas.packed_attention.gpu_forward import forward
 from kernels_pallas.remat import SAVE_NAME
 
 WIDTH = 72  # of a head
-ALIGNED = 8  # rows of a tile in memory
+ALIGNED = 8  # rows of a memory tile
 
 
 def unsupported_reason(q: jax.Array) -> str | None:
-    """What the kernels lack for these arguments, or None."""
+    """Returns why the kernels do not serve these arguments, or None if they do."""
     _, N, H = q.shape
     if H != WIDTH:
         return f"q has heads of {H}, and it takes {WIDTH}"
@@ -37,20 +37,20 @@ def packed_attention(
     lengths: Int32[Array, " I"],
     longest: int,
 ) -> Float[Array, "P N H"]:
-    """As `reference.packed_attention`."""
-    del longest  # views may be of any length
+    """Computes `api.packed_attention`."""
+    del longest  # the kernels serve views of any length
     return _whole_tiles(q, k, v, *views(starts, lengths, q.shape[0]))
 
 
 def window_attention(
     q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], window: int
 ) -> Float[Array, "P N H"]:
-    """As `reference.window_attention`."""
+    """Computes `api.window_attention`."""
     return _whole_tiles(q, k, v, *windows(window, q.shape[0]))
 
 
 def _whole_tiles(q: Array, k: Array, v: Array, first: Array, end: Array) -> Array:
-    """With rows added up to a multiple of 8, if need be."""
+    """Attends with rows padded to a multiple of 8."""
     P = q.shape[0]
     if short := -P % ALIGNED:
         q, k, v = (jnp.pad(x, ((0, short), (0, 0), (0, 0))) for x in (q, k, v))
@@ -68,8 +68,8 @@ def _remember(q: Array, k: Array, v: Array, first: Array, end: Array) -> tuple[A
     return out, (q, k, v, out, sums, first, end)
 
 
-def _pull_back(kept: Any, cotangent: Array) -> tuple[Any, ...]:
-    q, k, v, out, sums, first, end = kept
+def _pull_back(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    q, k, v, out, sums, first, end = residuals
     return *backward(q, k, v, out, sums, cotangent, first, end), None, None
 
 

@@ -1,4 +1,4 @@
-"""Packed attention in readable jnp: lift the views out of the row, attend densely, lay them back.
+"""Packed attention in readable jnp: gather the views, attend densely, scatter the results back.
 
 Glossary as in the api.
 """
@@ -17,14 +17,14 @@ def packed_attention(
     lengths: Int32[Array, " I"],
     longest: int,
 ) -> Float[Array, "P N H"]:
-    """`api.packed_attention`."""
+    """Computes `api.packed_attention`."""
     P, _, H = q.shape
     offsets = jnp.arange(longest)
     rows_IL = jnp.minimum(starts[:, None] + offsets[None], P - 1)
     q, k, v = (x[rows_IL] for x in (q, k, v))  # [I, L, N, H]
     precision = Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("iqnh,iknh->inqk", q, k, precision=precision, preferred_element_type=jnp.float32) * H**-0.5
-    # A finite floor, not -inf: an absent view has no key at all, and a row of -inf is NaN after the softmax.
+    # A finite floor, not -inf: an absent view has no keys, and the softmax of a row of -inf is NaN.
     scores = jnp.where(offsets[None, None, None] < lengths[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out_ILNH = jnp.einsum("inqk,iknh->iqnh", weights, v, precision=precision)
@@ -37,7 +37,7 @@ def packed_attention(
 def window_attention(
     q: Float[Array, "P N H"], k: Float[Array, "P N H"], v: Float[Array, "P N H"], window: int
 ) -> Float[Array, "P N H"]:
-    """`api.window_attention`."""
+    """Computes `api.window_attention`."""
     shape = q.shape
     q, k, v = (x.reshape(-1, window, *shape[1:]) for x in (q, k, v))
     precision = Precision.HIGHEST if q.dtype == jnp.float32 else None

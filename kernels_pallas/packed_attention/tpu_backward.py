@@ -1,8 +1,9 @@
-"""Packed attention on TPU, backward (arXiv:2205.14135): two kernels, which compute the weights anew.
+"""Backward kernels of packed attention on TPU (arXiv:2205.14135); both recompute the weights.
 
-For the queries' cotangents one walks through blocks of queries and visits windows of keys and values, as the forward kernel does.
-For the keys' and values' the other walks through blocks of keys and visits windows of queries. `sums` has of each row, head n, in
-lane n the logarithm (base 2) of the sum of its exponentials, in lane N + n the product of its result with the result's cotangent.
+The kernel for the queries' gradient visits windows of keys and values for each block of queries, as the
+forward kernel does. The kernel for the keys' and values' gradients visits windows of queries for each block
+of keys. For head n of each row, `sums` has the base-2 logarithm of the sum of exponentials in lane n, and the
+product of the result with its gradient in lane N + n.
 Glossary as in tpu_forward.
 """
 
@@ -20,7 +21,7 @@ from kernels_pallas.tpu.stream import LANES, LOG2_E, block_index, dot, grid, vis
 
 
 def block_sizes(N: int, P: int, longest: int, dtype: jnp.dtype) -> BlockSizes:
-    """The cut for a row of P rows."""
+    """Returns the block sizes for a row of P rows."""
     return BlockSizes(N, TILE, TILE, window_rows(P, longest, dtype))
 
 
@@ -28,35 +29,36 @@ def queries(
     q: Float[Array, "P D"],
     k: Float[Array, "P D"],
     v: Float[Array, "P D"],
-    out_bar: Float[Array, "P D"],
+    d_out: Float[Array, "P D"],
     sums: Float32[Array, "P lanes"],
     lower: Int32[Array, " P"],
     upper: Int32[Array, " P"],
     sizes: BlockSizes,
 ) -> Float[Array, "P D"]:
-    """The queries' cotangents."""
-    (bar,) = _call(_add_queries, "packed_attention_queries", (q, out_bar, sums), (k, v), lower, upper, sizes, 1)
-    return bar
+    """Returns the queries' gradient."""
+    (d_q,) = _call(_add_queries, "packed_attention_queries", (q, d_out, sums), (k, v), lower, upper, sizes, 1)
+    return d_q
 
 
 def keys_values(
     q: Float[Array, "P D"],
     k: Float[Array, "P D"],
     v: Float[Array, "P D"],
-    out_bar: Float[Array, "P D"],
+    d_out: Float[Array, "P D"],
     sums: Float32[Array, "P lanes"],
     lower: Int32[Array, " P"],
     upper: Int32[Array, " P"],
     sizes: BlockSizes,
 ) -> tuple[Float[Array, "P D"], Float[Array, "P D"]]:
-    """The keys' and the values' cotangents."""
-    return _call(_add_keys_values, "packed_attention_keys_values", (k, v), (q, out_bar, sums), lower, upper, sizes, 2)
+    """Returns the keys' and the values' gradients."""
+    return _call(_add_keys_values, "packed_attention_keys_values", (k, v), (q, d_out, sums), lower, upper, sizes, 2)
 
 
 def _call(add, name, own, others, lower, upper, sizes, results):
-    """Over blocks of `own`, each of which visits windows of `others`; `results` arrays like the first of `own`.
+    """Runs a kernel over blocks of `own`, each of which visits windows of `others`.
 
-    `sums` is the third of either; the first two have heads.
+    The first two arrays of either have heads; the third array of one of them is `sums`. Returns `results`
+    arrays like the first of `own`.
     """
     (P, D), (N, L, tile, W) = own[0].shape, sizes
     assert tile == L, f"blocks of {L} rows are computed {tile} rows at once"
@@ -90,7 +92,7 @@ def _call(add, name, own, others, lower, upper, sizes, results):
     )(*scalars, lower, upper, *own, *others)
 
 
-def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, own, sizes):
+def _kernel(begin, size, visits, view_begins, view_ends, lower_ref, upper_ref, *refs, add, own, sizes):
     *refs, buffers, own_heads, window_heads, total_refs, slot_ref, semaphores = refs
     own_refs, sources, out_refs = refs[:own], refs[own : own + len(buffers)], refs[own + len(buffers) :]
     cores, step = pl.num_programs(0), pl.program_id(1)
@@ -113,15 +115,15 @@ def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, 
             split_heads(rows_ref, heads_ref)
 
     def compute(visit, slot):
-        seen = visit_window(begin, size, visits, block, visit, W, P)
+        visited = visit_window(begin, size, visits, block, visit, W, P)
 
-        @pl.when(overlaps_tile(least, most, block, seen))
+        @pl.when(overlaps_tile(view_begins, view_ends, block, visited))
         def _():
             here = [buffer.at[slot] for buffer in buffers]
             for rows_ref, heads_ref in zip(here[:2], window_heads, strict=True):
                 split_heads(rows_ref, heads_ref)
             (sums_ref,) = *own_refs[2:], *here[2:]
-            add(lower_ref[0], upper_ref[0], seen, own_heads, window_heads, sums_ref, total_refs)
+            add(lower_ref[0], upper_ref[0], visited, own_heads, window_heads, sums_ref, total_refs)
 
     visit_all(step, visits[block], visits[block + cores], fetch, compute, slot_ref)
 
@@ -132,36 +134,39 @@ def _kernel(begin, size, visits, least, most, lower_ref, upper_ref, *refs, add, 
                 out_ref[:, n * H : (n + 1) * H] = total_ref[n].astype(out_ref.dtype)
 
 
-def _add_queries(lower, upper, seen, own, window, sums_ref, total_refs):
-    (q_ref, bar_ref), (k_ref, v_ref), (total_ref,) = own, window, total_refs
-    unseen = outside_mask(column(lower), column(upper), seen, (q_ref.shape[1], k_ref.shape[1]), 1)
+def _add_queries(lower, upper, visited, own, window, sums_ref, total_refs):
+    (q_ref, d_out_ref), (k_ref, v_ref), (total_ref,) = own, window, total_refs
+    mask = outside_mask(column(lower), column(upper), visited, (q_ref.shape[1], k_ref.shape[1]), 1)
 
     def add(heads):
-        changes = [change for _, change in _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen)]
-        for n, change in zip(heads, changes, strict=True):
-            total_ref[n] += dot("qk,kh->qh", change.astype(k_ref.dtype), k_ref[n])
+        d_scores_of_heads = [d_scores for _, d_scores in _weights(heads, q_ref, k_ref, v_ref, d_out_ref, sums_ref, mask)]
+        for n, d_scores in zip(heads, d_scores_of_heads, strict=True):
+            total_ref[n] += dot("qk,kh->qh", d_scores.astype(k_ref.dtype), k_ref[n])
 
     for_heads(q_ref.shape[0], add)
 
 
-def _add_keys_values(lower, upper, seen, own, window, sums_ref, total_refs):
-    (k_ref, v_ref), (q_ref, bar_ref), (key_ref, value_ref) = own, window, total_refs
-    unseen = outside_mask(lower, upper, seen, (q_ref.shape[1], k_ref.shape[1]), 0)
+def _add_keys_values(lower, upper, visited, own, window, sums_ref, total_refs):
+    (k_ref, v_ref), (q_ref, d_out_ref), (key_ref, value_ref) = own, window, total_refs
+    mask = outside_mask(lower, upper, visited, (q_ref.shape[1], k_ref.shape[1]), 0)
 
     def add(heads):
-        found = _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen)
-        for n, (weights, change) in zip(heads, found, strict=True):
-            key_ref[n] += dot("qk,qh->kh", change.astype(q_ref.dtype), q_ref[n])
-            value_ref[n] += dot("qk,qh->kh", weights.astype(q_ref.dtype), bar_ref[n])
+        weights_of_heads = _weights(heads, q_ref, k_ref, v_ref, d_out_ref, sums_ref, mask)
+        for n, (weights, d_scores) in zip(heads, weights_of_heads, strict=True):
+            key_ref[n] += dot("qk,qh->kh", d_scores.astype(q_ref.dtype), q_ref[n])
+            value_ref[n] += dot("qk,qh->kh", weights.astype(q_ref.dtype), d_out_ref[n])
 
     for_heads(k_ref.shape[0], add)
 
 
-def _weights(heads, q_ref, k_ref, v_ref, bar_ref, sums_ref, unseen):
-    """Of each head the softmax's weights and the scores' cotangents, times the scale, [queries, keys] float32."""
+def _weights(heads, q_ref, k_ref, v_ref, d_out_ref, sums_ref, mask):
+    """Returns each head's softmax weights, and the scores' gradients times the scale.
+
+    Both are [queries, keys] float32.
+    """
     N, _, H = q_ref.shape
-    sums = [pltpu.roll(sums_ref[...], (LANES - n) % LANES, 1) for n in heads]  # now the head's stand in lanes 0 and N
-    scores = [dot("qh,kh->qk", q_ref[n], k_ref[n]) * (H**-0.5 * LOG2_E) + unseen for n in heads]
-    by_value = [dot("qh,kh->qk", bar_ref[n], v_ref[n]) for n in heads]
+    sums = [pltpu.roll(sums_ref[...], (LANES - n) % LANES, 1) for n in heads]  # moves the head's sums to lanes 0 and N
+    scores = [dot("qh,kh->qk", q_ref[n], k_ref[n]) * (H**-0.5 * LOG2_E) + mask for n in heads]
+    d_weights = [dot("qh,kh->qk", d_out_ref[n], v_ref[n]) for n in heads]
     weights = [jnp.exp2(x - s[:, :1]) for x, s in zip(scores, sums, strict=True)]
-    return [(w, w * (x - s[:, N : N + 1]) * H**-0.5) for w, x, s in zip(weights, by_value, sums, strict=True)]
+    return [(w, w * (x - s[:, N : N + 1]) * H**-0.5) for w, x, s in zip(weights, d_weights, sums, strict=True)]

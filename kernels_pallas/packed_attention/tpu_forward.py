@@ -1,7 +1,8 @@
-"""Packed attention on TPU, forward: one block of rows in each step of the grid, all heads.
+"""Forward kernel of packed attention on TPU: one block of rows in each step of the grid, all heads.
 
-Heads of 72 stand side by side in rows of 1,152, as the projections leave them; on chip each is moved to lanes of its own, once a
-window. To lay heads out by 128 beforehand would be one more pass over all that the kernel reads and writes.
+Heads of 72 lie side by side in rows of 1,152, as the projections produce them. The kernel copies each head to
+lanes of its own, once per window. Heads padded to 128 beforehand would cost one more pass over all data of
+the kernel.
 Glossary: P rows, L rows of a block, W rows of a window, N heads, H head width, D = N x H.
 """
 
@@ -23,7 +24,14 @@ TILE = 128  # rows computed at once
 
 
 class BlockSizes(NamedTuple):
-    """How the work is cut: heads, rows of a block, rows computed at once, rows of a window."""
+    """Sizes of the kernels' blocks.
+
+    Attributes:
+      heads: all heads.
+      rows: rows of a block.
+      tile: rows computed at once.
+      window: rows of a window.
+    """
 
     heads: int
     rows: int
@@ -31,26 +39,36 @@ class BlockSizes(NamedTuple):
     window: int
 
     def limits(self) -> pltpu.CompilerParams:
-        """Two blocks may be computed at once by two cores; what is kept on chip takes more than the default allows."""
+        """Returns compiler options.
+
+        Two cores may compute two blocks at once, and the buffers on chip exceed the default limit.
+        """
         return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=56 * 2**20)
 
 
 def window_rows(P: int, longest: int, dtype: jnp.dtype) -> int:
-    """Rows of a window: the longest view in one, or in as many as it takes; it begins up to a tile before the view."""
+    """Returns the rows of a window.
+
+    A window holds the longest view, or an even part of it if the view exceeds the limit. It begins up to a
+    tile before the view.
+    """
     # 2,304 bytes of a column are 1,152 rows of bfloat16: all views of most pictures fit one window.
-    rows, most = max(longest, TILE) + ALIGNED - 1, tuned_config("tpu", "packed_attention").window_bytes // dtype.itemsize
-    return min(-(-rows // pl.cdiv(rows, most) // ALIGNED) * ALIGNED, P)
+    rows, limit = max(longest, TILE) + ALIGNED - 1, tuned_config("tpu", "packed_attention").window_bytes // dtype.itemsize
+    return min(-(-rows // pl.cdiv(rows, limit) // ALIGNED) * ALIGNED, P)
 
 
 def split_heads(rows_ref, heads_ref) -> None:
-    """[rows, N x H] to [N, rows, H]."""
+    """Copies [rows, N x H] to [N, rows, H]."""
     N, _, H = heads_ref.shape
     for n in range(N):
         heads_ref[n] = rows_ref[:, n * H : (n + 1) * H]
 
 
 def for_heads(N: int, compute) -> None:
-    """Calls `compute` with the numbers of a few heads, whose steps hide each other's latency, until all have been."""
+    """Calls `compute` with the numbers of a few heads at a time, until all are done.
+
+    The steps of heads computed together hide each other's latency.
+    """
     together = math.gcd(N, tuned_config("tpu", "packed_attention").together)
 
     def group(i, _):
@@ -60,7 +78,7 @@ def for_heads(N: int, compute) -> None:
 
 
 def block_sizes(N: int, P: int, longest: int, dtype: jnp.dtype) -> BlockSizes:
-    """The cut for a row of P rows."""
+    """Returns the block sizes for a row of P rows."""
     return BlockSizes(
         N, tuned_config("tpu", "packed_attention").block_bytes // dtype.itemsize, TILE, window_rows(P, longest, dtype)
     )
@@ -76,10 +94,14 @@ def forward(
     *,
     sums: bool = False,
 ) -> tuple[Float[Array, "P D"], *tuple[Float32[Array, "P lanes"], ...]]:
-    """The kernel over all rows: the result, and with `sums` in lane n the logarithm (base 2) of head n's sum of exponentials.
+    """Runs the kernel over all rows.
 
-    P is a multiple of 16 and at least a window; `lower` and `upper` are the bounds of each row's view. Rows of no view must be
-    finite; their results are zeros.
+    P is a multiple of 16 and at least a window; `lower` and `upper` are the bounds of each row's view. Rows
+    of no view must be finite; their results are zeros.
+
+    Returns:
+      The result. With `sums` also an array whose lane n has the base-2 logarithm of head n's sum of
+        exponentials.
     """
     (P, D), (N, L, tile, W) = q.shape, sizes
     blocks = pl.cdiv(P, L)
@@ -120,8 +142,8 @@ def _kernel(
     begin,
     size,
     visits,
-    least,
-    most,
+    view_begins,
+    view_ends,
     lower_ref,
     upper_ref,
     q_ref,
@@ -155,17 +177,17 @@ def _kernel(
     def compute(visit, slot):
         split_heads(k_buffers.at[slot], k_heads)
         split_heads(v_buffers.at[slot], v_heads)
-        seen = visit_window(begin, size, visits, block, visit, W, P)
+        visited = visit_window(begin, size, visits, block, visit, W, P)
 
         def attend(i, _):
-            @pl.when(overlaps_tile(least, most, block * (L // tile) + i, seen))
+            @pl.when(overlaps_tile(view_begins, view_ends, block * (L // tile) + i, visited))
             def _():
                 rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
                 own = (column(ref[0, pl.ds(i, 1)]) for ref in (lower_ref, upper_ref))
-                unseen = outside_mask(*own, seen, (tile, W), 1)
+                mask = outside_mask(*own, visited, (tile, W), 1)
 
                 def softmax(n):
-                    scores = dot("qh,kh->qk", q_heads[n, rows], k_heads[n]) * (H**-0.5 * LOG2_E) + unseen
+                    scores = dot("qh,kh->qk", q_heads[n, rows], k_heads[n]) * (H**-0.5 * LOG2_E) + mask
                     return SoftmaxUpdate(scores, v_heads[n], *(x.at[n, rows] for x in running))
 
                 for_heads(N, lambda heads: update_softmaxes([softmax(n) for n in heads]))
@@ -185,6 +207,6 @@ def _kernel(
                 sums_ref[...] = jnp.where(lane == n, sum_, sums_ref[...] if n else jnp.zeros_like(sum_))
 
 
-def overlaps_tile(least, most, tile, seen):
-    """Whether a visit is for rows that belong to views of a tile's rows."""
-    return (least[tile] < seen.end) & (most[tile] > seen.first)
+def overlaps_tile(view_begins, view_ends, tile, visited):
+    """Returns whether a visit covers rows of the views of a tile's rows."""
+    return (view_begins[tile] < visited.end) & (view_ends[tile] > visited.first)

@@ -1,4 +1,7 @@
-"""Attention over keys and values kept in pages (vLLM's PagedAttention, arXiv:2309.06180): decoding and prompts in one call."""
+"""Attention over keys and values in pages (vLLM's PagedAttention, arXiv:2309.06180).
+
+One call serves prefill and decode.
+"""
 
 from kernels_pallas.page_size import PAGE
 from kernels_pallas.paged_attention.api import paged_attention

@@ -1,11 +1,13 @@
-"""The operation, one function; `backend` says who runs it.
+"""Paged attention, with a choice of backends.
 
-Keys and values lie in pages of 64 tokens, in any order; a table names each sequence's pages in the order of its tokens. The
-queries of several sequences stand in one row: one each in decoding, a piece of a prompt each while prompts are read.
-The heads of a page stand side by side in one axis, because a TPU tiles the last two axes: with the heads in the last but one each
-token would be a tile of its own, mostly empty on chip; so a page is whole tiles and a head a slice of lanes.
-Glossary: T queries, S sequences, N query heads, K key-value heads, H head width, KH = K x H, P pages, M pages of the longest
-sequence.
+Keys and values lie in pages of 64 tokens, in any order; a block table lists each sequence's pages in the
+order of its tokens. The queries of several sequences are in one row: one query each in decode, a chunk of the
+prompt each in prefill.
+The heads of a page lie side by side in one axis, because a TPU tiles the last two axes. With an axis of heads
+before the last, each token would be a tile of its own, mostly empty on chip. So a page is whole tiles and a
+head a slice of lanes.
+Glossary: T queries, S sequences, N query heads, K key-value heads, H head width, KH = K x H, P pages, M pages
+of the longest sequence.
 """
 
 from jaxtyping import Array, Float, Int32
@@ -27,22 +29,24 @@ def paged_attention(
     max_query_len: int,
     backend: str | None = None,
 ) -> Float[Array, "T N H"]:
-    """Each query over its sequence's tokens up to and with its own; softmax in float32, scaled by H^-1/2.
+    """Attends each query to its sequence's tokens up to its own; softmax in float32, scaled by H^-1/2.
 
     Args:
-      q: sequence s has the queries `query_starts[s] : query_starts[s] + query_lens[s]`; they are its last tokens.
-      keys, values: all pages, a token's K heads side by side; those of the queries' own tokens are written already.
-      block_tables: each sequence's pages; what lies past a sequence's context is never read into a result.
-      query_starts, query_lens: may leave gaps and may be empty, must not overlap.
-      context_lens: tokens of each sequence, its queries counted in.
-      max_query_len: static bound of `query_lens`; 1 in decoding.
+      q: sequence s has the queries `query_starts[s] : query_starts[s] + query_lens[s]`, which are its last
+        tokens.
+      keys, values: all pages, a token's K heads side by side. The queries' own tokens are already written.
+      block_tables: each sequence's pages. Entries past a sequence's context have no effect on results.
+      query_starts, query_lens: may leave gaps and may be empty; must not overlap.
+      context_lens: tokens of each sequence, including its queries.
+      max_query_len: static bound of `query_lens`; 1 in decode.
       backend: "reference", "hopper", "tpu", or None for the fastest that serves these arguments here.
 
     Returns:
-      In q's dtype; zeros for queries of no sequence.
+      The attention's result, in q's dtype; zeros for queries of no sequence.
 
     Raises:
-      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that
+        does.
     """
     _, N, H = q.shape
     if keys.shape[1] != PAGE or keys.shape[2] % H or N % (keys.shape[2] // H):

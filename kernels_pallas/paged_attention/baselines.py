@@ -1,26 +1,26 @@
-"""PyTorch's flash attention on the same work, keys and values contiguous, for `kernels_pallas.bench --beside torch`.
+"""Baseline for `kernels_pallas.bench --compare torch`: PyTorch's flash attention.
 
-A process of its own, which prints JSON. Its flash attention takes one length a call, so that ragged shapes have no rival here.
+Keys and values are contiguous. It takes one length per call, so ragged shapes have no baseline. Runs in a
+process of its own and prints JSON.
 """
 
 import json
 import sys
 
+from kernels_pallas.gated_delta.baselines import microseconds
 from kernels_pallas.paged_attention import shapes
 from kernels_pallas.paged_attention.shapes import HEADS, KEY_HEADS, WIDTH, PagedShape
 
 
 def flash(shape: PagedShape) -> float:
-    """Microseconds."""
+    """Returns the microseconds of a call."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right
     from torch.nn.functional import scaled_dot_product_attention
 
-    from kernels_pallas.gated_delta.baselines import microseconds
-
     rows, queries, context = len(shape.query_lens), shape.query_lens[0], shape.context_lens[0]
-    # With a causal bias it knows no groups of heads: the keys and values stand there four times, to be read from the cache.
+    # With a causal bias it has no grouped heads, so each key-value head is stored four times.
     heads = KEY_HEADS if queries == 1 else HEADS
     q = torch.randn(rows, HEADS, queries, WIDTH, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(rows, heads, context, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -30,7 +30,7 @@ def flash(shape: PagedShape) -> float:
 
 
 def main(only: str) -> None:
-    """By the names that `bench` gives its lines."""
+    """Prints the microseconds by the names of the benchmarks that contain `only`."""
     even = [shape for shape in shapes.PAGED if len({*zip(shape.query_lens, shape.context_lens, strict=True)}) == 1]
     names = {f"paged attention, {shape.name}": shape for shape in even}
     print(json.dumps({name: flash(shape) for name, shape in names.items() if only in name}))

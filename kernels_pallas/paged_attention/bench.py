@@ -1,4 +1,4 @@
-"""What `kernels_pallas.bench` measures of paged attention."""
+"""Benchmarks of paged attention."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ TOKEN = 2 * KEY_HEADS * WIDTH * 2  # bytes of a token's keys and values
 
 
 def benchmarks() -> Iterator[Benchmark]:
-    """The table. A query's operations are those over the tokens that it sees."""
+    """Yields the benchmarks; operations count for the tokens that each query sees."""
     for shape in shapes.PAGED:
         moved = sum(shape.context_lens) * TOKEN + 2 * sum(shape.query_lens) * HEADS * WIDTH * 2
         yield Benchmark(f"paged attention, {shape.name}", functools.partial(_paged, shape), moved, flops(shape))
 
 
 def flops(shape: PagedShape) -> float:
-    """Operations over the tokens that each query sees."""
+    """Returns the operations over the tokens that each query sees."""
     seen = sum(n * c - n * (n - 1) / 2 for n, c in zip(shape.query_lens, shape.context_lens, strict=True))
     return 4 * HEADS * WIDTH * seen
 

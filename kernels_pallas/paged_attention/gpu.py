@@ -1,4 +1,4 @@
-"""The kernels for Hopper, in Mosaic GPU: what they serve, and which of the two."""
+"""Paged attention for Hopper in Mosaic GPU: the supported arguments, and the choice between two kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from kernels_pallas.gpu.mosaic import WARPGROUP_ROWS
 from kernels_pallas.paged_attention.gpu_decode import decode
 from kernels_pallas.paged_attention.gpu_prefill import prefill
 
-HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # what shared memory and registers were shared out for
+HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # shared memory and registers fit these
 
 
 def unsupported_reason(q: jax.Array, keys: jax.Array) -> str | None:
-    """What the kernels lack for these arguments, or None."""
+    """Returns why the kernels do not serve these arguments, or None if they do."""
     _, N, H = q.shape
     if H != WIDTH:
         return f"q has heads of {H}, and it takes {WIDTH}"
@@ -36,6 +36,6 @@ def paged_attention(
     context_lens: Int32[Array, " S"],
     max_query_len: int,
 ) -> Float[Array, "T N H"]:
-    """As `reference.paged_attention`."""
+    """Computes `api.paged_attention`."""
     run = decode if max_query_len * q.shape[1] <= WARPGROUP_ROWS else prefill
     return run(q, keys, values, block_tables, query_starts, query_lens, context_lens, max_query_len)

@@ -1,15 +1,15 @@
-"""`paged_attention` for Hopper where each sequence has one query or a few: bound by reading keys and values once.
+"""Paged attention for Hopper with one or a few queries per sequence: bound by one read of keys and values.
 
-The pages of all sequences are laid in one line and shared out evenly: a block per processor takes its run of them, which may
-begin and end inside a sequence, and leaves a partial answer for each sequence that it met; a second kernel puts these together.
-Block b's part of sequence s lies in slot b + s: along the line either b or s goes up, so no two share one, and a sequence's are
-neighbours.
+The pages of all sequences form one line that is split evenly. Each SM runs one block, which reads a run of
+pages; the run may begin and end inside a sequence. The block writes a partial result for each sequence of its
+run, and a second kernel combines them. Block b's partial result of sequence s has index b + s. Along the line
+either b or s increases, so no two share an index, and those of a sequence are neighbours.
 
-One warpgroup only fetches; the two others have a key-value head each and a ring of their own. The 8 rows of a token's query
-heads are rows of one 64-row product, so that most of its work is for nothing: it takes a third of the time that the memory
-needs.
-Glossary: S sequences, N query heads, K key-value heads, H head width, M pages of the longest sequence, R query rows of a
-sequence.
+One warpgroup only fetches. Each of the two others has a key-value head and a ring of buffers. The 8 rows of a
+token's query heads are rows of one 64-row product. Most of that product is unused, but it takes only a third
+of the time of the memory reads.
+Glossary: S sequences, N query heads, K key-value heads, H head width, M pages of the longest sequence, R
+query rows of a sequence.
 """
 
 import functools
@@ -24,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.gpu.mosaic import (
-    ACROSS,
     NEG_INF,
+    TRANSPOSE,
     WARPGROUP_ROWS,
     accumulate,
     along_rows,
@@ -48,10 +48,11 @@ class PageSplit(NamedTuple):
     """An even split of all sequences' pages over the blocks of the grid.
 
     Attributes:
-      page_offsets: the number of pages of all sequences before each; the last entry is the number of all pages.
+      page_offsets: the number of pages of all sequences before each; the last entry is the number of all
+        pages.
       pages_per_block: pages that each block reads.
       first_sequence: the sequence of each block's first page.
-      num_sequences: the number of sequences that each block reads pages of.
+      num_sequences: the number of sequences in each block's run of pages.
     """
 
     page_offsets: Int32[Array, " S+1"]
@@ -65,14 +66,14 @@ def split_pages(context_lens: Int32[Array, " S"], blocks: int) -> PageSplit:
     pages = (context_lens + PAGE - 1) // PAGE
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pages)]).astype(jnp.int32)
     total = offsets[-1]
-    share = jnp.maximum((total + blocks - 1) // blocks, 1)
-    begin = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * share, total)
-    end = jnp.minimum(begin + share, total)
-    first, last = (
+    pages_per_block = jnp.maximum((total + blocks - 1) // blocks, 1)
+    begin = jnp.minimum(jnp.arange(blocks, dtype=jnp.int32) * pages_per_block, total)
+    end = jnp.minimum(begin + pages_per_block, total)
+    first_sequence, last = (
         jnp.searchsorted(offsets[1:], page, side="right", method="compare_all").astype(jnp.int32)
         for page in (begin, jnp.maximum(end - 1, 0))
     )
-    return PageSplit(offsets, share[None], first, jnp.where(end > begin, last - first + 1, 0))
+    return PageSplit(offsets, pages_per_block[None], first_sequence, jnp.where(end > begin, last - first_sequence + 1, 0))
 
 
 def decode(
@@ -85,24 +86,24 @@ def decode(
     context_lens: Int32[Array, " S"],
     max_query_len: int,
 ) -> Float[Array, "T N H"]:
-    """As `reference.paged_attention`."""
+    """Computes `api.paged_attention`."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
     S, R, blocks = context_lens.shape[0], max_query_len * N, num_sms()
     config = tuned_config("hopper", "paged_attention_decode", S)
     context_lens = jnp.where(query_lens > 0, context_lens, 0)
     split = split_pages(context_lens, blocks)
-    slots, ring = blocks + S, K * config.stages
+    partials, ring = blocks + S, K * config.stages
     flat = (x.reshape(-1, K * H) for x in (keys, values))
     rows = jnp.pad(q, ((0, max_query_len - 1), (0, 0), (0, 0))).reshape(-1, H)
     read = plgpu.kernel(
         functools.partial(_read, N=N, K=K, H=H, R=R, stages=config.stages),
         out_type=[
-            jax.ShapeDtypeStruct((slots, K, R, H), jnp.float32),
-            jax.ShapeDtypeStruct((slots, K, WARPGROUP_ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((partials, K, R, H), jnp.float32),
+            jax.ShapeDtypeStruct((partials, K, WARPGROUP_ROWS), jnp.float32),
         ],
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=K + 1,  # the last only fetches
+        num_threads=K + 1,  # the last one only fetches
         thread_name="group",
         scratch_types=[
             tiles(WARPGROUP_ROWS, H),
@@ -114,15 +115,15 @@ def decode(
         kernel_name="paged_attention_decode",
     )
     partial, weights = read(rows, *flat, block_tables, query_starts, query_lens, context_lens, *split)
-    join = plgpu.kernel(
-        functools.partial(_join, N=N, K=K, at_once=config.at_once),
+    combine = plgpu.kernel(
+        functools.partial(_combine, N=N, K=K, at_once=config.at_once),
         out_type=jax.ShapeDtypeStruct((S, R, H), q.dtype),
         grid=(S, R),
         grid_names=("sequence", "row"),
         compiler_params=params(approximate=True),
         kernel_name="paged_attention_join",
     )
-    out = join(partial, weights, split.page_offsets, split.pages_per_block).reshape(S, max_query_len, N, H)
+    out = combine(partial, weights, split.page_offsets, split.pages_per_block).reshape(S, max_query_len, N, H)
     if max_query_len == 1 and T == S:
         return out.reshape(q.shape)
     within = jnp.arange(max_query_len, dtype=jnp.int32)[None]
@@ -139,31 +140,34 @@ def _read(*refs, N, K, H, R, stages):
         query_starts,
         query_lens,
         context_lens,
-        before,
-        share,
-        first,
-        count,
+        page_offsets,
+        pages_per_block,
+        first_sequence,
+        num_sequences,
         partial,
         weights,
         *scratch,
     ) = refs
     q_s, (tile_s, out_s), q_ready, q_free, ready, free = scratch
     block, group = lax.axis_index("block"), lax.axis_index("group")
-    begin, G = block * share[0], N // K
-    end = begin + share[0]
+    begin, G = block * pages_per_block[0], N // K
+    end = begin + pages_per_block[0]
 
-    def part(n):
-        """Of the block's n-th sequence: which it is, its pages here; none where a row rests between two others."""
-        s = first[block] + n
-        since = before[s]
-        return s, jnp.maximum(begin - since, 0), jnp.minimum(end, before[s + 1]) - since
+    def pages_of(n):
+        """Returns the block's n-th sequence, and the begin and end of its pages in the block.
+
+        A resting row between two others has no pages.
+        """
+        s = first_sequence[block] + n
+        offset = page_offsets[s]
+        return s, jnp.maximum(begin - offset, 0), jnp.minimum(end, page_offsets[s + 1]) - offset
 
     @pl.when(group == K)
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
 
         def sequence(n, ring):
-            s, low, high = part(n)
+            s, low, high = pages_of(n)
 
             @pl.when(high > low)
             def _queries():
@@ -182,7 +186,7 @@ def _read(*refs, N, K, H, R, stages):
 
             return lax.fori_loop(low, high, page, ring)
 
-        lax.fori_loop(0, count[block], sequence, jnp.int32(0))
+        lax.fori_loop(0, num_sequences[block], sequence, jnp.int32(0))
 
     @pl.when(group < K)
     def _compute():
@@ -191,7 +195,7 @@ def _read(*refs, N, K, H, R, stages):
         token = iota((WARPGROUP_ROWS, PAGE), 0) // N
 
         def sequence(n, ring):
-            s, low, high = part(n)
+            s, low, high = pages_of(n)
             context, length = context_lens[s], query_lens[s]
             pl.when(high > low)(lambda: plgpu.barrier_wait(q_ready))
 
@@ -199,22 +203,22 @@ def _read(*refs, N, K, H, R, stages):
                 total, weight, largest, t = carry
                 slot = group * stages + lax.rem(t, stages)
                 plgpu.barrier_wait(ready.at[slot])
-                scores = product(q_s, tile_s.at[slot].transpose(ACROSS))
+                scores = product(q_s, tile_s.at[slot].transpose(TRANSPOSE))
                 plgpu.barrier_arrive(free.at[slot])
                 pl.when(i == high - 1)(lambda: plgpu.barrier_arrive(q_free))
-                left = context - i * PAGE  # tokens from here on
+                left = context - i * PAGE  # tokens from this page on
 
                 def mask(x):
                     return jnp.where(iota((WARPGROUP_ROWS, PAGE), 1) < left - length + token + 1, x, -jnp.inf)
 
                 scores = lax.cond(left - length < PAGE, mask, lambda x: x, scores)
-                weights_here, faded, weight, largest = online_softmax(scores, weight, largest, scale)
-                total = total * along_rows(faded, H)
+                page_weights, decay, weight, largest = online_softmax(scores, weight, largest, scale)
+                total = total * along_rows(decay, H)
                 t = t + 1
                 slot = group * stages + lax.rem(t, stages)
                 plgpu.barrier_wait(ready.at[slot])
-                pl.when(left < PAGE)(lambda: clear(tile_s.at[slot], left))
-                total = accumulate(total, weights_here.astype(q.dtype), tile_s.at[slot])
+                pl.when(left < PAGE)(lambda: zero_rows(tile_s.at[slot], left))
+                total = accumulate(total, page_weights.astype(q.dtype), tile_s.at[slot])
                 pl.when(i < high - 1)(lambda: plgpu.barrier_arrive(free.at[slot]))
                 return total, weight, largest, t + 1
 
@@ -223,26 +227,30 @@ def _read(*refs, N, K, H, R, stages):
             @pl.when(high > low)
             def _out():
                 total, log = finish_softmax(*sums)
-                # The last tile of values is still ours: the answer leaves through it, half after half.
-                slot, to = group * stages + lax.rem(ring - 1, stages), block + s
+                # The last tile's buffer is not yet released: the result is copied through it in two halves.
+                slot, index = group * stages + lax.rem(ring - 1, stages), block + s
                 for half in range(2):
                     store(out_s.at[slot], lax.slice(total, (0, half * H // 2), (WARPGROUP_ROWS, (half + 1) * H // 2)))
                     plgpu.commit_smem()
                     for t in range(R // N):
                         mine = pl.ds(t * N + group * G, G)
-                        plgpu.copy_smem_to_gmem(out_s.at[slot, mine], partial.at[to, group, mine, pl.ds(half * H // 2, H // 2)])
+                        columns = pl.ds(half * H // 2, H // 2)
+                        plgpu.copy_smem_to_gmem(out_s.at[slot, mine], partial.at[index, group, mine, columns])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                weights[to, group] = log
+                weights[index, group] = log
                 plgpu.barrier_arrive(free.at[slot])
 
             return ring
 
-        lax.fori_loop(0, count[block], sequence, jnp.int32(0))
+        lax.fori_loop(0, num_sequences[block], sequence, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
-def clear(ref, valid):
-    """Zeros in rows from `valid` on: what no token has written may be NaN, and nothing times NaN is NaN."""
+def zero_rows(ref, valid):
+    """Zeroes rows from `valid` on.
+
+    Unwritten tokens may hold NaN, and zero times NaN is NaN.
+    """
     rows, step = ref.shape[0], 64
     for c in range(0, ref.shape[1], step):
         some = ref.at[:, pl.ds(c, step)]
@@ -250,31 +258,34 @@ def clear(ref, valid):
     plgpu.commit_smem()
 
 
-def _join(partial, weights, before, share, out, *, N, K, at_once):
-    """A row of a sequence from its blocks' parts, each with the logarithm of the weight it has."""
+def _combine(partial, weights, page_offsets, pages_per_block, out, *, N, K, at_once):
+    """Combines the partial results of one row of a sequence.
+
+    Each has the base-2 logarithm of its sum of weights.
+    """
     s, row = lax.axis_index("sequence"), lax.axis_index("row")
     head = lax.rem(row, N) // (N // K)
-    low, high = before[s], before[s + 1]
-    first = low // share[0]
-    count = jnp.where(high > low, (high - 1) // share[0] - first + 1, 0)
+    low, high = page_offsets[s], page_offsets[s + 1]
+    first_block = low // pages_per_block[0]
+    num_blocks = jnp.where(high > low, (high - 1) // pages_per_block[0] - first_block + 1, 0)
     width = out.shape[-1]
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=2)
 
-    def several(n, carry):
+    def add_partials(n, carry):
         total, weight, largest = carry
-        slots = [first + s + n * at_once + i for i in range(at_once)]
-        there = [n * at_once + i < count for i in range(at_once)]
-        slots = [jnp.where(here, slot, first + s) for here, slot in zip(there, slots, strict=True)]
-        logs = [jnp.where(here, weights[slot, head, row], NEG_INF) for here, slot in zip(there, slots, strict=True)]
-        parts = [load(partial.at[slot, head, row], layout) for slot in slots]
+        indices = [first_block + s + n * at_once + i for i in range(at_once)]
+        present = [n * at_once + i < num_blocks for i in range(at_once)]
+        indices = [jnp.where(valid, index, first_block + s) for valid, index in zip(present, indices, strict=True)]
+        logs = [jnp.where(valid, weights[index, head, row], NEG_INF) for valid, index in zip(present, indices, strict=True)]
+        parts = [load(partial.at[index, head, row], layout) for index in indices]
         peak = functools.reduce(jnp.maximum, logs, largest)
-        faded = jnp.exp2(largest - peak)
-        shares_ = [jnp.exp2(x - peak) for x in logs]
-        total = total * faded + sum(x * y for x, y in zip(parts, shares_, strict=True))
-        return total, weight * faded + sum(shares_), peak
+        decay = jnp.exp2(largest - peak)
+        factors = [jnp.exp2(x - peak) for x in logs]
+        total = total * decay + sum(x * y for x, y in zip(parts, factors, strict=True))
+        return total, weight * decay + sum(factors), peak
 
     zeros = plgpu.layout_cast(jnp.zeros(width, jnp.float32), layout)
     start = (zeros, jnp.float32(0), jnp.float32(NEG_INF))
-    total, weight, _ = lax.fori_loop(0, (count + at_once - 1) // at_once, several, start)
-    scale = jnp.where(count > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
+    total, weight, _ = lax.fori_loop(0, (num_blocks + at_once - 1) // at_once, add_partials, start)
+    scale = jnp.where(num_blocks > 0, 1 / jnp.where(weight > 0, weight, 1.0), 0.0)
     out[s, row] = (total * scale).astype(out.dtype)

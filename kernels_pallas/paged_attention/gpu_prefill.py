@@ -1,10 +1,11 @@
-"""`paged_attention` for Hopper where sequences have many queries: bound by the matrix unit.
+"""Paged attention for Hopper with many queries per sequence: bound by the matrix unit.
 
-A block takes 32 queries of a sequence with the heads of one key-value head: 128 rows, half for each of two warpgroups, which
-walk over the pages together and take turns at the matrix unit: while one's scores are computed the other works on its softmax.
-A third warpgroup only fetches. Where there are fewer blocks than processors each is split along the pages, and XLA puts the
-parts together.
-Glossary: T queries, S sequences, N query heads, K key-value heads, G query heads of each, H head width, C blocks of L queries.
+A block has 32 queries of a sequence with the heads of one key-value head: 128 rows, half for each of two
+warpgroups. The two visit the pages together and take turns at the matrix unit: while one computes scores, the
+other computes its softmax. A third warpgroup only fetches. If there are fewer blocks than SMs, each is split
+along the pages, and XLA combines the parts.
+Glossary: T queries, S sequences, N query heads, K key-value heads, G query heads of each, H head width, C
+blocks of L queries.
 """
 
 import functools
@@ -18,10 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.gpu.mosaic import (
-    ACROSS,
     MATRIX,
     NEG_INF,
     ROW,
+    TRANSPOSE,
     WARPGROUP_ROWS,
     accumulate,
     along_rows,
@@ -36,11 +37,11 @@ from kernels_pallas.gpu.mosaic import (
     tiles,
 )
 from kernels_pallas.page_size import PAGE
-from kernels_pallas.paged_attention.gpu_decode import clear
-from kernels_pallas.paged_attention.reference import places, query_blocks
+from kernels_pallas.paged_attention.gpu_decode import zero_rows
+from kernels_pallas.paged_attention.reference import query_blocks, token_rows
 
 GROUPS = 2  # warpgroups that compute
-STAGES = 2  # of keys, and of values; three would not fit
+STAGES = 2  # buffers of keys, and of values; three do not fit
 
 
 def prefill(
@@ -55,7 +56,7 @@ def prefill(
     *,
     splits: int | None = None,
 ) -> Float[Array, "T N H"]:
-    """As `reference.paged_attention`."""
+    """Computes `api.paged_attention`; each block is split into `splits` parts along the pages."""
     (T, N, H), K = q.shape, keys.shape[2] // q.shape[2]
     G = N // K
     L = GROUPS * WARPGROUP_ROWS // G
@@ -71,7 +72,7 @@ def prefill(
         out_type=[jax.ShapeDtypeStruct((splits, *shape), dtype), jax.ShapeDtypeStruct((splits, shape[0]), jnp.float32)],
         grid=(C, K, splits),
         grid_names=("block", "head", "split"),
-        num_threads=GROUPS + 1,  # the last only fetches
+        num_threads=GROUPS + 1,  # the last one only fetches
         thread_name="group",
         scratch_types=[
             tiles(GROUPS * WARPGROUP_ROWS, H),
@@ -87,11 +88,11 @@ def prefill(
     flat = (x.reshape(-1, K * H) for x in (keys, values))
     out, logs = kernel(rows, *flat, block_tables, blocks.sequence, first, real)
     if splits > 1:
-        shares = jnp.exp2(logs - logs.max(axis=0, keepdims=True))
-        out = jnp.sum(out * (shares / shares.sum(axis=0, keepdims=True))[..., None], axis=0).astype(q.dtype)
+        factors = jnp.exp2(logs - logs.max(axis=0, keepdims=True))
+        out = jnp.sum(out * (factors / factors.sum(axis=0, keepdims=True))[..., None], axis=0).astype(q.dtype)
     out = out.reshape(C, K, L, G, H).swapaxes(1, 2).reshape(C * L, N, H)
-    place, owned = places(query_starts, query_lens, T, L)
-    return jnp.where(owned[:, None, None], out[place], jnp.zeros((), q.dtype))
+    row, has_sequence = token_rows(query_starts, query_lens, T, L)
+    return jnp.where(has_sequence[:, None, None], out[row], jnp.zeros((), q.dtype))
 
 
 def _kernel(*refs, K, G, H, splits):
@@ -102,20 +103,20 @@ def _kernel(*refs, K, G, H, splits):
     context = first + real
     pages = jnp.where(real > 0, (context + PAGE - 1) // PAGE, 0)
     low, high = pages * split // splits, pages * (split + 1) // splits
-    base = (block * K + head) * GROUPS * WARPGROUP_ROWS
+    first_row = (block * K + head) * GROUPS * WARPGROUP_ROWS
 
     @pl.when((group == GROUPS) & (high > low))
     def _fetch():
         plgpu.set_max_registers(40, action="decrease")
-        plgpu.copy_gmem_to_smem(q.at[pl.ds(base, GROUPS * WARPGROUP_ROWS)], q_s, q_ready)
+        plgpu.copy_gmem_to_smem(q.at[pl.ds(first_row, GROUPS * WARPGROUP_ROWS)], q_s, q_ready)
 
         @pl.loop(low, high)
         def _(i):
             n = i - low
             slot, rows = lax.rem(n, STAGES), pl.ds(block_tables[sequence, i] * PAGE, PAGE)
-            for source, place, ready, free in ((keys, k_s, k_ready, k_free), (values, v_s, v_ready, v_free)):
+            for source, buffer, ready, free in ((keys, k_s, k_ready, k_free), (values, v_s, v_ready, v_free)):
                 pl.when(n >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], place.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(source.at[rows, pl.ds(head * H, H)], buffer.at[slot], ready.at[slot])
 
     @pl.when((group < GROUPS) & (high > low))
     def _compute():
@@ -132,7 +133,7 @@ def _kernel(*refs, K, G, H, splits):
             plgpu.barrier_wait(k_ready.at[slot])
 
             def multiply(accumulator):
-                plgpu.wgmma(accumulator, q_s.at[mine], k_s.at[slot].transpose(ACROSS))
+                plgpu.wgmma(accumulator, q_s.at[mine], k_s.at[slot].transpose(TRANSPOSE))
                 barrier_sync(turn)
                 return accumulator[...]
 
@@ -143,12 +144,12 @@ def _kernel(*refs, K, G, H, splits):
                 return jnp.where(iota((WARPGROUP_ROWS, PAGE), 1) + i * PAGE <= position, x, -jnp.inf)
 
             scores = lax.cond((i + 1) * PAGE > first, mask, lambda x: x, scores)
-            weights, faded, weight, largest = online_softmax(scores, weight, largest, scale)
+            weights, decay, weight, largest = online_softmax(scores, weight, largest, scale)
             weights = weights.astype(q.dtype)
             plgpu.barrier_arrive(turn)
-            total = total * along_rows(faded, H)
+            total = total * along_rows(decay, H)
             plgpu.barrier_wait(v_ready.at[slot])
-            pl.when((i + 1) * PAGE > context)(lambda: clear(v_s.at[slot], context - i * PAGE))
+            pl.when((i + 1) * PAGE > context)(lambda: zero_rows(v_s.at[slot], context - i * PAGE))
             plgpu.barrier_wait(turn)
             total = accumulate(total, weights, v_s.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
@@ -157,7 +158,7 @@ def _kernel(*refs, K, G, H, splits):
         sums = lax.fori_loop(low, high, page, empty_softmax(H))
         pl.when(group == 0)(lambda: barrier_sync(turn))
         total, log = finish_softmax(*sums)
-        rows = pl.ds(base + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        rows = pl.ds(first_row + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
         if splits == 1:
             q_s.at[mine][...] = total.astype(out.dtype)
             plgpu.commit_smem()
@@ -167,9 +168,9 @@ def _kernel(*refs, K, G, H, splits):
             store(out.at[split, rows], total)
         logs[split, rows] = log
 
-    # A part without pages weighs nothing; what stands there must still be a number.
+    # A part without pages has no weight, but its result must not be NaN.
     @pl.when((group < GROUPS) & (high <= low) & (splits > 1))
     def _nothing():
-        rows = pl.ds(base + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        rows = pl.ds(first_row + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
         store(out.at[split, rows], plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, H), out.dtype), MATRIX))
         logs[split, rows] = plgpu.layout_cast(jnp.full(WARPGROUP_ROWS, NEG_INF, jnp.float32), ROW)

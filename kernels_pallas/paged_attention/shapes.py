@@ -1,14 +1,17 @@
-"""This model's real workloads: one table for tests, benchmark and tuning."""
+"""The real workloads of the text layers, one table for tests, benchmarks and tuning."""
 
 from typing import NamedTuple
 
 from kernels_pallas.tuning import TuningSpace
 
-HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # query heads, key-value heads, width of either
+HEADS, KEY_HEADS, WIDTH = 8, 2, 256  # query heads, key-value heads, width of both
 
 
 class PagedShape(NamedTuple):
-    """Sequences with so many queries, the last of contexts so long; `max_query_len` bounds the queries of one."""
+    """Sequences with these numbers of queries, which are the last of their contexts.
+
+    `max_query_len` bounds the queries of one sequence.
+    """
 
     name: str
     query_lens: tuple[int, ...]
@@ -23,7 +26,7 @@ PAGED = (
     PagedShape("decode 1 x 262,144", (1,), (262144,), 1),
     PagedShape("prefill 2,048 from nothing", (2048,), (2048,), 2048),
     PagedShape("prefill 2,048 on 30,000", (2048,), (32048,), 2048),
-    # A reading step of a busy server: pieces of sixteen prompts, 2,048 tokens in all.
+    # A prefill step of a busy server: chunks of sixteen prompts, 2,048 tokens in all.
     PagedShape(
         "prefill 16 pieces",
         (512, 4, 64, 1, 200, 17, 448, 130, 65, 96, 5, 255, 128, 31, 60, 32),
@@ -40,7 +43,7 @@ TUNING_SPACES = (
         tuple({"stages": stages, "at_once": at_once} for stages in (2, 3) for at_once in (4, 8)),
         {None: DECODE},
     ),
-    TuningSpace(  # sizes: the most queries of a sequence
+    TuningSpace(  # the size of the work is the number of queries of a sequence
         "tpu",
         "paged_attention",
         tuple({"queries": 128, "pages": pages} for pages in (4, 8, 16)),

@@ -1,4 +1,4 @@
-"""Top-k and top-p (nucleus, arXiv:1904.09751) sampling: from which score on a row's tokens may be drawn."""
+"""Top-k and top-p (nucleus, arXiv:1904.09751) sampling: the lowest score that may be sampled."""
 
 from kernels_pallas.top_k_top_p.api import sampling_threshold
 

@@ -1,4 +1,7 @@
-"""The operation; `backend` says who runs it. Glossary: B rows, V scores of each."""
+"""The threshold of top-k and top-p sampling, with a choice of backends.
+
+Glossary: B rows, V scores of each.
+"""
 
 from jaxtyping import Array, Float32, Int32
 
@@ -14,17 +17,18 @@ def sampling_threshold(
     *,
     backend: str | None = None,
 ) -> Float32[Array, " B"]:
-    """The lowest score that top-k and then top-p keep; tokens that tie with it stay too.
+    """Returns each row's lowest score that passes top-k and then top-p; tokens that tie with it pass too.
 
     Args:
-      scores: logits after temperature, of each row one finite at least; -inf for what may not come.
+      scores: logits after temperature, at least one per row finite; -inf for forbidden tokens.
       best: each row's largest score.
-      top_k: how many stay; 0, or V and more, for all.
-      top_p: the fewest of those stay whose probabilities, among those, come to it; 1 for all.
+      top_k: the number of tokens that pass; 0, or V and more, for all.
+      top_p: the fewest of those tokens pass whose probabilities, renormalised, sum to top_p; 1 for all.
       backend: "reference", "hopper", or None for the fastest that serves these arguments here.
 
     Raises:
-      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that does.
+      ValueError, NotImplementedError: the backend does not serve these arguments; the message names one that
+        does.
     """
     implementations = {
         REFERENCE: Implementation(reference.sampling_threshold),

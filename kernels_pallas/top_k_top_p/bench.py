@@ -1,4 +1,4 @@
-"""What `kernels_pallas.bench` measures of top-k and top-p."""
+"""Benchmarks of top-k and top-p."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,13 +13,16 @@ from kernels_pallas.top_k_top_p.shapes import VOCABULARY, TopKTopPShape
 
 
 def benchmarks() -> Iterator[Benchmark]:
-    """The table. The least that must be moved is every score once; arithmetic is no limit."""
+    """Yields the benchmarks.
+
+    The least to be moved is every score once; arithmetic is not a limit.
+    """
     for shape in shapes.TOP_K_TOP_P:
         yield Benchmark(f"top-k top-p, {shape.name}", functools.partial(_threshold, shape), 4 * shape.rows * VOCABULARY, 0)
 
 
 def inputs(shape: TopKTopPShape) -> list[jax.Array]:
-    """Normal logits, as the model's are with random weights."""
+    """Returns normal logits, like those of the model with random weights, and the sampling parameters."""
     scores = 3 * jax.random.normal(jax.random.key(0), (shape.rows, VOCABULARY))
     top_k, top_p = jnp.full(shape.rows, shape.top_k, jnp.int32), jnp.full(shape.rows, shape.top_p, jnp.float32)
     return [scores, scores.max(axis=-1), top_k, top_p]

@@ -1,8 +1,8 @@
-"""`sampling_threshold` for Hopper: a row is read once, into the registers of a cluster of blocks, and stays there.
+"""Top-k and top-p thresholds for Hopper: a cluster of blocks reads a row once and keeps it in registers.
 
-The threshold is found two bits of the float at a time: each pass adds up what lies above three levels. What the blocks
-found they write into each other's shared memory, so that all go on from the same sums. Rows that ask for no top-k or no top-p
-do not search for it.
+The threshold is found two bits of the float at a time: each pass sums the weights above three levels. The
+blocks write their sums into each other's shared memory, so that all continue with the same sums. Rows without
+top-k or without top-p skip that search.
 """
 
 import functools
@@ -19,20 +19,20 @@ from kernels_pallas.backends import mosaic_unsupported_reason
 from kernels_pallas.gpu.export_cache import exported_once
 from kernels_pallas.gpu.mosaic import barrier_of, barrier_sync, cluster_refs, cluster_sync, clustered, load, params, store
 
-PARTS, GROUPS = 8, 4  # blocks of a cluster, which has a row; warpgroups of a block
-BITS = 2  # found in a pass
-LANES = 128  # scores that a warpgroup loads at once, one a thread
-HELD = 64  # scores that a thread keeps in registers, at most
+PARTS, GROUPS = 8, 4  # blocks of a cluster, which has one row; warpgroups of a block
+BITS = 2  # bits found in a pass
+LANES = 128  # scores that a warpgroup loads at once, one per CUDA thread
+MAX_HELD = 64  # the most scores that a CUDA thread keeps in registers
 LINE = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-# Sums of up to 16 levels over the threads: eight neighbouring threads have a level.
+# Sums of up to 16 levels over the CUDA threads: eight neighbouring threads have one level.
 LEVELS = 16
 BY_LEVEL = plgpu.Layout.TILED(plgpu.Tiling(((16, 16), (4, 16), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 LEVEL = BY_LEVEL.reduce(1)
 
 
 def unsupported_reason(scores: jax.Array) -> str | None:
-    """What the kernel lacks for these arguments, or None."""
-    V, most = scores.shape[1], PARTS * GROUPS * LANES * HELD
+    """Returns why the kernel does not serve these arguments, or None if it does."""
+    V, most = scores.shape[1], PARTS * GROUPS * LANES * MAX_HELD
     if not LANES <= V <= most:
         return f"a row has {V} scores, and it takes {LANES} to {most}"
     return mosaic_unsupported_reason()
@@ -42,7 +42,7 @@ def unsupported_reason(scores: jax.Array) -> str | None:
 def sampling_threshold(
     scores: Float32[Array, "B V"], best: Float32[Array, " B"], top_k: Int32[Array, " B"], top_p: Float32[Array, " B"]
 ) -> Float32[Array, " B"]:
-    """As `api.sampling_threshold`."""
+    """Computes `api.sampling_threshold`."""
     B, V = scores.shape
     workers = PARTS * GROUPS
     kernel = plgpu.kernel(
@@ -53,13 +53,13 @@ def sampling_threshold(
         num_threads=GROUPS,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((GROUPS, LEVELS, LANES), jnp.float32),  # each thread's sums
-            plgpu.SMEM((2, workers, LEVELS), jnp.float32),  # each warpgroup's, of this pass and the one before
-            plgpu.SMEM((GROUPS, LEVELS), jnp.float32),  # all together, for each warpgroup to read
+            plgpu.SMEM((GROUPS, LEVELS, LANES), jnp.float32),  # each CUDA thread's sums
+            plgpu.SMEM((2, workers, LEVELS), jnp.float32),  # each warpgroup's sums, of this pass and the one before
+            plgpu.SMEM((GROUPS, LEVELS), jnp.float32),  # the totals, for each warpgroup to read
             barrier_of(PARTS, GROUPS),
         ],
         compiler_params=params(approximate=True),
-        kernel_name="lowest_kept",
+        kernel_name="top_k_top_p",
         **clustered(PARTS),
     )
     return kernel(scores, best, top_k, top_p)[:, 0]
@@ -67,48 +67,54 @@ def sampling_threshold(
 
 def _kernel(scores, best, top_k, top_p, out, *scratch, held):
     row, V = lax.axis_index("row"), scores.shape[1]
-    share = _Share(scores, *scratch, held)
+    share = _RowShare(scores, *scratch, held)
     k, p, peak = top_k[row], top_p[row], best[row]
 
     def weigh(x):
         return jnp.exp(x - peak)
 
-    def count():
+    def search_top_k():
         return share.search(lambda x: 1.0, k.astype(jnp.float32), jnp.float32(-math.inf), jnp.int32(0))
 
-    def all_stay():
+    def keep_all():
         return jnp.float32(-math.inf), jnp.int32(0)
 
-    kth, turn = lax.cond((k > 0) & (k < V), count, all_stay)
+    kth, turn = lax.cond((k > 0) & (k < V), search_top_k, keep_all)
 
-    def nucleus():
+    def search_top_p():
         (total,) = share.above([kth], weigh, turn)
         return share.search(weigh, p * total, kth, turn + 1)[0]
 
-    last = lax.cond(p < 1.0, nucleus, lambda: kth)
+    last = lax.cond(p < 1.0, search_top_p, lambda: kth)
 
     @pl.when(share.worker == 0)
     def _():
         store(out.at[row], jnp.where(share.lane >= 0, last, 0.0))
 
 
-class _Share:
-    """A warpgroup's share of its row, in registers; those of a row count as one line of workers."""
+class _RowShare:
+    """A warpgroup's share of its row's scores, in registers.
 
-    def __init__(self, scores, lanes_s, sums_s, totals_s, met, held):
-        self.lanes_s, self.sums_s, self.totals_s, self.met = lanes_s, sums_s, totals_s, met
+    The warpgroups of a row form one line of workers.
+    """
+
+    def __init__(self, scores, lanes_s, sums_s, totals_s, barrier, held):
+        self.lanes_s, self.sums_s, self.totals_s, self.barrier = lanes_s, sums_s, totals_s, barrier
         self.group = lax.axis_index("group")
         self.worker = (lax.axis_index("part") if PARTS > 1 else 0) * GROUPS + self.group
         self.lane = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LINE)
         begin = self.worker * held * LANES
-        first = jnp.minimum(begin, scores.shape[1] - held * LANES)  # the last read again what others have: that is no number
+        first = jnp.minimum(begin, scores.shape[1] - held * LANES)  # the last workers read scores of others again, as NaN
         self.scores = []
         for at in range(0, held * LANES, LANES):
             x = load(scores.at[lax.axis_index("row"), pl.ds(first + at, LANES)], LINE)
             self.scores.append(jnp.where(self.lane + (first + at) >= begin, x, math.nan))
 
     def above(self, levels, weigh, turn):
-        """What the row's scores from each of these levels on weigh together. `turn`: how often that was asked before."""
+        """Sums the weights of the row's scores from each of these levels on.
+
+        `turn` is the number of earlier calls.
+        """
         found = [plgpu.layout_cast(jnp.zeros(LANES, jnp.float32), LINE)] * len(levels)
         for x in self.scores:
             weight = weigh(x)
@@ -120,14 +126,18 @@ class _Share:
         sums = self.sums_s.at[lax.rem(turn, 2)]
         for ref in cluster_refs(sums.at[self.worker], PARTS):
             store(ref, own)
-        (cluster_sync if PARTS > 1 else barrier_sync)(self.met)
+        (cluster_sync if PARTS > 1 else barrier_sync)(self.barrier)
         totals = [load(sums.at[worker], LEVEL) for worker in range(sums.shape[0])]
         store(self.totals_s.at[self.group], functools.reduce(jnp.add, totals))
         plgpu.commit_smem()
         return [self.totals_s[self.group, i] for i in range(len(levels))]
 
     def search(self, weigh, least, floor, turn):
-        """The highest level from which on upwards the weights come to `least`, and no less than `floor`; the next turn."""
+        """Finds the highest level from which on the weights sum to `least`; at least `floor`.
+
+        Returns:
+          The level and the next turn.
+        """
 
         def narrow(i, carry):
             found, turn = carry
@@ -140,9 +150,9 @@ class _Share:
         return jnp.maximum(score_at(found), floor), turn
 
 
-def score_at(place):
-    """As `reference.score_at`, of the bits of one unsigned integer."""
+def score_at(rank):
+    """Computes `reference.score_at` for the bits of one unsigned integer."""
     lowest, rest, normal = (jnp.int32(x) for x in (0x007FFFFF - 2**31, 2**31 - 1, 0x00800000))
-    key = jnp.maximum(place ^ jnp.int32(-(2**31)), lowest)  # the same order, of integers with a sign
+    key = jnp.maximum(rank ^ jnp.int32(-(2**31)), lowest)  # the same order for signed integers
     bits = jnp.where(key >= 0, key, key ^ rest)
     return jnp.where((bits & rest) < normal, 0.0, lax.bitcast_convert_type(bits, jnp.float32))

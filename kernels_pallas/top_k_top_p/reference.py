@@ -1,4 +1,4 @@
-"""`sampling_threshold` in plain XLA: nothing is sorted, a row is gone over again and again."""
+"""Top-k and top-p thresholds in plain XLA: repeated passes over each row instead of a sort."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,18 @@ from kernels_pallas.backends import device_kind
 def sampling_threshold(
     scores: Float32[Array, "B V"], best: Float32[Array, " B"], top_k: Int32[Array, " B"], top_p: Float32[Array, " B"]
 ) -> Float32[Array, " B"]:
-    """As `api.sampling_threshold`."""
+    """Computes `api.sampling_threshold`."""
     V, cpu = scores.shape[-1], device_kind() == "cpu"
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
     kth = _least_score(scores, lambda found: jnp.ones_like(scores, jnp.int32), k, jnp.full_like(best, -jnp.inf))
     whole = jnp.exp(scores - best[:, None])
 
     def weights(found: UInt32[Array, " B"]) -> Float32[Array, "B V"]:
-        """The same in every pass; a chip computes them anew, for to read them takes as long as to read the scores."""
-        never = found == jnp.uint32(2**32 - 1)  # XLA does not know that: it would compute them once and keep them
+        """Returns the same weights in every pass.
+
+        A chip recomputes them, because a read of stored weights takes as long as a read of the scores.
+        """
+        never = found == jnp.uint32(2**32 - 1)  # always False, but XLA must not hoist the weights out of the loop
         return whole if cpu else jnp.exp(scores - jnp.where(never, 0.0, best)[:, None])
 
     total = jnp.where(scores >= kth[:, None], whole, 0.0).sum(axis=-1)
@@ -34,11 +37,10 @@ def _least_score(
     least: Int32[Array, " B"] | Float32[Array, " B"],
     floor: Float32[Array, " B"],
 ) -> Float32[Array, " B"]:
-    """In each row the highest score from which on upwards the weights come to `least`, and no less than `floor`.
+    """Finds in each row the highest score from which on the weights sum to `least`; at least `floor`.
 
-    Found a few bits at a time, each by a pass over the row: top-k and top-p of 248,094 scores took two CPU cores 12 to 16 ms with
-    one bit, where sorting took 64 to 80. A chip adds up three sums in a pass for the price of one: 128 rows take an H200 1.5 ms,
-    2.1 with four bits.
+    A pass over the row finds one bit on a CPU. A chip finds two, because it adds three sums in a pass for the
+    price of one.
     """
     bits = 1 if device_kind() == "cpu" else 2
 
@@ -52,15 +54,15 @@ def _least_score(
         reached = jnp.stack(sums, axis=1) >= least[:, None]
         return found | (reached.sum(axis=1).astype(jnp.uint32) << shift)
 
-    nothing = (least < 0).astype(jnp.uint32)  # 0, yet no constant: XLA would keep the first masks for the next search
+    nothing = (least < 0).astype(jnp.uint32)  # 0, but not a constant: XLA would keep the first search's masks
     found = jax.lax.fori_loop(0, 32 // bits, narrow, nothing, unroll=bits > 1)  # a loop compiles faster
     return jnp.maximum(score_at(found), floor)
 
 
 def score_at(places: UInt32[Array, "..."]) -> Float32[Array, "..."]:
-    """The scores at these places in the order of all float32; -inf for what lies below it.
+    """Returns the scores at these places in the order of all float32; -inf for places below -inf.
 
-    0 where a number is too small to be normal: a CPU takes such for 0 in comparisons, a GPU does not.
+    Denormal numbers become 0: a CPU treats them as 0 in comparisons, and a GPU does not.
     """
     sign, lowest, normal = jnp.uint32(1 << 31), jnp.uint32(0x007FFFFF), jnp.uint32(0x00800000)
     places = jnp.maximum(places, lowest)

@@ -1,4 +1,4 @@
-"""This model's real workloads: one table for tests and benchmark."""
+"""The real workloads of sampling, one table for tests and benchmarks."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ VOCABULARY = 248_094
 
 
 class TopKTopPShape(NamedTuple):
-    """So many rows, which all ask for the same."""
+    """Rows that all have the same parameters."""
 
     name: str
     rows: int

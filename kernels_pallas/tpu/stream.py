@@ -1,8 +1,9 @@
-"""What the TPU attention kernels share: keys stream through two buffers on chip while the softmax is kept up to date.
+"""Parts that the TPU attention kernels share: double-buffered fetches and the online softmax.
 
-A kernel's grid walks through blocks of rows, dealt out to the chip's cores; each block visits those rows of other arrays that it
-needs, a window at a time. The copy of the next window is under way while the present one is computed, across blocks too: a
-block's last visit fetches the next block's first.
+A kernel's grid visits blocks of rows, distributed over the chip's cores. Each block visits the rows of other
+arrays that it needs, one window at a time, through two buffers on chip. The copy of the next window overlaps
+the computation of the present one, across blocks too: a block's last visit fetches the next block's first
+window.
 """
 
 import math
@@ -14,26 +15,32 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.lax import Precision
 
-LANES = 128  # of a vector register
-CORES = 2  # of a v5p; a chip of one core walks through the one's blocks, then through the other's
+LANES = 128  # lanes of a vector register
+CORES = 2  # cores of a v5p; a chip of one core runs the blocks of both, one core's after the other's
 LOG2_E = math.log2(math.e)
-NEG_INF = -1e30  # the largest score before any was seen: finite, so that no difference of two is NaN
+NEG_INF = -1e30  # the largest score before the first key; finite, so that differences are not NaN
 
 
 def dot(equation, x, y):
-    """A product in float32 of operands of one dtype; float32 operands in full precision (six passes)."""
+    """Computes a product in float32 of operands of one dtype.
+
+    Float32 operands are multiplied in full precision (six passes).
+    """
     precision = Precision.HIGHEST if x.dtype == jnp.float32 else Precision.DEFAULT
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def grid(blocks: int) -> tuple[int, int]:
-    """Cores and steps for so many blocks: core c has the blocks c, c + cores, ..."""
+    """Returns cores and steps for a number of blocks; core c has the blocks c, c + cores, ..."""
     cores = min(CORES, blocks)
     return cores, pl.cdiv(blocks, cores)
 
 
 def block_index(core, step, blocks: int):
-    """The block that a step holds, for index maps. Where none is left it holds on to the one before, and writes nothing."""
+    """Returns the block of a step, for index maps.
+
+    A step behind the last block keeps the block before, and writes nothing.
+    """
     cores, _ = grid(blocks)
     block = step * cores + core
     return jnp.where(block < blocks, block, block - cores)
@@ -44,9 +51,9 @@ def visit_all(step, visits, next_visits, fetch: Callable, compute: Callable, slo
 
     Args:
       step: the block's number on this core.
-      visits, next_visits: of this block and the one after it; 0 is allowed.
-      fetch: `fetch(ahead, visit, slot, action)` starts or waits for (`action` "start" or "wait") the copies of a visit of this
-        block (ahead 0) or the next (ahead 1).
+      visits, next_visits: visits of this block and of the one after it; 0 is allowed.
+      fetch: `fetch(ahead, visit, slot, action)` starts or waits for (`action` "start" or "wait") the copies
+        of a visit of this block (ahead 0) or the next (ahead 1).
       slot_ref: one int32 in SMEM, the buffer of this block's first visit; kept from block to block.
     """
 
@@ -81,13 +88,15 @@ def visit_all(step, visits, next_visits, fetch: Callable, compute: Callable, slo
 
 
 class SoftmaxUpdate(NamedTuple):
-    """One softmax and more keys for it.
+    """New scores and values for one online softmax, and references to its state.
 
     Attributes:
-      scores: [rows, keys] float32, times log2(e): the chip's exponential is one of 2. -inf where a row does not see a key.
+      scores: [rows, keys] float32, times log2(e), because the chip's exponential has base 2. -inf where a row
+        does not see a key.
       values: [keys, width].
       total: [rows, width] float32 reference, the weighted sum of the values so far.
-      largest, weight: [rows, lanes] float32 references, the largest score and the sum of the weights so far, in every lane.
+      largest, weight: [rows, lanes] float32 references, the largest score and the sum of the weights so far,
+        in every lane.
     """
 
     scores: jax.Array
@@ -97,18 +106,17 @@ class SoftmaxUpdate(NamedTuple):
     weight: Any
 
 
-def update_softmaxes(softmaxes: Sequence[SoftmaxUpdate]) -> None:
+def update_softmaxes(updates: Sequence[SoftmaxUpdate]) -> None:
     """Adds keys to independent softmaxes (arXiv:2205.14135), step by step for all of them.
 
-    A step of one hides the latency of the others': on a v5e 128 rows of 72 and 1,104 keys take 910 bundles a head alone, and
-    630 four together.
+    A step of one softmax hides the latency of the others'.
     """
-    before = [x.largest[...] for x in softmaxes]
-    largest = [jnp.maximum(b, jnp.max(x.scores, axis=1, keepdims=True)) for x, b in zip(softmaxes, before, strict=True)]
-    fade = [jnp.exp2(b - m) for b, m in zip(before, largest, strict=True)]
-    weights = [jnp.exp2(x.scores - m[:, :1]) for x, m in zip(softmaxes, largest, strict=True)]
-    mixed = [dot("qk,kh->qh", w.astype(x.values.dtype), x.values) for x, w in zip(softmaxes, weights, strict=True)]
-    for x, m, f, w, new in zip(softmaxes, largest, fade, weights, mixed, strict=True):
+    before = [x.largest[...] for x in updates]
+    largest = [jnp.maximum(b, jnp.max(x.scores, axis=1, keepdims=True)) for x, b in zip(updates, before, strict=True)]
+    decay = [jnp.exp2(b - m) for b, m in zip(before, largest, strict=True)]
+    weights = [jnp.exp2(x.scores - m[:, :1]) for x, m in zip(updates, largest, strict=True)]
+    mixed = [dot("qk,kh->qh", w.astype(x.values.dtype), x.values) for x, w in zip(updates, weights, strict=True)]
+    for x, m, f, w, new in zip(updates, largest, decay, weights, mixed, strict=True):
         x.largest[...] = m
         x.weight[...] = x.weight[...] * f + jnp.sum(w, axis=1, keepdims=True)
         x.total[...] = x.total[...] * f[:, :1] + new

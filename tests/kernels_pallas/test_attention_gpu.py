@@ -112,14 +112,14 @@ def test_walks_reach_every_key_and_mask_what_must_be(seed):
         for group in range(groups):
             at = (block * groups + group) * 64
             low, high = ranges.first[at : at + 64], ranges.end[at : at + 64]
-            since, until, clear, cloudy = ranges.own[block, group]
-            assert 0 <= since <= until <= count
+            read_begin, read_end, unmasked_begin, unmasked_end = ranges.groups[block, group]
+            assert 0 <= read_begin <= read_end <= count
             real = low < high
             if real.any():
-                assert begin + since * tile <= low[real].min()
-                assert begin + until * tile >= high[real].max()
-            for i in range(since, until):
-                if clear <= i < cloudy:
+                assert begin + read_begin * tile <= low[real].min()
+                assert begin + read_end * tile >= high[real].max()
+            for i in range(read_begin, read_end):
+                if unmasked_begin <= i < unmasked_end:
                     assert real.all()
                     assert (low <= begin + i * tile).all()
                     assert (high >= begin + (i + 1) * tile).all()

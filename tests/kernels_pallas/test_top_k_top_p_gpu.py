@@ -32,4 +32,4 @@ def test_a_draw_on_hopper_has_the_kernel():
     scores, wishes = jnp.zeros((1, 1113)), sampling_params([options], [0])
     with described_gpu():
         program = exported(lambda *x: filter_scores(*x), scores, wishes)
-    assert "lowest_kept" in program and "mosaic_gpu_v2" in program
+    assert "top_k_top_p" in program and "mosaic_gpu_v2" in program
