@@ -88,8 +88,8 @@ def query_blocks(
     owner = jnp.minimum(sequence, sequences - 1)
     within = (size * (block - first_blocks))[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     real = (sequence < sequences)[:, None] & (within < query_lens[owner][:, None])
-    rows, positions = (x[owner][:, None] + within for x in (query_starts, context_lens - query_lens))
-    return QueryBlocks(owner, rows, positions, real)
+    rows = query_starts[owner][:, None] + within
+    return QueryBlocks(owner, rows, (context_lens - query_lens)[owner][:, None] + within, real)
 
 
 def token_rows(
