@@ -103,6 +103,7 @@ def sample_first(
     allowed: UInt32[Array, "B W"] | None = None,
     *,
     mode: SamplingMode,
+    backend: str | None = None,
 ) -> tuple[DecodeState, Sampled]:
     """Samples the next token of requests whose prefill is complete.
 
@@ -112,6 +113,7 @@ def sample_first(
       inputs: the requests of the rows. Unused rows are sampled too; their tokens are undefined.
       allowed: mask of allowed tokens, see `sampling.sample`; None for all.
       mode: the sampling program (static).
+      backend: as in `sampling.filter_scores` (static).
 
     Returns:
       The new decode state, and the tokens, [B].
@@ -123,11 +125,16 @@ def sample_first(
     decode_state = dataclasses.replace(
         decode_state, sampling=params, stop_ids=stop_ids, num_output_tokens=num_output_tokens, tokens_left=tokens_left
     )
-    return _sample_rows(decode_state, logits, slots, allowed, mode)
+    return _sample_rows(decode_state, logits, slots, allowed, mode, backend)
 
 
 def sample_held(
-    decode_state: DecodeState, slots: Int32[Array, " B"], allowed: UInt32[Array, "B W"], *, mode: SamplingMode
+    decode_state: DecodeState,
+    slots: Int32[Array, " B"],
+    allowed: UInt32[Array, "B W"],
+    *,
+    mode: SamplingMode,
+    backend: str | None = None,
 ) -> tuple[DecodeState, Sampled]:
     """Samples the tokens of held rows from the logits that `decode` kept.
 
@@ -136,12 +143,14 @@ def sample_held(
       slots: the rows' slots; -1 for an unused row.
       allowed: mask of allowed tokens, see `sampling.sample`.
       mode: the sampling program (static).
+      backend: as in `sampling.filter_scores` (static).
 
     Returns:
       The new decode state, and the tokens, [B].
     """
     rows = scatter_index(slots, decode_state.last_ids.shape[0])
-    return _sample_rows(decode_state, _gather_rows(decode_state.held_logits, rows), rows, allowed, mode)
+    logits = _gather_rows(decode_state.held_logits, rows)
+    return _sample_rows(decode_state, logits, rows, allowed, mode, backend)
 
 
 def _sample_rows(
@@ -150,6 +159,7 @@ def _sample_rows(
     slots: Int32[Array, " B"],
     allowed: UInt32[Array, "B W"] | None,
     mode: SamplingMode,
+    backend: str | None,
 ) -> tuple[DecodeState, Sampled]:
     """Samples a token for each of these slots and records it in the decode state."""
     known = (
@@ -161,7 +171,7 @@ def _sample_rows(
         decode_state.tokens_left,
     )
     params, stop_ids, history, bias, num_output_tokens, tokens_left = _gather_rows(known, slots)
-    sampled = sample(logits, params, history, num_output_tokens, mode, bias, allowed)
+    sampled = sample(logits, params, history, num_output_tokens, mode, bias, allowed, backend=backend)
     history = record_token(decode_state.history, slots, sampled.ids) if uses_history(mode) else decode_state.history
     old = (decode_state.last_ids, decode_state.num_output_tokens, decode_state.tokens_left)
     new = (sampled.ids, num_output_tokens + 1, jnp.where(is_stop(sampled.ids, stop_ids), 0, tokens_left - 1))
@@ -181,6 +191,7 @@ def decode(
     *,
     steps: int,
     mode: SamplingMode,
+    backend: str | None = None,
 ) -> tuple[DecodeState, Sampled]:
     """Decodes the next `steps` tokens of some rows, in one loop on the device.
 
@@ -195,6 +206,7 @@ def decode(
         the row's next `decode`. None: no row is held, and `steps` may be more than 1.
       steps: number N of tokens (static).
       mode: the sampling program (static).
+      backend: as in `sampling.filter_scores` (static).
 
     Returns:
       The new decode state, and the tokens, [B, N, ...]; those of held rows are undefined.
@@ -217,7 +229,8 @@ def decode(
         held_logits = carry.held_logits
         if held is not None:
             held_logits = held_logits.at[jnp.where(active & held, rows, num_slots)].set(logits, mode="drop")
-        sampled = sample(logits, sampling, _gather_rows(carry.history, rows), carry.num_output_tokens, mode, bias)
+        row_history = _gather_rows(carry.history, rows)
+        sampled = sample(logits, sampling, row_history, carry.num_output_tokens, mode, bias, backend=backend)
         ids = jnp.where(gets_token, sampled.ids, carry.last_ids)
         history = carry.history
         if uses_history(mode):

@@ -76,7 +76,9 @@ class Generator:
         self._prefill = jax.jit(functools.partial(model.prefill, graph.text), donate_argnums=1)
         self._forward = jax.jit(functools.partial(model.forward, graph))
         self._decode = jax.jit(
-            functools.partial(decode, graph.text), static_argnames=("steps", "mode"), donate_argnames="decode_state"
+            functools.partial(decode, graph.text, backend=backend),
+            static_argnames=("steps", "mode"),
+            donate_argnames="decode_state",
         )
         self._empty_state = jax.jit(
             lambda pages: empty_state(config.text, 1, pages, self.dtype, max_pages=pages), static_argnums=0
@@ -85,8 +87,8 @@ class Generator:
         self._grow_state = jax.jit(functools.partial(grow_state), static_argnums=1)
         self._write_features = jax.jit(functools.partial(write_features), donate_argnums=0)
         self._new_decode_state = jax.jit(functools.partial(new_decode_state), static_argnums=1, donate_argnums=0)
-        self._sample_first = jax.jit(functools.partial(sample_first), static_argnames="mode", donate_argnums=0)
-        self._sample_held = jax.jit(functools.partial(sample_held), static_argnames="mode", donate_argnums=0)
+        self._sample_first = jax.jit(functools.partial(sample_first, backend=backend), static_argnames="mode", donate_argnums=0)
+        self._sample_held = jax.jit(functools.partial(sample_held, backend=backend), static_argnames="mode", donate_argnums=0)
         self._record_prompt = jax.jit(functools.partial(sampling.record_prompt), donate_argnums=0)
         self._set_bias = jax.jit(functools.partial(set_bias), donate_argnums=0)
 

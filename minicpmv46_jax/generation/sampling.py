@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
+from kernels_pallas.backends import TPU
 from kernels_pallas.top_k_top_p import sampling_threshold
 from minicpmv46_jax.trees import tree_dataclass
 
@@ -124,6 +125,8 @@ def sample(
     mode: SamplingMode,
     bias: Bias | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
+    *,
+    backend: str | None = None,
 ) -> Sampled:
     """Samples one token per row.
 
@@ -139,6 +142,7 @@ def sample(
         samples the same tokens.
       bias: logit biases of the rows; required in mode "full".
       allowed: mask of allowed tokens: bit i % 32 of word i // 32 is token i's. None for all.
+      backend: as in `filter_scores` (static).
     """
     if mode == "greedy":
         assert allowed is None
@@ -147,7 +151,7 @@ def sample(
     scores = apply_bias(scores, bias, params.num_biased) if mode == "full" else scores
     scores = scores if allowed is None else apply_mask(scores, allowed)
     scaled = scores / jnp.maximum(params.temperature, 1e-6)[:, None]
-    scaled = scaled if mode == "sampled" else filter_scores(scaled, params)
+    scaled = scaled if mode == "sampled" else filter_scores(scaled, params, backend=backend)
     keys = jax.vmap(jax.random.fold_in)(_row_keys(params.seed), num_output_tokens)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)  # Gumbel-max: the argmax is a sample
     ids = _argmax(jnp.where(params.temperature[:, None] > 0, scaled + noise, scores))
@@ -199,13 +203,19 @@ def apply_mask(scores: Float32[Array, "B V"], allowed: UInt32[Array, "B W"]) -> 
     return jnp.where(may == 1, scores, -jnp.inf)
 
 
-def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:
+def filter_scores(scores: Float32[Array, "B V"], params: SamplingParams, *, backend: str | None = None) -> Float32[Array, "B V"]:
     """Sets scores that min-p, top-k or top-p exclude to -inf; the best token always stays.
 
     Top-p keeps the fewest tokens whose probabilities (after top-k) sum to at least `top_p`. Tokens that tie
     with the last one kept stay too.
+
+    Args:
+      scores: scores after temperature, [B, V].
+      params: sampling options.
+      backend: as in `kernels_pallas.top_k_top_p.sampling_threshold`; "tpu" is the reference.
     """
     best = scores.max(axis=-1)
     kept = scores >= (best + jnp.log(params.min_p))[:, None]  # log 0 = -inf keeps all
-    kept &= scores >= sampling_threshold(scores, best, params.top_k, params.top_p)[:, None]
+    backend = None if backend == TPU else backend  # None is the reference on a TPU, for which there is no kernel
+    kept &= scores >= sampling_threshold(scores, best, params.top_k, params.top_p, backend=backend)[:, None]
     return jnp.where(kept | (scores >= best[:, None]), scores, -jnp.inf)
