@@ -1,4 +1,4 @@
-"""The built wheel: what it holds, that it shadows nobody, that it runs outside the checkout."""
+"""The built wheel contains only our packages, shadows no other package and runs outside the checkout."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_it_holds_our_packages_alone_and_their_data(wheel):
+def test_wheel_contains_only_our_packages_and_their_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == OURS
@@ -39,7 +39,7 @@ def test_no_other_package_is_shadowed():
 
 
 @pytest.mark.parametrize("module", ["convert", "serve"])
-def test_it_runs_outside_the_checkout(wheel, module, tmp_path):
+def test_wheel_runs_outside_the_checkout(wheel, module, tmp_path):
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     with zipfile.ZipFile(wheel) as archive:

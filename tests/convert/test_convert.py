@@ -1,4 +1,4 @@
-"""Converting and exporting: byte-identical there and back, whole or not at all, and one clear line for every mistake."""
+"""Conversion and export: byte-identical round trip, atomic folders, and one line for every mistake."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ A_LOG = "model.language_model.layers.0.linear_attn.A_log"
 
 @pytest.fixture(scope="module")
 def mixed_folder(demo_folder, tmp_path_factory):
-    """The demo in bfloat16, but for one float16 and some float32 tensors."""
+    """The demo in bfloat16, except for one float16 and some float32 tensors."""
     out = tmp_path_factory.mktemp("mixed") / "released"
     shutil.copytree(demo_folder, out)
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
@@ -53,12 +53,12 @@ def converted(demo_folder, tmp_path_factory):
 
 @pytest.fixture
 def damaged(converted, tmp_path):
-    """A copy of the converted folder, to spoil."""
+    """A copy of the converted folder, which a test may damage."""
     return shutil.copytree(converted, tmp_path / "damaged")
 
 
 def raw_tensors(file):
-    """Name -> dtype, shape and bytes, by the format's definition: a length, a JSON header, the data."""
+    """Parses a safetensors file by the format's definition: name -> dtype, shape and bytes."""
     data = Path(file).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -75,7 +75,7 @@ def no_leftovers(parent, *expected):
     return sorted(path.name for path in parent.iterdir()) == sorted(expected)
 
 
-# There and back.
+# Round trip.
 
 
 @pytest.mark.parametrize("which", ["demo_folder", "mixed_folder"])
@@ -88,7 +88,7 @@ def test_round_trip_is_byte_identical(which, request, tmp_path):
     assert no_leftovers(tmp_path, "converted", "back")
 
 
-def test_shards_and_a_repeated_head_come_back_as_one_file(demo_folder, tmp_path):
+def test_shards_and_a_tied_lm_head_are_exported_as_one_file(demo_folder, tmp_path):
     source = shutil.copytree(demo_folder, tmp_path / "shards")
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
@@ -105,7 +105,7 @@ def test_shards_and_a_repeated_head_come_back_as_one_file(demo_folder, tmp_path)
     assert {"part0.safetensors", "part1.safetensors"} <= set(recorded)
 
 
-def test_a_converted_folder_loads_as_its_source_does(mixed_folder, tmp_path):
+def test_converted_folder_loads_like_its_source(mixed_folder, tmp_path):
     config = ModelConfig.from_folder(mixed_folder)
     out = convert(mixed_folder, tmp_path / "converted")
     for dtype in (None, jnp.float32):
@@ -116,7 +116,7 @@ def test_a_converted_folder_loads_as_its_source_does(mixed_folder, tmp_path):
             assert isinstance(a, jax.Array)
 
 
-def test_a_stranger_restores_the_weights_with_plain_orbax(converted, demo_folder):
+def test_plain_orbax_restores_the_weights(converted, demo_folder):
     tree = ocp.StandardCheckpointer().restore(converted / "params")
     weights = safetensors.numpy.load_file(demo_folder / "model.safetensors")
     assert len(jax.tree.leaves(tree)) == len(weights)
@@ -124,8 +124,8 @@ def test_a_stranger_restores_the_weights_with_plain_orbax(converted, demo_folder
     np.testing.assert_array_equal(up_proj, weights["model.language_model.layers.2.mlp.up_proj.weight"], strict=True)
 
 
-def test_a_stranger_restores_onto_devices_of_their_choice(converted):
-    """Sharded over eight devices at once, as one would on a pod; the checkpoint itself names no device."""
+def test_plain_orbax_restores_onto_chosen_devices(converted):
+    """The weights restore sharded over eight devices, because the checkpoint names no device."""
     mesh = jax.make_mesh((8,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(
@@ -155,8 +155,8 @@ def test_dtype_casts_every_tensor(mixed_folder, tmp_path):
         np.testing.assert_array_equal(tensor, source[name].astype(np.float32), strict=True)
 
 
-def test_a_cast_checkpoint_is_not_cast_back_by_transformers(demo_folder, tmp_path):
-    """transformers takes the dtype that config.json names; a cast checkpoint must not name the old one."""
+def test_transformers_keeps_the_dtype_of_a_cast_checkpoint(demo_folder, tmp_path):
+    """transformers casts to config.json's dtype, so a cast checkpoint must not contain the old one."""
     source = shutil.copytree(demo_folder, tmp_path / "source")
     raw = json.loads((source / "config.json").read_text()) | {"dtype": "float32"}
     raw["text_config"]["dtype"] = "float32"
@@ -172,7 +172,7 @@ def test_a_cast_checkpoint_is_not_cast_back_by_transformers(demo_folder, tmp_pat
 # The manifest.
 
 
-def test_manifest_records_what_went_in_and_out(converted, demo_folder):
+def test_manifest_records_source_files_and_tensors(converted, demo_folder):
     held = manifest.Manifest.read(converted)
     source = raw_tensors(demo_folder / "model.safetensors")
     assert held.files == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in demo_folder.iterdir()}
@@ -184,10 +184,10 @@ def test_manifest_records_what_went_in_and_out(converted, demo_folder):
     }
 
 
-# Live parameters.
+# Parameters in memory.
 
 
-def test_live_parameters_are_written_as_they_are(demo_folder, tmp_path):
+def test_export_hf_writes_parameters_unchanged(demo_folder, tmp_path):
     config = ModelConfig.from_folder(demo_folder)
     params = checkpoint.load_params(demo_folder, config)
     params["text"]["layers"][0]["mixer"]["A_log"] = (params["text"]["layers"][0]["mixer"]["A_log"] + 1).astype(jnp.bfloat16)
@@ -198,13 +198,13 @@ def test_live_parameters_are_written_as_they_are(demo_folder, tmp_path):
     np.testing.assert_array_equal(again, params["text"]["layers"][0]["mixer"]["A_log"], strict=True)
 
 
-def test_weights_are_as_readable_as_their_config(demo_folder, converted, tmp_path):
-    """safetensors makes its files readable by their owner alone."""
+def test_weights_have_the_file_mode_of_config_json(demo_folder, converted, tmp_path):
+    """safetensors makes files that only their owner may read; the export changes that."""
     out = export_converted(converted, tmp_path / "back")
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
 
 
-def test_live_parameters_of_another_model_are_refused(demo_folder, tmp_path):
+def test_export_hf_refuses_parameters_of_another_model(demo_folder, tmp_path):
     params = checkpoint.load_params(demo_folder, ModelConfig.from_folder(demo_folder))
     del params["text"]["norm"]
     params["vision"]["post_norm"]["bias"] = jnp.zeros(3)
@@ -216,11 +216,11 @@ def test_live_parameters_of_another_model_are_refused(demo_folder, tmp_path):
     assert no_leftovers(tmp_path)
 
 
-# Whole or not at all.
+# Atomic folders.
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
-def test_existing_out_is_left_alone(demo_folder, tmp_path, kind, capsys):
+def test_existing_out_is_not_changed(demo_folder, tmp_path, kind, capsys):
     out = tmp_path / "out"
     if kind == "folder":
         out.mkdir()
@@ -235,14 +235,14 @@ def test_existing_out_is_left_alone(demo_folder, tmp_path, kind, capsys):
     assert kind != "folder" or (out / "precious").read_text() == "data"
 
 
-def test_an_empty_folder_may_be_filled(demo_folder, tmp_path):
+def test_empty_out_folder_is_used(demo_folder, tmp_path):
     (tmp_path / "out").mkdir()
     assert checkpoint.is_converted(convert(demo_folder, tmp_path / "out"))
     assert no_leftovers(tmp_path, "out")
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_fault_leaves_nothing_and_shows_its_traceback(demo_folder, converted, tmp_path, command, monkeypatch):
+def test_unexpected_error_leaves_no_files(demo_folder, converted, tmp_path, command, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("a fault in the code")
 
@@ -255,7 +255,7 @@ def test_a_fault_leaves_nothing_and_shows_its_traceback(demo_folder, converted, 
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_is_one_line(demo_folder, tmp_path, monkeypatch, capsys, wrapped):
+def test_full_disk_is_reported_in_one_line(demo_folder, tmp_path, monkeypatch, capsys, wrapped):
     def full(*args, **options):
         try:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -280,8 +280,8 @@ def small_disk(path, size):
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_disk_that_fills_up_is_one_line(demo_folder, converted, tmp_path, command):
-    """Another process may take the space that was there at the start: the check before writing is switched off here."""
+def test_disk_that_fills_up_is_reported_in_one_line(demo_folder, converted, tmp_path, command):
+    """The disk fills up during the write; the check before it is disabled here."""
     words = ["--hf", demo_folder, "--out"] if command == "convert" else ["--model", converted, "--export-hf"]
     script = "import runpy, shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**9)"
     script += "; runpy.run_module('convert', run_name='__main__')"
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_is_one_line(demo_folder, converted, tmp_path, comm
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_disk_too_small_is_told_before_writing(demo_folder, converted, tmp_path, monkeypatch, capsys, command):
+def test_small_disk_is_reported_before_writing(demo_folder, converted, tmp_path, monkeypatch, capsys, command):
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(orbax_folder, "write", None)
@@ -304,9 +304,9 @@ def test_a_disk_too_small_is_told_before_writing(demo_folder, converted, tmp_pat
     assert no_leftovers(tmp_path)
 
 
-def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_waits_for_the_write_and_leaves_no_files(demo_folder, tmp_path, monkeypatch, capsys):
     save, finished = orbax_folder.partial.save, []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -321,7 +321,7 @@ def test_ctrl_c_during_a_write_waits_for_it_and_leaves_nothing(demo_folder, tmp_
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
-def test_leftovers_of_a_killed_run_are_removed_and_others_are_not(demo_folder, tmp_path):
+def test_only_partial_folders_of_killed_runs_are_removed(demo_folder, tmp_path):
     here = socket.gethostname()
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -334,11 +334,11 @@ def test_leftovers_of_a_killed_run_are_removed_and_others_are_not(demo_folder, t
     assert no_leftovers(tmp_path, "out", *others)
 
 
-def test_a_place_that_may_not_be_written(demo_folder, tmp_path, monkeypatch, capsys):
+def test_unwritable_out_folder(demo_folder, tmp_path, monkeypatch, capsys):
     def refused(self, *args, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
-    monkeypatch.setattr(folder.Path, "mkdir", refused)  # root, which tests may run as, is refused nothing
+    monkeypatch.setattr(folder.Path, "mkdir", refused)  # simulated, because tests may run as root
     assert main(["--hf", str(demo_folder), "--out", str(tmp_path / "out")]) == 1
     assert "may not be written" in capsys.readouterr().err
 
@@ -356,19 +356,19 @@ def load(folder):
     return checkpoint.load_params(folder, ModelConfig.from_folder(folder))
 
 
-def test_a_lost_data_file_is_reported(damaged):
+def test_missing_data_file_is_reported(damaged):
     biggest = max((damaged / "params").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     biggest.unlink()
     message = refusal(load, damaged)
     assert str(damaged / "params") in message and "\n" not in message
 
 
-def test_a_lost_params_folder_is_reported(damaged):
+def test_missing_params_folder_is_reported(damaged):
     shutil.rmtree(damaged / "params")
     assert f"{damaged / 'params'} is not an Orbax checkpoint" in refusal(load, damaged)
 
 
-def test_changed_values_are_caught_on_export(damaged, tmp_path):
+def test_export_detects_changed_values(damaged, tmp_path):
     raw = json.loads((damaged / "manifest.json").read_text())
     raw["tensors"]["text.norm.weight"]["sha256"] = "0" * 64
     (damaged / "manifest.json").write_text(json.dumps(raw))
@@ -376,7 +376,7 @@ def test_changed_values_are_caught_on_export(damaged, tmp_path):
     assert no_leftovers(tmp_path, "damaged")
 
 
-def test_another_model_than_config_json_says(damaged):
+def test_tensors_of_another_model_than_config_json(damaged):
     raw = json.loads((damaged / "config.json").read_text())
     raw["text_config"]["intermediate_size"] = 64
     (damaged / "config.json").write_text(json.dumps(raw))
@@ -386,7 +386,7 @@ def test_another_model_than_config_json_says(damaged):
 @pytest.mark.parametrize(
     "change, words", [({"version": 2}, "format version is 2"), ({"extra": 1}, "extra"), ({"format": "x"}, "format")]
 )
-def test_a_manifest_of_another_kind(damaged, change, words):
+def test_manifest_of_another_format(damaged, change, words):
     raw = json.loads((damaged / "manifest.json").read_text()) | change
     (damaged / "manifest.json").write_text(json.dumps(raw))
     assert words in refusal(manifest.Manifest.read, damaged)
@@ -408,13 +408,13 @@ def test_command_line_converts_and_exports_quietly(mixed_folder, tmp_path):
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (mixed_folder / "model.safetensors").read_bytes()
 
 
-def test_command_line_shows_a_mistake_in_one_line(tmp_path):
+def test_command_line_reports_a_mistake_in_one_line(tmp_path):
     done = run("--hf", tmp_path / "nothing")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {tmp_path / 'nothing'} is neither a folder nor a hub id of the form owner/name\n"
 
 
-def test_default_out_comes_from_the_name_and_is_printed(demo_folder, tmp_path, monkeypatch, capsys):
+def test_default_out_is_derived_from_the_source_and_printed(demo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--hf", str(demo_folder)]) == 0
     assert capsys.readouterr().out == "wrote model-jax\n"
@@ -431,12 +431,12 @@ def test_default_out_comes_from_the_name_and_is_printed(demo_folder, tmp_path, m
         (["--export-hf", "x"], "--export-hf needs --model"),
     ],
 )
-def test_an_option_that_would_be_ignored_is_refused(words, expected, capsys):
+def test_unused_option_is_refused(words, expected, capsys):
     assert main(words) == 1
     assert expected in capsys.readouterr().err
 
 
-def test_wrong_kinds_of_folder_are_refused(demo_folder, converted, tmp_path, capsys):
+def test_folders_of_the_wrong_kind_are_refused(demo_folder, converted, tmp_path, capsys):
     assert main(["--hf", str(converted), "--out", str(tmp_path / "a")]) == 1
     assert "converted already" in capsys.readouterr().err
     assert main(["--export-hf", str(tmp_path / "b"), "--model", str(demo_folder)]) == 1
@@ -444,19 +444,19 @@ def test_wrong_kinds_of_folder_are_refused(demo_folder, converted, tmp_path, cap
     assert no_leftovers(tmp_path)
 
 
-def test_another_models_checkpoint_is_refused_by_name(demo_folder, tmp_path, capsys):
+def test_checkpoint_of_another_model_is_refused(demo_folder, tmp_path, capsys):
     other = shutil.copytree(demo_folder, tmp_path / "other")
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert main(["--hf", str(other), "--out", str(tmp_path / "out")]) == 1
     assert "llama" in capsys.readouterr().err
 
 
-# The real size.
+# The released model's size.
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_full_size_stays_small_in_memory_and_comes_back_the_same(full_size_folder, tmp_path, dtype):
+def test_full_size_round_trip_and_peak_memory(full_size_folder, tmp_path, dtype):
     """Peak memory is at most 1.3 times the weights, imports included."""
     source = full_size_folder
     weights = source / "model.safetensors"
@@ -472,7 +472,7 @@ def test_full_size_stays_small_in_memory_and_comes_back_the_same(full_size_folde
 
 
 def peak_of(*words):
-    """Bytes of memory that one run of the command line held at most: measured by a process of its own, whose only child it is."""
+    """Returns the command line's peak memory in bytes, measured as the only child of a subprocess."""
     command = json.dumps([sys.executable, "-m", "convert", *map(str, words)])
     script = f"import resource, subprocess; subprocess.run({command}, check=True, stdout=2)"
     script += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

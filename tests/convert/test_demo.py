@@ -1,4 +1,4 @@
-"""The project's own small checkpoint: complete, reproducible, and one that transformers takes for a released one."""
+"""The demo checkpoint: complete, reproducible, and accepted by transformers as a released checkpoint."""
 
 import re
 import subprocess
@@ -36,19 +36,19 @@ def render(tokenizer):
 # Weights.
 
 
-def test_same_seed_same_bytes_and_small(demo_folder, tmp_path):
+def test_same_seed_gives_the_same_small_files(demo_folder, tmp_path):
     again = write_demo_checkpoint(tmp_path / "again")
     assert {file.name: file.read_bytes() for file in again.iterdir()} == {f.name: f.read_bytes() for f in demo_folder.iterdir()}
     assert sum(file.stat().st_size for file in again.iterdir()) < 5e6
 
 
-def test_another_seed_other_weights(demo_folder, tmp_path):
+def test_another_seed_gives_other_weights(demo_folder, tmp_path):
     other = write_demo_checkpoint(tmp_path / "other", seed=1)
     assert (other / "model.safetensors").read_bytes() != (demo_folder / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("value_heads", [4, 8])
-def test_transformers_loads_it_whole_and_runs(tmp_path, value_heads):
+def test_transformers_loads_and_runs_the_demo_model(tmp_path, value_heads):
     config = demo_config()
     config["text_config"]["linear_num_value_heads"] = value_heads
     folder = write_demo_checkpoint(tmp_path / "demo", config=config)
@@ -57,7 +57,7 @@ def test_transformers_loads_it_whole_and_runs(tmp_path, value_heads):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([list(b"hello")])).logits[0]
     assert logits.shape == (5, 306) and torch.isfinite(logits).all()
-    assert 0.5 < logits.std() < 20  # neither flat, where every error hides, nor saturated
+    assert 0.5 < logits.std() < 20  # neither flat, which would hide errors, nor saturated
     ends = torch.topk(logits, 2).values
     assert (ends[:, 0] - ends[:, 1]).min() > 1e-3  # no near-ties: greedy decoding has one answer
 
@@ -67,7 +67,7 @@ def test_no_weight_is_trivial(demo_folder):
     assert not [name for name, tensor in state.items() if tensor.unique().numel() < tensor.numel() * 0.9]
 
 
-def test_dtype_is_a_choice(tmp_path):
+def test_dtype_option(tmp_path):
     folder = write_demo_checkpoint(tmp_path / "demo", dtype="bfloat16")
     assert MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder).dtype == torch.bfloat16
 
@@ -91,14 +91,14 @@ def test_token_ids_in_the_configs_are_the_tokenizers(demo_folder, tokenizer):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_text_is_its_bytes(tokenizer, text):
+def test_text_tokens_are_its_bytes(tokenizer, text):
     text = unicodedata.normalize("NFC", text)
     ids = tokenizer.encode(text)
     assert ids == list(text.encode())
     assert tokenizer.decode(ids) == text
 
 
-def test_added_tokens_are_single_ids_hidden_as_the_release_hides_them(tokenizer):
+def test_added_tokens_are_single_ids_and_hidden_like_in_the_release(tokenizer):
     assert len(ADDED) == 50 and len(set(ADDED)) == 50
     for token in ADDED:
         assert tokenizer.encode(token) == [IDS[token]]
@@ -107,7 +107,7 @@ def test_added_tokens_are_single_ids_hidden_as_the_release_hides_them(tokenizer)
     assert not set(VISIBLE) & set(SPECIAL)
 
 
-def test_roles(tokenizer):
+def test_token_roles(tokenizer):
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|endoftext|>", "<|im_start|>")
     for role, token in ROLES.items():
         assert getattr(tokenizer, role) == token and getattr(tokenizer, f"{role}_id") == IDS[token]
@@ -125,10 +125,11 @@ print(tokenizer.apply_chat_template([{USER!r}], tokenize=False), end="")
     assert done.stdout == ASKED, done.stderr
 
 
-# Chat template; each expected text is what the release's own template gives, but for the words that introduce tools.
+# Chat template. Each expected text is the release's template's result, except for the words that introduce
+# tools.
 
 
-def test_turns(render):
+def test_template_turns(render):
     said = {"role": "assistant", "content": " Hello. \n"}
     assert render({"role": "system", "content": "Be brief. "}, USER, said, USER) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n" + ASKED + "<|im_start|>assistant\nHello.<|im_end|>\n" + ASKED
@@ -143,7 +144,7 @@ def test_turns(render):
         ({"enable_thinking": True}, "<think>\n"),
     ],
 )
-def test_generation_prompt(render, options, expected):
+def test_template_generation_prompt(render, options, expected):
     assert render(USER, add_generation_prompt=True, **options) == ASKED + "<|im_start|>assistant\n" + expected
 
 
@@ -158,12 +159,12 @@ def test_generation_prompt(render, options, expected):
         ({"type": "text", "text": "one"}, "one"),
     ],
 )
-def test_parts(render, part, expected):
+def test_template_content_parts(render, part, expected):
     message = {"role": "user", "content": [part, {"type": "text", "text": "two"}]}
     assert render(message) == f"<|im_start|>user\n{expected}\ntwo<|im_end|>\n"
 
 
-def test_thoughts_of_the_present_question_are_kept_and_older_ones_dropped(render):
+def test_template_keeps_only_thoughts_of_the_current_question(render):
     thought = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm.\n"}
     inline = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
     for message in (thought, inline):
@@ -171,7 +172,7 @@ def test_thoughts_of_the_present_question_are_kept_and_older_ones_dropped(render
         assert render(USER, message) == ASKED + "<|im_start|>assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>\n"
 
 
-def test_tool_calls_and_answers(render):
+def test_template_tool_calls_and_results(render):
     arguments = {"a": 1, "text": "two\nlines", "list": [1, {"é": None}], "flag": True}
     calls = [{"type": "function", "function": {"name": "add", "arguments": arguments}}, {"name": "now", "arguments": {}}]
     answers = [{"role": "tool", "content": "3"}, {"role": "tool", "content": [{"type": "text", "text": "noon"}]}]
@@ -184,7 +185,7 @@ def test_tool_calls_and_answers(render):
     )
 
 
-def test_tools_are_described_in_a_system_block(render):
+def test_template_describes_tools_in_a_system_block(render):
     text = render({"role": "system", "content": "Be brief."}, USER, tools=[TOOL])
     block, rest = text.split("<|im_end|>\n", 1)
     assert rest == ASKED
@@ -207,13 +208,13 @@ def test_tools_are_described_in_a_system_block(render):
         ([{"role": "user", "content": 5}], "neither text nor a list"),
     ],
 )
-def test_what_the_template_refuses(render, messages, words):
+def test_template_refusals(render, messages, words):
     with pytest.raises(jinja2.TemplateError, match=words):
         render(*messages)
 
 
-def test_the_template_itself_refuses_an_empty_conversation(demo_folder):
-    """transformers refuses one before it comes to the template; other readers of the template may not."""
+def test_template_refuses_an_empty_conversation(demo_folder):
+    """transformers refuses it before it renders the template; other users of the template may not."""
 
     def refuse(message):
         raise jinja2.TemplateError(message)

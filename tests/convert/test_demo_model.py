@@ -1,4 +1,4 @@
-"""The demo model's vocabulary, first weights, lessons and recipe."""
+"""The demo model's vocabulary, initial weights, training data and recipe."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def folder(words, tmp_path_factory):
-    """Everything but the weights."""
+    """The model folder without weights."""
     folder = tmp_path_factory.mktemp("files")
     write_files(folder, model_files(merges(words)))
     return folder
@@ -44,7 +44,7 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_a_word_is_a_token_and_print_is_spelt(words, tokenizer):
+def test_words_are_single_tokens_and_print_is_bytes(words, tokenizer):
     assert {"Which", " picture", " diamonds", "<parameter"} <= set(words)
     assert [word for word in words if word[-1].isalpha() and len(tokenizer.encode(word)) != 1] == []
     assert set(BARE_WORDS) <= set(words)
@@ -54,7 +54,7 @@ def test_a_word_is_a_token_and_print_is_spelt(words, tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ids_stand_where_the_configs_say(words, tokenizer):
+def test_token_ids_match_the_configs(words, tokenizer):
     config = model_config(merges(words))
     assert len(tokenizer) == config["text_config"]["vocab_size"]
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config["image_token_id"]
@@ -62,8 +62,8 @@ def test_ids_stand_where_the_configs_say(words, tokenizer):
     assert len(words) == len(set(words))
 
 
-def test_both_configs_say_how_many_patches_make_a_token(folder):
-    """transformers' model reads one file, its processor and ours the other."""
+def test_both_configs_have_the_downsample_mode(folder):
+    """transformers' model reads config.json; its processor and ours read preprocessor_config.json."""
     read = [json.loads((folder / name).read_text())["downsample_mode"] for name in ("config.json", "preprocessor_config.json")]
     processor = Processor.from_folder(folder)
     assert (
@@ -72,8 +72,8 @@ def test_both_configs_say_how_many_patches_make_a_token(folder):
     )
 
 
-def test_a_lesson_teaches_the_answers_alone(folder):
-    """Whatever the turns, the learned tokens spell the answers, and a thought where there is one, and nothing else."""
+def test_loss_mask_covers_answers_only(folder):
+    """For any turns, the loss mask covers the answers and an optional thought, and nothing else."""
     data_config = DataConfig(folder, SMALL, {"shapes": 0.5, "calls": 0.5}, count=12)
     builder = drawing.ConversationBuilder(data_config)
     for seed in range(12):
@@ -87,7 +87,7 @@ def test_a_lesson_teaches_the_answers_alone(folder):
             assert said == "".join(f"{t.reply}<|im_end|>" for t in turns[:-1]) + f"{thought}{last.reply}<|im_end|>"
 
 
-def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
+def test_workers_draw_different_training_scenes(folder):
     data_configs = [DataConfig(folder, SMALL, {"shapes": 1.0}, first=i, step=2, count=4) for i in range(2)]
     drawn = [
         [example.inputs.token_ids.tolist() for example in drawing.training_conversations(data_config)]
@@ -99,8 +99,8 @@ def test_workers_share_the_scenes_and_keep_off_the_exam(folder):
     assert len(eval_set) == 6
 
 
-def test_patches_begin_white(folder):
-    """Of patches with something in them, other ones than it was made from: unit variance, or less in directions of noise."""
+def test_whitening_embedding_gives_unit_variance(folder):
+    """Held-out patches with content have unit variance, or less in directions of noise."""
     vision = ModelConfig.from_folder(folder).vision
     embedding = train_demo.whitening_embedding(vision, IMAGE_MEAN)
     drawn = [scenes.draw(seed, True, {"lines": 1.0}).media[0].render() for seed in range(40)]
@@ -111,7 +111,7 @@ def test_patches_begin_white(folder):
     assert 0.3 < np.median(x.std(axis=0)) < 1.5 and abs(x.mean()) < 0.1
 
 
-def test_positions_begin_as_waves(folder):
+def test_sincos_positions(folder):
     vision = ModelConfig.from_folder(folder).vision
     table = train_demo.sincos_positions(vision).reshape(24, 24, -1)
     apart = [np.linalg.norm(table[0, 0] - table[0, i]) for i in range(1, 6)]
@@ -119,7 +119,7 @@ def test_positions_begin_as_waves(folder):
     assert np.unique(table.reshape(576, -1).round(4), axis=0).shape[0] == 576
 
 
-def test_rates():
+def test_learning_rate_schedule():
     assert train_demo.learning_rate_at(0, 0.0, 1.0) == pytest.approx(1 / train_demo.WARMUP)
     assert train_demo.learning_rate_at(10**6, 0.0, 1.0) == pytest.approx(1.0)
     assert train_demo.learning_rate_at(10**6, 0.5, 1.0) == pytest.approx(0.51) and train_demo.learning_rate_at(
@@ -127,17 +127,17 @@ def test_rates():
     ) == pytest.approx(0.02)
 
 
-def test_patches_learn_slowly():
+def test_patch_embedding_learns_slowly():
     updates = {"vision": {"patch_embed": {"weight": jnp.ones((2, 588))}}, "text": {"norm": {"weight": jnp.ones(4)}}}
     slowed = jax.tree.map(lambda x: float(x.ravel()[0]), train_demo.slow_patch_embed(updates, None))
     assert slowed["vision"]["patch_embed"]["weight"] == pytest.approx(train_demo.PATCH_EMBED_RATE)
     assert slowed["text"] == {"norm": {"weight": 1.0}}
 
 
-def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
-    """The log decay of a token, whose input to the gate is 0: of a long memory and of a short one."""
+def test_initial_state_decay_covers_tens_to_hundreds_of_tokens(folder, monkeypatch):
+    """The log decay per token, for a gate input of 0, ranges from slow to fast."""
     config = ModelConfig.from_folder(folder)
-    monkeypatch.setattr(train_demo, "WHITENING_SCENES", 5)  # scenes: fast, and not what is looked at
+    monkeypatch.setattr(train_demo, "WHITENING_SCENES", 5)  # fewer scenes are faster, and this test ignores the embedding
     params = train_demo.initial_params(config, IMAGE_MEAN, 0)
     mixers = [layer["mixer"] for layer in params["text"]["layers"].values() if "A_log" in layer["mixer"]]
     decays = np.concatenate([np.exp(mixer["A_log"]) * np.logaddexp(mixer["dt_bias"], 0) for mixer in mixers])
@@ -145,7 +145,7 @@ def test_a_memory_begins_with_tokens_to_hundreds_of_them(folder, monkeypatch):
     assert decays.min() < 0.1 and 0.1 < decays.max() < 1.6
 
 
-def test_few_workers_draw_for_both_modes():
+def test_two_workers_cover_both_modes():
     shares = [
         sum(train_demo.mode_index(worker, share) for worker in range(n))
         for n, share in ((1, 8), (2, 8), (8, 8), (12, 8), (12, 2))
@@ -153,14 +153,14 @@ def test_few_workers_draw_for_both_modes():
     assert shares == [0, 1, 1, 2, 6]
 
 
-def test_a_large_picture_asks_what_there_is_room_for(folder):
-    """A row holds its slices and a few of its questions; no scene is left out."""
+def test_large_images_leave_room_for_some_questions(folder):
+    """A row has room for the slices and a few questions; no scene is left out."""
     training_conversations = list(drawing.training_conversations(DataConfig(folder, SMALL, {"small print": 1.0}, count=20)))
     assert len(training_conversations) == 20 and max(example.num_tokens for example in training_conversations) > 500
 
 
-def test_training_begins_with_easy_scenes(folder):
-    """At first all are of the easy kinds, at the ramp's end few, and without one as many as are left of them."""
+def test_training_starts_with_easy_scenes(folder):
+    """All scenes are easy at the start of the ramp. After it, or without one, `easy` is their share."""
 
     def kinds(**fields):
         return [
@@ -173,8 +173,8 @@ def test_training_begins_with_easy_scenes(folder):
     assert set(kinds()) == {"pair"}
 
 
-def test_scores_count_whole_answers(folder):
-    """Marks made by hand: one conversation all right, one with a wrong token, the rest untouched."""
+def test_accuracy_counts_whole_answers(folder):
+    """One wrong token makes its conversation wrong and no other."""
     eval_set = train_demo.draw_eval_set(DataConfig(folder, SMALL, {"shapes": 1.0}, held_out=True, count=3))
     batch, groups = eval_set[0]
     weights, segments = batch.weights[0, 0], batch.segments[0, 0]
@@ -189,8 +189,8 @@ def test_scores_count_whole_answers(folder):
 
 
 @pytest.mark.full
-def test_a_run_learns_exports_and_goes_on(tmp_path):
-    """The recipe itself on two cores: it overfits a handful of scenes, exports them, and a second run goes on from there."""
+def test_run_trains_exports_and_continues(tmp_path):
+    """The recipe on two cores overfits a few scenes and exports; a second run continues from the export."""
     settings = train_demo.Settings(3600, 1, {"shapes": 1.0}, {"4x": SMALL}, steps=40, eval_scenes=4, dtype=jnp.float32)
     run = train_demo.Trainer(settings, tmp_path / "a")
     scores = run.train()

@@ -1,4 +1,4 @@
-"""Muon: what it does to matrices, and that it leaves the rest alone."""
+"""Muon orthogonalises the updates of matrices and leaves other parameters to the other optimiser."""
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,18 @@ def drawn(*shape, seed=0):
 
 
 @pytest.mark.parametrize("rows, columns", [(32, 32), (24, 64), (64, 24)])
-def test_singular_values_become_about_one_and_directions_stay(rows, columns):
+def test_orthogonalise_keeps_directions_and_sets_singular_values_to_one(rows, columns):
     x = drawn(3, rows, columns)
     u, _, v = np.linalg.svd(np.asarray(x), full_matrices=False)
     y = np.asarray(orthogonalise(x))
     assert y.dtype == np.float32
     values = np.linalg.svd(y, compute_uv=False)
     assert values.min() > 0.3 and values.max() < 1.3
-    along = np.einsum("nij,nir,nrj->nr", y, u, v)  # in x's own directions nothing but the values is left
+    along = np.einsum("nij,nir,nrj->nr", y, u, v)  # projections on x's singular directions
     assert np.linalg.norm(y - np.einsum("nr,nir,nrj->nij", along, u, v)) < 0.05 * np.linalg.norm(y)
 
 
-def test_the_size_of_a_gradient_does_not_matter_and_tall_matrices_get_more():
+def test_step_size_ignores_gradient_scale_and_grows_for_tall_matrices():
     x = {"a": drawn(32, 16), "b": drawn(16, 32, seed=1), "c": drawn(32, 16, seed=2)}
     y = orthogonalise_updates(x)
     assert jax.tree.map(jnp.shape, y) == jax.tree.map(jnp.shape, x)
@@ -35,7 +35,7 @@ def test_the_size_of_a_gradient_does_not_matter_and_tall_matrices_get_more():
     np.testing.assert_allclose(y["b"], orthogonalise(x["b"][None])[0], atol=0.02)
 
 
-def test_matrices_move_by_muon_and_all_else_by_the_other():
+def test_muon_updates_matrices_only():
     params = {"text": {"embed": {"weight": drawn(40, 20)}, "layers": [{"mlp": {"weight": drawn(20, 20), "bias": drawn(20)}}]}}
     grads = jax.tree.map(lambda x: 0.1 * x + 1.0, params)
     optimizer = muon(0.5, 0.0, optax.sgd(2.0))
@@ -50,7 +50,7 @@ def test_matrices_move_by_muon_and_all_else_by_the_other():
     np.testing.assert_allclose(updates["text"]["embed"]["weight"], -2.0 * grads["text"]["embed"]["weight"], rtol=1e-6)
 
 
-def test_what_counts_as_a_matrix():
+def test_is_matrix():
     assert is_matrix(("text", "layers", 0, "mlp", "up_proj", "weight"), jnp.zeros((32, 32)))
     assert not is_matrix(("text", "layers", 0, "mixer", "conv"), jnp.zeros((384, 4)))
     assert not is_matrix(("vision", "patch_embed", "weight"), jnp.zeros((192, 588)))

@@ -1,4 +1,4 @@
-"""Reading checkpoints: the weight map against transformers, all that can be wrong with a folder, and a hub on this machine."""
+"""Checkpoints: the weight map equals transformers', faulty folders are refused; a local server is the hub."""
 
 import hashlib
 import http.server
@@ -37,13 +37,13 @@ def config(demo_folder):
 
 @pytest.fixture(scope="module")
 def weights(demo_folder):
-    """Every released tensor of the demo, read by the safetensors library whole."""
+    """Every released tensor of the demo, read by the safetensors library."""
     return safetensors.numpy.load_file(demo_folder / "model.safetensors")
 
 
 @pytest.fixture
 def write(demo_folder, tmp_path):
-    """Writes a released folder of the demo's config with these tensors; several dicts make shards and an index."""
+    """Writes a released folder with the demo's config; several dicts make shards and an index."""
 
     def write(*shards):
         folder = tmp_path / "released"
@@ -91,7 +91,7 @@ def refusal(folder, config, **options):
 
 
 @pytest.mark.parametrize("changes", [{}, {"linear_num_value_heads": 8}, {"num_hidden_layers": 8}])
-def test_map_has_every_tensor_of_transformers_model_and_no_other(changes):
+def test_weight_map_equals_transformers_tensors(changes):
     raw = demo_config()
     raw["text_config"] |= changes
     raw["text_config"]["layer_types"] *= raw["text_config"]["num_hidden_layers"] // 4
@@ -101,13 +101,13 @@ def test_map_has_every_tensor_of_transformers_model_and_no_other(changes):
     assert {spec.hf_name: spec.hf_shape for spec in checkpoint.param_specs(ModelConfig.from_dict(raw))} == theirs
 
 
-def test_map_goes_both_ways(config):
+def test_weight_map_is_one_to_one(config):
     param_specs = checkpoint.param_specs(config)
     assert len({spec.hf_name for spec in param_specs}) == len({spec.path for spec in param_specs}) == len(param_specs)
     assert all(np.prod(spec.shape) == np.prod(spec.hf_shape) for spec in param_specs)
 
 
-def test_map_refuses_a_path_it_lacks():
+def test_weight_map_refuses_an_unknown_path():
     with pytest.raises(KeyError):
         names.hf_name(("text", "layers", 0, "mixer", "rope", "weight"))
 
@@ -115,7 +115,7 @@ def test_map_refuses_a_path_it_lacks():
 # Loading.
 
 
-def test_load_gives_the_schemas_tree_with_the_files_values(demo_folder, config, weights):
+def test_load_params_returns_the_files_values_in_the_models_tree(demo_folder, config, weights):
     params = checkpoint.load_params(demo_folder, config)
     assert jax.tree.structure(params) == jax.tree.structure(model.parameter_shapes(config))
     for spec, leaf in zip(checkpoint.param_specs(config), jax.tree.leaves(params), strict=True):
@@ -123,7 +123,7 @@ def test_load_gives_the_schemas_tree_with_the_files_values(demo_folder, config, 
         np.testing.assert_array_equal(leaf, weights[spec.hf_name].reshape(spec.shape), strict=True)
 
 
-def test_load_puts_a_tensor_where_the_schema_has_it(demo_folder, config, weights):
+def test_load_params_puts_a_tensor_at_its_path(demo_folder, config, weights):
     params = checkpoint.load_params(demo_folder, config)
     mixer = params["text"]["layers"][1]["mixer"]
     np.testing.assert_array_equal(mixer["conv"], weights["model.language_model.layers.1.linear_attn.conv1d.weight"][:, 0])
@@ -131,7 +131,7 @@ def test_load_puts_a_tensor_where_the_schema_has_it(demo_folder, config, weights
     np.testing.assert_array_equal(params["vision"]["patch_embed"]["weight"], patches.reshape(48, 3 * 14 * 14))
 
 
-def test_load_keeps_each_tensors_dtype(write, config, weights):
+def test_load_params_keeps_each_tensors_dtype(write, config, weights):
     mixed = weights | {UP_PROJ: weights[UP_PROJ].astype(ml_dtypes.bfloat16), NORM: weights[NORM].astype(np.float16)}
     params = checkpoint.load_params(write(mixed), config)
     up_proj, norm = params["text"]["layers"][0]["mlp"]["up_proj"]["weight"], params["text"]["norm"]["weight"]
@@ -140,7 +140,7 @@ def test_load_keeps_each_tensors_dtype(write, config, weights):
     assert params["text"]["embed"]["weight"].dtype == jnp.float32
 
 
-def test_load_casts_as_torch_does(demo_folder, config, weights):
+def test_load_params_casts_like_torch(demo_folder, config, weights):
     params = checkpoint.load_params(demo_folder, config, dtype=jnp.bfloat16)
     for spec, leaf in zip(checkpoint.param_specs(config), jax.tree.leaves(params), strict=True):
         theirs = torch.from_numpy(weights[spec.hf_name]).to(torch.bfloat16).view(torch.int16)
@@ -148,25 +148,25 @@ def test_load_casts_as_torch_does(demo_folder, config, weights):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64"])
-def test_load_refuses_a_dtype_parameters_do_not_have(demo_folder, config, dtype):
+def test_load_params_refuses_an_unsupported_dtype(demo_folder, config, dtype):
     assert dtype in refusal(demo_folder, config, dtype=dtype)
 
 
-def test_load_can_be_stopped(demo_folder, config):
+def test_load_params_can_be_cancelled(demo_folder, config):
     cancelled = threading.Event()
     cancelled.set()
     with pytest.raises(CancelledError):
         checkpoint.load_params(demo_folder, config, cancelled=cancelled)
 
 
-def test_shards_load_as_one_file_does(write, demo_folder, config, weights):
+def test_shards_load_like_a_single_file(write, demo_folder, config, weights):
     assert same_trees(checkpoint.load_params(write(*halves(weights)), config), checkpoint.load_params(demo_folder, config))
 
 
-# Two-sided coverage.
+# Missing and extra tensors.
 
 
-def test_all_faults_are_reported_at_once(write, config, weights):
+def test_all_mismatches_are_reported_at_once(write, config, weights):
     wrong = {name: tensor for name, tensor in weights.items() if name != EMBEDDING}
     wrong["model.language_model.layers.9.mlp.up_proj.weight"] = weights[UP_PROJ]
     wrong[UP_PROJ] = weights[UP_PROJ][:100]
@@ -179,27 +179,27 @@ def test_all_faults_are_reported_at_once(write, config, weights):
     assert f"dtype: {NORM} is I32" in lines[4]
 
 
-def test_a_repeated_head_equal_to_the_embedding_is_accepted(write, demo_folder, config, weights):
+def test_lm_head_equal_to_the_embedding_is_accepted(write, demo_folder, config, weights):
     folder = write(weights | {LM_HEAD: weights[EMBEDDING]})
     assert same_trees(checkpoint.load_params(folder, config), checkpoint.load_params(demo_folder, config))
 
 
 @pytest.mark.parametrize("change", ["one value", "dtype", "rows"])
-def test_a_head_of_its_own_is_refused_by_name(write, config, weights, change, monkeypatch):
-    monkeypatch.setattr(checkpoint.hf_folder, "COMPARE_ROWS", 100)  # so that the last value lies in the last of several blocks
+def test_untied_lm_head_is_refused(write, config, weights, change, monkeypatch):
+    monkeypatch.setattr(checkpoint.hf_folder, "COMPARE_ROWS", 100)  # several blocks; the last value is in the last one
     head = weights[EMBEDDING].copy()
     head[-1, -1] += change == "one value"
     head = {"one value": head, "dtype": head.astype(np.float16), "rows": head[:-1]}[change]
     assert f"untied: {LM_HEAD} differs from {EMBEDDING}" in refusal(write(weights | {LM_HEAD: head}), config)
 
 
-def test_a_head_without_an_embedding_is_no_substitute(write, config, weights):
+def test_lm_head_without_embedding_is_refused(write, config, weights):
     renamed = {LM_HEAD if name == EMBEDDING else name: tensor for name, tensor in weights.items()}
     message = refusal(write(renamed), config)
     assert f"missing: {EMBEDDING}" in message and f"extra: {LM_HEAD}" in message
 
 
-# Damaged folders: one line that names the file.
+# Damaged folders: the error is one line that names the file.
 
 
 @pytest.mark.parametrize("damage", ["cut in the data", "cut in the header", "empty", "no safetensors", "longer"])
@@ -228,14 +228,14 @@ def test_missing_shard_is_named(write, config, weights):
 
 
 @pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
-def test_tensor_that_the_index_names_and_its_shard_lacks(write, config, weights, shard):
+def test_tensor_missing_from_its_shard(write, config, weights, shard):
     folder = write(*halves(weights))
     name = "ghost" if shard.startswith("model-00002") else list(weights)[-1]  # in no shard; in the other shard
     write_index(folder, read_index(folder) | {name: shard})
     assert f"puts tensor {name} into {shard}, which lacks it" in refusal(folder, config)
 
 
-def test_tensor_that_the_index_does_not_name(write, config, weights):
+def test_tensor_missing_from_the_index(write, config, weights):
     folder = write(*halves(weights))
     write_index(folder, {name: shard for name, shard in read_index(folder).items() if name != NORM})
     message = refusal(folder, config)
@@ -258,7 +258,7 @@ def test_malformed_index_is_named(tmp_path, config, text):
     assert "model.safetensors.index.json" in message and "\n" not in message
 
 
-def test_pickles_are_refused_with_a_way_out(tmp_path, config):
+def test_pickle_files_are_refused_with_advice(tmp_path, config):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     message = refusal(tmp_path, config)
     assert "pytorch_model.bin" in message and "only safetensors are read" in message and "save_pretrained" in message
@@ -268,10 +268,10 @@ def test_folder_without_weights_is_refused(tmp_path, config):
     assert f"{tmp_path} holds no weights" in refusal(tmp_path, config)
 
 
-# The converted side (whole conversions are in test_convert.py).
+# Converted folders (test_convert.py has whole conversions).
 
 
-def test_store_writes_in_groups_and_reads_back_the_same(tmp_path, config, weights, monkeypatch):
+def test_orbax_folder_writes_groups_and_reads_the_same_values(tmp_path, config, weights, monkeypatch):
     monkeypatch.setattr(orbax_folder, "GROUP_BYTES", 200_000)
     param_specs, saved = checkpoint.param_specs(config), []
     orbax_folder.write(
@@ -285,7 +285,7 @@ def test_store_writes_in_groups_and_reads_back_the_same(tmp_path, config, weight
         np.testing.assert_array_equal(tensor, weights[spec.hf_name].reshape(spec.shape), strict=True)
 
 
-def test_store_takes_one_tensor_at_a_time(tmp_path, config, monkeypatch):
+def test_orbax_folder_consumes_one_tensor_at_a_time(tmp_path, config, monkeypatch):
     monkeypatch.setattr(orbax_folder, "GROUP_BYTES", 1)
     param_specs, made = checkpoint.param_specs(config)[:5], []
 
@@ -299,7 +299,7 @@ def test_store_takes_one_tensor_at_a_time(tmp_path, config, monkeypatch):
     assert made == [0, 1, 2, 3, 4]
 
 
-def test_is_converted_asks_for_our_manifest(demo_folder, tmp_path):
+def test_is_converted_needs_our_manifest(demo_folder, tmp_path):
     assert not checkpoint.is_converted(demo_folder)
     (tmp_path / "manifest.json").write_text('{"name": "somebody else\'s"}')
     assert not checkpoint.is_converted(tmp_path)
@@ -314,7 +314,7 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's API as a download needs; owner/model has two revisions of a few small files."""
+    """The part of the hub's API that a download needs; owner/model has two revisions of a few small files."""
 
     protocol_version = "HTTP/1.1"
     files = types.MappingProxyType(
@@ -363,7 +363,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def online(monkeypatch):
-    """The suite runs with HF_HUB_OFFLINE=1; these tests reach a server on this machine."""
+    """The address of a local hub server. The suite sets HF_HUB_OFFLINE=1; these tests unset it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
@@ -389,11 +389,11 @@ def unresolved(*args, **options):
     return str(error.value)
 
 
-def test_a_folder_is_taken_as_it_is(tmp_path):
+def test_resolve_returns_a_folder_unchanged(tmp_path):
     assert checkpoint.resolve(tmp_path) == tmp_path == checkpoint.resolve(str(tmp_path))
 
 
-def test_a_folder_has_no_revisions(tmp_path):
+def test_revision_of_a_folder_is_refused(tmp_path):
     assert "revision 'main'" in unresolved(tmp_path, revision="main")
 
 
@@ -403,7 +403,7 @@ def test_neither_a_folder_nor_an_id(source):
 
 
 @pytest.mark.parametrize("revision", [None, "v2", "b" * 40])
-def test_a_hub_id_is_downloaded_without_what_we_do_not_need(hub, tmp_path, revision):
+def test_hub_download_skips_unneeded_files(hub, tmp_path, revision):
     folder = checkpoint.resolve("owner/model", revision, endpoint=hub, cache_dir=tmp_path)
     commit = COMMITS["v2" if revision else "main"]
     assert folder.name == commit
@@ -411,7 +411,7 @@ def test_a_hub_id_is_downloaded_without_what_we_do_not_need(hub, tmp_path, revis
     assert (folder / "model.safetensors").read_bytes() == b"weights" + commit[:1].encode()
 
 
-def test_a_downloaded_id_needs_no_network_again(hub, tmp_path):
+def test_downloaded_hub_id_needs_no_network(hub, tmp_path):
     folder = checkpoint.resolve("owner/model", endpoint=hub, cache_dir=tmp_path)
     assert checkpoint.resolve("owner/model", endpoint=unused_endpoint(), cache_dir=tmp_path) == folder
 
@@ -440,7 +440,7 @@ def test_offline_mode(tmp_path, monkeypatch):
     assert "owner/model" in message and "HF_HUB_OFFLINE" in message
 
 
-def test_our_own_faults_stay_visible(monkeypatch):
+def test_unexpected_errors_are_not_hidden(monkeypatch):
     def broken(*args, **options):
         raise AttributeError("a fault in the code")
 
@@ -449,5 +449,5 @@ def test_our_own_faults_stay_visible(monkeypatch):
         checkpoint.resolve("owner/model")
 
 
-def test_paths_are_reported_as_given(tmp_path):
+def test_errors_have_the_given_path(tmp_path):
     assert str(Path("no/such")) in unresolved(Path("no/such/folder"))

@@ -1,4 +1,4 @@
-"""config.json is read strictly: each fault is refused by name."""
+"""config.json is parsed strictly: each error names the faulty field."""
 
 import copy
 import json
@@ -48,19 +48,19 @@ def changed(path, value):
         ("vision_config.num_attention_heads", 5, "hidden_size 48 is not a multiple of num_attention_heads 5"),
     ],
 )
-def test_faults_are_named(path, value, message):
+def test_errors_name_the_field(path, value, message):
     with pytest.raises(ValueError) as error:
         ModelConfig.from_dict(changed(path, value))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_config(tmp_path):
+def test_missing_config_json(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         ModelConfig.from_folder(tmp_path)
 
 
-def test_a_file_that_is_not_json(tmp_path):
+def test_malformed_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         ModelConfig.from_folder(tmp_path)
@@ -76,6 +76,6 @@ def test_generation_config(tmp_path):
         GenerationConfig.from_folder(tmp_path)
 
 
-def test_without_generation_config_the_model_decides_where_to_stop(tmp_path):
+def test_stop_tokens_without_generation_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
     assert GenerationConfig.from_folder(tmp_path) == GenerationConfig(stop_token_ids=(9,))

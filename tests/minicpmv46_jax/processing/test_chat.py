@@ -1,10 +1,10 @@
-"""Conversations: token ids, pixels and places equal transformers' MiniCPMV4_6Processor.apply_chat_template.
+"""Conversations: token ids, pixels and placeholder positions equal MiniCPMV4_6Processor.apply_chat_template.
 
-The reference runs whole, but for the two operations its video processor takes from torchvision: they are given here with
-plain torch, and goldens/video.json (see test_processing_video.py) holds the real ones.
+The reference runs whole, except for two operations that its video processor takes from torchvision. Here they
+are written in plain torch; goldens/video.json (see test_video.py) has torchvision's results.
 
-MINICPMV46_CHECKPOINT names a folder with the released tokenizer, template and preprocessor_config.json: then the same
-tests run on it too.
+If MINICPMV46_CHECKPOINT names a folder with the released tokenizer, template and preprocessor_config.json,
+the same tests run on it too.
 """
 
 import base64
@@ -52,7 +52,7 @@ def processor(folder) -> Processor:
 
 
 class TorchVideoProcessor(MiniCPMV4_6VideoProcessor):
-    """The reference's, with torchvision's two operations written in torch."""
+    """The reference's video processor, with torchvision's two operations written in torch."""
 
     def resize(self, image, size, resample=None, **_):
         shape = (size.height, size.width)
@@ -83,12 +83,12 @@ def reference(folder) -> Reference:
 
 
 def unpack(packed: torch.Tensor) -> np.ndarray:
-    """The reference's [1, 3, 14, N * 14] -> [N, 588]."""
+    """Converts the reference's [1, 3, 14, N * 14] to [N, 588]."""
     return packed[0].numpy().reshape(3, 14, -1, 14).transpose(2, 0, 1, 3).reshape(-1, 588)
 
 
 def for_reference(messages: list[dict]) -> tuple[list[dict], list[VideoMetadata]]:
-    """Our messages as the reference takes them: arrays of frames, and their timing apart."""
+    """Converts our messages to the reference's form: arrays of frames, and their metadata in a list."""
     messages, metadata = [dict(message) for message in messages], []
     for message in messages:
         if isinstance(message.get("content"), list):
@@ -135,7 +135,7 @@ def assert_same(processor: Processor, ours: Inputs, expected) -> None:
 
 
 def assert_places(processor: Processor, ours: Inputs) -> None:
-    """Each view's placeholders are where it says, and there are no others."""
+    """Asserts that the views' placeholders are at their positions, and that there are no others."""
     pads = [processor.tokenizer.image_token_id, processor.tokenizer.video_token_id]
     covered = np.zeros(len(ours.token_ids), bool)
     for view in ours.views:
@@ -211,7 +211,7 @@ def test_images_and_videos_in_any_order(processor, reference, stack, mode):
 
 
 @pytest.mark.parametrize("overrides", [{"max_num_frames": 2}, {"max_num_frames": 5, "stack_frames": 3}, {"use_image_id": False}])
-def test_video_choices(processor, reference, overrides):
+def test_video_options(processor, reference, overrides):
     assert_as_reference(processor, reference, [user(video(Video(noise(70, 40, 60), 10.0)), text("?"))], **overrides)
 
 
@@ -262,7 +262,7 @@ def test_template_variables_and_tools(processor, reference, thinking):
     assert spelt[1:] == before, "the caller's messages were changed"
 
 
-def test_continuing_the_last_message(processor, reference):
+def test_continue_final_message(processor, reference):
     messages = [user(image(picture(50, 60)), text("?")), {"role": "assistant", "content": "A small"}]
     expected = reference.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", continue_final_message=True
@@ -277,7 +277,7 @@ def test_text_alone(processor, reference):
     assert ours.views == () and ours.target_sizes.shape == (0, 2)
 
 
-def test_every_form_of_a_part_is_the_same(processor, tmp_path):
+def test_every_form_of_a_media_part_gives_the_same_inputs(processor, tmp_path):
     data = png(70, 80)
     path = tmp_path / "a.png"
     path.write_bytes(data)
@@ -304,7 +304,7 @@ def test_every_form_of_a_part_is_the_same(processor, tmp_path):
 # ---- options
 
 
-def test_a_messages_options_go_before_the_calls(processor):
+def test_message_options_override_call_options(processor):
     small, large = image(picture(60, 80)), image(picture(900, 900))
     mine = user(large, small, mm_processor_kwargs={"downsample_mode": "4x", "max_slice_nums": 2, "use_image_id": False})
     messages = [
@@ -400,7 +400,7 @@ def test_bad_tool_arguments(processor, arguments, message):
         processor([user(text("a")), {"role": "assistant", "content": "", "tool_calls": [call]}])
 
 
-def test_placeholders_from_a_tool_are_refused(processor):
+def test_placeholder_in_a_tool_is_refused(processor):
     tool = copy.deepcopy(TOOL)
     tool["function"]["description"] = "<|image_pad|>"
     with pytest.raises(ValueError, match="placeholders for 2 images and 0 videos, the messages have 1 and 0"):
@@ -430,7 +430,7 @@ def test_bad_tools_and_template_variables(processor):
         ("tokenizer.json", "no tokenizer.json"),
     ],
 )
-def test_folders_with_a_file_missing(copy_of_demo, name, message):
+def test_missing_file_is_refused(copy_of_demo, name, message):
     (copy_of_demo / name).unlink()
     with pytest.raises(ValueError, match=message):
         Processor.from_folder(copy_of_demo)
@@ -446,7 +446,7 @@ def test_bad_folders(copy_of_demo):
         Processor.from_folder(copy_of_demo)
 
 
-def test_a_template_may_stand_in_the_tokenizers_settings(demo_folder, copy_of_demo):
+def test_chat_template_in_tokenizer_config(demo_folder, copy_of_demo):
     template = (copy_of_demo / "chat_template.jinja").read_text()
     settings = json.loads((copy_of_demo / "tokenizer_config.json").read_text()) | {"chat_template": template}
     (copy_of_demo / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -456,7 +456,7 @@ def test_a_template_may_stand_in_the_tokenizers_settings(demo_folder, copy_of_de
     assert np.array_equal(inside, beside)
 
 
-def test_threads_may_share_a_processor(processor):
+def test_processor_is_thread_safe(processor):
     conversations = [[user(image(picture(100 + 90 * i, 300)), video(CLIP), text(str(i)))] for i in range(6)]
     alone = [processor(messages) for messages in conversations]
     with ThreadPoolExecutor(4) as pool:
@@ -465,8 +465,8 @@ def test_threads_may_share_a_processor(processor):
         assert np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.pixel_values, b.pixel_values)
 
 
-def test_it_runs_without_torch_and_imports_no_jax(demo_folder):
-    """In a process of its own, where importing torch, torchvision or jax fails."""
+def test_runs_without_torch_and_imports_no_jax(demo_folder):
+    """Runs in a subprocess in which importing torch, torchvision or jax fails."""
     program = f"""
 import sys
 for name in ("torch", "torchvision", "jax", "flax"):

@@ -1,4 +1,4 @@
-"""Images: sizes, slices and pixels equal transformers' MiniCPMV4_6ImageProcessorPil; bad images are one clear line."""
+"""Images: sizes, slices and pixels equal transformers' MiniCPMV4_6ImageProcessorPil; errors are one line."""
 
 import base64
 import contextlib
@@ -27,7 +27,7 @@ from minicpmv46_jax.processing.options import read_configs
 from minicpmv46_jax.processing.slicing import slice_grid, sliced_size, view_size
 
 SECTION = preprocessor_config()
-ODD = {"image_mean": [0.481, 0.458, 0.408], "image_std": [0.269, 0.261, 0.276]}  # CLIP's, where roundings differ
+ODD = {"image_mean": [0.481, 0.458, 0.408], "image_std": [0.269, 0.261, 0.276]}  # CLIP's values, for which rounding matters
 PHOTOS = [Path(path) for path in load_sample_images().filenames]
 
 
@@ -36,12 +36,12 @@ def config(**changes) -> MediaConfig:
 
 
 def patches(packed: np.ndarray, patch: int = 14) -> np.ndarray:
-    """The reference's [1, 3, patch, N * patch] -> [N, 3 * patch * patch]."""
+    """Converts the reference's [1, 3, patch, N * patch] to [N, 3 * patch * patch]."""
     return packed[0].reshape(3, patch, -1, patch).transpose(2, 0, 1, 3).reshape(-1, 3 * patch * patch)
 
 
 def assert_as_reference(source, image, settings: MediaConfig | None = None, section: dict | None = None, **overrides):
-    """Ours of `source` equals the reference of `image`, bit for bit."""
+    """Asserts that our result for `source` equals the reference's for `image`, bit for bit."""
     settings, section = settings or config(), section or SECTION
     rgb = load_rgb(source, fetch)
     ours = slice_image(rgb, settings, settings.options.with_overrides(overrides, "test"), resize_pillow)
@@ -84,7 +84,7 @@ def test_sizes_and_grids_equal_the_reference(height, width, slices, mode, resolu
 REFERENCE = MiniCPMV4_6ImageProcessorPil(**SECTION)
 
 
-def test_documented_grid_of_a_720p_picture():
+def test_documented_grid_of_a_720p_image():
     ours = slice_image(noise(720, 1280), config(), config().options, resize_pillow)
     assert ours.grid == (2, 3)
     assert [image_slice.grid for image_slice in ours.slices] == [(24, 44)] + [(28, 36)] * 6
@@ -130,7 +130,7 @@ def test_other_settings(changes):
         assert_as_reference(array, Image.fromarray(array), config(**changes), section)
 
 
-def test_every_byte_of_the_table():
+def test_lookup_table_equals_the_reference():
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     settings = config(**ODD)
     reference = MiniCPMV4_6ImageProcessorPil(**SECTION | ODD)
@@ -140,7 +140,7 @@ def test_every_byte_of_the_table():
     assert not image_lookup_table(settings).flags.writeable
 
 
-# ---- kinds of pictures
+# ---- image modes
 
 
 def palette(transparency) -> Image.Image:
@@ -155,9 +155,9 @@ def keyed(mode: str, colour) -> Image.Image:
     return image
 
 
-def pictures() -> dict[str, Image.Image]:
+def images_by_kind() -> dict[str, Image.Image]:
     exif = Image.Exif()
-    exif[0x0112] = 6  # on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     turned = Image.fromarray(noise(60, 80))
     turned.info["exif"] = exif.tobytes()
     return {
@@ -176,10 +176,10 @@ def pictures() -> dict[str, Image.Image]:
     }
 
 
-@pytest.mark.parametrize("kind", pictures())
-def test_kinds_of_pictures(kind, tmp_path):
-    image = pictures()[kind]
-    assert_as_reference(image, pictures()[kind])  # a fresh one for each: Pillow's conversions change a palette in place
+@pytest.mark.parametrize("kind", images_by_kind())
+def test_image_modes_equal_the_reference(kind, tmp_path):
+    image = images_by_kind()[kind]
+    assert_as_reference(image, images_by_kind()[kind])  # two copies, because Pillow's conversions change a palette in place
     path = tmp_path / ("picture.tif" if kind == "CMYK" else "picture.png")
     image.save(path, **{key: image.info[key] for key in ("exif", "transparency") if key in image.info})
     upright = load_image(str(path))
@@ -191,14 +191,14 @@ def test_kinds_of_pictures(kind, tmp_path):
         assert_as_reference(ours, theirs)
 
 
-def test_transparency_is_white_in_pil_images_and_dropped_in_files(tmp_path):
+def test_transparency_is_blended_in_pil_images_and_dropped_in_files(tmp_path):
     image = Image.new("RGBA", (20, 20), (10, 20, 30, 0))
     image.save(tmp_path / "clear.png")
     assert load_rgb(image, fetch)[0, 0].tolist() == [255, 255, 255]
     assert load_rgb(tmp_path / "clear.png", fetch)[0, 0].tolist() == [10, 20, 30]
 
 
-def test_gray_arrays_are_repeated():
+def test_gray_arrays_become_rgb():
     gray = noise(40, 50, 1)
     assert np.array_equal(load_rgb(gray[..., 0], fetch), np.repeat(gray, 3, axis=2))
 
@@ -214,7 +214,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(1.5)
         self.send_response(404 if self.path == "/absent" else 200)
         self.end_headers()
-        with contextlib.suppress(OSError):  # the client has gone, as it should have
+        with contextlib.suppress(OSError):  # the client has closed the connection, as expected
             self.wfile.write(self.photo)
 
     def log_message(self, *_):
@@ -229,7 +229,7 @@ def server():
         server.shutdown()
 
 
-def test_http(server):
+def test_http_image(server):
     assert_as_reference(f"{server}/photo.jpg", load_image(str(PHOTOS[0])))
 
 
@@ -244,7 +244,7 @@ def test_http_refusals(server):
         load_rgb("http://127.0.0.1:9/x", fetch)
 
 
-def test_a_fetch_of_ones_own_sees_every_string_but_data_urls():
+def test_custom_fetch_gets_every_string_except_data_urls():
     seen = []
 
     def own(url):
@@ -265,7 +265,7 @@ def test_a_fetch_of_ones_own_sees_every_string_but_data_urls():
 
 
 def png_header(side: int) -> bytes:
-    """The beginning of a square PNG: its size, and not one pixel."""
+    """Returns the beginning of a square PNG: its header without pixels."""
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
     return b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + zlib.crc32(header).to_bytes(4, "big") + b"\0\0\0\x10IDAT"
 
@@ -303,7 +303,7 @@ def test_bad_images(source, message):
 
 
 @pytest.mark.filterwarnings("default")
-def test_formats_that_are_programs_are_no_pictures():
+def test_program_formats_are_refused():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
         load_rgb(eps, fetch)
@@ -319,7 +319,7 @@ def test_decompression_bombs_are_refused_before_decoding():
     for picture in (Image.new("RGB", (30, 10)), np.zeros((10, 30, 3), np.uint8)):
         with pytest.raises(ValueError, match="30x10 = 300 pixels, more than the 299 allowed"):
             load_rgb(picture, fetch, 299)
-    # No pixel of this file exists, so decoding it says something else.
+    # This file has no pixels, so decoding it would raise another error.
     with pytest.raises(ValueError, match="9000x9000 = 81000000 pixels, more than the 1000000 allowed"):
         load_rgb(png_header(9000), fetch, 10**6)
     with pytest.raises(ValueError, match="broken or truncated"):
@@ -335,7 +335,7 @@ def write(folder: Path, **files: dict) -> Path:
     return folder
 
 
-def test_files_are_looked_up_in_transformers_order(tmp_path):
+def test_config_files_are_read_in_transformers_order(tmp_path):
     write(tmp_path, preprocessor_config=SECTION)
     images, videos = read_configs(tmp_path)
     assert images == videos
@@ -343,14 +343,14 @@ def test_files_are_looked_up_in_transformers_order(tmp_path):
     write(tmp_path, video_preprocessor_config=SECTION | {"max_slice_nums": 2, "stack_frames": 3, "use_image_id": False})
     images, videos = read_configs(tmp_path)
     assert (images.options.max_slice_nums, videos.options.max_slice_nums, videos.options.stack_frames) == (9, 2, 3)
-    assert videos.options.use_image_id is True  # the reference asks the image processor
+    assert videos.options.use_image_id is True  # the reference reads it from the image processor
     nested = {"image_processor": SECTION | {"max_slice_nums": 5}, "video_processor": SECTION | {"max_num_frames": 64}}
     write(tmp_path, processor_config=nested)
     images, videos = read_configs(tmp_path)
     assert (images.options.max_slice_nums, videos.options.max_num_frames) == (5, 64)
 
 
-def test_what_transformers_saves_is_read_back(tmp_path):
+def test_config_saved_by_transformers_is_read(tmp_path):
     MiniCPMV4_6ImageProcessorPil(**SECTION | {"downsample_mode": "4x"}).save_pretrained(tmp_path)
     images, _ = read_configs(tmp_path)
     assert images == config(downsample_mode="4x")
@@ -393,7 +393,7 @@ def test_bad_files(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_resizing_in_bands_gives_pillows_own_bytes(rng, monkeypatch, seed):
+def test_banded_resize_equals_pillow(rng, monkeypatch, seed):
     monkeypatch.setattr(images, "MIN_BANDED_PIXELS", 0)
     height, width, new_height, new_width = (int(n) for n in rng.integers(1, [300, 40, 700, 9][seed % 4] + 1, 4))
     picture = rng.integers(0, 256, (height, width, 3), np.uint8)

@@ -1,6 +1,6 @@
 """Videos: sampling, composites and pixels equal transformers' MiniCPMV4_6VideoProcessor.
 
-Its pixels are held in goldens/video.json, made with the real torchvision; its sampling runs here.
+goldens/video.json has its pixels, made with the real torchvision. Its sampling runs here.
 """
 
 import base64
@@ -66,12 +66,12 @@ def assert_same(ours: tuple[SlicedImage, ...], theirs: tuple[SlicedImage, ...]) 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " and ".join(case["videos"]))
-def test_goldens(case):
+def test_goldens_of_the_reference(case):
     images, indices = (), []
     for name, digest in zip(case["videos"], case["input_sha256"], strict=True):
         number, height, width, fps, _ = maker.CASES[name]
         frames = maker.frames(number, height, width)
-        assert maker.sha256(frames) == digest, "the formula of the frames has changed, not what is made of them"
+        assert maker.sha256(frames) == digest, "the frames' formula has changed, not their processing"
         images += load(Video(frames, fps), **case["options"])
         options = CONFIG.options.with_overrides(case["options"], "test")
         main, between = sample_frames(VideoMetadata(number, fps), options.max_num_frames, options.stack_frames)
@@ -86,13 +86,13 @@ def test_goldens(case):
 # ---- torch's resize
 
 
-def torch_resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    tensor = torch.from_numpy(picture).permute(2, 0, 1).contiguous()[None]
+def torch_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()[None]
     out = torch.nn.functional.interpolate(tensor, size=[height, width], mode="bicubic", antialias=True, align_corners=False)
     return out[0].permute(1, 2, 0).numpy()
 
 
-# From 2: for some pictures one pixel wide torch itself stops, with an internal assertion of its AVX kernel.
+# From 2, because an assertion of torch's AVX kernel fails for some images one pixel wide.
 SIZES = st.tuples(st.integers(2, 500), st.integers(2, 500))
 
 
@@ -101,14 +101,14 @@ SIZES = st.tuples(st.integers(2, 500), st.integers(2, 500))
 def test_resize_equals_torch(size, new_size, seed, extreme):
     rng = np.random.default_rng(seed)
     # Black and white pixels overshoot the most, so they reach the clipping.
-    picture = rng.choice(np.array([0, 255], np.uint8), (*size, 3)) if extreme else rng.integers(0, 256, (*size, 3), np.uint8)
-    assert np.array_equal(resize_bicubic(picture, *new_size), torch_resize(picture, *new_size))
+    image = rng.choice(np.array([0, 255], np.uint8), (*size, 3)) if extreme else rng.integers(0, 256, (*size, 3), np.uint8)
+    assert np.array_equal(resize_bicubic(image, *new_size), torch_resize(image, *new_size))
 
 
 @pytest.mark.parametrize("size, new_size", [((2160, 3840), (336, 616)), ((720, 1280), (784, 1176)), ((3, 5), (448, 2000))])
-def test_resize_of_large_pictures_equals_torch(size, new_size):
-    picture = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
-    assert np.array_equal(resize_bicubic(picture, *new_size), torch_resize(picture, *new_size))
+def test_resize_of_large_images_equals_torch(size, new_size):
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
+    assert np.array_equal(resize_bicubic(image, *new_size), torch_resize(image, *new_size))
 
 
 # ---- sampling and composites
@@ -129,7 +129,7 @@ def test_sampling_equals_the_reference(frames, rate, most, stack):
     assert list(between) == sorted(between)
 
 
-def test_sampling_does_not_grow_with_what_a_header_claims():
+def test_sampling_is_bounded_for_a_huge_frame_count():
     main, between = sample_frames(VideoMetadata(2**50, Fraction(30)), 128, 5)
     assert len(main) == 128 and sum(map(len, between.values())) == 512
 
@@ -142,24 +142,25 @@ def test_composites_equal_the_reference(number, height, width):
     assert np.array_equal(join_frames(list(frames)), expected[0].permute(1, 2, 0).numpy())
 
 
-def test_a_unit_is_cut_when_its_last_frame_comes_and_frames_are_let_go():
+def test_frame_group_is_sliced_at_its_last_frame():
     groups = [(0,), (1, 2, 3), (4,), (3,), (4,), (9,)]
     given_out = []
 
-    def pictures():
+    def frames_in_order():
         for i in (0, 1, 2, 3, 4):
             given_out.append(i)
             yield i, np.full((2, 2, 3), i, np.uint8)
 
     made = []
 
-    def slice_frame(picture):
+    def slice_frame(image):
         made.append(given_out[-1])
-        return SlicedImage((), picture.shape[:2])
+        return SlicedImage((), image.shape[:2])
 
-    images = slice_frame_groups(pictures(), groups, slice_frame)
-    assert made == [0, 3, 3, 4]  # (4,) is asked for twice and cut once
-    # (9,) never came; three frames of 2x2 and two seams of 6 make a row of 2x18, and a column of 18x2 is as good
+    images = slice_frame_groups(frames_in_order(), groups, slice_frame)
+    assert made == [0, 3, 3, 4]  # (4,) occurs twice and is sliced once
+    # (9,) has no frame. Three frames of 2x2 and two seams of 6 make a row of 2x18 or a column of 18x2, both
+    # as good.
     assert [image.grid for image in images] == [(2, 2), (18, 2), (2, 2), (2, 2), (2, 2)]
 
 
@@ -167,7 +168,7 @@ def test_a_unit_is_cut_when_its_last_frame_comes_and_frames_are_let_go():
 
 
 def encode(frames: np.ndarray, rate=10, codec: str = "mpeg4", container: str = "mp4", out=None, **options: str) -> bytes | None:
-    """A video file's bytes; or, with `out`, written there."""
+    """Encodes a video file; returns its bytes, or writes it to `out`."""
     out = out or io.BytesIO()
     with av.open(out, "w", format=container, options=options) as file:
         stream = file.add_stream(codec, rate=rate)
@@ -192,16 +193,16 @@ FRAMES = maker.frames(45, 64, 96)
     "codec, container, rate",
     [("mpeg4", "mp4", 10), ("libx264", "mp4", Fraction(30000, 1001)), ("libvpx", "webm", 12), ("mpeg4", "avi", 25)],
 )
-def test_a_file_is_its_frames(codec, container, rate, overrides):
+def test_file_equals_its_decoded_frames(codec, container, rate, overrides):
     data = encode(FRAMES, rate, codec, container)
     frames = all_frames(data)
     assert len(frames) == 45
     with av.open(io.BytesIO(data)) as file:
-        assert (file.streams.video[0].frames == 0) == (container == "webm")  # it does not say, so ours counts
+        assert (file.streams.video[0].frames == 0) == (container == "webm")  # WebM lacks the number, so frames are counted
     assert_same(load(data, **overrides), load(Video(frames, Fraction(rate)), **overrides))
 
 
-def test_ways_to_a_file(tmp_path):
+def test_path_url_and_data_url_of_a_file(tmp_path):
     data = encode(FRAMES)
     path = tmp_path / "clip.mp4"
     path.write_bytes(data)
@@ -219,7 +220,7 @@ def test_frames_as_pil_images_and_lists():
 def test_decoding_stops_at_the_last_frame_needed(tmp_path):
     path = tmp_path / "clip.mp4"
     noise = np.random.default_rng(0).integers(0, 256, (60, 64, 96, 3), np.uint8)
-    encode(noise, 10, "libx264", out=str(path), movflags="faststart")  # the index first, so that it opens when cut off
+    encode(noise, 10, "libx264", out=str(path), movflags="faststart")  # the index comes first, so a truncated file opens
     data = path.read_bytes()
     broken = data[: len(data) // 2]
     with pytest.raises(av.FFmpegError):
@@ -227,32 +228,32 @@ def test_decoding_stops_at_the_last_frame_needed(tmp_path):
     assert [i for i, _ in decode_frames(broken, [(3,), (0, 3)], "test")] == [0, 3]
 
 
-def test_a_container_that_names_too_many_frames_is_counted():
+def test_frames_are_counted_if_the_container_has_fewer():
     data = encode(maker.frames(90, 64, 96), 10, container="avi")
     short = data[: len(data) // 2]
     frames = all_frames(short)
     with av.open(io.BytesIO(short)) as file:
         assert file.streams.video[0].frames == 90
-    assert 0 < len(frames) < 80  # so that frame 80, of second 8, does not come
+    assert 0 < len(frames) < 80  # so frame 80, of second 8, is missing
     assert_same(load(short), load(Video(frames, 10)))
 
 
-# ---- what a video may cost
+# ---- limits
 
 
 def load_with_limits(data, limits, **overrides):
     return load_video(data, CONFIG, CONFIG.options.with_overrides(overrides, "test"), fetch, 10**8, limits)
 
 
-@pytest.mark.parametrize("container", ["mp4", "webm"])  # the first says how many frames it has
-def test_a_video_is_bounded_in_frames(container):
+@pytest.mark.parametrize("container", ["mp4", "webm"])  # only mp4 has the number of frames
+def test_max_frames(container):
     data = encode(FRAMES, 10, "libvpx" if container == "webm" else "mpeg4", container)
     assert_same(load_with_limits(data, VideoLimits(max_frames=45)), load(data))
     with pytest.raises(ValueError, match=r"more than the 44 (frames )?allowed"):
         load_with_limits(data, VideoLimits(max_frames=44))
 
 
-def test_a_video_is_bounded_in_pictures():
+def test_max_images():
     data = encode(FRAMES)  # 5 seconds
     assert_same(load_with_limits(data, VideoLimits(max_images=5)), load(data))
     with pytest.raises(ValueError, match="5 frames would be shown, more than the 4 allowed; lower max_num_frames"):
@@ -260,12 +261,12 @@ def test_a_video_is_bounded_in_pictures():
     assert len(load_with_limits(data, VideoLimits(max_images=4), max_num_frames=4)) == 4
 
 
-def test_a_video_is_bounded_in_time():
+def test_max_seconds():
     with pytest.raises(ValueError, match="longer than the 0 seconds allowed"):
         load_with_limits(encode(FRAMES), VideoLimits(max_seconds=0.0))
 
 
-def test_a_composite_is_bounded_in_pixels():
+def test_max_pixels_of_a_composite():
     data = encode(FRAMES)
     height, width, _ = FRAMES[0].shape
     assert load(data, height * width)
@@ -322,7 +323,7 @@ def test_bad_videos(source, message):
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
-def test_frames_of_too_many_pixels():
+def test_max_pixels_of_a_frame():
     with pytest.raises(ValueError, match="bytes: 96x64 = 6144 pixels, more than the 6143 allowed"):
         load(CLIP, max_pixels=6143)
     with pytest.raises(ValueError, match="ndarray: 96x64 = 6144 pixels, more than the 6143 allowed"):
@@ -330,9 +331,10 @@ def test_frames_of_too_many_pixels():
     assert len(load(CLIP, max_pixels=6144)) == 5
 
 
-def test_plan_pairs_main_frames_with_the_second_of_their_number():
+def test_composite_of_second_i_follows_main_frame_i():
     options = CONFIG.options.with_overrides({"max_num_frames": 2, "stack_frames": 2}, "test")
-    # 4 seconds at 10 frames a second: main frames from the ends, the frames between from seconds 0 and 3 (thinned to 2).
+    # 4 seconds at 10 frames per second: main frames are the first and the last, frames between are of seconds
+    # 0 and 3.
     assert plan_frame_groups(VideoMetadata(40, 10), options) == [(0,), (5,), (39,)]
 
 
@@ -345,7 +347,7 @@ def test_plan_pairs_main_frames_with_the_second_of_their_number():
     ],
     ids=["ffconcat", "m3u8", "sdp"],
 )
-def test_files_that_name_other_files_are_refused(playlist, tmp_path, monkeypatch):
+def test_files_that_reference_other_files_are_refused(playlist, tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").write_bytes(CLIP)
     (tmp_path / "list.txt").write_bytes(playlist)
     monkeypatch.chdir(tmp_path)
