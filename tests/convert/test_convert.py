@@ -372,7 +372,7 @@ def test_export_detects_changed_values(damaged, tmp_path):
     raw = json.loads((damaged / "manifest.json").read_text())
     raw["tensors"]["text.norm.weight"]["sha256"] = "0" * 64
     (damaged / "manifest.json").write_text(json.dumps(raw))
-    assert "tensor text.norm.weight is not the one" in refusal(export_converted, damaged, tmp_path / "back")
+    assert "tensor text.norm.weight does not match its record" in refusal(export_converted, damaged, tmp_path / "back")
     assert no_leftovers(tmp_path, "damaged")
 
 
