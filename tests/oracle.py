@@ -1,4 +1,4 @@
-"""transformers' own model as the truth: random checkpoints in its format, its logits and every named intermediate result."""
+"""transformers' model as the oracle: random checkpoints, logits, and intermediate results by name."""
 
 import copy
 import json
@@ -27,9 +27,9 @@ SIDE_FILES = (
 
 
 def write_checkpoint(folder: Path, config: dict, side_files: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A Hugging Face folder whose weights transformers drew, with norms and biases moved off 0 and 1."""
+    """Writes a Hugging Face folder with random weights; norms and biases differ from 0 and 1."""
     torch.manual_seed(seed)
-    # A copy: some versions take model_type out of the dicts they are given.
+    # A copy, because some versions remove model_type from the given dicts.
     model = MiniCPMV4_6ForConditionalGeneration(AutoConfig.for_model(**copy.deepcopy(config)))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -50,7 +50,7 @@ class Oracle:
         self.image_token_id = self.model.config.image_token_id
 
     def arguments(self, inputs: Inputs) -> dict:
-        """The forward's keyword arguments: images and videos apart, patches in transformers' NaViT layout."""
+        """Returns the forward's keyword arguments: images and videos apart, patches in NaViT layout."""
         out = {"input_ids": torch.tensor(inputs.token_ids[None].astype(np.int64))}
         views = {"": [], "_videos": []}
         for view in inputs.views:
@@ -64,12 +64,12 @@ class Oracle:
 
     @torch.no_grad()
     def logits(self, inputs: Inputs) -> np.ndarray:
-        """float32 [T, V]."""
+        """Returns logits, float32 [T, V]."""
         return self.model(**self.arguments(inputs), use_cache=False).logits[0].float().numpy()
 
     @torch.no_grad()
     def greedy(self, inputs: Inputs, new_tokens: int) -> tuple[list[int], np.ndarray]:
-        """Greedy tokens through its own cache, and the logits [new_tokens, V] each was chosen from."""
+        """Returns greedy tokens, decoded with transformers' cache, and their logits [new_tokens, V]."""
         out = self.model.generate(
             **self.arguments(inputs),
             max_new_tokens=new_tokens,
@@ -83,7 +83,7 @@ class Oracle:
 
     @torch.no_grad()
     def taps(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Every intermediate result by our names, rows in transformers' order; images only (one pass through the tower)."""
+        """Returns intermediate results by our names, rows in transformers' order; images in one pass only."""
         taps, hooks = {}, []
 
         def keep(module, name):
@@ -110,13 +110,13 @@ class Oracle:
 
 
 def navit(view) -> np.ndarray:
-    """A view's patches as transformers packs them: float32 [channels, patch, patches * patch]."""
+    """Returns a view's patches in NaViT layout: float32 [channels, patch, patches * patch]."""
     patch = round((view.pixel_values.shape[1] // 3) ** 0.5)
     return view.pixel_values.reshape(-1, 3, patch, patch).transpose(1, 2, 0, 3).reshape(3, patch, -1)
 
 
 def row_major(x: np.ndarray, inputs: Inputs, merged: int) -> np.ndarray:
-    """Rows from the packer's block order back to each view's row-major order; `merged` counts the 2x2 merges behind them."""
+    """Reorders rows from block order to each view's row-major order, after `merged` 2x2 merges."""
     out, at = [], 0
     for view in inputs.views:
         h, w = (side >> merged for side in view.grid)
@@ -129,7 +129,7 @@ def row_major(x: np.ndarray, inputs: Inputs, merged: int) -> np.ndarray:
 
 
 def our_taps(ours: MiniCPMV, inputs: Inputs) -> dict[str, np.ndarray]:
-    """Our named results in transformers' row order; of pictures at most one pass through the tower."""
+    """Returns our intermediate results in transformers' row order; images must fit into one pass."""
     graph = model.schema(ours.config)
     passes = [packed for _, packed in packing.pack(inputs.views, ours.config.vision.positions_per_side)]
     assert len(passes) <= 1
@@ -158,7 +158,10 @@ def our_taps(ours: MiniCPMV, inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def assert_same_greedy(found: list[int], expected: list[int], logits: np.ndarray, error: float) -> int:
-    """How many tokens were compared: up to the first place where the reference's two best are closer than the error."""
+    """Compares greedy tokens up to the first near-tie and returns the number of compared tokens.
+
+    A near-tie is a step where the reference's two largest logits differ by less than the error.
+    """
     assert len(found) == len(expected)
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
         second, best = np.sort(logits[step])[-2:]

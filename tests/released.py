@@ -1,4 +1,4 @@
-"""The released checkpoint's sizes, for tests of the whole model's shape."""
+"""Sizes of the released checkpoint."""
 
 from convert.demo.random_checkpoint import demo_config
 
@@ -21,7 +21,7 @@ VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2
 
 
 def released_config() -> dict:
-    """config.json of the released sizes, with the demo's vocabulary ids."""
+    """Returns config.json of the released sizes, with the demo's vocabulary ids."""
     config = demo_config()
     config["text_config"].update(TEXT)
     config["vision_config"].update(VISION)

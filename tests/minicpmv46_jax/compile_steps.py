@@ -1,4 +1,6 @@
-"""Compiles the steps for a TPU, at the released size or the demo model's, and prints their memory and kernels as JSON.
+"""Compiles the steps for a TPU and prints their memory and kernels as JSON.
+
+The sizes are the released ones, or the demo model's with `demo`.
 
 test_compile_tpu.py runs it: `python -m tests.minicpmv46_jax.compile_steps v5e:1x1 [demo]`.
 """
@@ -27,7 +29,7 @@ from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import TextState, empty_state
 from tests.released import released_config
 
-SLOTS, PAGES, BLOCK, PIECES, PATCHES, VIEWS = 8, 64, 256, 4, 7168, 8
+SLOTS, PAGES, BLOCK, CHUNKS, PATCHES, VIEWS = 8, 64, 256, 4, 7168, 8
 
 
 def bytes_of(tree: object) -> int:
@@ -55,20 +57,20 @@ def main(topology: str, config: ModelConfig) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, chips_per_host_bounds=(1, 1, 1)).devices
     mesh = Mesh(np.array(devices), ("chip",))
     dtype, shape = jnp.bfloat16, jax.ShapeDtypeStruct
-    graph = model.schema(config)  # on a TPU, None takes the kernels there are
+    graph = model.schema(config)  # on a TPU, None selects the kernels
     params = jax.tree.map(lambda s: shape(s.shape, dtype), model.parameter_shapes(config))
     state = jax.eval_shape(lambda: empty_state(config.text, SLOTS, PAGES, dtype, max_pages=PAGES, snapshots=SLOTS))
     decoding = jax.eval_shape(lambda: new_decode_state(state_like(state), config.text.vocab_size))
     decode_rows = functools.partial(decode, graph.text, steps=generate.STEPS_PER_DISPATCH, mode="greedy")
     numbers = functools.partial(shape, dtype=jnp.int32)
-    pieces = model.PrefillInput(
+    inputs = model.PrefillInput(
         ids=numbers((BLOCK,)),
         feature_rows=numbers((BLOCK,)),
         batch=PrefillBatch(
-            *[numbers((PIECES,))] * 5,
-            block_tables=numbers((PIECES, PAGES)),
-            snapshots=numbers((PIECES, 2)),
-            snapshot_slots=numbers((PIECES,)),
+            *[numbers((CHUNKS,))] * 5,
+            block_tables=numbers((CHUNKS, PAGES)),
+            snapshots=numbers((CHUNKS, 2)),
+            snapshot_slots=numbers((CHUNKS,)),
         ),
     )
     features = shape((PATCHES, config.text.hidden_size), dtype)
@@ -83,10 +85,10 @@ def main(topology: str, config: ModelConfig) -> None:
         downsample_mode="16x",
     )
     rows = numbers((SLOTS,)), numbers((SLOTS, 2))
-    read = functools.partial(model.prefill, graph.text)
+    prefill = functools.partial(model.prefill, graph.text)
     steps = {
         "decode": compiled(mesh, decoding, decode_rows, params["text"], decoding, *rows, donate_argnums=1),
-        "read": compiled(mesh, state, read, params["text"], state, pieces, features, donate_argnums=1),
+        "prefill": compiled(mesh, state, prefill, params["text"], state, inputs, features, donate_argnums=1),
         "encode": compiled(mesh, None, functools.partial(model.encode, graph.vision), params["vision"], views),
     }
     print(json.dumps(steps))

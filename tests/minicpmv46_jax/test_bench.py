@@ -1,4 +1,4 @@
-"""What the benchmark counts; its times are the device's."""
+"""The benchmark's counts of work; its times depend on the device."""
 
 import functools
 
@@ -12,8 +12,8 @@ from minicpmv46_jax.model import packing
 from tests.released import released_config
 
 
-def test_the_towers_work_is_what_the_compiler_counts():
-    """The compiler counts padding and elementwise work too: a few percent more."""
+def test_tower_flops_equal_the_compilers_count():
+    """The compiler's count includes padding and elementwise work, a few percent more."""
     config = ModelConfig.from_dict(released_config())
     ((_, packed),) = packing.pack(photo_inputs(config, 1).views, config.vision.positions_per_side)
     params = model.parameter_shapes(config)["vision"]
@@ -23,13 +23,13 @@ def test_the_towers_work_is_what_the_compiler_counts():
     assert ours < counted < 1.1 * ours
 
 
-def test_its_picture_is_the_processors(demo, photos):
+def test_photo_inputs_have_the_processors_grids(demo, photos):
     config = ModelConfig.from_dict(released_config())
     message = {"role": "user", "content": [{"type": "image", "image": photos[0].resize((1280, 720))}]}
     assert [view.grid for view in demo.process([message]).views] == PHOTO_GRIDS
     assert sum(view.num_tokens for view in photo_inputs(config, 5).views) == 444
 
 
-def test_it_refuses_a_folder_without_config(tmp_path):
+def test_folder_without_config_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         main(["--model", str(tmp_path)])

@@ -1,7 +1,7 @@
-"""The whole steps, compiled for TPUs that are not here: memory, donation, and which kernels are in them.
+"""Ahead-of-time compilation of whole steps for TPUs: memory, donation and kernels.
 
-At the released size, and of the demo model. libtpu's compiler needs no TPU, but a process of its own: its settings and the mesh
-are not the other tests'. Nothing runs.
+The steps are those of the released size and of the demo model. libtpu's compiler needs no TPU, but a process
+of its own, because its settings and mesh differ from the other tests'. Nothing runs.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from tests import ROOT
 HBM = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9}
 KERNELS = {
     "decode": {"gated_delta_recurrent", "paged_attention"},
-    "read": {"gated_delta_chunked", "paged_attention"},
+    "prefill": {"gated_delta_chunked", "paged_attention"},
     "encode": {"packed_attention"},
 }
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
@@ -32,21 +32,21 @@ def compiled(*arguments):
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_the_steps_compile_and_fit(chip):
+def test_steps_compile_and_fit(chip):
     steps = compiled(TOPOLOGIES[chip])
     assert {name: set(step["kernels"]) for name, step in steps.items()} == KERNELS
     for name, step in steps.items():
         print(chip, name, step)
         assert step["arguments"] + step["temporary"] < HBM[chip], name
-    for name in ("decode", "read"):
+    for name in ("decode", "prefill"):
         assert steps[name]["aliased"] >= steps[name]["state"], f"{name} copies the state that it was given"
 
 
-def test_the_demo_models_steps_compile():
-    """What a newcomer with a TPU starts first; its heads are too narrow for the text's kernels."""
+def test_demo_steps_compile():
+    """The demo model's heads are too narrow for the text's kernels, so only the tower has one."""
     steps = compiled(TOPOLOGIES["v5e"], "demo")
     assert {name: set(step["kernels"]) for name, step in steps.items()} == {
         "decode": set(),
-        "read": set(),
+        "prefill": set(),
         "encode": {"packed_attention"},
     }

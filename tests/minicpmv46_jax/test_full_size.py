@@ -1,6 +1,7 @@
-"""The released size against transformers: minutes long, so behind `make test-full`.
+"""The released size against transformers; takes minutes, so only `make test-full` runs it.
 
-MINICPMV46_CHECKPOINT names a folder in the released format; without it, one of the released sizes is made with random weights.
+MINICPMV46_CHECKPOINT names a folder in the released format. Without it, a checkpoint of the released sizes
+with random weights is made.
 """
 
 import numpy as np
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def cut_folder(tmp_path_factory, demo_folder):
-    """Four text and eight vision layers at full width."""
+    """A checkpoint of four text and eight vision layers at full width."""
     config = released_config()
     config["text_config"].update(num_hidden_layers=4, layer_types=config["text_config"]["layer_types"][:4])
     config["vision_config"]["num_hidden_layers"] = 8
@@ -48,7 +49,7 @@ def conversations(photos):
 
 @pytest.mark.parametrize("mode", ["16x", "4x"])
 @pytest.mark.parametrize("case", ["text", "thinking", "image", "images", "video"])
-def test_full_width_cut_in_depth(case, mode, cut_pair, conversations):
+def test_full_width_with_fewer_layers(case, mode, cut_pair, conversations):
     ours, oracle = cut_pair
     parts, options = conversations[case]
     inputs = ours.process([{"role": "user", "content": parts}], downsample_mode=mode, **options)

@@ -1,4 +1,4 @@
-"""The whole model against transformers: every tap, the logits, greedy answers, both downsample modes, float32 and bfloat16."""
+"""The whole model against transformers: taps, logits and greedy tokens, both downsample modes, two dtypes."""
 
 import json
 
@@ -52,7 +52,8 @@ def variant(**text_fields):
     return config
 
 
-# The second has what the released sizes do not exercise: more value heads than key heads, other widths for keys and values.
+# "grouped" has shapes that the released sizes do not: more value heads than key heads, different widths of
+# keys and values.
 CONFIGS = {
     "demo": variant(),
     "grouped": variant(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=24, linear_value_head_dim=16),
@@ -106,11 +107,11 @@ def test_64_greedy_tokens(case, conversations, ours, oracle):
 
 
 @pytest.mark.parametrize("case", ["text", "image"])
-def test_bfloat16_is_as_close_as_transformers(case, conversations, folder, oracle):
+def test_bfloat16_error_is_at_most_transformers(case, conversations, folder, oracle):
     messages, options = conversations[case]
     ours = MiniCPMV.from_pretrained(folder, dtype="bfloat16")
     inputs = ours.process(messages, **options)
-    # The truth starts from the same rounded weights: what is compared is the arithmetic.
+    # The float32 model has the same rounded weights, so that the arithmetic alone is compared.
     rounded = Oracle(folder, torch.bfloat16)
     theirs = rounded.logits(inputs)
     rounded.model.float()
@@ -118,8 +119,8 @@ def test_bfloat16_is_as_close_as_transformers(case, conversations, folder, oracl
     assert relative_rms(ours.logits(inputs), truth) <= BFLOAT16_RATIO * relative_rms(theirs, truth)
 
 
-def test_config_of_a_saved_model_is_read_too(folder, oracle, tmp_path):
-    """config.json as transformers' save_pretrained writes it has more fields than the released one."""
+def test_config_of_save_pretrained_is_read(folder, oracle, tmp_path):
+    """transformers' save_pretrained writes more fields to config.json than the released one has."""
     oracle.model.config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "merger_times" in written

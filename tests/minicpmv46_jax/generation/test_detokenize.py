@@ -1,4 +1,4 @@
-"""Text as it streams: the tokenizer's own decoding, never half a character, never a stop text's beginning."""
+"""Streaming detokenization: equal to the tokenizer's decoding, whole characters, no start of a stop text."""
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ def ids_of(detokenizer, text):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_ids_decode_as_the_tokenizer_decodes_them(detokenizer, data):
+def test_decode_equals_tokenizer(detokenizer, data):
     ids = data.draw(st.lists(st.integers(0, len(detokenizer.tokenizer) - 1), max_size=30))
     assert detokenizer.decode(ids) == detokenizer.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -35,7 +35,7 @@ def test_streams_never_split_a_character(detokenizer, text):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("abé", max_size=20), stops=st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_stop_texts_end_the_answer_wherever_tokens_fall(detokenizer, text, stops):
+def test_stop_text_ends_output_at_any_token_boundary(detokenizer, text, stops):
     stream = detokenizer.stream(tuple(stops))
     out = ""
     for i in ids_of(detokenizer, text):
@@ -47,7 +47,7 @@ def test_stop_texts_end_the_answer_wherever_tokens_fall(detokenizer, text, stops
     if not found:
         assert out == text and not stream.stopped
     else:
-        # The stop whose text is complete first ends the answer; nothing of any stop text is shown.
+        # The stop text that is complete first ends the output. No part of a stop text is released.
         end = min(text.find(stop) + len(stop) for stop in stops if stop in text)
         first = min(text[:end].find(stop) for stop in stops if stop in text[:end])
         assert out == text[:first] and stream.stopped
@@ -55,17 +55,17 @@ def test_stop_texts_end_the_answer_wherever_tokens_fall(detokenizer, text, stops
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), skipped=st.booleans())
-def test_a_stream_ends_with_the_text_of_all_its_ids(detokenizer, data, skipped):
+def test_stream_equals_decode(detokenizer, data, skipped):
     ids = data.draw(st.lists(st.integers(0, len(detokenizer.tokenizer) + 5), max_size=30))
     stream = detokenizer.stream(skip_special_tokens=skipped)
     assert "".join(map(stream.push, ids)) + stream.finish() == detokenizer.decode(ids, skip_special_tokens=skipped)
 
 
-def test_markers_that_are_no_special_tokens_stay(detokenizer):
+def test_added_tokens_that_are_not_special_stay(detokenizer):
     ids = ids_of(detokenizer, "<think>\nHm.</think><|im_end|>")
     assert detokenizer.decode(ids) == "<think>\nHm.</think>"
     assert detokenizer.decode(ids, skip_special_tokens=False).endswith("<|im_end|>")
 
 
-def test_an_id_beyond_the_vocabulary_is_no_text(detokenizer):
+def test_id_beyond_vocabulary_has_no_text(detokenizer):
     assert detokenizer.token_bytes(10**7) == b""

@@ -1,4 +1,4 @@
-"""Decoding with a cache against the cache-free forward; buckets, stops, growth, seeds."""
+"""Generation with a cache against the cache-free forward; buckets, stop tokens, growth, seeds."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def extended(inputs, ids):
     return Inputs(np.concatenate([inputs.token_ids, np.array(ids, np.int32)]), inputs.views)
 
 
-def test_decoding_equals_the_cache_free_forward_at_every_step(demo, photos):
+def test_decode_equals_cache_free_forward(demo, photos):
     inputs = prompt(demo, "What is this?", [photos[0].resize((100, 80))], max_slice_nums=1)
     tokens = list(demo.generator.tokens(inputs, demo.options(max_new_tokens=24, temperature=0.0, ignore_eos=True, logprobs=20)))
     whole = demo.logits(extended(inputs, [t.id for t in tokens]))
@@ -41,7 +41,7 @@ def test_decoding_equals_the_cache_free_forward_at_every_step(demo, photos):
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 700, 1025])
-def test_prefill_in_blocks_equals_the_whole_forward(demo, length):
+def test_prefill_in_blocks_equals_forward(demo, length):
     ids = np.random.default_rng(length).integers(0, 256, length).astype(np.int32)
     inputs = Inputs(ids, ())
     logits, state = demo.generator.prefill(inputs)
@@ -49,7 +49,7 @@ def test_prefill_in_blocks_equals_the_whole_forward(demo, length):
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
 
 
-def test_a_block_may_end_inside_a_picture(demo, photos, monkeypatch):
+def test_block_may_end_inside_an_image(demo, photos, monkeypatch):
     inputs = prompt(demo, "x", [photos[1]], max_slice_nums=1, downsample_mode="4x")
     view = inputs.views[0]
     monkeypatch.setattr(generate, "PREFILL_BUCKETS", (64,))
@@ -58,14 +58,14 @@ def test_a_block_may_end_inside_a_picture(demo, photos, monkeypatch):
     assert relative_rms(logits[0], demo.logits(inputs)[-1]) < CACHED_FORWARD
 
 
-def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
-    """Two prompts, one with a picture, read in pieces of odd lengths in one row; slots and pages in no order."""
+def test_chunks_may_end_anywhere_and_share_a_batch(demo, photos):
+    """Two prompts, one with an image, prefilled in odd chunks of one batch; slots and pages in no order."""
     prompts = [prompt(demo, "What is it?", [photos[0].resize((90, 70))], max_slice_nums=1), prompt(demo, "z" * 150)]
     features, firsts = demo.generator.features(prompts[0].views)
     rows = [demo.generator.feature_rows(p, firsts if p.views else []) for p in prompts]
     state = empty_state(demo.config.text, 3, 12, jnp.dtype("float32"), max_pages=5)
     tables = np.array([[7, 2, 9, 0, -1], [4, 11, 3, 1, 8]], np.int32)
-    read = jax.jit(functools.partial(model.prefill, model.schema(demo.config).text))
+    prefill = jax.jit(functools.partial(model.prefill, model.schema(demo.config).text))
     at, found = [0, 0], {}
     while any(at[i] < len(p.token_ids) for i, p in enumerate(prompts)):
         sizes = [min(n, len(p.token_ids) - a) for n, p, a in zip((37, 53), prompts, at, strict=True)]
@@ -76,9 +76,9 @@ def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
         slots = np.where(sizes, [2, 0], -1).astype(np.int32)
         before, lengths = np.array(at, np.int32), np.array(sizes, np.int32)
         nothing = np.zeros((0, 2), np.int32), np.zeros(0, np.int32)
-        chunks = PrefillBatch(starts, lengths, before, slots, np.where(before, slots, -1).astype(np.int32), tables, *nothing)
-        logits, state = read(
-            demo.params["text"], state, jax.tree.map(jnp.asarray, PrefillInput(ids, feature_rows, chunks)), features
+        batch = PrefillBatch(starts, lengths, before, slots, np.where(before, slots, -1).astype(np.int32), tables, *nothing)
+        logits, state = prefill(
+            demo.params["text"], state, jax.tree.map(jnp.asarray, PrefillInput(ids, feature_rows, batch)), features
         )
         at = [a + size for a, size in zip(at, sizes, strict=True)]
         found |= {i: logits[i] for i, size in enumerate(sizes) if size and at[i] == len(prompts[i].token_ids)}
@@ -87,7 +87,7 @@ def test_a_piece_may_end_anywhere_and_have_any_neighbours(demo, photos):
         assert relative_rms(found[i], demo.logits(one)[-1]) < CACHED_FORWARD
 
 
-def test_blocks_cover_the_prompt_with_few_sizes():
+def test_prefill_blocks_cover_the_prompt():
     for total in (1, 64, 65, 256, 1000, 1024, 1025, 5000):
         cut = list(prefill_blocks(total))
         assert sum(size for _, size, _ in cut) == total
@@ -95,7 +95,7 @@ def test_blocks_cover_the_prompt_with_few_sizes():
         assert all(size <= padded and padded in generate.PREFILL_BUCKETS for _, size, padded in cut)
 
 
-def test_growing_the_cache_changes_nothing(demo, monkeypatch):
+def test_output_is_the_same_when_the_cache_grows(demo, monkeypatch):
     inputs = prompt(demo, "a" * 40)
     options = demo.options(max_new_tokens=100, temperature=0.0, ignore_eos=True)
     expected = [t.id for t in demo.generator.tokens(inputs, options)]
@@ -104,7 +104,7 @@ def test_growing_the_cache_changes_nothing(demo, monkeypatch):
     assert [t.id for t in demo.generator.tokens(inputs, options)] == expected
 
 
-def test_grow_keeps_what_was_there(demo):
+def test_grow_state_keeps_existing_pages(demo):
     _, state = demo.generator.prefill(prompt(demo, "hello"))
     bigger = grow_state(state, 32)
     assert bigger.block_tables.tolist() == [list(range(32))]
@@ -112,7 +112,7 @@ def test_grow_keeps_what_was_there(demo):
         np.testing.assert_array_equal(new[tuple(slice(0, n) for n in old.shape)], old)
 
 
-def test_compilations_are_as_many_as_buckets(demo, photos):
+def test_one_program_per_bucket(demo, photos):
     generator = Generator(demo.config, demo.params)
     options = demo.options(max_new_tokens=20, temperature=0.0, ignore_eos=True)
     for words in ("a", "ab", "abc" * 9, "b" * 70, "c" * 100, "d" * 150):
@@ -125,7 +125,7 @@ def test_compilations_are_as_many_as_buckets(demo, photos):
     assert generator.programs()["encode"] == 1
 
 
-def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(demo):
+def test_stop_token_ends_output_and_is_excluded(demo):
     inputs = prompt(demo, "Count.")
     free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
     stop = next(i for i in free[5:] if i not in free[:5])
@@ -136,7 +136,7 @@ def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(demo):
     assert all(d.finish_reason is None for d in deltas[:-1])
 
 
-def test_more_stop_tokens_than_the_device_looks_for(demo):
+def test_more_stop_tokens_than_the_device_compares(demo):
     inputs = prompt(demo, "Count.")
     free = [t.id for t in demo.generator.tokens(inputs, demo.options(max_new_tokens=30, temperature=0.0, ignore_eos=True))]
     stop = max(set(free))
@@ -145,7 +145,7 @@ def test_more_stop_tokens_than_the_device_looks_for(demo):
     assert [t.id for t in demo.generator.tokens(inputs, options)] == free[: free.index(stop) + 1]
 
 
-def test_length_and_stop_texts(demo):
+def test_max_new_tokens_and_stop_texts(demo):
     messages = [{"role": "user", "content": "Count."}]
     greedy = {"temperature": 0.0, "ignore_eos": True}
     whole = demo.chat(messages, max_new_tokens=40, **greedy)
@@ -156,7 +156,7 @@ def test_length_and_stop_texts(demo):
     assert "".join(demo.stream(messages, max_new_tokens=40, **greedy)) == whole
 
 
-def test_seeds_repeat_an_answer_however_it_is_dispatched(demo, monkeypatch):
+def test_seed_gives_the_same_output_for_any_dispatch_size(demo, monkeypatch):
     inputs = prompt(demo, "Tell me.")
     options = demo.options(max_new_tokens=20, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     first = [t.id for t in demo.generator.tokens(inputs, options)]
@@ -167,60 +167,60 @@ def test_seeds_repeat_an_answer_however_it_is_dispatched(demo, monkeypatch):
 
 
 class Alternating:
-    """A constraint under which every other token is one of two, and the rest another."""
+    """A constraint that allows two different sets of tokens in turn."""
 
     def __init__(self, vocabulary, even, odd):
-        self.said, self._choices, self._words = [], (even, odd), -(-vocabulary // 32)
+        self.output, self._choices, self._words = [], (even, odd), -(-vocabulary // 32)
 
     def mask(self):
         mask = np.zeros(self._words, np.uint32)
-        for i in self._choices[len(self.said) % 2]:
+        for i in self._choices[len(self.output) % 2]:
             mask[i // 32] |= np.uint32(1 << (i % 32))
         return mask
 
     def advance(self, token):
-        self.said.append(token)
+        self.output.append(token)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_constraint_is_asked_before_each_token(demo, temperature):
+def test_constraint_masks_each_token(demo, temperature):
     constraint = Alternating(demo.config.text.vocab_size, (40, 300), (41,))
     options = demo.options(max_new_tokens=9, temperature=temperature, seed=1, constraint=constraint, ignore_eos=True)
-    said = [token.id for token in demo.generator.tokens(prompt(demo, "Tell me."), options)]
-    assert len(said) == 9 and set(said[::2]) <= {40, 300} and set(said[1::2]) == {41}
-    assert constraint.said == said[:-1]  # behind the last token nothing follows
+    output = [token.id for token in demo.generator.tokens(prompt(demo, "Tell me."), options)]
+    assert len(output) == 9 and set(output[::2]) <= {40, 300} and set(output[1::2]) == {41}
+    assert constraint.output == output[:-1]  # not called for the last token
 
 
-def test_constrained_greedy_answers_are_those_of_the_whole_forward(demo):
-    """Each token is the best that may come, by scores computed without a cache."""
+def test_constrained_greedy_equals_cache_free_forward(demo):
+    """Each token is the best allowed one by logits computed without a cache."""
     inputs = prompt(demo, "Tell me.")
     constraint, truth = (Alternating(demo.config.text.vocab_size, range(100, 200), range(300, 316)) for _ in range(2))
     options = demo.options(max_new_tokens=6, temperature=0.0, constraint=constraint, ignore_eos=True)
-    said = [token.id for token in demo.generator.tokens(inputs, options)]
-    for token in said:
-        scores = demo.logits(Inputs(np.concatenate([inputs.token_ids, np.array(truth.said, np.int32)]), ()))[-1]
+    output = [token.id for token in demo.generator.tokens(inputs, options)]
+    for token in output:
+        scores = demo.logits(Inputs(np.concatenate([inputs.token_ids, np.array(truth.output, np.int32)]), ()))[-1]
         may = np.unpackbits(truth.mask().view(np.uint8), bitorder="little")[: len(scores)].astype(bool)
         assert token == np.where(may, scores, -np.inf).argmax()
         truth.advance(token)
 
 
-def test_a_bias_decides_what_is_said(demo):
+def test_logit_bias_forces_and_excludes_tokens(demo):
     inputs = prompt(demo, "Tell me.")
     options = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True}
     first = [token.id for token in demo.generator.tokens(inputs, demo.options(**options))]
-    said = [token.id for token in demo.generator.tokens(inputs, demo.options(**options, logit_bias={77: 100}))]
-    assert said == [77] * 6 != first
+    output = [token.id for token in demo.generator.tokens(inputs, demo.options(**options, logit_bias={77: 100}))]
+    assert output == [77] * 6 != first
     never = [token.id for token in demo.generator.tokens(inputs, demo.options(**options, logit_bias=dict.fromkeys(first, -100)))]
     assert not set(never) & set(first)
 
 
-def test_a_prompt_longer_than_the_context_is_refused(demo):
+def test_prompt_longer_than_context_is_rejected(demo):
     context = demo.config.text.max_position_embeddings
     with pytest.raises(ValueError, match=f"the prompt has {context} tokens, but the context holds {context}"):
         demo.generator.prefill(Inputs(np.zeros(context, np.int32), ()))
 
 
-def test_the_answer_ends_where_the_context_does(demo):
+def test_output_ends_at_the_context_limit(demo):
     text = dataclasses.replace(demo.config.text, max_position_embeddings=300)
     generator = generate.Generator(dataclasses.replace(demo.config, text=text), demo.params)
     inputs = Inputs(np.full(300 - 5, 65, np.int32), ())
@@ -228,7 +228,7 @@ def test_the_answer_ends_where_the_context_does(demo):
     assert len(tokens) == 5
 
 
-def test_the_functional_core_is_differentiable(demo):
+def test_forward_is_differentiable(demo):
     graph = model.schema(demo.config)
     ids = np.arange(10, dtype=np.int32)
     block = jax.tree.map(jnp.asarray, generate.token_block(ids, np.full(10, -1, np.int32), 10))
@@ -249,11 +249,11 @@ def test_the_functional_core_is_differentiable(demo):
         ({"zzz": 1}, "option 'zzz' is unknown"),
     ],
 )
-def test_unknown_options_are_refused(demo, options, message):
+def test_unknown_options_are_rejected(demo, options, message):
     with pytest.raises(ValueError, match=message):
         demo.chat([{"role": "user", "content": "x"}], **options)
 
 
-def test_an_unknown_dtype_is_refused(demo_folder):
+def test_unknown_dtype_is_rejected(demo_folder):
     with pytest.raises(ValueError, match="dtype is 'float16', expected one of bfloat16, float32"):
         MiniCPMV.from_pretrained(demo_folder, dtype="float16")

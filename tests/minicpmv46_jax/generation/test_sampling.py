@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, and against the probabilities it promises."""
+"""Sampling against transformers' logits processors and against exact probabilities."""
 
 import dataclasses
 
@@ -33,8 +33,8 @@ from minicpmv46_jax.generation.sampling import (
 )
 
 V = 50
-draw = jax.jit(sample, static_argnames="mode")
-enter = jax.jit(record_prompt)
+sample_jitted = jax.jit(sample, static_argnames="mode")
+record = jax.jit(record_prompt)
 
 
 def params(**options):
@@ -42,18 +42,20 @@ def params(**options):
     return sampling_params([options], [options.seed])
 
 
-def drawn(scores, params, mode="filtered", bias=None, allowed=None):
-    """Of rows without a history."""
+def run_sample(scores, params, mode="filtered", bias=None, allowed=None):
+    """Samples rows without a history."""
     rows = scores.shape[0]
     bias = new_bias(rows) if bias is None and mode == "full" else bias
-    return draw(scores, params, new_history(*scores.shape), jnp.zeros(rows, jnp.int32), mode=mode, bias=bias, allowed=allowed)
+    return sample_jitted(
+        scores, params, new_history(*scores.shape), jnp.zeros(rows, jnp.int32), mode=mode, bias=bias, allowed=allowed
+    )
 
 
-def noted(prompt, answer, fresh=True, history=None):
+def recorded(prompt, answer, fresh=True, history=None):
     """A history of one slot after these tokens; two tokens of padding follow."""
     ids = jnp.array([*prompt, *answer, 49, 49], jnp.int32)
     total = np.int32(len(prompt) + len(answer))
-    return enter(history or new_history(1, V), np.int32(0), ids, np.int32(len(prompt)), total, np.bool_(fresh))
+    return record(history or new_history(1, V), np.int32(0), ids, np.int32(len(prompt)), total, np.bool_(fresh))
 
 
 def logits(seed, vocab=V):
@@ -68,7 +70,7 @@ def logits(seed, vocab=V):
     min_p=st.sampled_from([0.0, 0.05, 1.0]),
     temperature=st.sampled_from([0.2, 1.0, 1.7]),
 )
-def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, temperature):
+def test_filters_equal_transformers(seed, top_k, top_p, min_p, temperature):
     scores = logits(seed)
     expected = TemperatureLogitsWarper(temperature)(None, torch.tensor(scores))
     for warper, on in (
@@ -86,16 +88,16 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, tempera
 
 @given(seed=st.integers(0, 1000), penalty=st.sampled_from([0.5, 1.0, 1.3]))
 @settings(max_examples=10, deadline=None)
-def test_repetition_penalty_is_transformers(seed, penalty):
+def test_repetition_penalty_equals_transformers(seed, penalty):
     scores, prompt, answer = logits(seed), [3, 7, 7, 12], [7, 20]
-    history = noted(prompt, answer)
+    history = recorded(prompt, answer)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + answer]), torch.tensor(scores))
     found = apply_penalties(jnp.asarray(scores), params(repetition_penalty=penalty), history)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
-def test_presence_and_frequency_penalties_look_at_the_answer_alone():
-    history = noted([1, 2], [2, 2, 2])
+def test_presence_and_frequency_penalties_count_output_only():
+    history = recorded([1, 2], [2, 2, 2])
     change = apply_penalties(jnp.zeros((1, V)), params(presence_penalty=0.5, frequency_penalty=0.25), history)
     expected = np.zeros((1, V))
     expected[0, 2] = -0.5 - 3 * 0.25
@@ -103,31 +105,31 @@ def test_presence_and_frequency_penalties_look_at_the_answer_alone():
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "filtered", "full"])
-def test_temperature_zero_takes_the_best(mode):
+def test_temperature_zero_takes_largest_logit(mode):
     scores = jnp.asarray(logits(1))
-    assert drawn(scores, params(temperature=0.0), mode).ids[0] == scores.argmax()
+    assert run_sample(scores, params(temperature=0.0), mode).ids[0] == scores.argmax()
 
 
-def test_a_mode_that_knows_more_draws_the_same():
+def test_larger_mode_samples_the_same_tokens():
     scores = jnp.asarray(np.concatenate([logits(seed) for seed in range(4)]))
     rows = [params(seed=i, temperature=t) for i, t in enumerate([1.0, 0.7, 0.0, 1.5])]
     options = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    found = [drawn(scores, options, mode).ids.tolist() for mode in ("sampled", "filtered", "full")]
+    found = [run_sample(scores, options, mode).ids.tolist() for mode in ("sampled", "filtered", "full")]
     assert found[0] == found[1] == found[2]
     filtered = jax.tree.map(lambda *x: np.concatenate(x), *(params(seed=i, temperature=1.5, min_p=0.1 * i) for i in range(4)))
-    found = [drawn(scores, filtered, mode).ids.tolist() for mode in ("filtered", "full")]
+    found = [run_sample(scores, filtered, mode).ids.tolist() for mode in ("filtered", "full")]
     assert found[0] == found[1]
 
 
-def test_a_draw_is_jaxs():
-    """The largest sum of a score and its noise, in one pass over the vocabulary."""
+def test_sample_equals_jax_random_categorical():
+    """The largest sum of a score and its Gumbel noise is a sample."""
     scores = jnp.asarray(np.concatenate([logits(seed) for seed in range(8)]))
     options = jax.tree.map(lambda *x: np.concatenate(x), *(params(seed=i + 2**40, temperature=0.5 + i / 4) for i in range(8)))
     keys = [jax.random.fold_in(jax.random.key(low), high) for low, high in options.seed]
     rows = zip(keys, scores / options.temperature[:, None], strict=True)
     expected = [int(jax.random.categorical(jax.random.fold_in(key, 0), row)) for key, row in rows]
     for mode in ("sampled", "filtered"):
-        assert drawn(scores, options, mode).ids.tolist() == expected
+        assert run_sample(scores, options, mode).ids.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -145,80 +147,80 @@ def test_a_draw_is_jaxs():
         ({"temperature": 0.0, "logit_bias": {3: 1.0}}, "full"),
     ],
 )
-def test_each_request_is_served_by_the_least_that_does(options, mode):
+def test_sampling_mode_is_the_cheapest_sufficient(options, mode):
     assert sampling_mode(generation_options(GenerationConfig(), **options)) == mode
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampled", "filtered", "full"])
-def test_nothing_is_decided_on_the_device(monkeypatch, mode):
-    """The host would wait for a GPU at each conditional."""
+def test_sampling_program_has_no_conditional(monkeypatch, mode):
+    """At a conditional the host waits for a GPU."""
     monkeypatch.setattr("kernels_pallas.top_k_top_p.reference.device_kind", lambda: "NVIDIA H200")
-    program = jax.jit(lambda scores: drawn(scores, params(top_k=5, top_p=0.5), mode)).lower(jnp.asarray(logits(1))).as_text()
+    program = jax.jit(lambda scores: run_sample(scores, params(top_k=5, top_p=0.5), mode)).lower(jnp.asarray(logits(1))).as_text()
     assert "stablehlo.case" not in program and "stablehlo.if" not in program
 
 
-def test_a_history_is_added_to_piece_by_piece_and_forgotten_whole():
-    first = noted([3, 4], [])
-    both = noted([5], [6, 6], fresh=False, history=first)
+def test_record_prompt_adds_or_clears():
+    first = recorded([3, 4], [])
+    both = recorded([5], [6, 6], fresh=False, history=first)
     assert np.flatnonzero(both.in_prompt[0]).tolist() == [3, 4, 5]
     assert both.counts[0, 6] == 2 and both.counts.sum() == 2
     counted = record_token(both, jnp.array([0, 1]), jnp.array([6, 6]))  # slot 1 is past the last
     assert counted.counts[0, 6] == 3 and counted.counts.sum() == 3
-    again = noted([1], [2], history=counted)
+    again = recorded([1], [2], history=counted)
     assert np.flatnonzero(again.in_prompt[0]).tolist() == [1] and again.counts.sum() == 1
 
 
-def test_what_is_ruled_out_never_comes_and_a_bias_moves_the_rest():
+def test_mask_excludes_tokens_and_bias_shifts_scores():
     two = np.array([[0b1010, 0]], np.uint32)  # tokens 1 and 3
     high = np.array([[0, 1 << 17]], np.uint32)  # token 49, the last
     all_ = np.full((1, 2), 0xFFFFFFFF, np.uint32)
-    toward_three = Bias(np.array([[3, 7]], np.int32), np.array([[50.0, 90.0]], np.float32))  # the second is not in use
+    bias_to_three = Bias(np.array([[3, 7]], np.int32), np.array([[50.0, 90.0]], np.float32))  # the second entry is not valid
     biased = params(logit_bias={3: 50.0})
     for seed in range(20):
-        own = drawn(logits(seed), params(seed=seed))
-        assert int(drawn(logits(seed), params(seed=seed), allowed=two).ids[0]) in (1, 3)
-        assert int(drawn(logits(seed), params(seed=seed), allowed=high).ids[0]) == 49
-        greedy = drawn(logits(seed), params(temperature=0.0), allowed=two)
+        own = run_sample(logits(seed), params(seed=seed))
+        assert int(run_sample(logits(seed), params(seed=seed), allowed=two).ids[0]) in (1, 3)
+        assert int(run_sample(logits(seed), params(seed=seed), allowed=high).ids[0]) == 49
+        greedy = run_sample(logits(seed), params(temperature=0.0), allowed=two)
         assert int(greedy.ids[0]) == max((1, 3), key=lambda i: logits(seed)[0, i])
         for allowed in (None, two):
-            sampled = drawn(logits(seed), biased, "full", bias=toward_three, allowed=allowed)
+            sampled = run_sample(logits(seed), biased, "full", bias=bias_to_three, allowed=allowed)
             assert int(sampled.ids[0]) == 3
             own_logprob = jax.nn.log_softmax(jnp.asarray(logits(seed)))[0, 3]
-            assert float(sampled.logprob[0]) == pytest.approx(float(own_logprob), rel=1e-5)  # the model's, whatever was done
-        assert drawn(logits(seed), params(seed=seed), "full", bias=toward_three).ids == own.ids  # another's row
-        assert drawn(logits(seed), params(seed=seed), allowed=all_).ids == own.ids
+            assert float(sampled.logprob[0]) == pytest.approx(float(own_logprob), rel=1e-5)  # of the unmodified logits
+        assert run_sample(logits(seed), params(seed=seed), "full", bias=bias_to_three).ids == own.ids  # a row without biases
+        assert run_sample(logits(seed), params(seed=seed), allowed=all_).ids == own.ids
 
 
-def test_draws_follow_the_probabilities():
+def test_samples_follow_the_probabilities():
     rows, vocab = 20_000, 8
     scores = jnp.broadcast_to(jnp.asarray(logits(5, vocab)), (rows, vocab))
     one = params(temperature=0.8)
     many = jax.tree.map(lambda x: np.broadcast_to(x, (rows, *x.shape[1:])), one)
     seeds = np.random.default_rng(0).integers(0, 2**32, (rows, 2), np.uint32)
-    sampled = drawn(scores, dataclasses.replace(many, seed=seeds))
+    sampled = run_sample(scores, dataclasses.replace(many, seed=seeds))
     seen = np.bincount(np.asarray(sampled.ids), minlength=vocab) / rows
     expected = np.asarray(jax.nn.softmax(scores[0] / 0.8))
     assert np.abs(seen - expected).max() < 5 * np.sqrt(0.25 / rows)  # five standard deviations
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_row_does_not_depend_on_other_rows():
     scores = jnp.asarray(np.concatenate([logits(i) for i in range(3)]))
     rows = [params(seed=i, top_p=0.9) for i in range(3)]
     together = jax.tree.map(lambda *x: jnp.concatenate([jnp.asarray(y) for y in x]), *rows)
-    sampled = drawn(scores, together)
-    alone = [drawn(scores[i : i + 1], rows[i]).ids[0] for i in range(3)]
+    sampled = run_sample(scores, together)
+    alone = [run_sample(scores[i : i + 1], rows[i]).ids[0] for i in range(3)]
     assert sampled.ids.tolist() == [int(i) for i in alone]
 
 
-def test_seeds_of_64_bits_all_count():
+def test_all_64_bits_of_a_seed_matter():
     scores = jnp.zeros((1, V))
-    ids = {int(drawn(scores, params(seed=seed)).ids[0]) for seed in [1, 1 + 2**32, 1 + 2**33, -1, 1 - 2**40]}
+    ids = {int(run_sample(scores, params(seed=seed)).ids[0]) for seed in [1, 1 + 2**32, 1 + 2**33, -1, 1 - 2**40]}
     assert len(ids) > 2
 
 
-def test_logprobs_are_the_models_own():
+def test_logprobs_are_of_unmodified_logits():
     scores = jnp.asarray(logits(3))
-    sampled = drawn(scores, params(temperature=0.3, top_k=2), "full")
+    sampled = run_sample(scores, params(temperature=0.3, top_k=2), "full")
     expected = torch.log_softmax(torch.tensor(np.asarray(scores)), -1)[0]
     assert float(sampled.logprob[0]) == pytest.approx(float(expected[int(sampled.ids[0])]), rel=1e-5)
     top = expected.topk(MAX_LOGPROBS)
@@ -248,7 +250,7 @@ def test_logprobs_are_the_models_own():
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 tokens, at most 1024 may have one"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_options_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError) as error:
         generation_options(GenerationConfig(), **options)
     assert message in str(error.value)

@@ -11,7 +11,7 @@ from minicpmv46_jax.model.batch import PrefillBatch
 from tests.tolerances import FLOAT32_ONE_OP, relative_rms
 
 
-def test_rope_positions_do_not_decide_where_keys_are_stored(demo, monkeypatch):
+def test_rope_positions_do_not_move_keys_in_pages(demo, monkeypatch):
     """Shifted rotary positions change the keys but neither their pages nor, as rotary is relative, the
     output.
     """

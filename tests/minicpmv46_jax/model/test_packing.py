@@ -1,4 +1,4 @@
-"""Packing: block order, learned positions as transformers picks them, few sizes."""
+"""Packing: block order, position ids as in transformers, bucket sizes, passes."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_nearest_position_ids, get_vision_window_index
 
@@ -30,27 +30,29 @@ def test_block_order_nests_2x2_windows(h, w, merges):
     assert (rows[window].tolist(), columns[window].tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
 
 
-def test_block_order_of_one_merge_is_the_reference_window_index():
+def test_block_order_equals_reference_window_index():
     index, _ = get_vision_window_index(torch.tensor([[1, 6, 10]]), spatial_merge_size=1, window_size=2, patch_size=1)
     np.testing.assert_array_equal(packing.block_order(6, 10, 1), index.numpy())
 
 
-# 70 is the released side. Not every side can be tested: torch.arange rounds some boundaries as the vector width has it.
+# 70 is the released side. Some sides cannot be tested, because torch.arange rounds their boundaries
+# differently for different vector widths.
 @pytest.mark.parametrize("side", [70, 16, 32])
-def test_positions_are_the_reference_buckets(side):
+def test_nearest_positions_equal_reference(side):
     for n in range(1, 4 * side):
         expected = get_vision_nearest_position_ids(torch.tensor([[n, 3]]), side).numpy()
         np.testing.assert_array_equal(packing.nearest_positions(n, 3, side).reshape(-1), expected)
 
 
 @pytest.mark.parametrize(("h", "w"), [(6, 8), (8, 6), (7, 8)])
-def test_a_grid_that_cannot_be_merged_is_refused(h, w):
+def test_block_order_rejects_grid_that_cannot_be_merged(h, w):
     with pytest.raises(ValueError, match=f"{h} x {w}"):
         packing.block_order(h, w, 2)
 
 
 @given(st.integers(1, 10**6))
-def test_buckets_waste_at_most_an_eighth_and_are_few(size):
+@settings(deadline=None)
+def test_bucket_sizes_are_few_and_pad_at_most_an_eighth(size):
     bucket = packing.bucket_size(size)
     assert size <= bucket <= max(64, size * 9 / 8 + 8)
     assert bucket % 8 == 0
@@ -64,7 +66,7 @@ def view(h, w, mode="16x", value=0):
     return View(np.full((h * w, 6), value, np.uint8), (h, w), TABLE, 0, h * w >> 2 * packing.MERGES[mode], mode)
 
 
-def test_passes_hold_every_view_once_in_order_and_one_mode_each():
+def test_passes_contain_each_view_once_and_one_mode():
     views = [view(8, 8, value=1), view(4, 12, value=2), view(8, 8, "4x", 3), view(40, 40, value=4), view(4, 4, value=5)]
     passes = list(packing.pack(views, 70, limit=1000))
     assert [i for group, _ in passes for i in group] == list(range(5))
@@ -77,7 +79,7 @@ def test_passes_hold_every_view_once_in_order_and_one_mode_each():
         assert packed.view_lens.max() <= packed.max_view_len
 
 
-def test_the_tower_sees_the_values_of_the_processor(photos, demo):
+def test_pixel_values_equal_the_processors(photos, demo):
     parts = [{"type": "image", "image": photo} for photo in photos]
     views = demo.process([{"role": "user", "content": parts}]).views
     for group, packed in packing.pack(views, 70):

@@ -25,7 +25,7 @@ def random_like(tree, seed):
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_are_those_of_the_arrays(demo, kind, dtype):
+def test_page_and_slot_bytes_equal_array_bytes(demo, kind, dtype):
     state, dtype = LAYER_KINDS[kind].state, jnp.dtype(dtype)
     sizes = state.page_bytes(demo.config.text, dtype.itemsize), state.slot_bytes(demo.config.text, dtype.itemsize)
     for pages, slots in ((1, 0), (0, 1), (5, 3)):
@@ -34,7 +34,7 @@ def test_bytes_are_those_of_the_arrays(demo, kind, dtype):
     assert any(sizes)
 
 
-def test_bytes_of_the_whole_state(demo):
+def test_bytes_of_all_layers(demo):
     text = demo.config.text
     layers = empty_state(text, 2, 7, jnp.dtype("float32"), max_pages=7, snapshots=1).layers
     assert sum(x.nbytes for x in jax.tree.leaves(layers)) == 7 * page_bytes(text, 4) + 3 * slot_bytes(text, 4)
