@@ -65,9 +65,9 @@ def demo(demo_folder):
 def demo_engine(demo):
     """An engine over the small checkpoint."""
     from serve.engine.engine import Engine, QueuePolicy
-    from tests.serve.engine.small_engine import SIZES, device_of
+    from tests.serve.engine.small_engine import SMALL_PLAN, make_runner
 
-    with Engine(demo, device_of(demo, SIZES), QueuePolicy(host_bytes=64 * 2**20)) as engine:
+    with Engine(demo, make_runner(demo, SMALL_PLAN), QueuePolicy(host_bytes=64 * 2**20)) as engine:
         yield engine
 
 
@@ -75,9 +75,9 @@ def demo_engine(demo):
 def tight_engine(demo):
     """Another, in which pages run out."""
     from serve.engine.engine import Engine
-    from tests.serve.engine.small_engine import FEW_PAGES, device_of
+    from tests.serve.engine.small_engine import FEW_PAGES, make_runner
 
-    with Engine(demo, device_of(demo, FEW_PAGES)) as engine:
+    with Engine(demo, make_runner(demo, FEW_PAGES)) as engine:
         yield engine
 
 

@@ -1,7 +1,8 @@
-"""Which rows of the device's bank hold which picture's features. No jax: these are numbers.
+"""Placement of encoded image slices in the rows of the device's encoder cache. Imports no jax.
 
-A picture is encoded once and stays until its rows are needed: then the least recently used goes that no request is about to read.
-Rows are taken one by one, wherever they are free: the tower's output is scattered to them and a prompt gathers them back.
+A slice is encoded once. It stays until its rows are needed; then the least recently used slice that no
+request has pinned is evicted. Rows need not be contiguous: the vision tower's output is scattered to them,
+and a prefill gathers them.
 """
 
 from collections import OrderedDict
@@ -9,8 +10,8 @@ from collections import OrderedDict
 import numpy as np
 
 
-class Entry:
-    """A picture's features. `pins` counts the requests that are about to read them."""
+class EncoderCacheEntry:
+    """Rows of one encoded slice. `pins` counts the requests that have yet to prefill it."""
 
     def __init__(self, rows: np.ndarray):
         self.rows = rows
@@ -18,51 +19,51 @@ class Entry:
 
 
 class EncoderCache:
-    """The bank's `rows` rows."""
+    """Least-recently-used cache of encoded slices over `num_rows` rows, keyed by `mm_hash`."""
 
-    def __init__(self, rows: int):
-        self.rows = rows
+    def __init__(self, num_rows: int):
+        self.num_rows = num_rows
         self.hits = self.misses = 0
         self.clear()
 
     @property
-    def used(self) -> int:
-        """Rows that hold features."""
-        return self.rows - self._count
+    def num_used(self) -> int:
+        """Rows in use."""
+        return self.num_rows - self._num_free
 
     def clear(self) -> None:
-        """Forgets everything."""
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
-        self._free = np.arange(self.rows, dtype=np.int32)  # the first `_count` are free
-        self._count = self.rows
+        """Drops all entries."""
+        self._entries: OrderedDict[bytes, EncoderCacheEntry] = OrderedDict()
+        self._free = np.arange(self.num_rows, dtype=np.int32)  # the first `_num_free` are free
+        self._num_free = self.num_rows
 
-    def find(self, key: bytes) -> Entry | None:
-        """A picture's features, pinned."""
-        if (entry := self._entries.get(key)) is None:
+    def find(self, mm_hash: bytes) -> EncoderCacheEntry | None:
+        """Returns the entry of a slice and pins it; None if it is not cached."""
+        if (entry := self._entries.get(mm_hash)) is None:
             return None
         self.hits += 1
-        self._entries.move_to_end(key)
+        self._entries.move_to_end(mm_hash)
         entry.pins += 1
         return entry
 
-    def reserve(self, key: bytes, rows: int) -> Entry | None:
-        """Rows for a new picture, pinned; None while too many others are pinned."""
-        while self._count < rows:
+    def reserve(self, mm_hash: bytes, num_rows: int) -> EncoderCacheEntry | None:
+        """Returns a new, pinned entry for a slice; None while pinned entries leave too few rows."""
+        while self._num_free < num_rows:
             victim = next((key for key, entry in self._entries.items() if not entry.pins), None)
             if victim is None:
                 return None
-            self._release(self._entries.pop(victim).rows)
-        self._count -= rows
+            self._free_rows(self._entries.pop(victim).rows)
+        self._num_free -= num_rows
         self.misses += 1
-        entry = self._entries[key] = Entry(self._free[self._count : self._count + rows].copy())
+        entry = self._entries[mm_hash] = EncoderCacheEntry(self._free[self._num_free : self._num_free + num_rows].copy())
         entry.pins = 1
         return entry
 
-    def unpin(self, entry: Entry) -> None:
-        """One reader less."""
+    def unpin(self, entry: EncoderCacheEntry) -> None:
+        """Removes one pin."""
         assert entry.pins > 0
         entry.pins -= 1
 
-    def _release(self, rows: np.ndarray) -> None:
-        self._free[self._count : self._count + len(rows)] = rows
-        self._count += len(rows)
+    def _free_rows(self, rows: np.ndarray) -> None:
+        self._free[self._num_free : self._num_free + len(rows)] = rows
+        self._num_free += len(rows)

@@ -1,12 +1,12 @@
-"""Continuous batching: one thread plans steps, sends them to the device, and hands out what comes back.
+"""Continuous batching: one thread schedules steps, sends them to the device, and delivers the sampled tokens.
 
-It sends step n + 1 before it looks at what step n sampled, so that the device has work while the host turns tokens into text.
-A step is at most one pass of the tower, one reading of prompts and one dispatch of decoding, in this order; that bounds how long
-a stream waits for its next token, whatever else arrives.
+The thread sends step n + 1 before it reads the tokens of step n, so the device computes while the host turns
+tokens into text. A step is at most one call of the vision tower, one prefill and one dispatch of decode, in
+this order. This bounds the time between two tokens of a stream, whatever else arrives.
 
-Of a constrained answer a dispatch computes the scores alone, which need no mask. By the time they are there so is the mask, made
-on the host meanwhile. Then the choice of its token is sent, and the next dispatch behind it, before anybody has looked at that
-token. A step waits for masks a millisecond at most; an answer whose mask is late rests, and has the next.
+For rows with structured output, a dispatch only computes logits, which need no grammar mask. Meanwhile
+threads compute the masks. Then the held logits are sampled, and the next dispatch is sent before the host
+reads that token. A step waits for masks a millisecond at most; a row whose mask is late skips the step.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.generation.decoding import has_penalties
 from minicpmv46_jax.generation.generate import row_tokens
 from minicpmv46_jax.generation.options import GenerationOptions
-from minicpmv46_jax.generation.sampling import Sampled
+from minicpmv46_jax.generation.sampling import Sampled, SamplingMode
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs
 from serve.engine.encoder_cache import EncoderCache
@@ -39,29 +39,30 @@ from serve.engine.engine_client import (
 from serve.engine.grammar_masks import GrammarMasks
 from serve.engine.host_prefix_cache import HostPrefixCache
 from serve.engine.metrics import Metrics
-from serve.engine.model_runner import MODES, ModelRunner, PrefillRow
+from serve.engine.model_runner import ModelRunner, PrefillRow
 from serve.engine.page_pool import PAGE, PagePool, SlotPool
 from serve.engine.prefix_cache import Node, PrefixCache
-from serve.engine.request import EngineRequest, MultimodalItem, prepare
+from serve.engine.program_shapes import MODES
+from serve.engine.request import EngineRequest, MultimodalItem, prepare_request
 from serve.engine.request_state import RequestState
-from serve.engine.scheduler import Limits, PrefillChunk, Request, Scheduler, SchedulerOutput
+from serve.engine.scheduler import PrefillChunk, Scheduler, SchedulerOutput, Stage, StepLimits
 from serve.runtime.program_cache import CompilationCounter
 
 log = logging.getLogger("serve")
 
-MAX_WAITING = 512  # requests that may wait, beyond those that run
-PREPARE_THREADS = 4  # hashing and laying out let go of the GIL
-MOST_LANDING = 8  # prefixes on their way to the host at once: each holds 43 MB or more of the device's memory until it is there
+MAX_WAITING = 512  # requests
+PREPARE_THREADS = 4  # hashing and packing release the GIL
+MAX_OFFLOADS = 8  # prefixes on their way to the host at once; each holds 43 MB or more of device memory until it arrives
 
 
 @dataclasses.dataclass(frozen=True)
 class QueuePolicy:
-    """What the engine takes on.
+    """Limits of the queue and of host memory.
 
     Attributes:
-      max_waiting: requests that may wait, or be prepared, beyond those that run.
-      host_bytes: of host memory for prefixes that had to leave the device.
-      max_wait_s: seconds a request may wait before it begins; None for as long as it takes.
+      max_waiting: requests that may be prepared or waiting, beyond those that run.
+      max_wait_s: seconds that a request may wait before it starts; None sets no limit.
+      host_bytes: host memory for prefixes evicted from the device.
     """
 
     max_waiting: int = MAX_WAITING
@@ -71,91 +72,99 @@ class QueuePolicy:
 
 @dataclasses.dataclass(frozen=True)
 class InFlightStep:
-    """A step under way: what was planned, and what the device will have sampled."""
+    """A step that was sent, and its samples: first tokens of prompts, and tokens of decoded rows."""
 
-    plan: SchedulerOutput
-    started: Sampled | None
+    output: SchedulerOutput[RequestState]
+    first_tokens: Sampled | None
     decoded: Sampled | None
 
     @property
-    def begins(self) -> bool:
-        """Whether answers begin in it and none goes on."""
-        return self.started is not None and self.decoded is None
+    def only_starts(self) -> bool:
+        """True if requests start in it and none decodes."""
+        return self.first_tokens is not None and self.decoded is None
 
     @property
-    def requests(self) -> list[Request]:
-        """All that take part."""
-        return [*(piece.request for piece in self.plan.pieces), *self.plan.rows]
+    def requests(self) -> list[RequestState]:
+        """All requests of the step."""
+        return [*(chunk.request for chunk in self.output.prefill_chunks), *self.output.rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingGrammarSample:
-    """Tokens of constrained answers under way: whose they are, and what the device will have sampled."""
+    """Tokens sampled from held logits, on their way to the host."""
 
-    requests: list[Request]
+    requests: list[RequestState]
     sampled: Sampled
 
 
 class Engine(EngineClient):
-    """A model that answers many requests at once.
+    """Serves many requests at once with continuous batching.
 
     Args:
       model: its detokenizer is used here.
-      device: the steps over its parameters, ready.
-      policy: whom to take on.
+      runner: compiled, with the model's parameters loaded.
+      policy: limits of the queue.
     """
 
-    def __init__(self, model: MiniCPMV, device: ModelRunner, policy: QueuePolicy | None = None):
+    def __init__(self, model: MiniCPMV, runner: ModelRunner, policy: QueuePolicy | None = None):
         self.policy = policy or QueuePolicy()
-        self.sizes = sizes = device.sizes
-        super().__init__(sizes.running + self.policy.max_waiting)
-        self._model, self._device = model, device
-        self.programs = device.programs
+        self.plan = plan = runner.plan
+        super().__init__(plan.max_running + self.policy.max_waiting)
+        self._model, self._runner = model, runner
+        self.num_programs = runner.num_programs
         self.compilations = CompilationCounter()
-        self.features = EncoderCache(sizes.features)
-        self.pages, self.slots = PagePool(sizes.pages), SlotPool(sizes.running)
-        self.snapshots = SlotPool(sizes.snapshots, first=sizes.running)
-        self.prefixes = PrefixCache(self.pages, self.snapshots, self._copy_to_host) if sizes.snapshots else None
-        self.host = HostPrefixCache(self.policy.host_bytes)
-        tokens, prompts = sizes.buckets.prompts[-1]
-        limits = Limits(tokens, prompts, sizes.buckets.steps)
-        self.scheduler = Scheduler(limits, self.pages, self.slots, self.prefixes, self.host if sizes.snapshots else None)
+        self.encoder_cache = EncoderCache(plan.encoder_cache_rows)
+        self.pages, self.slots = PagePool(plan.num_pages), SlotPool(plan.max_running)
+        self.snapshots = SlotPool(plan.num_snapshots, first=plan.max_running)
+        self.prefix_cache = PrefixCache(self.pages, self.snapshots, self._offload) if plan.num_snapshots else None
+        self.host_cache = HostPrefixCache(self.policy.host_bytes)
+        limits = StepLimits(*plan.buckets.prefill_shapes[-1], plan.buckets.decode_steps)
+        host_cache = self.host_cache if plan.num_snapshots else None
+        self.scheduler: Scheduler[RequestState] = Scheduler(limits, self.pages, self.slots, self.prefix_cache, host_cache)
         self.metrics = Metrics(self)
-        self._answers: dict[Request, RequestState] = {}
-        self._of_job: dict[RequestHandle, RequestState] = {}
+        self._states: dict[RequestHandle, RequestState] = {}
         self._inbox: list[tuple[RequestHandle, EngineRequest]] = []
-        self._gone: list[RequestHandle] = []
-        self._flight: InFlightStep | None = None
-        self._encoding: list[Request] = []  # whose pictures are in the pass being sent
-        self._choosing: list[Request] = []  # whose tokens are being chosen
-        self._held: dict[Request, RequestState] = {}  # whose scores the device keeps
+        self._aborted: list[RequestHandle] = []
+        self._in_flight: InFlightStep | None = None
+        # Requests of a call that is being sent; they fail if it raises.
+        self._encoding: list[RequestState] = []
+        self._sampling: list[RequestState] = []
+        self._awaiting_mask: list[RequestState] = []  # the device holds logits of these
         self.masks = GrammarMasks()
-        self._landing: list[Future] = []
-        self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="lay")
-        self._lander = ThreadPoolExecutor(1, thread_name_prefix="land")  # apart: it waits for the device
+        self._offloads: list[Future] = []
+        self._prepare_pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
+        self._offload_thread = ThreadPoolExecutor(1, thread_name_prefix="offload")  # waits for the device
         self.start()
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that a prompt and its answer may have."""
-        return self.sizes.longest
+        """Tokens that a prompt and its output may have."""
+        return self.plan.max_model_len
 
     def close(self, timeout_s: float = 10.0) -> None:
+        """Stops the engine and its threads; see `EngineClient.close`."""
         super().close(timeout_s)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._lander.shutdown(wait=False, cancel_futures=True)
+        self._prepare_pool.shutdown(wait=False, cancel_futures=True)
+        self._offload_thread.shutdown(wait=False, cancel_futures=True)
         self.masks.close()
 
-    def add_request(self, job: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
+    def add_request(self, handle: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
+        """Takes over a request: checks it now and prepares it in a thread pool.
+
+        Raises:
+          RequestRejected: the prompt is too long, or a view too large.
+          EngineStopped: the engine has stopped.
+        """
         self._check(inputs)
         with self.changed:
             if self.stopping:
                 raise EngineStopped
-        self._pool.submit(self._prepare, job, inputs, options)
+        self._prepare_pool.submit(self._prepare, handle, inputs, options)
 
-    def abort_request(self, job: RequestHandle) -> None:
+    def abort_request(self, handle: RequestHandle) -> None:
+        """Aborts a submitted request at the next step."""
         with self.changed:
-            self._gone.append(job)
+            self._aborted.append(handle)
             self.changed.notify_all()
 
     def _check(self, inputs: Inputs) -> None:
@@ -165,74 +174,75 @@ class Engine(EngineClient):
                 f"the prompt has {total} tokens, and this server holds {limit}, at least one of them the answer's"
             )
         for view in inputs.views:
-            if self._device.pass_for([len(view.pixels)]) is None:
-                longest = self.sizes.buckets.passes[-1].longest
+            if self._runner.shapes.encoder_shape([len(view.pixels)]) is None:
+                longest = self.plan.buckets.encoder_shapes[-1].longest_view
                 h, w = view.grid
                 raise RequestRejected(f"a picture has a view of {h} x {w} patches, and this server encodes {longest} at most")
 
-    def _prepare(self, job: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
+    def _prepare(self, handle: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
         try:
-            work = prepare(inputs, options, self._model.config.vision.positions_per_side)
+            request = prepare_request(inputs, options, self._model.config.vision.positions_per_side)
         except Exception as error:
-            self.finish_request(job, error)
+            self.finish_request(handle, error)
             return
         with self.changed:
             if not self.stopping:
-                self._inbox.append((job, work))
+                self._inbox.append((handle, request))
                 self.changed.notify_all()
                 return
-        self.finish_request(job, EngineStopped())
+        self.finish_request(handle, EngineStopped())
 
-    def work(self) -> None:
-        """The thread's: steps, as long as there is anything to do."""
+    def run(self) -> None:
+        """Runs steps until the engine stops; then finishes all requests."""
         outcome: Exception = EngineStopped()
         try:
-            while self._take_news():
-                self._turn()
-        except Exception as error:  # what `_turn` could not recover from: nothing can be answered any more
+            while self._drain_inbox():
+                self._step()
+        except Exception as error:  # `_step` could not recover, so no request can be served any more
             log.exception("the engine has failed")
             outcome = error
         with self.changed:
             self.stopping = True
-            jobs = [*self._of_job, *(job for job, _ in self._inbox)]
-        for job in jobs:
-            self.finish_request(job, outcome)
+            handles = [*self._states, *(handle for handle, _ in self._inbox)]
+        for handle in handles:
+            self.finish_request(handle, outcome)
 
-    def _take_news(self) -> bool:
-        """Waits for something to do; False if there will be no more."""
+    def _drain_inbox(self) -> bool:
+        """Waits for work and takes over new and aborted requests; returns False when the engine stops."""
         with self.changed:
-            self.changed.wait_for(lambda: self._inbox or self._gone or self._answers or self._flight or self.stopping)
+            self.changed.wait_for(lambda: self._inbox or self._aborted or self._states or self._in_flight or self.stopping)
             if self.stopping:
                 return False
-            (inbox, self._inbox), (gone, self._gone) = (self._inbox, []), (self._gone, [])
-        for job, work in inbox:
-            if job.cancelled:
-                self.finish_request(job, Cancelled())
+            (inbox, self._inbox), (aborted, self._aborted) = (self._inbox, []), (self._aborted, [])
+        for handle, request in inbox:
+            if handle.cancelled:
+                self.finish_request(handle, Cancelled())
             else:
-                self._enter(job, work)
-        for job in gone:
-            if job in self._of_job:  # else it has ended, or is being prepared
-                self._end(self._of_job[job], Cancelled())
+                self._start(handle, request)
+        for handle in aborted:
+            if handle in self._states:  # else it has finished, or is still being prepared
+                self._finish(self._states[handle], Cancelled())
         return True
 
-    def _enter(self, job: RequestHandle, work: EngineRequest) -> None:
-        answer = RequestState(job, work, self.max_model_len, self._model.detokenizer)
+    def _start(self, handle: RequestHandle, request: EngineRequest) -> None:
+        state = RequestState(handle, request, self.max_model_len, self._model.detokenizer)
         if self.policy.max_wait_s is not None:
-            answer.request.deadline = job.reserved_at + self.policy.max_wait_s
-        self._answers[answer.request] = self._of_job[job] = answer
-        self.metrics.prompt_tokens.inc(len(work.ids))
-        self.scheduler.add(answer.request)
+            state.deadline = handle.reserved_at + self.policy.max_wait_s
+        self._states[handle] = state
+        self.metrics.prompt_tokens.inc(len(request.token_ids))
+        self.scheduler.add(state)
 
-    def _turn(self) -> None:
-        """One step is sent, and the one before is looked at."""
+    def _step(self) -> None:
+        """Sends one step and delivers the tokens of the one before."""
         begun = time.perf_counter()
-        for request in self.scheduler.admit(time.monotonic()):
-            self._end(self._answers[request], EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
-        previous, self._flight, plan = self._flight, None, None
-        if previous is not None and previous.begins and not self.scheduler.reading:
-            # Nothing is queued on the device behind these first tokens, and nobody waits to be read: they go out first.
+        for state in self.scheduler.admit(time.monotonic()):
+            self._finish(state, EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
+        previous, self._in_flight, output = self._in_flight, None, None
+        if previous is not None and previous.only_starts and not self.scheduler.prefilling:
+            # First tokens are delivered before the next step is sent: the device has no work queued that
+            # would hide the wait.
             try:
-                self._receive(previous)
+                self._collect_step(previous)
             except Exception as error:
                 self._recover(error, previous.requests, None)
                 return
@@ -240,212 +250,213 @@ class Engine(EngineClient):
         try:
             self._restore()
             self._encode()
-            choice = self._choose()
-            plan = self.scheduler.plan()
-            for request in plan.preempted:
-                self._answers[request].unpin(self.features, everything=True)
-                self._held.pop(request, None)
-            self._flight = self._send(plan)
+            grammar_sample = self._sample_held()
+            output = self.scheduler.schedule()
+            for state in output.preempted:
+                state.unpin(self.encoder_cache, everything=True)
+                self._drop_held(state)
+            self._in_flight = self._dispatch(output)
         except Exception as error:
-            before_plan = self._encoding or self._choosing or self.scheduler.reading
-            self._recover(error, before_plan if plan is None else InFlightStep(plan, None, None).requests, previous)
+            unscheduled = self._encoding or self._sampling or self.scheduler.prefilling
+            self._recover(error, unscheduled if output is None else InFlightStep(output, None, None).requests, previous)
             return
         self.metrics.host.inc(time.perf_counter() - begun)
         try:
-            self._take(choice)
-            self._receive(previous)
+            self._collect_samples(grammar_sample)
+            self._collect_step(previous)
         except Exception as error:
-            sent = [flight.requests for flight in (previous, choice) if flight is not None]
+            sent = [step.requests for step in (previous, grammar_sample) if step is not None]
             self._recover(error, list(itertools.chain.from_iterable(sent)), None)
 
-    def _copy_to_host(self, node: Node) -> None:
-        """For the prefix cache: a snapshot is about to leave the device; for good, unless it is worth a copy.
+    def _offload(self, node: Node) -> None:
+        """Copies a prefix to the host before its snapshot is evicted, if that is worth it.
 
-        What one step reads is read again sooner than it is copied there and back (on an H200 512 tokens in 3.3 ms, and 26 MB of
-        memory, keys and values take 4.5 and 5.3).
+        A prefix that one step can prefill is dropped: prefill is faster than a copy to the host and back. On
+        an H200 the prefill of 512 tokens takes 3.3 ms, and copying 26 MB takes 4.5 ms and 5.3 ms.
         """
-        self._landing = [copying for copying in self._landing if not copying.done()]
+        self._offloads = [offload for offload in self._offloads if not offload.done()]
         path = node.path()
-        long = len(path) * PAGE >= self.scheduler.limits.tokens
-        if self.policy.host_bytes and long and len(self._landing) < MOST_LANDING:
-            copy = self._device.fetch([page.page for page in path], node.snapshot)
-            self.host.put(node.key, copy)
-            self._landing.append(self._lander.submit(copy.land))
+        is_long = len(path) * PAGE >= self.scheduler.limits.max_tokens
+        if self.policy.host_bytes and is_long and len(self._offloads) < MAX_OFFLOADS:
+            prefix = self._runner.offload([page.page for page in path], node.snapshot_slot)
+            self.host_cache.put(node.block_hash, prefix)
+            self._offloads.append(self._offload_thread.submit(prefix.finish))
 
     def _restore(self) -> None:
-        """Puts back what requests that were just admitted will start from."""
+        """Sends the copies of prefixes that newly admitted requests start from."""
         restores, self.scheduler.restores = self.scheduler.restores, []
         for restore in restores:
-            self._device.store(restore.copy, restore.first, restore.pages, restore.slot)
+            self._runner.restore(restore.prefix, restore.first_page, restore.pages, restore.snapshot_slot)
 
     def _encode(self) -> None:
-        """Sends one pass of the tower with the pictures that are needed first, of one mode and of any requests."""
-        views: list[MultimodalItem] = []
+        """Sends one call of the vision tower for the items needed first; all have one downsample mode."""
+        items: list[MultimodalItem] = []
         rows: list[np.ndarray] = []
         self._encoding = []
-        for request in sorted(self.scheduler.reading, key=lambda request: request.rank):
-            answer = self._answers[request]
-            for picture in answer.missing():
-                entry = self.features.find(picture.key)
-                if entry is None and self._fits(views, picture):
-                    entry = self.features.reserve(picture.key, picture.laid.num_tokens)
+        for state in sorted(self.scheduler.prefilling, key=lambda state: state.rank):
+            for item in state.missing_items():
+                entry = self.encoder_cache.find(item.mm_hash)
+                if entry is None and self._fits_call(items, item):
+                    entry = self.encoder_cache.reserve(item.mm_hash, item.packed_view.num_tokens)
                     if entry is not None:
-                        views.append(picture)
+                        items.append(item)
                         rows.append(entry.rows)
-                        self._encoding.append(request)
+                        self._encoding.append(state)
                 if entry is None:
                     break
-                answer.pin(picture, entry)
-            answer.set_readable()
-        if views:
-            self._device.encode([picture.laid for picture in views], rows)
-            self.metrics.encoded.inc(len(views))
+                state.pin(item, entry)
+            state.update_ready_tokens()
+        if items:
+            self._runner.encode([item.packed_view for item in items], rows)
+            self.metrics.encoded.inc(len(items))
         self._encoding = []
 
-    def _fits(self, views: list[MultimodalItem], picture: MultimodalItem) -> bool:
-        """Whether the picture may join the pass."""
-        if views and views[0].laid.downsample_mode != picture.laid.downsample_mode:
+    def _fits_call(self, items: list[MultimodalItem], item: MultimodalItem) -> bool:
+        """Returns whether the item may join the call of the vision tower."""
+        if items and items[0].packed_view.downsample_mode != item.packed_view.downsample_mode:
             return False
-        return self._device.pass_for([len(view.laid.patches) for view in (*views, picture)]) is not None
+        return self._runner.shapes.encoder_shape([len(other.packed_view.patches) for other in (*items, item)]) is not None
 
-    def _choose(self) -> PendingGrammarSample | None:
-        """Sends the choice of tokens for which the device has kept the scores and whose masks are there."""
-        for answer, error in self.masks.settle():
-            if answer.request in self._answers:
-                self._end(answer, error)
-        ready = {request: answer for request, answer in self._held.items() if answer.mask is not None}
-        self.metrics.late_masks.inc(len(self._held) - len(ready))
+    def _sample_held(self) -> PendingGrammarSample | None:
+        """Samples the held logits whose grammar mask is ready."""
+        for state, error in self.masks.collect():
+            if state.stage is not Stage.FINISHED:
+                self._finish(state, error)
+        ready = [state for state in self._awaiting_mask if state.mask is not None]
+        self.metrics.late_masks.inc(len(self._awaiting_mask) - len(ready))
         if not ready:
             return None
-        self._choosing = list(ready)
-        slots, masks = [request.slot for request in ready], [answer.mask for answer in ready.values()]
-        choice = PendingGrammarSample(self._choosing, self._device.choose(slots, masks, self._mode(ready)))
-        for request in ready:
-            del self._held[request]
-            self.scheduler.go_on(request)
-        self._choosing = []
-        return choice
+        self._sampling = ready
+        slots, masks = [state.slot for state in ready], [state.mask for state in ready]
+        sample = PendingGrammarSample(ready, self._runner.sample_held(slots, masks, _sampling_mode(ready)))
+        for state in ready:
+            self._drop_held(state)
+            self.scheduler.resume(state)
+        self._sampling = []
+        return sample
 
-    def _send(self, plan: SchedulerOutput) -> InFlightStep | None:
-        if plan.empty:
+    def _drop_held(self, state: RequestState) -> None:
+        if state in self._awaiting_mask:
+            self._awaiting_mask.remove(state)
+
+    def _dispatch(self, output: SchedulerOutput[RequestState]) -> InFlightStep | None:
+        """Sends a step to the device."""
+        if output.is_empty:
             return None
-        started = decoded = None
-        if plan.pieces:
-            readings = [self._reading(piece) for piece in plan.pieces]
-            started = self._device.read(readings, self._mode(piece.request for piece in plan.pieces if piece.last))
-            for piece in plan.pieces:
-                self._answers[piece.request].unpin(self.features, everything=False)
-        if plan.rows:
-            decoded = self._device.decode(plan, self._mode(plan.rows))
-            self._held |= {row: self._answers[row] for row, held in zip(plan.rows, plan.held, strict=True) if held}
-        return InFlightStep(plan, started, decoded)
+        first_tokens = decoded = None
+        if chunks := output.prefill_chunks:
+            rows = [self._prefill_row(chunk) for chunk in chunks]
+            first_tokens = self._runner.prefill(rows, _sampling_mode(chunk.request for chunk in chunks if chunk.is_last))
+            for chunk in chunks:
+                chunk.request.unpin(self.encoder_cache, everything=False)
+        if output.rows:
+            decoded = self._runner.decode(output, _sampling_mode(output.rows))
+            self._awaiting_mask += [row for row, awaits in zip(output.rows, output.awaiting_mask, strict=True) if awaits]
+        return InFlightStep(output, first_tokens, decoded)
 
-    def _reading(self, piece: PrefillChunk) -> PrefillRow:
-        answer, end = self._answers[piece.request], piece.start + piece.count
-        work = answer.work
-        if piece.source != piece.request.slot:  # its first piece
-            self._enter_own(answer)
-        ids, rows = answer.ids(piece.start, end), answer.feature_rows(piece.start, end)
-        return PrefillRow(piece, work, ids, rows, piece.request.known, answer.mask if piece.last else None)
+    def _prefill_row(self, chunk: PrefillChunk[RequestState]) -> PrefillRow:
+        state, end = chunk.request, chunk.start + chunk.num_tokens
+        if chunk.source_slot != state.slot:  # the request's first chunk
+            self._set_sampling_state(state)
+        token_ids, rows = state.token_ids(chunk.start, end), state.encoder_rows(chunk.start, end)
+        mask = state.mask if chunk.is_last else None
+        return PrefillRow(chunk, state.request, token_ids, rows, state.num_output_tokens, mask)
 
-    def _enter_own(self, answer: RequestState) -> None:
-        """What the device is to know of an answer's own before it samples."""
-        request, options = answer.request, answer.work.options
+    def _set_sampling_state(self, state: RequestState) -> None:
+        """Sets the slot's token history and logit biases, where the request's options use them."""
+        options = state.request.options
         if has_penalties(options):
-            self._device.note(request.slot, answer.ids(0, request.total), request.prompt)
+            self._runner.record_prompt(state.slot, state.token_ids(0, state.num_tokens), state.num_prompt_tokens)
         if options.logit_bias:
-            self._device.set_bias(request.slot, options)
+            self._runner.set_bias(state.slot, options)
 
-    def _mode(self, requests: Iterable[Request]):
-        """The least that serves them all."""
-        return max((self._answers[request].mode for request in requests), key=MODES.index, default=MODES[0])
-
-    def _take(self, choice: PendingGrammarSample | None) -> None:
-        """Hands out the tokens that were chosen, and begins with the masks of the next ones. Waits for the device if it must."""
-        if choice is None:
+    def _collect_samples(self, sample: PendingGrammarSample | None) -> None:
+        """Delivers tokens sampled from held logits and starts their next masks. Waits for the device."""
+        if sample is None:
             return
-        chosen = _column(jax.device_get(choice.sampled))
+        sampled = _as_column(jax.device_get(sample.sampled))
         begun = time.perf_counter()
-        notify_readers(self._hand_out_all((chosen, i, request) for i, request in enumerate(choice.requests)))
-        self._next_masks(choice.requests)
+        self._emit_rows((sampled, i, state) for i, state in enumerate(sample.requests))
+        self._submit_masks(sample.requests)
         self.metrics.host.inc(time.perf_counter() - begun)
 
-    def _receive(self, flight: InFlightStep | None) -> None:
-        """Hands out what a step has sampled. Waits for the device if it must."""
-        if flight is None:
+    def _collect_step(self, step: InFlightStep | None) -> None:
+        """Delivers the tokens of a step. Waits for the device."""
+        if step is None:
             return
-        started, decoded = jax.device_get((flight.started, flight.decoded))
-        begun, plan = time.perf_counter(), flight.plan
-        columns = _column(started)
-        ends = [(columns, i, piece.request) for i, piece in enumerate(plan.pieces) if piece.last]
-        rows = [(decoded, i, row) for i, row in enumerate(plan.rows) if not plan.held[i]]
-        notify_readers(self._hand_out_all([*ends, *rows]))
-        self._next_masks(request for _, _, request in ends)
+        first_tokens, decoded = jax.device_get((step.first_tokens, step.decoded))
+        begun, output = time.perf_counter(), step.output
+        first_tokens = _as_column(first_tokens)
+        started = [(first_tokens, i, chunk.request) for i, chunk in enumerate(output.prefill_chunks) if chunk.is_last]
+        continued = [(decoded, i, row) for i, row in enumerate(output.rows) if not output.awaiting_mask[i]]
+        self._emit_rows([*started, *continued])
+        self._submit_masks(state for _, _, state in started)
         self.metrics.steps.inc()
         self.metrics.host.inc(time.perf_counter() - begun)
 
-    def _hand_out_all(self, rows: Iterable[tuple[Sampled, int, Request]]) -> list[RequestHandle]:
-        """Rows' tokens to their readers; returns who is to be told."""
-        return [job for row in rows if (job := self._hand_out(*row)) is not None]
+    def _emit_rows(self, rows: Iterable[tuple[Sampled, int, RequestState]]) -> None:
+        """Delivers the tokens of rows and wakes their readers."""
+        notify_readers([handle for row in rows if (handle := self._emit_tokens(*row)) is not None])
 
-    def _next_masks(self, requests: Iterable[Request]) -> None:
-        """Begins with those of the constrained among them that have not ended."""
-        self.masks.make([self._answers[request] for request in requests if request.constrained and request in self._answers])
+    def _submit_masks(self, states: Iterable[RequestState]) -> None:
+        """Starts the next grammar masks of the requests that need one."""
+        self.masks.submit([state for state in states if state.uses_grammar and state.stage is not Stage.FINISHED])
 
-    def _hand_out(self, sampled: Sampled, row: int, request: Request) -> RequestHandle | None:
-        """A row's tokens to its reader, who is returned if he is to be told."""
-        answer = self._answers.get(request)
-        if answer is None:  # it ended while this step was under way
+    def _emit_tokens(self, sampled: Sampled, row: int, state: RequestState) -> RequestHandle | None:
+        """Delivers a row's tokens; returns the handle if its reader must be woken."""
+        if state.stage is Stage.FINISHED:  # it finished while this step was under way
             return None
-        delta = answer.take(row_tokens(sampled, row, answer.work.options.logprobs))
-        self.metrics.delivered(answer, len(delta.tokens))
+        delta = state.add_tokens(row_tokens(sampled, row, state.request.options.logprobs))
+        self.metrics.delivered(state, len(delta.tokens))
         if delta.finish_reason is not None:
-            self._end(answer, delta)
+            self._finish(state, delta)
             return None
-        return answer.job if answer.job.deliver(delta) else None
+        return state.handle if state.handle.deliver(delta) else None
 
-    def _end(self, answer: RequestState, outcome: Delta | Exception) -> None:
-        """Of an answer, however it comes: all it held is free."""
-        self._forget(answer)
-        self.scheduler.end(answer.request)
+    def _finish(self, state: RequestState, outcome: Delta | Exception) -> None:
+        """Finishes a request and frees its slot, pages and encoder cache entries."""
+        state.unpin(self.encoder_cache, everything=True)
+        self._drop_held(state)
+        del self._states[state.handle]
+        self.scheduler.finish(state)
         self.metrics.ended(outcome)
-        self.finish_request(answer.job, outcome)
+        self.finish_request(state.handle, outcome)
 
-    def _forget(self, answer: RequestState) -> None:
-        answer.unpin(self.features, everything=True)
-        self._held.pop(answer.request, None)
-        del self._answers[answer.request], self._of_job[answer.job]
+    def _recover(self, error: Exception, requests: list[RequestState], previous: InFlightStep | None) -> None:
+        """Fails the requests of a failed step; all others prefill again, because the state is lost.
 
-    def _recover(self, error: Exception, requests: list[Request], previous: InFlightStep | None) -> None:
-        """After a step that failed: its requests fail, all others are read again, for the state is lost.
-
-        `previous` is the step before; what it sampled is good unless it failed too.
+        `previous` is the step before it, whose tokens are still delivered unless that fails too.
         """
         failed = list(requests)
         if not failed:
             raise error
         log.error("a step of %d requests failed", len(failed), exc_info=error)
         try:
-            self._receive(previous)
+            self._collect_step(previous)
         except Exception:
             failed += previous.requests
-        for answer in [self._answers[request] for request in dict.fromkeys(failed) if request in self._answers]:
-            self._end(answer, error)
-        for answer in self._answers.values():
-            answer.unpin(self.features, everything=True)
-            if answer.request.slot >= 0:
-                self.scheduler.put_back(answer.request)
+        for state in dict.fromkeys(failed):
+            if state.stage is not Stage.FINISHED:
+                self._finish(state, error)
+        for state in self._states.values():
+            state.unpin(self.encoder_cache, everything=True)
+            if state.slot >= 0:
+                self.scheduler.preempt(state)
         self.scheduler.restores.clear()
-        self.host.clear()
-        if self.prefixes is not None:
-            self.prefixes.clear()
-        self.features.clear()
-        self._flight = None
-        self._encoding, self._choosing = [], []
-        self._held.clear()
-        self._device.reset()
+        self.host_cache.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        self.encoder_cache.clear()
+        self._in_flight = None
+        self._encoding, self._sampling, self._awaiting_mask = [], [], []
+        self._runner.reset()
 
 
-def _column(sampled: Sampled) -> Sampled:
-    """What was sampled once, [B, ...], as [B, N, ...]."""
+def _sampling_mode(states: Iterable[RequestState]) -> SamplingMode:
+    """Returns the cheapest sampling mode that serves all of these requests."""
+    return max((state.mode for state in states), key=MODES.index, default=MODES[0])
+
+
+def _as_column(sampled: Sampled) -> Sampled:
+    """Adds a step axis: samples [B, ...] become [B, 1, ...]."""
     return jax.tree.map(lambda x: x[:, None], sampled)

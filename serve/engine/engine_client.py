@@ -1,16 +1,16 @@
-"""Requests on their way between asyncio tasks and a thread that answers them. Life of a request, and all that HTTP knows of it:
+"""Interface between asyncio tasks and an engine's thread. The HTTP layer uses an engine like this:
 
-    job = engine.reserve()                 # a place, or EngineFull
+    handle = engine.reserve()                # takes capacity, or raises EngineFull
     try:
-        job.submit(inputs, options)        # prepared elsewhere, while others run
-        async for delta in job.deltas():   # what has come since the last look, joined
+        handle.submit(inputs, options)       # prepared in a thread pool, while other requests run
+        async for delta in handle.deltas():  # all output since the last iteration, joined
             ...
     finally:
-        job.close()                        # also stops an answer that nobody reads
+        handle.close()                       # also cancels an output that is not read to its end
 
-A place is held from `reserve` until the answer has ended or, before it was submitted, until `close`: so the number of requests
-that are being prepared, wait or run is bounded, whatever their readers do. What a slow reader has not fetched is kept: at most
-its answer.
+Capacity is held from `reserve` until the request has finished or, before it was submitted, until `close`.
+This bounds the number of requests that are prepared, waiting or running, even if clients read slowly. Deltas
+that a client has not read are buffered, at most one output per request.
 """
 
 import asyncio
@@ -26,37 +26,39 @@ from minicpmv46_jax.processing import Inputs
 
 
 class EngineFull(Exception):
-    """Every place is taken, or the wait was too long; worth trying again later."""
+    """The capacity is used up, or the request has waited too long; a later retry may succeed."""
 
 
 class RequestRejected(ValueError):
-    """The engine cannot serve this request, however long it waits; the message says why."""
+    """The engine can never serve this request; the message gives the reason."""
 
 
 class Cancelled(Exception):
-    """The job was cancelled before its answer had ended."""
+    """The request was cancelled before its output was complete."""
 
 
 class EngineStopped(Exception):
-    """The engine was stopped before the answer had ended, or begun."""
+    """The engine was stopped before the output was complete."""
 
     def __init__(self):
         super().__init__("the server is shutting down")
 
 
 class EngineClient:
-    """Places, and a thread that works: subclasses say how. `close` it, or use it as a context manager.
+    """Capacity, and a thread that runs requests as subclasses define.
+
+    `close` it, or use it as a context manager.
 
     Args:
-      capacity: requests that may be prepared, wait or run at once.
+      capacity: requests that may be prepared, waiting or running at once.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.num_reserved = 0  # places held
+        self.num_reserved = 0
         self.stopping = False
-        self.changed = threading.Condition()  # guards all of this; notified of news for the thread
-        self._thread = threading.Thread(target=self.work, name="engine", daemon=True)
+        self.changed = threading.Condition()  # guards all fields; notified when the thread has something to do
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     def __enter__(self) -> "EngineClient":
         return self
@@ -66,16 +68,16 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are still being worked on."""
+        """True while requests are served."""
         return self._thread.is_alive() and not self.stopping
 
     @property
     def full(self) -> bool:
-        """Whether `reserve` would say so."""
+        """True if `reserve` would raise EngineFull."""
         return self.num_reserved == self.capacity
 
     def reserve(self) -> "RequestHandle":
-        """A place for a request of the calling event loop. Raises EngineFull or EngineStopped."""
+        """Reserves capacity for a request of the running event loop. Raises EngineFull or EngineStopped."""
         with self.changed:
             if self.stopping:
                 raise EngineStopped
@@ -85,83 +87,90 @@ class EngineClient:
         return RequestHandle(self, asyncio.get_running_loop())
 
     def start(self) -> None:
-        """Has the thread begin."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends all answers with EngineStopped at the thread's next step. Does not wait for it."""
+        """Finishes all requests with EngineStopped at the thread's next step. Does not wait for it."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stops, and waits for the thread to end: as long as a step takes, at most `timeout_s`."""
+        """Stops, and waits for the thread to end: about as long as a step takes, at most `timeout_s`."""
         self.stop()
         self._thread.join(timeout_s)
 
-    def finish_request(self, job: "RequestHandle", outcome: "Delta | Exception") -> None:
-        """Ends a submitted job. Its place is free first: who has read the end of an answer may ask again."""
+    def finish_request(self, handle: "RequestHandle", outcome: "Delta | Exception") -> None:
+        """Finishes a submitted request.
+
+        Frees the request's capacity before delivering the final delta, so a client may send its next request
+        at once.
+        """
         with self.changed:
             self.num_reserved -= 1
-        job.finish(outcome)
+        handle.finish(outcome)
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that a prompt and its answer may have."""
+        """Tokens that a prompt and its output may have."""
         raise NotImplementedError
 
-    def work(self) -> None:
-        """The thread's."""
+    def run(self) -> None:
+        """Runs requests until the engine stops; called in the thread."""
         raise NotImplementedError
 
-    def add_request(self, job: "RequestHandle", inputs: Inputs, options: GenerationOptions) -> None:
-        """Takes a submitted job over, or raises; from now on the thread gives its place back."""
+    def add_request(self, handle: "RequestHandle", inputs: Inputs, options: GenerationOptions) -> None:
+        """Takes over a submitted request and its capacity, or raises."""
         raise NotImplementedError
 
-    def abort_request(self, job: "RequestHandle") -> None:
-        """A submitted job that nobody waits for any more."""
+    def abort_request(self, handle: "RequestHandle") -> None:
+        """Aborts a submitted request whose client is gone."""
         raise NotImplementedError
 
 
 class RequestHandle:
-    """A request on its way through an engine, made by `EngineClient.reserve`. Methods without a note belong to the event loop."""
+    """The client side's handle of a request, made by `EngineClient.reserve`.
 
-    def __init__(self, desk: EngineClient, loop: asyncio.AbstractEventLoop):
+    Methods belong to the event loop unless their docstring names the engine's thread.
+    """
+
+    def __init__(self, engine: EngineClient, loop: asyncio.AbstractEventLoop):
         self.submitted = self.cancelled = False
         self.reserved_at = time.monotonic()
         self.loop = loop
-        self._desk = desk
+        self._engine = engine
         self._closed = False
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards `_pending` and `_outcome`
         self._pending: list[Delta] = []
         self._outcome: Delta | Exception | None = None
-        self._news = asyncio.Event()
+        self._updated = asyncio.Event()
 
     def submit(self, inputs: Inputs, options: GenerationOptions) -> None:
-        """Joins the queue.
+        """Adds the request to the engine's queue.
 
         Raises:
-          Cancelled: nobody waits for the answer any more.
-          Refused: it cannot be served.
-          EngineStopped: nothing is any more.
+          Cancelled: `cancel` was called before.
+          RequestRejected: the engine can never serve it.
+          EngineStopped: the engine has stopped.
         """
         if self.cancelled:
             raise Cancelled
-        self._desk.add_request(self, inputs, options)
-        self.submitted = True  # only now: who is refused closes, and that gives the place back
+        self._engine.add_request(self, inputs, options)
+        self.submitted = True  # not before: `close` frees the capacity of a request that was refused
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """The answer as it comes; the last one has a finish_reason.
+        """Yields the output as it arrives; the last delta has a finish_reason.
 
         Raises:
           Cancelled, EngineStopped: see `cancel` and `EngineClient.stop`.
-          EngineFull: it has waited too long to begin.
-          Exception: whatever the model raised.
+          EngineFull: the request expired before it started.
+          Exception: any error of the model.
         """
         outcome = None
         while outcome is None:
-            await self._news.wait()
-            self._news.clear()
+            await self._updated.wait()
+            self._updated.clear()
             if self.cancelled:
                 raise Cancelled
             with self._lock:
@@ -170,61 +179,67 @@ class RequestHandle:
             if isinstance(outcome, Delta):
                 pending.append(outcome)
             if pending:
-                yield joined(pending)
+                yield join_deltas(pending)
             if isinstance(outcome, Exception):
                 raise outcome
 
     def cancel(self) -> None:
-        """Ends `deltas` with Cancelled, now and later; the model stops at its next step."""
+        """Makes `deltas` raise Cancelled from now on; the engine stops the request at its next step."""
         if not self.cancelled:
             self.cancelled = True
-            self._news.set()
+            self._updated.set()
             if self.submitted:
-                self._desk.abort_request(self)
+                self._engine.abort_request(self)
 
     def close(self) -> None:
-        """Cancels, and gives back a place that the thread does not hold. Once or more often."""
+        """Cancels, and frees the capacity of a request that was not submitted.
+
+        Has no effect the second time.
+        """
         if not self._closed:
             self._closed = True
             self.cancel()
             if not self.submitted:
-                with self._desk.changed:
-                    self._desk.num_reserved -= 1
+                with self._engine.changed:
+                    self._engine.num_reserved -= 1
 
     def deliver(self, delta: Delta) -> bool:
-        """The thread's: a step of the answer. Whether the reader is to be told; else it was and has not looked yet."""
+        """Buffers a delta; called in the engine's thread.
+
+        Returns True if the reader must be woken, False if a wake-up is already pending.
+        """
         with self._lock:
             self._pending.append(delta)
             return len(self._pending) == 1
 
     def finish(self, outcome: Delta | Exception) -> None:
-        """The thread's: the answer's end, and the last call."""
+        """Sets the final delta or the error and wakes the reader; the engine thread's last call."""
         with self._lock:
             self._outcome = outcome
         notify_readers([self])
 
-    def look(self) -> None:
-        """There is news."""
-        self._news.set()
+    def wake(self) -> None:
+        """Wakes `deltas`."""
+        self._updated.set()
 
 
-def notify_readers(jobs: Iterable[RequestHandle]) -> None:
-    """Has readers look, from another thread: one call for all of a loop, each costs it a system call."""
+def notify_readers(handles: Iterable[RequestHandle]) -> None:
+    """Wakes readers from another thread, with one call per event loop, because each costs a system call."""
     loops: dict[asyncio.AbstractEventLoop, list[RequestHandle]] = {}
-    for job in jobs:
-        loops.setdefault(job.loop, []).append(job)
-    for loop, theirs in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody reads
-            loop.call_soon_threadsafe(_look, theirs)
+    for handle in handles:
+        loops.setdefault(handle.loop, []).append(handle)
+    for loop, group in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            loop.call_soon_threadsafe(_wake_all, group)
 
 
-def _look(jobs: list[RequestHandle]) -> None:
-    for job in jobs:
-        job.look()
+def _wake_all(handles: list[RequestHandle]) -> None:
+    for handle in handles:
+        handle.wake()
 
 
-def joined(deltas: list[Delta]) -> Delta:
-    """Consecutive steps as one."""
+def join_deltas(deltas: list[Delta]) -> Delta:
+    """Joins consecutive deltas into one."""
     text = "".join(delta.text for delta in deltas)
     tokens = tuple(itertools.chain.from_iterable(delta.tokens for delta in deltas))
     return Delta(text, tokens, deltas[-1].finish_reason)

@@ -1,4 +1,4 @@
-"""The masks of many answers, made in threads while the device computes the scores that they will be laid over."""
+"""Grammar masks of structured output, computed in threads while the device computes the logits."""
 
 import os
 import time
@@ -7,48 +7,48 @@ from concurrent import futures
 
 from serve.engine.request_state import RequestState
 
-THREADS = 8  # llguidance lets go of Python's lock
-PATIENCE_S = 1e-3  # that a step may wait for masks; the device has the step before to work on
+THREADS = 8  # llguidance releases the GIL
+MASK_WAIT_S = 1e-3  # that a step waits for masks, while the device runs the step before
 
 
 class GrammarMasks:
-    """Makes masks. `close` it."""
+    """Computes grammar masks. `close` it."""
 
     def __init__(self):
-        self.seconds = 0.0  # spent on masks, in all threads together
-        self._threads = min(THREADS, os.cpu_count() or 1)
-        self._pool = futures.ThreadPoolExecutor(self._threads, thread_name_prefix="mask")
-        self._making: set[futures.Future] = set()
+        self.seconds = 0.0  # spent on masks, summed over all threads
+        self._num_threads = min(THREADS, os.cpu_count() or 1)
+        self._pool = futures.ThreadPoolExecutor(self._num_threads, thread_name_prefix="mask")
+        self._pending: set[futures.Future] = set()
 
-    def make(self, answers: Sequence[RequestState]) -> None:
-        """Begins with the next masks of answers that have just been given a token."""
-        for answer in answers:
-            answer.mask = None
-        shares = (answers[i :: self._threads] for i in range(self._threads))
-        self._making |= {self._pool.submit(_make, share) for share in shares if share}
+    def submit(self, states: Sequence[RequestState]) -> None:
+        """Starts computing the next masks of requests that have just received a token."""
+        for state in states:
+            state.mask = None
+        shares = (states[i :: self._num_threads] for i in range(self._num_threads))
+        self._pending |= {self._pool.submit(_compute_masks, share) for share in shares if share}
 
-    def settle(self) -> list[tuple[RequestState, Exception]]:
-        """Waits a little for what is being made; returns those whose constraint has failed."""
-        done, self._making = futures.wait(self._making, PATIENCE_S)
+    def collect(self) -> list[tuple[RequestState, Exception]]:
+        """Waits up to MASK_WAIT_S for pending masks; returns the requests whose constraint has failed."""
+        done, self._pending = futures.wait(self._pending, MASK_WAIT_S)
         failed: list[tuple[RequestState, Exception]] = []
-        for seconds, theirs in (future.result() for future in done):
+        for seconds, failures in (future.result() for future in done):
             self.seconds += seconds
-            failed += theirs
+            failed += failures
         return failed
 
     def close(self) -> None:
-        """Begins no more."""
+        """Cancels masks that have not been started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _make(share: Sequence[RequestState]) -> tuple[float, list[tuple[RequestState, Exception]]]:
-    """The seconds it took, and whose constraint has failed."""
+def _compute_masks(states: Sequence[RequestState]) -> tuple[float, list[tuple[RequestState, Exception]]]:
+    """Returns the seconds it took, and the requests whose constraint has failed."""
     begun, failed = time.perf_counter(), []
-    for answer in share:
-        constraint = answer.work.options.constraint
+    for state in states:
+        constraint = state.request.options.constraint
         try:
-            constraint.advance(answer.newest)
-            answer.mask = constraint.mask()
-        except Exception as error:  # this answer's alone
-            failed.append((answer, error))
+            constraint.advance(state.last_token_id)
+            state.mask = constraint.mask()
+        except Exception as error:  # fails this request alone
+            failed.append((state, error))
     return time.perf_counter() - begun, failed

@@ -1,7 +1,7 @@
-"""The prefix cache's second tier: prefixes whose snapshot had to leave the device, as whole copies in host memory. No jax.
+"""Second tier of the prefix cache: copies in host memory of prefixes evicted from the device. Imports no jax.
 
-A copy has the memory after its last page and all its pages of keys and values, so that each stands for itself: it is found by its
-last page's key alone, and the least recently used goes when the bytes run out.
+A copy holds all pages of a prefix and the state after its last page, so it depends on no other copy. It is
+found by the block hash of its last page. The least recently used copies are evicted when the bytes run out.
 """
 
 from collections import OrderedDict
@@ -9,38 +9,41 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class Copy(Protocol):
-    """What the device gave, and takes back."""
+class HostPrefix(Protocol):
+    """A prefix's copy, made and read by the model runner."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        ...
 
 
 class HostPrefixCache:
-    """Copies of at most `size` bytes in all."""
+    """Least-recently-used cache of prefix copies of at most `capacity` bytes in all."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, capacity: int):
+        self.capacity = capacity
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
-        self.used = 0
-        self._copies: OrderedDict[bytes, Copy] = OrderedDict()
+        """Drops all copies."""
+        self.used_bytes = 0
+        self._prefixes: OrderedDict[bytes, HostPrefix] = OrderedDict()
 
-    def longest(self, keys: Sequence[bytes], least: int) -> int:
-        """How many pages of a prompt with these keys the longest copy has, if more than `least`; else 0."""
-        return next((n for n in range(len(keys), least, -1) if keys[n - 1] in self._copies), 0)
+    def longest_match(self, block_hashes: Sequence[bytes], longer_than: int) -> int:
+        """Returns the pages of the prompt's longest cached prefix; 0 if there are `longer_than` or fewer."""
+        return next((n for n in range(len(block_hashes), longer_than, -1) if block_hashes[n - 1] in self._prefixes), 0)
 
-    def get(self, key: bytes) -> Copy:
-        """The copy of a prefix that is there."""
-        self._copies.move_to_end(key)
-        return self._copies[key]
+    def get(self, block_hash: bytes) -> HostPrefix:
+        """Returns a cached prefix."""
+        self._prefixes.move_to_end(block_hash)
+        return self._prefixes[block_hash]
 
-    def put(self, key: bytes, copy: Copy) -> None:
-        """Keeps a copy, if it is not larger than everything."""
-        if key in self._copies or copy.nbytes > self.size:
+    def put(self, block_hash: bytes, prefix: HostPrefix) -> None:
+        """Adds a prefix, unless it is cached already or larger than the whole cache."""
+        if block_hash in self._prefixes or prefix.nbytes > self.capacity:
             return
-        self._copies[key] = copy
-        self.used += copy.nbytes
-        while self.used > self.size:
-            self.used -= self._copies.popitem(last=False)[1].nbytes
+        self._prefixes[block_hash] = prefix
+        self.used_bytes += prefix.nbytes
+        while self.used_bytes > self.capacity:
+            self.used_bytes -= self._prefixes.popitem(last=False)[1].nbytes

@@ -1,25 +1,28 @@
-"""How much of everything fits: slots, pages, snapshots, features; and the shapes that are compiled. No jax: these are numbers."""
+"""Sizes of slots, pages, snapshots and the encoder cache that fit into memory, and the compiled shapes.
+
+Imports no jax.
+"""
 
 import dataclasses
 
 from minicpmv46_jax.config import TextConfig, VisionConfig
 from minicpmv46_jax.generation.options import MAX_BIASED
-from serve.engine.page_pool import PAGE, pages_of
+from serve.engine.page_pool import PAGE, num_pages
 
 GIB = 2**30
-FEATURE_SHARE, SNAPSHOT_SHARE, SLOT_SHARE = 1 / 16, 1 / 4, 1 / 2  # of the memory; what these leave free goes to pages
-MOST_FEATURES = 65536  # rows; 134 MB in bfloat16: 148 pictures of 1280 x 720
-LONGEST_VIEW = 1152  # patches; a view of about 448 x 448 pixels whose sides are at most as 5 to 1
+ENCODER_CACHE_SHARE, SNAPSHOT_SHARE, SLOT_SHARE = 1 / 16, 1 / 4, 1 / 2  # of memory; the pages get the rest
+MAX_ENCODER_CACHE_ROWS = 65536  # 134 MB in bfloat16: 148 pictures of 1280 x 720
+LONGEST_VIEW = 1152  # patches; a view of about 448 x 448 pixels with an aspect ratio of at most 5
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """What the user asks for; None leaves it to what fits.
+    """User settings of the engine; None takes the largest value that fits.
 
     Attributes:
-      max_running: answers decoded at once.
-      max_model_len: tokens of a prompt and its answer.
-      prefix_cache: whether beginnings of prompts are kept.
+      max_running: requests decoded at once.
+      max_model_len: tokens of a prompt and its output.
+      prefix_cache: True keeps the state of prompt prefixes for later requests.
     """
 
     max_running: int | None = None
@@ -29,138 +32,149 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderShape:
-    """A shape of the tower: patches in the row, views, patches of the longest view."""
+    """A compiled shape of the vision tower: patches in all, views, and patches of the longest view."""
 
     patches: int
     views: int
-    longest: int
+    longest_view: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Buckets:
-    """The shapes that are compiled.
+class ShapeBuckets:
+    """Shapes that are compiled; each call is padded to the smallest one that holds it.
 
     Attributes:
-      rows: rows of a decoding step; the largest is added to it, max_running.
-      steps: tokens a row gets in one dispatch where nobody is read.
-      prompts: (tokens, prompts) of a reading step, ascending; the last is the budget of a step.
-      passes: of the tower, ascending.
+      decode_rows: rows of a decode step; `max_running` is added as the largest.
+      decode_steps: tokens per row in one dispatch while no prompt is prefilled.
+      prefill_shapes: (tokens, prompts) of a prefill step, ascending; the last is a step's token budget.
+      encoder_shapes: shapes of the vision tower, ascending.
     """
 
-    rows: tuple[int, ...]
-    steps: int
-    prompts: tuple[tuple[int, int], ...]
-    passes: tuple[EncoderShape, ...]
+    decode_rows: tuple[int, ...]
+    decode_steps: int
+    prefill_shapes: tuple[tuple[int, int], ...]
+    encoder_shapes: tuple[EncoderShape, ...]
 
 
-# A reading step is what a stream has to wait between two tokens: on an H200 2,048 tokens took 40 ms in plain XLA, a pass of 8,192
-# patches 20 ms. The last pass is for views of extreme shapes: 14,000 x 14 pixels are 4,000 patches in one view.
-ACCELERATOR = Buckets(
-    rows=(1, 8, 32),
-    steps=8,
-    prompts=((128, 2), (512, 4), (1024, 8), (2048, 16)),
-    passes=(EncoderShape(2048, 4, LONGEST_VIEW), EncoderShape(8192, 16, LONGEST_VIEW), EncoderShape(4928, 1, 4928)),
+# A prefill step delays the next token of every stream: on an H200 in plain XLA 2,048 tokens took 40 ms and
+# 8,192 patches 20 ms. The last encoder shape serves extreme aspect ratios: a picture of 14,000 x 14 pixels is
+# one view of 4,000 patches.
+ACCELERATOR = ShapeBuckets(
+    decode_rows=(1, 8, 32),
+    decode_steps=8,
+    prefill_shapes=((128, 2), (512, 4), (1024, 8), (2048, 16)),
+    encoder_shapes=(EncoderShape(2048, 4, LONGEST_VIEW), EncoderShape(8192, 16, LONGEST_VIEW), EncoderShape(4928, 1, 4928)),
 )
-# On a CPU XLA makes of a scatter of one row an update that copies all that it updates: with one row a step of the small model
-# took 28 ms, with two 0.8.
-CPU = Buckets(
-    rows=(2,),
-    steps=1,
-    prompts=((64, 1), (512, 4)),
-    passes=(EncoderShape(LONGEST_VIEW, 1, LONGEST_VIEW), EncoderShape(4608, 8, LONGEST_VIEW), EncoderShape(4928, 1, 4928)),
+# Two decode rows at least: XLA on a CPU turns a scatter of one row into an update that copies the whole
+# operand. One row took 28 ms a step of the demo model, two rows took 0.8 ms.
+CPU = ShapeBuckets(
+    decode_rows=(2,),
+    decode_steps=1,
+    prefill_shapes=((64, 1), (512, 4)),
+    encoder_shapes=(
+        EncoderShape(LONGEST_VIEW, 1, LONGEST_VIEW),
+        EncoderShape(4608, 8, LONGEST_VIEW),
+        EncoderShape(4928, 1, 4928),
+    ),
 )
 MAX_RUNNING, MAX_RUNNING_CPU = 128, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What the engine has.
+    """Sizes of the engine's device state.
 
     Attributes:
-      running: slots of answers. snapshots: slots of memory beyond those. pages: of keys and values.
-      longest: tokens that a prompt and its answer may have. features: rows of the bank. buckets: the shapes compiled.
+      max_running: slots of running requests.
+      num_snapshots: slots of recurrent and conv state beyond those, for the prefix cache.
+      num_pages: pages of keys and values.
+      max_model_len: tokens that a prompt and its output may have.
+      encoder_cache_rows: rows of the encoder cache, one per image token.
+      buckets: the compiled shapes.
     """
 
-    running: int
-    snapshots: int
-    pages: int
-    longest: int
-    features: int
-    buckets: Buckets
+    max_running: int
+    num_snapshots: int
+    num_pages: int
+    max_model_len: int
+    encoder_cache_rows: int
+    buckets: ShapeBuckets
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of a decoding step."""
-        return (*(rows for rows in self.buckets.rows if rows < self.running), self.running)
+    def decode_rows(self) -> tuple[int, ...]:
+        """Row counts of the decode programs, ascending."""
+        return (*(rows for rows in self.buckets.decode_rows if rows < self.max_running), self.max_running)
 
 
 def page_bytes(text: TextConfig, itemsize: int) -> int:
-    """Keys and values of 64 tokens."""
+    """Returns the bytes of one page: keys and values of 64 tokens in all layers."""
     return text.layer_types.count("full_attention") * 2 * PAGE * text.num_key_value_heads * text.head_dim * itemsize
 
 
 def slot_bytes(text: TextConfig, itemsize: int) -> int:
-    """The memory of one sequence; the gated-delta part is float32 always."""
-    memory = text.linear_num_value_heads * text.linear_value_head_dim * text.linear_key_head_dim * 4
-    tail = (text.linear_conv_kernel_dim - 1) * text.linear_conv_dim * itemsize
-    return text.layer_types.count("linear_attention") * (memory + tail)
+    """Returns the bytes of one slot: recurrent state (always float32) and conv state of all layers."""
+    recurrent_state = text.linear_num_value_heads * text.linear_value_head_dim * text.linear_key_head_dim * 4
+    conv_state = (text.linear_conv_kernel_dim - 1) * text.linear_conv_dim * itemsize
+    return text.layer_types.count("linear_attention") * (recurrent_state + conv_state)
 
 
 def sampling_bytes(text: TextConfig) -> int:
-    """What is kept of one sequence for sampling: which tokens it has used and how often, scores, biases."""
+    """Returns the bytes that sampling needs per request: token history, held logits and logit biases."""
     return (1 + 4 + 4) * text.vocab_size + (4 + 4) * MAX_BIASED
 
 
-def working_bytes(vision: VisionConfig, buckets: Buckets) -> int:
-    """What a step needs beside the state: the tower's scores and their exponentials, float32, and a GiB for all the rest."""
-    return GIB + max(2 * 4 * p.views * vision.num_attention_heads * p.longest**2 for p in buckets.passes)
+def working_bytes(vision: VisionConfig, buckets: ShapeBuckets) -> int:
+    """Returns the bytes of temporaries: the tower's attention scores and their exponentials (float32), and 1
+    GiB for the rest.
+    """
+    return GIB + max(2 * 4 * p.views * vision.num_attention_heads * p.longest_view**2 for p in buckets.encoder_shapes)
 
 
 def plan_memory(
-    text: TextConfig, itemsize: int, memory: int, wishes: EngineConfig, buckets: Buckets, default: int
+    text: TextConfig, itemsize: int, memory: int, config: EngineConfig, buckets: ShapeBuckets, default_max_running: int
 ) -> tuple[MemoryPlan, list[str]]:
-    """Shares out `memory` bytes.
+    """Divides memory among slots, pages, snapshots and the encoder cache.
 
     Args:
       text: the text backbone.
-      itemsize: bytes of a number in keys, values and features.
+      itemsize: bytes per number of keys, values and encoder cache.
       memory: bytes for all state.
-      wishes: the user's.
+      config: the user's settings.
       buckets: shapes to compile.
-      default: max_running where the user leaves it open.
+      default_max_running: `max_running` where the configuration leaves it open.
 
     Returns:
-      The sizes, and a line for each wish that had to be cut.
+      The plan, and one line of text for each setting that was reduced.
 
     Raises:
-      ValueError: not even one short conversation fits.
+      ValueError: the memory does not hold one short conversation.
     """
     lines: list[str] = []
     page, slot, row = page_bytes(text, itemsize), slot_bytes(text, itemsize), text.hidden_size * itemsize
     conversation = slot + sampling_bytes(text)
-    features = min(MOST_FEATURES, int(memory * FEATURE_SHARE) // row)
-    running = _running(wishes.max_running, default, int(memory * SLOT_SHARE) // conversation, lines)
-    longest = _longest(wishes.max_model_len, text.max_position_embeddings, lines)
-    useful = 2 * running * pages_of(longest)  # all answers at their longest, and as much again for prefixes
-    room = memory - features * row - running * conversation
-    snapshots = min(int(memory * SNAPSHOT_SHARE), max(room - pages_of(longest) * page, 0)) // slot if wishes.prefix_cache else 0
+    rows = min(MAX_ENCODER_CACHE_ROWS, int(memory * ENCODER_CACHE_SHARE) // row)
+    running = _max_running(config.max_running, default_max_running, int(memory * SLOT_SHARE) // conversation, lines)
+    length = _max_model_len(config.max_model_len, text.max_position_embeddings, lines)
+    useful = 2 * running * num_pages(length)  # every running request at full length, and as much again for prefixes
+    room = memory - rows * row - running * conversation
+    snapshots = min(int(memory * SNAPSHOT_SHARE), max(room - num_pages(length) * page, 0)) // slot if config.prefix_cache else 0
     snapshots = min(snapshots, useful)
     pages = min((room - snapshots * slot) // page, useful)
-    if running < 1 or pages < 2 or features < buckets.passes[-1].longest // 4:
-        raise ValueError(f"{memory / GIB:.2f} GiB are left for the state of conversations, which is too little for one")
-    if pages * PAGE < longest:
-        lines.append(f"{longest} tokens need {pages_of(longest)} pages, and {pages} fit: serving {pages * PAGE} tokens at most")
-        longest = pages * PAGE
-    return MemoryPlan(running, snapshots, pages, longest, features, buckets), lines
+    if running < 1 or pages < 2 or rows < buckets.encoder_shapes[-1].longest_view // 4:
+        raise ValueError(f"{memory / GIB:.2f} GiB are left for the state of conversations, too little for one")
+    if pages * PAGE < length:
+        lines.append(f"{length} tokens need {num_pages(length)} pages, and {pages} fit: serving {pages * PAGE} tokens at most")
+        length = pages * PAGE
+    return MemoryPlan(running, snapshots, pages, length, rows, buckets), lines
 
 
-def _running(wished: int | None, default: int, fits: int, lines: list[str]) -> int:
-    if wished is not None and wished > fits:
-        lines.append(f"--max-running is {wished}, and {fits} fit into the memory: running {fits}")
-    return min(default if wished is None else wished, fits)
+def _max_running(wanted: int | None, default: int, fitting: int, lines: list[str]) -> int:
+    if wanted is not None and wanted > fitting:
+        lines.append(f"--max-running is {wanted}, and {fitting} fit into the memory: running {fitting}")
+    return min(default if wanted is None else wanted, fitting)
 
 
-def _longest(wished: int | None, context: int, lines: list[str]) -> int:
-    if wished is not None and wished > context:
-        lines.append(f"--max-model-len is {wished}, and the model's context has {context} tokens: serving {context}")
-    return context if wished is None else min(wished, context)
+def _max_model_len(wanted: int | None, context: int, lines: list[str]) -> int:
+    if wanted is not None and wanted > context:
+        lines.append(f"--max-model-len is {wanted}, and the model's context has {context} tokens: serving {context}")
+    return context if wanted is None else min(wanted, context)

@@ -1,6 +1,7 @@
-"""Who holds which page of keys and values, and which slot of memory. No jax: these are numbers.
+"""Free lists of the pages of keys and values, and of the slots of recurrent and conv state. Imports no jax.
 
-A page may have several holders: the requests that share a prefix, and the prefix cache. It is free once nobody holds it.
+A page has a reference count: each request that uses it and the prefix cache hold one reference. A page
+without references is free.
 """
 
 from collections.abc import Iterable
@@ -14,62 +15,62 @@ class PagePool:
     def __init__(self, count: int):
         self.count = count
         self._free = list(range(count - 1, -1, -1))
-        self._holders = [0] * count
+        self._ref_counts = [0] * count
 
     @property
-    def free(self) -> int:
-        """Pages that nobody holds."""
+    def num_free(self) -> int:
+        """Pages without a reference."""
         return len(self._free)
 
-    def take(self, number: int) -> list[int]:
-        """So many pages with one holder each; the caller has made sure that they are free."""
+    def allocate(self, number: int) -> list[int]:
+        """Returns pages with one reference each; the caller has checked that enough are free."""
         assert number <= len(self._free), f"{number} pages wanted, {len(self._free)} free"
-        taken = [self._free.pop() for _ in range(number)]
-        for page in taken:
-            self._holders[page] = 1
-        return taken
-
-    def share(self, pages: Iterable[int]) -> None:
-        """One more holder for each of these, which are held."""
+        pages = [self._free.pop() for _ in range(number)]
         for page in pages:
-            assert self._holders[page] > 0, f"page {page} is free"
-            self._holders[page] += 1
+            self._ref_counts[page] = 1
+        return pages
 
-    def give_back(self, pages: Iterable[int]) -> None:
-        """One holder less."""
+    def incref(self, pages: Iterable[int]) -> None:
+        """Adds a reference to each of these pages, which are in use."""
         for page in pages:
-            assert self._holders[page] > 0, f"page {page} is free"
-            self._holders[page] -= 1
-            if not self._holders[page]:
+            assert self._ref_counts[page] > 0, f"page {page} is free"
+            self._ref_counts[page] += 1
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Removes a reference from each of these pages; those without any become free."""
+        for page in pages:
+            assert self._ref_counts[page] > 0, f"page {page} is free"
+            self._ref_counts[page] -= 1
+            if not self._ref_counts[page]:
                 self._free.append(page)
 
-    def holders(self, page: int) -> int:
-        """How many hold it."""
-        return self._holders[page]
+    def ref_count(self, page: int) -> int:
+        """Returns the number of references to a page."""
+        return self._ref_counts[page]
 
 
 class SlotPool:
-    """Slots `first` to `first + count - 1`, each with one holder or none."""
+    """Slots `first` to `first + count - 1`, each free or allocated."""
 
     def __init__(self, count: int, first: int = 0):
         self.count = count
         self._free = list(range(first + count - 1, first - 1, -1))
 
     @property
-    def free(self) -> int:
-        """Slots that nobody holds."""
+    def num_free(self) -> int:
+        """Slots that are not allocated."""
         return len(self._free)
 
-    def take(self) -> int:
-        """A slot; the caller has made sure that there is one."""
+    def allocate(self) -> int:
+        """Returns a slot; the caller has checked that one is free."""
         return self._free.pop()
 
-    def give_back(self, slot: int) -> None:
-        """It is free again."""
+    def free(self, slot: int) -> None:
+        """Frees a slot."""
         assert slot not in self._free, f"slot {slot} is free"
         self._free.append(slot)
 
 
-def pages_of(tokens):
-    """Pages that hold so many tokens; a number or an array of them."""
+def num_pages(tokens):
+    """Returns the pages that hold this number of tokens; takes an int or an array."""
     return -(-tokens // PAGE)

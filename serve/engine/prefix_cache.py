@@ -1,9 +1,12 @@
-"""Beginnings of prompts whose state is kept: a tree over pages of tokens, with memories at some of its nodes. No jax.
+"""Prefix cache: a tree over pages of tokens, with snapshots of the recurrent and conv state at some nodes.
 
-A prompt's pages are named by chained keys (`serve.keys`): a key stands for its 64 tokens, their pictures, and all before them.
-Keys and values can be taken up at any page; the gated-delta memory only where a snapshot of it was made, which costs as much as
-1,536 tokens of keys and values. So the tree holds the paths to snapshots and nothing else. Each snapshot is evicted alone, the
-least recently used first; with it go the pages that lead to no other.
+Imports no jax.
+
+The pages of a prompt are identified by chained hashes (`serve.engine.request.block_hashes`). A hash stands
+for the page's 64 tokens, their images, and everything before them. Keys and values can be reused from any
+page on. The recurrent state can only be reused where a snapshot was taken, and a snapshot costs as much
+memory as 1,536 tokens of keys and values. So the tree holds only paths that lead to a snapshot. Snapshots are
+evicted one by one, the least recently used first, together with the pages that lead to no other snapshot.
 """
 
 from collections import OrderedDict
@@ -14,121 +17,140 @@ from serve.engine.page_pool import PagePool, SlotPool
 
 
 class Node:
-    """A page of some prompt: of its children none may be known without it."""
+    """A cached page.
 
-    def __init__(self, key: bytes, parent: "Node | None", page: int):
-        self.key, self.parent, self.page = key, parent, page
-        self.children = 0
-        self.snapshot: int | None = None  # the slot of the memory after this page
-        self.pins = 0  # requests that are about to start from the snapshot, and the plan that makes it
+    `pins` counts the requests about to start from its snapshot, and the step that writes the snapshot.
+    """
+
+    def __init__(self, block_hash: bytes, parent: "Node | None", page: int):
+        self.block_hash, self.parent, self.page = block_hash, parent, page
+        self.num_children = 0
+        self.snapshot_slot: int | None = None  # slot of the state after this page
+        self.pins = 0
 
     def path(self) -> "list[Node]":
-        """From the first page to this one."""
+        """Returns the nodes from the first page to this one."""
         nodes = [self]
         while nodes[-1].parent is not None:
             nodes.append(nodes[-1].parent)
         return nodes[::-1]
 
 
-class Hit(NamedTuple):
-    """What is known of a prompt: `blocks` pages may be taken over, with the memory of `node`; `alike` pages were met before."""
+class PrefixHit(NamedTuple):
+    """The cached part of a prompt.
+
+    Attributes:
+      node: the node whose snapshot the request starts from; None if no snapshot matches.
+      num_blocks: pages up to that node.
+      pages: these pages.
+      num_known_blocks: pages that match the tree, with or without a snapshot behind them.
+    """
 
     node: Node | None
-    blocks: int
+    num_blocks: int
     pages: tuple[int, ...]
-    alike: int
+    num_known_blocks: int
 
 
-NOTHING = Hit(None, 0, (), 0)
+NO_HIT = PrefixHit(None, 0, (), 0)
 
 
 class PrefixCache:
-    """Snapshots in `slots`, paths to them in `pages`; `leaving` is told of a snapshot just before it is evicted."""
+    """Snapshots in `slots`, and paths to them in `pages`.
 
-    def __init__(self, pages: PagePool, slots: SlotPool, leaving: Callable[[Node], None] | None = None):
-        self._pages, self._slots, self._leaving = pages, slots, leaving
+    Args:
+      pages: of keys and values.
+      slots: of snapshots.
+      on_evict: called with a node just before its snapshot is evicted.
+    """
+
+    def __init__(self, pages: PagePool, slots: SlotPool, on_evict: Callable[[Node], None] | None = None):
+        self._pages, self._slots, self._on_evict = pages, slots, on_evict
         self._nodes: dict[bytes, Node] = {}
-        self._recent: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, least recently used first
+        self._snapshots: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, least recently used first
 
     @property
-    def snapshots(self) -> int:
-        """Snapshots held."""
-        return len(self._recent)
+    def num_snapshots(self) -> int:
+        """Number of snapshots."""
+        return len(self._snapshots)
 
-    def find(self, keys: Sequence[bytes]) -> Hit:
-        """The longest beginning that a prompt with these keys may start from."""
+    def find(self, block_hashes: Sequence[bytes]) -> PrefixHit:
+        """Returns the longest prefix that a prompt with these block hashes may start from."""
         path: list[Node] = []
-        for key in keys:
-            if key not in self._nodes:
+        for block_hash in block_hashes:
+            if block_hash not in self._nodes:
                 break
-            path.append(self._nodes[key])
-        blocks = next((n for n in range(len(path), 0, -1) if path[n - 1].snapshot is not None), 0)
-        if not blocks:
-            return Hit(None, 0, (), len(path))
-        self._recent.move_to_end(path[blocks - 1])
-        return Hit(path[blocks - 1], blocks, tuple(node.page for node in path[:blocks]), len(path))
+            path.append(self._nodes[block_hash])
+        num_blocks = next((n for n in range(len(path), 0, -1) if path[n - 1].snapshot_slot is not None), 0)
+        if not num_blocks:
+            return PrefixHit(None, 0, (), len(path))
+        self._snapshots.move_to_end(path[num_blocks - 1])
+        return PrefixHit(path[num_blocks - 1], num_blocks, tuple(node.page for node in path[:num_blocks]), len(path))
 
-    def add(self, keys: Sequence[bytes], pages: Sequence[int]) -> Node | None:
-        """Makes room for the snapshot after these pages.
+    def add(self, block_hashes: Sequence[bytes], pages: Sequence[int]) -> Node | None:
+        """Reserves a slot for the snapshot after these pages.
 
         Returns:
-          Its node, pinned; None if it is there already, or every other is pinned. Whoever asked unpins it once the program that
-          writes it has been sent: until then its slot must not be given to another.
+          Its node, pinned. None if the snapshot exists already, or every other snapshot is pinned. The caller
+          unpins the node
+          once the program that writes the snapshot has been sent: until then the slot must not be reused.
         """
-        known = self._nodes.get(keys[-1])
-        if known is not None and known.snapshot is not None:
-            self._recent.move_to_end(known)
+        known = self._nodes.get(block_hashes[-1])
+        if known is not None and known.snapshot_slot is not None:
+            self._snapshots.move_to_end(known)
             return None
-        if not self._slots.free and not self._evict(lambda node: True):
+        if not self._slots.num_free and not self._evict(lambda node: True):
             return None
         node = None
-        for key, page in zip(keys, pages, strict=True):
-            node = self._nodes.get(key) or self._grow(key, node, page)
-        node.snapshot = self._slots.take()
+        for block_hash, page in zip(block_hashes, pages, strict=True):
+            node = self._nodes.get(block_hash) or self._add_node(block_hash, node, page)
+        node.snapshot_slot = self._slots.allocate()
         node.pins += 1
-        self._recent[node] = None
+        self._snapshots[node] = None
         return node
 
-    def reclaim(self, pages: int) -> bool:
-        """Evicts until so many pages are free. False if that cannot be."""
-        while self._pages.free < pages:
-            if not self._evict(lambda node: not node.children and self._pages.holders(node.page) == 1):
+    def evict_until_free(self, num_pages: int) -> bool:
+        """Evicts snapshots until this number of pages is free; returns False if that is impossible."""
+        while self._pages.num_free < num_pages:
+            if not self._evict(lambda node: not node.num_children and self._pages.ref_count(node.page) == 1):
                 return False
         return True
 
     def clear(self) -> None:
-        """Forgets everything, telling nobody."""
-        for node in self._recent:
-            self._slots.give_back(node.snapshot)
-        self._pages.give_back(node.page for node in self._nodes.values())
+        """Drops everything without calling `on_evict`."""
+        for node in self._snapshots:
+            self._slots.free(node.snapshot_slot)
+        self._pages.free(node.page for node in self._nodes.values())
         self._nodes.clear()
-        self._recent.clear()
+        self._snapshots.clear()
 
-    def _grow(self, key: bytes, parent: Node | None, page: int) -> Node:
-        self._pages.share([page])
+    def _add_node(self, block_hash: bytes, parent: Node | None, page: int) -> Node:
+        self._pages.incref([page])
         if parent is not None:
-            parent.children += 1
-        self._nodes[key] = node = Node(key, parent, page)
+            parent.num_children += 1
+        self._nodes[block_hash] = node = Node(block_hash, parent, page)
         return node
 
-    def _evict(self, fits: Callable[[Node], bool]) -> bool:
-        """The least recently used snapshot that fits and that nobody is about to read."""
-        victim = next((node for node in self._recent if not node.pins and fits(node)), None)
+    def _evict(self, evictable: Callable[[Node], bool]) -> bool:
+        """Evicts the least recently used snapshot that is evictable and not pinned; returns False if there is
+        none.
+        """
+        victim = next((node for node in self._snapshots if not node.pins and evictable(node)), None)
         if victim is None:
             return False
-        if self._leaving is not None:
-            self._leaving(victim)
-        del self._recent[victim]
-        self._slots.give_back(victim.snapshot)
-        victim.snapshot = None
+        if self._on_evict is not None:
+            self._on_evict(victim)
+        del self._snapshots[victim]
+        self._slots.free(victim.snapshot_slot)
+        victim.snapshot_slot = None
         self._prune(victim)
         return True
 
     def _prune(self, node: Node | None) -> None:
-        """Cuts the pages off that lead to no snapshot any more."""
-        while node is not None and not node.children and node.snapshot is None:
-            del self._nodes[node.key]
-            self._pages.give_back([node.page])
+        """Removes the node and its ancestors as long as they lead to no snapshot."""
+        while node is not None and not node.num_children and node.snapshot_slot is None:
+            del self._nodes[node.block_hash]
+            self._pages.free([node.page])
             if node.parent is not None:
-                node.parent.children -= 1
+                node.parent.num_children -= 1
             node = node.parent

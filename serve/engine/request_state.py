@@ -1,4 +1,4 @@
-"""One request in the engine: its prompt, what of its pictures is encoded, its answer so far."""
+"""A running request in the engine: its prompt, its encoder cache entries, and its output so far."""
 
 import math
 from collections.abc import Iterator
@@ -9,94 +9,102 @@ from minicpmv46_jax.generation.decoding import sampling_mode
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.library import Delta
-from serve.engine.encoder_cache import EncoderCache, Entry
+from serve.engine.encoder_cache import EncoderCache, EncoderCacheEntry
 from serve.engine.engine_client import RequestHandle
 from serve.engine.request import EngineRequest, MultimodalItem
 from serve.engine.scheduler import Request
 
 
-class RequestState:
-    """The engine thread's record of a job.
+class RequestState(Request):
+    """The engine thread's record of a request; the scheduler works on the part that it inherits.
 
-    Under a constraint `mask` says which token may come next; it is None while it is being made, see `serve.engine.grammar_masks`.
+    `mask` is the grammar mask of the next token, or None while `serve.engine.grammar_masks` computes it.
 
     Args:
-      job: whose answer it is.
-      work: what is asked.
-      longest: tokens that prompt and answer may have.
-      detokenizer: tokens to text.
+      handle: where the output goes.
+      request: the prompt and the options.
+      max_model_len: tokens that prompt and output may have.
+      detokenizer: turns tokens into text.
     """
 
-    def __init__(self, job: RequestHandle, work: EngineRequest, longest: int, detokenizer: Detokenizer):
-        self.job, self.work, self.mode = job, work, sampling_mode(work.options)
-        prompt, new = len(work.ids), work.options.max_new_tokens
-        most = longest if new is None else min(prompt + new, longest)
-        self.request = Request(prompt, most, work.keys, arrived=job.reserved_at)
-        self.request.constrained = work.options.constraint is not None
-        self.mask = work.mask
-        self.told_at: float | None = None  # when the client was last given a token
-        self._stream = detokenizer.stream(work.options.stop)
-        self._stops = frozenset(work.options.stop_token_ids)
-        self._tokens: list[int] = []
-        self._pinned: dict[MultimodalItem, Entry] = {}
+    def __init__(self, handle: RequestHandle, request: EngineRequest, max_model_len: int, detokenizer: Detokenizer):
+        num_prompt_tokens, new = len(request.token_ids), request.options.max_new_tokens
+        super().__init__(
+            num_prompt_tokens,
+            max_model_len if new is None else min(num_prompt_tokens + new, max_model_len),
+            request.block_hashes,
+            arrival_time=handle.reserved_at,
+            uses_grammar=request.options.constraint is not None,
+        )
+        self.handle, self.request, self.mode = handle, request, sampling_mode(request.options)
+        self.mask = request.mask
+        self.last_token_time: float | None = None
+        self._text_stream = detokenizer.stream(request.options.stop)
+        self._stop_token_ids = frozenset(request.options.stop_token_ids)
+        self._output_ids: list[int] = []
+        self._pinned: dict[MultimodalItem, EncoderCacheEntry] = {}
 
     @property
-    def newest(self) -> int:
-        """The last token it has been given."""
-        return self._tokens[-1]
+    def last_token_id(self) -> int:
+        """The newest output token."""
+        return self._output_ids[-1]
 
-    def ids(self, start: int, end: int) -> np.ndarray:
-        """Tokens of prompt and answer, int32."""
-        prompt = self.work.ids[start:end]
-        if end <= len(self.work.ids):
+    def token_ids(self, start: int, end: int) -> np.ndarray:
+        """Returns tokens `start` to `end` of prompt and output, int32."""
+        prompt = self.request.token_ids[start:end]
+        if end <= self.num_prompt_tokens:
             return prompt
-        behind = len(self.work.ids)
-        return np.concatenate([prompt, np.array(self._tokens[max(start - behind, 0) : end - behind], np.int32)])
+        output = self._output_ids[max(start - self.num_prompt_tokens, 0) : end - self.num_prompt_tokens]
+        return np.concatenate([prompt, np.array(output, np.int32)])
 
-    def feature_rows(self, start: int, end: int) -> np.ndarray:
-        """For each of these tokens the row of the bank that replaces it, or -1; int32."""
+    def encoder_rows(self, start: int, end: int) -> np.ndarray:
+        """Returns, for tokens `start` to `end`, the row of the encoder cache that replaces each, or -1;
+        int32.
+        """
         rows = np.full(end - start, -1, np.int32)
-        for picture, entry in self._pinned.items():
-            first, last = max(picture.start, start), min(picture.end, end)
+        for item, entry in self._pinned.items():
+            first, last = max(item.start, start), min(item.end, end)
             if first < last:
-                rows[first - start : last - start] = entry.rows[first - picture.start : last - picture.start]
+                rows[first - start : last - start] = entry.rows[first - item.start : last - item.start]
         return rows
 
-    def missing(self) -> Iterator[MultimodalItem]:
-        """The pictures that are still to be read and whose features are not there."""
-        for picture in self.work.pictures:
-            if picture.end > self.request.read and picture not in self._pinned:
-                yield picture
+    def missing_items(self) -> Iterator[MultimodalItem]:
+        """Yields the items that are not prefilled yet and have no encoder cache entry."""
+        for item in self.request.mm_items:
+            if item.end > self.num_computed_tokens and item not in self._pinned:
+                yield item
 
-    def pin(self, picture: MultimodalItem, entry: Entry) -> None:
-        """Its features are, or will be, there."""
-        self._pinned[picture] = entry
+    def pin(self, item: MultimodalItem, entry: EncoderCacheEntry) -> None:
+        """Records the encoder cache entry of an item, already pinned."""
+        self._pinned[item] = entry
 
-    def set_readable(self) -> None:
-        """The request may be read up to the first picture that is missing, and not to its end as long as a mask is."""
-        end = self.request.total - 1 if self.request.constrained and self.mask is None else math.inf
-        self.request.readable = next((picture.start for picture in self.missing()), end)
+    def unpin(self, cache: EncoderCache, *, everything: bool) -> None:
+        """Unpins the items that are prefilled, or all of them."""
+        for item in [p for p in self._pinned if everything or p.end <= self.num_computed_tokens]:
+            cache.unpin(self._pinned.pop(item))
 
-    def unpin(self, features: EncoderCache, *, everything: bool) -> None:
-        """Lets go of the pictures that have been read, or of all."""
-        for picture in [p for p in self._pinned if everything or p.end <= self.request.read]:
-            features.unpin(self._pinned.pop(picture))
+    def update_ready_tokens(self) -> None:
+        """Allows prefill up to the first missing item, and up to the last token only if the grammar mask is
+        there.
+        """
+        end = self.num_tokens - 1 if self.uses_grammar and self.mask is None else math.inf
+        self.num_ready_tokens = next((item.start for item in self.missing_items()), end)
 
-    def take(self, tokens: list[Token]) -> Delta:
-        """What these tokens, which the device sampled, add to the answer; what lies behind its end is left out."""
+    def add_tokens(self, tokens: list[Token]) -> Delta:
+        """Appends sampled tokens to the output and returns the change; tokens after the end are dropped."""
         text, kept = [], []
         for token in tokens:
-            if token.id in self._stops:
-                return self._end(text, kept, "stop")
+            if token.id in self._stop_token_ids:
+                return self._last_delta(text, kept, "stop")
             kept.append(token)
-            self._tokens.append(token.id)
-            self.request.known += 1
-            text.append(self._stream.push(token.id))
-            if self._stream.stopped:
-                return self._end(text, kept, "stop")
-            if self.request.total == self.request.most:
-                return self._end(text, kept, "length")
+            self._output_ids.append(token.id)
+            self.num_output_tokens += 1
+            text.append(self._text_stream.push(token.id))
+            if self._text_stream.stopped:
+                return self._last_delta(text, kept, "stop")
+            if self.num_tokens == self.max_total_tokens:
+                return self._last_delta(text, kept, "length")
         return Delta("".join(text), tuple(kept))
 
-    def _end(self, text: list[str], kept: list[Token], reason: str) -> Delta:
-        return Delta("".join([*text, self._stream.finish()]), tuple(kept), reason)
+    def _last_delta(self, text: list[str], kept: list[Token], reason: str) -> Delta:
+        return Delta("".join([*text, self._text_stream.finish()]), tuple(kept), reason)

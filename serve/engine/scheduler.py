@@ -1,14 +1,16 @@
-"""What the next step does: which prompts are read, which answers go on, who waits. No jax, no tensors, no clock.
+"""Schedules steps: chooses the prompts to prefill and the requests that decode or wait. Imports no jax.
 
-A request waits, is read, is decoded, and ends. To be read it needs a slot and pages for its whole prompt; while it is decoded it
-takes a page more every 64 tokens. When pages run out, first the prefix cache gives up what nobody uses, then the request that
-came last is put back: it is read again later, its answer so far included, and goes on where it was.
+A request waits, is prefilled, decodes, and finishes. Prefill needs a slot and pages for the whole prompt;
+decode takes one more page every 64 tokens. When pages run out, the prefix cache evicts unused prefixes first.
+Then the lowest-ranked request is preempted: it waits, and later prefills its prompt and its output so far
+again.
 
-Nobody starves: requests are ranked once, by arrival; a unit of priority is worth PATIENCE_S seconds of it. The first in rank is
-never put back, and every request fits into the pages alone, so the first ends, and then there is another first.
+Requests are ranked once, by arrival time; a unit of priority counts as PRIORITY_S seconds. The highest-ranked
+request is never preempted and always fits into the pages alone, so every request finishes.
 
-The scheduler plans ahead of the device: it counts a step's tokens when it plans it. That an answer has ended earlier is told by
-`end`, one step late; nothing is lost but the rows of that step.
+The scheduler runs ahead of the device: it counts a step's tokens when it schedules the step. `finish`
+therefore comes one step after the request's last token was sampled, and the request's row of that step is
+unused.
 """
 
 import bisect
@@ -17,345 +19,394 @@ import enum
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from serve.engine.host_prefix_cache import Copy, HostPrefixCache
-from serve.engine.page_pool import PAGE, PagePool, SlotPool, pages_of
-from serve.engine.prefix_cache import NOTHING, Hit, Node, PrefixCache
+from serve.engine.host_prefix_cache import HostPrefix, HostPrefixCache
+from serve.engine.page_pool import PAGE, PagePool, SlotPool, num_pages
+from serve.engine.prefix_cache import NO_HIT, Node, PrefixCache, PrefixHit
 
-PATIENCE_S = 10.0  # of arrival that a unit of priority is worth
+PRIORITY_S = 10.0  # of arrival time per unit of priority
 
 
 class Stage(enum.Enum):
-    """Where a request is."""
+    """Stages of a request."""
 
     WAITING = "waiting"
-    READING = "reading"
-    DECODING = "decoding"
-    ENDED = "ended"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A request as the scheduler knows it.
+    """The scheduler's record of a request.
 
     Attributes:
-      prompt: tokens of its prompt.
-      most: tokens that prompt and answer may have together.
-      keys: of the prompt's whole pages, for the prefix cache.
+      num_prompt_tokens: tokens of the prompt.
+      max_total_tokens: tokens that prompt and output may have together.
+      block_hashes: of the prompt's whole pages, for the prefix cache.
       priority: higher goes first.
-      arrived, deadline: on the caller's clock; one that has not begun by its deadline expires.
-      readable: tokens that may be read now; the caller raises it as pictures become ready.
-      known: tokens of its answer that the caller has; the caller counts them.
-      constrained: its caller chooses each token: it is held after every step, until `go_on`.
+      arrival_time, deadline: on the caller's clock; a request that has not started by its deadline expires.
+      num_ready_tokens: tokens that may be prefilled now; the caller raises it as images are encoded.
+      num_output_tokens: output tokens that the caller has received; counted by the caller.
+      uses_grammar: the row awaits a grammar mask after every step, until `resume`.
     """
 
-    prompt: int
-    most: int
-    keys: Sequence[bytes] = ()
+    num_prompt_tokens: int
+    max_total_tokens: int
+    block_hashes: Sequence[bytes] = ()
     priority: int = 0
-    arrived: float = 0.0
+    arrival_time: float = 0.0
     deadline: float = math.inf
-    readable: float = math.inf
-    known: int = 0
-    constrained: bool = False
+    num_ready_tokens: float = math.inf
+    num_output_tokens: int = 0
+    uses_grammar: bool = False
 
-    # The scheduler's own.
+    # Set by the scheduler.
     stage: Stage = Stage.WAITING
     rank: tuple[float, int] = (0.0, 0)
-    begun: bool = False
+    started: bool = False
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
-    read: int = 0
-    hit: Hit = NOTHING
-    boundaries: tuple[int, ...] = ()  # tokens after which to keep a snapshot
+    num_computed_tokens: int = 0
+    prefix_hit: PrefixHit = NO_HIT
+    snapshot_ends: tuple[int, ...] = ()  # numbers of tokens after which to take a snapshot
 
     @property
-    def total(self) -> int:
-        """Tokens to read before it can be decoded: the prompt, and after an interruption the answer so far."""
-        return self.prompt + self.known
+    def num_tokens(self) -> int:
+        """Tokens to prefill before decode: the prompt, and after a preemption the output so far."""
+        return self.num_prompt_tokens + self.num_output_tokens
+
+
+R = TypeVar("R", bound=Request)
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens `start` to `start + count` of a request, to be read. Its memory begins as that of slot `source` (-1: empty).
+class PrefillChunk(Generic[R]):
+    """Tokens `start` to `start + num_tokens` of a request, to be prefilled.
 
-    `snapshots`: (chunks, slot): its memory after so many chunks of 64 of this piece goes to that slot too. `last`: its answer
-    starts with this piece.
+    Attributes:
+      request, start, num_tokens: the chunk.
+      source_slot: slot of the state it starts from; -1 for an empty state.
+      snapshots: (n, slot): the state after n pages of this chunk is also written to that slot.
+      is_last: the chunk completes the prefill.
     """
 
-    request: Request
+    request: R
     start: int
-    count: int
-    source: int
+    num_tokens: int
+    source_slot: int
     snapshots: tuple[tuple[int, int], ...]
-    last: bool
+    is_last: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class SchedulerOutput:
-    """A step. `rows` get `steps` tokens each, after row i was given page `grown[i, 1]` (-1: none) at place `grown[i, 0]`.
+class SchedulerOutput(Generic[R]):
+    """A step.
 
-    Rows that are `held` get theirs later, from the caller, who then has them `go_on`.
+    Attributes:
+      prefill_chunks: chunks to prefill, in one call.
+      rows: requests that decode `num_steps` tokens each, after the prefill.
+      slots: int32 [rows].
+      new_pages: int32 [rows, 2]: (index in the block table, page) that a row is given first; page -1 for
+        none.
+      awaiting_mask: bool [rows]: the row's logits are held until the caller samples them and calls `resume`.
+      num_steps: decode steps.
+      preempted: requests that were preempted for this step.
     """
 
-    pieces: list[PrefillChunk]
-    rows: list[Request]
+    prefill_chunks: list[PrefillChunk[R]]
+    rows: list[R]
     slots: np.ndarray
-    grown: np.ndarray
-    held: np.ndarray
-    steps: int
-    preempted: list[Request]
+    new_pages: np.ndarray
+    awaiting_mask: np.ndarray
+    num_steps: int
+    preempted: list[R]
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to run."""
-        return not self.pieces and not self.rows
+    def is_empty(self) -> bool:
+        """True if the step runs nothing."""
+        return not self.prefill_chunks and not self.rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Restore:
-    """To be put back before anything is read: the copy's memory into `slot`, its pages from `first` on into `pages`."""
+    """A prefix to copy back to the device before the next prefill.
 
-    copy: Copy
-    slot: int
-    first: int
+    Attributes:
+      prefix: the copy in host memory.
+      snapshot_slot: where its state goes.
+      first_page: number of the first page to copy; the device has those before it.
+      pages: where its pages go.
+    """
+
+    prefix: HostPrefix
+    snapshot_slot: int
+    first_page: int
     pages: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """Of a step: tokens and prompts read, and tokens decoded at once where nobody waits for less (`steps`)."""
+class StepLimits:
+    """Limits of a step: prefilled tokens and prompts, and decode steps while no request waits for a shorter
+    dispatch.
+    """
 
-    tokens: int
-    prompts: int
-    steps: int
+    max_tokens: int
+    max_prompts: int
+    max_decode_steps: int
 
 
-class Scheduler:
-    """All requests of an engine. Not for several threads at once."""
+class Scheduler(Generic[R]):
+    """All requests of an engine. Not thread-safe."""
 
     def __init__(
         self,
-        limits: Limits,
+        limits: StepLimits,
         pages: PagePool,
         slots: SlotPool,
-        cache: PrefixCache | None = None,
-        host: HostPrefixCache | None = None,
+        prefix_cache: PrefixCache | None = None,
+        host_cache: HostPrefixCache | None = None,
     ):
-        assert limits.tokens % PAGE == 0 and limits.steps <= PAGE
-        self.limits, self.pages, self.slots, self.cache, self.host = limits, pages, slots, cache, host
-        self.waiting: list[Request] = []
-        self.reading: list[Request] = []
-        self.restores: list[Restore] = []  # the caller does and clears them between `admit` and `plan`
+        assert limits.max_tokens % PAGE == 0 and limits.max_decode_steps <= PAGE
+        self.limits, self.pages, self.slots = limits, pages, slots
+        self.prefix_cache, self.host_cache = prefix_cache, host_cache
+        self.waiting: list[R] = []
+        self.prefilling: list[R] = []
+        self.restores: list[Restore] = []  # run and cleared by the caller between `admit` and `schedule`
         self.preemptions = self.cached_tokens = self.restored_tokens = self.prompt_tokens = 0
-        self._fresh: list[Node] = []  # whose snapshots the newest plan makes
-        self._started = False  # whether answers begin with the newest plan
-        self._count = itertools.count()
-        self._at: list[Request | None] = [None] * slots.count
-        self._decoding, self._constrained, self._held = np.zeros((3, slots.count), bool)
-        self._length, self._most, self._paged = np.zeros((3, slots.count), np.int64)  # tokens in the state, most - 1, pages
+        self._new_snapshots: list[Node] = []  # written by the newest step
+        self._samples_first_tokens = False  # the newest step completes a prefill
+        self._arrivals = itertools.count()
+        self._by_slot: list[R | None] = [None] * slots.count
+        self._decoding, self._uses_grammar, self._awaiting_mask = np.zeros((3, slots.count), bool)
+        # Tokens in the state, their largest number (max_total_tokens - 1), and pages, of each decoding slot.
+        self._num_tokens, self._max_tokens, self._num_pages = np.zeros((3, slots.count), np.int64)
 
     @property
-    def running(self) -> int:
-        """Requests being decoded."""
+    def num_decoding(self) -> int:
+        """Number of decoding requests."""
         return int(self._decoding.sum())
 
-    def add(self, request: Request) -> None:
-        """A new request. It must fit alone."""
-        assert request.prompt < request.most <= self.pages.count * PAGE
-        request.rank = (request.arrived - PATIENCE_S * request.priority, next(self._count))
+    def add(self, request: R) -> None:
+        """Adds a new request, which must fit into the pages alone."""
+        assert request.num_prompt_tokens < request.max_total_tokens <= self.pages.count * PAGE
+        request.rank = (request.arrival_time - PRIORITY_S * request.priority, next(self._arrivals))
         self._wait(request)
 
-    def end(self, request: Request) -> None:
-        """It is over, wherever it was; once or more often."""
+    def finish(self, request: R) -> None:
+        """Finishes a request in any stage and frees its slot and pages; has no effect the second time."""
         if request.stage is Stage.WAITING:
             self.waiting.remove(request)
-        elif request.stage is not Stage.ENDED:
+        elif request.stage is not Stage.FINISHED:
             self._release(request)
-        request.stage = Stage.ENDED
+        request.stage = Stage.FINISHED
 
-    def put_back(self, request: Request) -> None:
-        """It waits again, for its state is lost or its place is needed."""
+    def preempt(self, request: R) -> None:
+        """Frees a request's slot and pages and makes it wait again."""
         self._release(request)
         self._wait(request)
 
-    def go_on(self, request: Request) -> None:
-        """A held request has been given its token."""
-        self._held[request.slot] = False
+    def resume(self, request: R) -> None:
+        """Lets a row that awaited a grammar mask take part in the next step: its token has been sampled."""
+        self._awaiting_mask[request.slot] = False
 
-    def admit(self, now: float) -> list[Request]:
-        """Lets those in that fit, in order of rank; the plan before has been sent. Returns who has waited past its deadline."""
-        for node in self._fresh:
+    def admit(self, now: float) -> list[R]:
+        """Starts waiting requests that fit, by rank; the programs of the step before have been sent.
+
+        Returns:
+          The requests that expired.
+        """
+        for node in self._new_snapshots:
             node.pins -= 1
-        self._fresh.clear()
-        expired = [request for request in self.waiting if request.deadline < now and not request.begun]
+        self._new_snapshots.clear()
+        expired = [request for request in self.waiting if request.deadline < now and not request.started]
         for request in expired:
-            self.end(request)
-        self._admit()
+            self.finish(request)
+        self._admit_waiting()
         return expired
 
-    def plan(self) -> SchedulerOutput:
-        """The next step; what it says is done."""
-        # One step too behind prompts that ended in the plan before: their first tokens are told once this one has been sent.
-        one = self.reading or self._started or self._constrained.any()
-        steps = 1 if one else self.limits.steps
-        grown, preempted = self._grow(steps)
-        slots = self._decodable()
-        self._length[slots] = np.minimum(self._length[slots] + steps, self._most[slots])
-        pages = np.array([grown.get(slot, (0, -1)) for slot in slots.tolist()], np.int32).reshape(-1, 2)
-        rows, held = [self._at[slot] for slot in slots], self._constrained[slots]
-        self._held[slots] = held
-        pieces = self._pieces()
-        self._started = any(piece.last for piece in pieces)
-        return SchedulerOutput(pieces, rows, slots.astype(np.int32), pages, held, steps, preempted)
+    def schedule(self) -> SchedulerOutput[R]:
+        """Returns the next step, which counts as done from then on."""
+        # One decode step while prompts are prefilled, and also in the step after: the engine reads the first
+        # tokens of the prompts only once that step has been sent.
+        single = self.prefilling or self._samples_first_tokens or self._uses_grammar.any()
+        num_steps = 1 if single else self.limits.max_decode_steps
+        grown, preempted = self._allocate_new_pages(num_steps)
+        slots = self._decodable_slots()
+        self._num_tokens[slots] = np.minimum(self._num_tokens[slots] + num_steps, self._max_tokens[slots])
+        new_pages = np.array([grown.get(slot, (0, -1)) for slot in slots.tolist()], np.int32).reshape(-1, 2)
+        rows, awaiting_mask = [self._by_slot[slot] for slot in slots], self._uses_grammar[slots]
+        self._awaiting_mask[slots] = awaiting_mask
+        chunks = self._prefill_chunks()
+        self._samples_first_tokens = any(chunk.is_last for chunk in chunks)
+        return SchedulerOutput(chunks, rows, slots.astype(np.int32), new_pages, awaiting_mask, num_steps, preempted)
 
-    def _admit(self) -> None:
-        """From waiting to being read, in order of rank, as long as slots and pages last."""
-        while self.waiting and self.slots.free:
+    def _admit_waiting(self) -> None:
+        """Moves waiting requests to prefill, by rank, as long as slots and pages last."""
+        while self.waiting and self.slots.num_free:
             request = self.waiting[0]
-            hit = self._find(request)
-            self.pages.share(hit.pages)  # before anything is evicted to make room
-            need = pages_of(request.total) - hit.blocks
-            reserve = self.slots.count - self.slots.free  # a page for each of the others, so that it is not put back at once
-            if not self._available(need + reserve):
-                self._drop(hit)
+            hit = self._find_prefix(request)
+            self.pages.incref(hit.pages)  # before room is made, so that they are not evicted
+            need = num_pages(request.num_tokens) - hit.num_blocks
+            reserve = self.slots.count - self.slots.num_free  # a page for each running request, to avoid an early preemption
+            if not self._make_room(need + reserve):
+                self._drop_hit(hit)
                 return
             self.waiting.pop(0)
-            self._begin(request, hit, [*hit.pages, *self.pages.take(need)])
+            self._start_prefill(request, hit, [*hit.pages, *self.pages.allocate(need)])
 
-    def _find(self, request: Request) -> Hit:
-        if self.cache is None:
-            return NOTHING
-        hit = self.cache.find(request.keys[: (request.total - 1) // PAGE])  # one token must be left to read
+    def _find_prefix(self, request: R) -> PrefixHit:
+        if self.prefix_cache is None:
+            return NO_HIT
+        hit = self.prefix_cache.find(self._reusable_hashes(request))
         if hit.node is not None:
             hit.node.pins += 1
         return hit
 
-    def _drop(self, hit: Hit) -> None:
-        self.pages.give_back(hit.pages)
+    def _reusable_hashes(self, request: R) -> Sequence[bytes]:
+        return request.block_hashes[: (request.num_tokens - 1) // PAGE]  # one token at least must be prefilled
+
+    def _drop_hit(self, hit: PrefixHit) -> None:
+        self.pages.free(hit.pages)
         if hit.node is not None:
             hit.node.pins -= 1
 
-    def _begin(self, request: Request, hit: Hit, pages: list[int]) -> None:
-        request.stage, request.begun, request.hit, request.pages = Stage.READING, True, hit, pages
-        request.slot = self.slots.take()
-        self._restore(request)
-        request.read = request.hit.blocks * PAGE
-        request.boundaries = self._boundaries(request)
-        self._at[request.slot] = request
-        self.reading.append(request)
-        self.prompt_tokens += request.total
-        self.cached_tokens += request.read
+    def _start_prefill(self, request: R, hit: PrefixHit, pages: list[int]) -> None:
+        request.stage, request.started, request.prefix_hit, request.pages = Stage.PREFILL, True, hit, pages
+        request.slot = self.slots.allocate()
+        self._plan_restore(request)
+        request.num_computed_tokens = request.prefix_hit.num_blocks * PAGE
+        request.snapshot_ends = self._snapshot_ends(request)
+        self._by_slot[request.slot] = request
+        self.prefilling.append(request)
+        self.prompt_tokens += request.num_tokens
+        self.cached_tokens += request.num_computed_tokens
 
-    def _restore(self, request: Request) -> None:
-        """Has a longer beginning than the device knows put back from host memory, if there is one."""
-        hit, keys = request.hit, request.keys[: (request.total - 1) // PAGE]
-        blocks = 0 if self.host is None else self.host.longest(keys, hit.blocks)
-        if not blocks:
+    def _plan_restore(self, request: R) -> None:
+        """Adds a restore if host memory has a longer prefix than the device."""
+        hit, hashes = request.prefix_hit, self._reusable_hashes(request)
+        num_blocks = 0 if self.host_cache is None else self.host_cache.longest_match(hashes, hit.num_blocks)
+        if not num_blocks:
             return
-        copy = self.host.get(keys[blocks - 1])  # now: making room below may send another to the host, and this one away
-        node = self.cache.add(keys[:blocks], request.pages[:blocks])
+        prefix = self.host_cache.get(hashes[num_blocks - 1])  # first: `add` may evict a snapshot to the host, and this prefix
+        node = self.prefix_cache.add(hashes[:num_blocks], request.pages[:num_blocks])
         if node is None:
             return
         if hit.node is not None:
             hit.node.pins -= 1
-        request.hit = Hit(node, blocks, (), max(hit.alike, blocks))
-        self.restores.append(Restore(copy, node.snapshot, hit.blocks, request.pages[hit.blocks : blocks]))
-        self.restored_tokens += (blocks - hit.blocks) * PAGE
+        request.prefix_hit = PrefixHit(node, num_blocks, (), max(hit.num_known_blocks, num_blocks))
+        self.restores.append(Restore(prefix, node.snapshot_slot, hit.num_blocks, request.pages[hit.num_blocks : num_blocks]))
+        self.restored_tokens += (num_blocks - hit.num_blocks) * PAGE
 
-    def _boundaries(self, request: Request) -> tuple[int, ...]:
-        """Where its prompt leaves what earlier ones had in common with it, and its last page: the next turn starts there."""
-        if self.cache is None:
+    def _snapshot_ends(self, request: R) -> tuple[int, ...]:
+        """Returns where to take snapshots: where the prompt leaves the known prefix, and after its last whole
+        page.
+
+        The next turn of a conversation starts from the second one.
+        """
+        if self.prefix_cache is None:
             return ()
-        wanted = {request.hit.alike, len(request.keys)}
-        return tuple(sorted(blocks * PAGE for blocks in wanted if blocks > request.hit.blocks))
+        hit = request.prefix_hit
+        ends = {hit.num_known_blocks, len(request.block_hashes)}
+        return tuple(sorted(num_blocks * PAGE for num_blocks in ends if num_blocks > hit.num_blocks))
 
-    def _grow(self, steps: int) -> tuple[dict[int, tuple[int, int]], list[Request]]:
-        """A page for every row that needs one: {slot: (place, page)}, and who was put back for it."""
+    def _allocate_new_pages(self, num_steps: int) -> tuple[dict[int, tuple[int, int]], list[R]]:
+        """Allocates a page for every row that needs one.
+
+        Returns:
+          {slot: (index in the block table, page)}, and the requests preempted to make room.
+        """
         grown, preempted = {}, []
-        slots = self._decodable()
-        after = np.minimum(self._length[slots] + steps, self._most[slots])
-        short = slots[pages_of(after) > self._paged[slots]]
-        for request in sorted((self._at[slot] for slot in short), key=lambda request: request.rank):
-            while request.stage is Stage.DECODING and not self._available(1):
-                victim = max((other for other in self._at if other is not None), key=lambda other: other.rank)
-                self.put_back(victim)
+        slots = self._decodable_slots()
+        after = np.minimum(self._num_tokens[slots] + num_steps, self._max_tokens[slots])
+        short = slots[num_pages(after) > self._num_pages[slots]]
+        for request in sorted((self._by_slot[slot] for slot in short), key=lambda request: request.rank):
+            while request.stage is Stage.DECODE and not self._make_room(1):
+                victim = max((other for other in self._by_slot if other is not None), key=lambda other: other.rank)
+                self.preempt(victim)
                 preempted.append(victim)
-            if request.stage is Stage.DECODING:
-                (page,) = self.pages.take(1)
+            if request.stage is Stage.DECODE:
+                (page,) = self.pages.allocate(1)
                 grown[request.slot] = (len(request.pages), page)
                 request.pages.append(page)
-                self._paged[request.slot] += 1
+                self._num_pages[request.slot] += 1
         self.preemptions += len(preempted)
         return grown, preempted
 
-    def _pieces(self) -> list[PrefillChunk]:
-        """Shares the budget: the first in rank has half of it for sure, the others, shortest first, have what it leaves."""
-        if not self.reading:
+    def _prefill_chunks(self) -> list[PrefillChunk[R]]:
+        """Divides the token budget: half of it is reserved for the highest-ranked request; the shortest
+        others come first.
+        """
+        if not self.prefilling:
             return []
-        first = min(self.reading, key=lambda request: request.rank)
-        others = sorted((r for r in self.reading if r is not first), key=lambda request: request.total - request.read)
-        budget = self.limits.tokens
-        mine = min(self._next_end(first, budget) - first.read, budget // 2 // PAGE * PAGE)
+        first = min(self.prefilling, key=lambda request: request.rank)
+        others = [request for request in self.prefilling if request is not first]
+        others.sort(key=lambda request: request.num_tokens - request.num_computed_tokens)
+        budget = self.limits.max_tokens
+        reserved = min(self._chunk_end(first, budget) - first.num_computed_tokens, budget // 2 // PAGE * PAGE)
         counts = {}
-        for request in others[: self.limits.prompts - 1]:
-            counts[request] = self._next_end(request, budget - mine - sum(counts.values())) - request.read
-        counts[first] = self._next_end(first, budget - sum(counts.values())) - first.read
-        return [self._piece(request, count) for request, count in counts.items() if count]
+        for request in others[: self.limits.max_prompts - 1]:
+            left = budget - reserved - sum(counts.values())
+            counts[request] = self._chunk_end(request, left) - request.num_computed_tokens
+        counts[first] = self._chunk_end(first, budget - sum(counts.values())) - first.num_computed_tokens
+        return [self._prefill_chunk(request, count) for request, count in counts.items() if count]
 
-    def _next_end(self, request: Request, budget: int) -> int:
-        """How far it can be read with so many tokens: to its end, or to the end of a page."""
-        end = min(request.total, request.readable, request.read + budget)
-        return request.total if end == request.total else max(int(end) // PAGE * PAGE, request.read)
+    def _chunk_end(self, request: R, budget: int) -> int:
+        """Returns where a chunk of at most `budget` tokens ends: the end of the prompt, or of a page."""
+        end = min(request.num_tokens, request.num_ready_tokens, request.num_computed_tokens + budget)
+        return request.num_tokens if end == request.num_tokens else max(int(end) // PAGE * PAGE, request.num_computed_tokens)
 
-    def _piece(self, request: Request, count: int) -> PrefillChunk:
-        start, request.read = request.read, request.read + count
-        hit, request.hit = request.hit, request.hit._replace(node=None)
-        source = request.slot if start else -1
+    def _prefill_chunk(self, request: R, count: int) -> PrefillChunk[R]:
+        start, request.num_computed_tokens = request.num_computed_tokens, request.num_computed_tokens + count
+        hit, request.prefix_hit = request.prefix_hit, request.prefix_hit._replace(node=None)
+        source_slot = request.slot if start else -1
         if hit.node is not None:
-            source = hit.node.snapshot
+            source_slot = hit.node.snapshot_slot
             hit.node.pins -= 1
-        last = request.read == request.total
-        if last:
-            self._decode(request)
-        return PrefillChunk(request, start, count, source, self._snapshots(request, start), last)
+        is_last = request.num_computed_tokens == request.num_tokens
+        if is_last:
+            self._start_decode(request)
+        return PrefillChunk(request, start, count, source_slot, self._take_snapshots(request, start), is_last)
 
-    def _snapshots(self, request: Request, start: int) -> tuple[tuple[int, int], ...]:
-        wanted = (end // PAGE for end in request.boundaries if start < end <= request.read)
-        nodes = [(blocks, self.cache.add(request.keys[:blocks], request.pages[:blocks])) for blocks in wanted]
-        made = [(blocks, node) for blocks, node in nodes if node is not None]
-        self._fresh += [node for _, node in made]
-        return tuple((blocks - start // PAGE, node.snapshot) for blocks, node in made)
+    def _take_snapshots(self, request: R, start: int) -> tuple[tuple[int, int], ...]:
+        ends = (end // PAGE for end in request.snapshot_ends if start < end <= request.num_computed_tokens)
+        nodes = [(blocks, self.prefix_cache.add(request.block_hashes[:blocks], request.pages[:blocks])) for blocks in ends]
+        new = [(blocks, node) for blocks, node in nodes if node is not None]
+        self._new_snapshots += [node for _, node in new]
+        return tuple((blocks - start // PAGE, node.snapshot_slot) for blocks, node in new)
 
-    def _decode(self, request: Request) -> None:
-        self.reading.remove(request)
-        request.stage = Stage.DECODING
+    def _start_decode(self, request: R) -> None:
+        self.prefilling.remove(request)
+        request.stage = Stage.DECODE
         slot = request.slot
-        self._decoding[slot], self._constrained[slot] = True, request.constrained
-        self._length[slot], self._most[slot], self._paged[slot] = request.total, request.most - 1, len(request.pages)
+        self._decoding[slot], self._uses_grammar[slot] = True, request.uses_grammar
+        self._num_tokens[slot], self._max_tokens[slot] = request.num_tokens, request.max_total_tokens - 1
+        self._num_pages[slot] = len(request.pages)
 
-    def _decodable(self) -> np.ndarray:
-        """Slots of the rows that may get a token now."""
-        return np.flatnonzero(self._decoding & ~self._held & (self._length < self._most))
+    def _decodable_slots(self) -> np.ndarray:
+        """Returns the slots of rows that may decode now."""
+        return np.flatnonzero(self._decoding & ~self._awaiting_mask & (self._num_tokens < self._max_tokens))
 
-    def _available(self, pages: int) -> bool:
-        return self.pages.free >= pages or (self.cache is not None and self.cache.reclaim(pages))
+    def _make_room(self, pages: int) -> bool:
+        """Evicts prefixes until this number of pages is free; returns False if that is impossible."""
+        return self.pages.num_free >= pages or (self.prefix_cache is not None and self.prefix_cache.evict_until_free(pages))
 
-    def _wait(self, request: Request) -> None:
+    def _wait(self, request: R) -> None:
         request.stage = Stage.WAITING
         bisect.insort(self.waiting, request, key=lambda other: other.rank)
 
-    def _release(self, request: Request) -> None:
-        """Gives back all it holds."""
-        if request.stage is Stage.READING:
-            self.reading.remove(request)
-        if request.hit.node is not None:
-            request.hit.node.pins -= 1
-        self.pages.give_back(request.pages)
-        self.slots.give_back(request.slot)
-        self._at[request.slot] = None
-        for which in (self._decoding, self._constrained, self._held):
-            which[request.slot] = False
-        request.slot, request.pages, request.read, request.hit = -1, [], 0, NOTHING
+    def _release(self, request: R) -> None:
+        """Frees the slot, the pages and the pinned prefix of a request."""
+        if request.stage is Stage.PREFILL:
+            self.prefilling.remove(request)
+        if request.prefix_hit.node is not None:
+            request.prefix_hit.node.pins -= 1
+        self.pages.free(request.pages)
+        self.slots.free(request.slot)
+        self._by_slot[request.slot] = None
+        for flags in (self._decoding, self._uses_grammar, self._awaiting_mask):
+            flags[request.slot] = False
+        request.slot, request.pages, request.num_computed_tokens, request.prefix_hit = -1, [], 0, NO_HIT

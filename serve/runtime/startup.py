@@ -143,14 +143,14 @@ def _make_runner(
     buckets, default = (CPU, MAX_RUNNING_CPU) if cpu else (ACCELERATOR, MAX_RUNNING)
     itemsize = shapes["text"]["embed"]["weight"].dtype.itemsize
     memory -= 0 if cpu else working_bytes(config.vision, buckets)
-    sizes, lines = plan_memory(config.text, itemsize, memory, engine_config, buckets, default)
+    plan, lines = plan_memory(config.text, itemsize, memory, engine_config, buckets, default)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     print(
-        f"room for {sizes.running} running requests, {sizes.pages * PAGE} tokens of context in all, {sizes.longest} in one, "
-        f"{sizes.snapshots} cached prefixes, features of {sizes.features} image tokens",
+        f"room for {plan.max_running} running requests, {plan.num_pages * PAGE} tokens of context in all, "
+        f"{plan.max_model_len} in one, {plan.num_snapshots} cached prefixes, features of {plan.encoder_cache_rows} image tokens",
         file=sys.stderr,
     )
-    return ModelRunner(config, shapes, sizes, store=None if cpu else _program_store(device_config, config, sizes, itemsize))
+    return ModelRunner(config, shapes, plan, store=None if cpu else _program_store(device_config, config, plan, itemsize))
 
 
 def _program_store(device_config: DeviceConfig, *depends: Any) -> ProgramStore:

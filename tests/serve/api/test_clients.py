@@ -15,7 +15,7 @@ from PIL import Image
 from serve.api import Service
 from serve.api.common.prompt import opens_thinking
 from serve.multimodal.media_fetcher import MediaFetcher
-from tests.serve.engine.small_engine import SIZES
+from tests.serve.engine.small_engine import SMALL_PLAN
 from tests.serve.support import NAME, live
 
 FEW = {"max_tokens": 12, "temperature": 0.0}
@@ -219,7 +219,7 @@ def refusals():
         "no user": ([{"role": "assistant", "content": "x"}], "messages", "user"),
         "unknown part": (conversation({"type": "audio"}), "messages[0].content[0]", "'audio'"),
         "placeholder": (conversation(text("<|image_pad|>")), "messages[0].content[0]", "<|image_pad|>"),
-        "too long": ([{"role": "user", "content": "x" * 9000}], "messages", str(SIZES.longest)),
+        "too long": ([{"role": "user", "content": "x" * 9000}], "messages", str(SMALL_PLAN.max_model_len)),
     }
 
 

@@ -11,7 +11,7 @@ from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.processing import Inputs
 from serve.api.openai.completions import CompletionLogprobs
 from serve.cli import bench
-from tests.serve.engine.small_engine import SIZES
+from tests.serve.engine.small_engine import SMALL_PLAN
 from tests.serve.support import NAME, FakeDetokenizer, ask, events, serving
 
 GREEDY = {"model": NAME, "temperature": 0.0, "ignore_eos": True}
@@ -70,8 +70,8 @@ def test_stop_text_ends_the_completion(http, expected):
         ({"prompt": [5, -1]}, 400, "prompt", "prompt is"),
         ({"prompt": ["a", "b"]}, 400, "prompt", "prompt is"),
         ({"prompt": None}, 400, "prompt", "prompt is missing"),
-        ({"prompt": "x" * 3000}, 400, "prompt", f"the context holds {SIZES.longest} tokens"),
-        ({"max_tokens": SIZES.longest}, 400, "prompt", "together"),
+        ({"prompt": "x" * 3000}, 400, "prompt", f"the context holds {SMALL_PLAN.max_model_len} tokens"),
+        ({"max_tokens": SMALL_PLAN.max_model_len}, 400, "prompt", "together"),
         ({"max_tokens": 0}, 400, "max_tokens", "max_tokens is 0"),
         ({"temperature": -1}, 400, "temperature", "temperature is -1"),
         ({"n": 17}, 400, "n", "less than or equal to 16"),

@@ -1,49 +1,49 @@
-"""What the engine's tests share: requests to the small model, and their answers."""
+"""Helpers of the engine's tests: requests to the demo model, and their outputs."""
 
 import asyncio
 import contextlib
 import threading
 
-PATIENCE_S = 300  # two cores may be shared with others
+TIMEOUT_S = 300  # two cores may be shared with other processes
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
 def wait_until(true):
     event = threading.Event()
-    for _ in range(PATIENCE_S * 100):
+    for _ in range(TIMEOUT_S * 100):
         if true():
             return
         event.wait(0.01)
-    raise AssertionError("it did not come")
+    raise AssertionError("the condition did not become true")
 
 
 def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario, PATIENCE_S))
+    return asyncio.run(asyncio.wait_for(scenario, TIMEOUT_S))
 
 
 @contextlib.contextmanager
 def submitted(engine, inputs, options):
-    job = engine.reserve()
+    handle = engine.reserve()
     try:
-        job.submit(inputs, options)
-        yield job
+        handle.submit(inputs, options)
+        yield handle
     finally:
-        job.close()
+        handle.close()
 
 
-async def answer(engine, inputs, options):
-    """Tokens, with what was reported of each, and the reason."""
+async def generate(engine, inputs, options):
+    """Returns tokens with their log probabilities, and the finish reason."""
     tokens, reason = [], None
-    with submitted(engine, inputs, options) as job:
-        async for delta in job.deltas():
+    with submitted(engine, inputs, options) as handle:
+        async for delta in handle.deltas():
             tokens += delta.tokens
             reason = delta.finish_reason
     return tokens, reason
 
 
-async def ask(engine, inputs, options):
-    """Token ids and the reason."""
-    tokens, reason = await answer(engine, inputs, options)
+async def generate_ids(engine, inputs, options):
+    """Returns token ids and the finish reason."""
+    tokens, reason = await generate(engine, inputs, options)
     return [token.id for token in tokens], reason
 
 

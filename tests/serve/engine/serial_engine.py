@@ -1,4 +1,6 @@
-"""An engine over a fake model: one request after the other, in the order of submission. What the HTTP layer's tests talk to."""
+"""An engine over a fake model for the HTTP layer's tests: one request after another, in the order of
+submission.
+"""
 
 import contextlib
 import types
@@ -8,7 +10,7 @@ from serve.engine.engine_client import Cancelled, EngineClient, EngineStopped, n
 
 
 class SerialEngine(EngineClient):
-    """Runs `model.generate(inputs, options)` for one job at a time; `max_waiting` more may wait."""
+    """Runs `model.generate(inputs, options)` for one request at a time; `max_waiting` more may wait."""
 
     def __init__(self, model, max_waiting=16):
         super().__init__(max_waiting + 1)
@@ -21,42 +23,42 @@ class SerialEngine(EngineClient):
     def max_model_len(self):
         return self._model.config.text.max_position_embeddings
 
-    def add_request(self, job, inputs, options):
+    def add_request(self, handle, inputs, options):
         with self.changed:
             if self.stopping:
                 raise EngineStopped
-            self._waiting.append((job, inputs, options))
+            self._waiting.append((handle, inputs, options))
             self.changed.notify_all()
 
-    def abort_request(self, job):
+    def abort_request(self, handle):
         with self.changed:
-            there = [entry for entry in self._waiting if entry[0] is job]
-            for entry in there:
+            found = [entry for entry in self._waiting if entry[0] is handle]
+            for entry in found:
                 self._waiting.remove(entry)
-        if there:
-            self.finish_request(job, Cancelled())
+        if found:
+            self.finish_request(handle, Cancelled())
 
-    def work(self):
+    def run(self):
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self._waiting or self.stopping)
                 if self.stopping:
                     break
-                job, inputs, options = self._waiting.popleft()
-            self.finish_request(job, self._answer(job, inputs, options))
-        for job, *_ in self._waiting:
-            self.finish_request(job, EngineStopped())
+                handle, inputs, options = self._waiting.popleft()
+            self.finish_request(handle, self._generate(handle, inputs, options))
+        for handle, *_ in self._waiting:
+            self.finish_request(handle, EngineStopped())
 
-    def _answer(self, job, inputs, options):
+    def _generate(self, handle, inputs, options):
         try:
             with contextlib.closing(self._model.generate(inputs, options)) as deltas:
                 for delta in deltas:
-                    if job.cancelled or self.stopping:
+                    if handle.cancelled or self.stopping:
                         return EngineStopped() if self.stopping else Cancelled()
                     if delta.finish_reason is not None:
                         return delta
-                    if job.deliver(delta):
-                        notify_readers([job])
+                    if handle.deliver(delta):
+                        notify_readers([handle])
         except Exception as error:
             return error
-        raise AssertionError("the fake model's answer has no end")
+        raise AssertionError("the fake model's output has no end")

@@ -1,4 +1,4 @@
-"""Rows of picture features, and the keys that pictures and prompts are known by."""
+"""Rows of the encoder cache, and the hashes of views and prompts."""
 
 import dataclasses
 
@@ -11,15 +11,15 @@ from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.processing import Inputs
 from serve.engine.encoder_cache import EncoderCache
 from serve.engine.page_pool import PAGE
-from serve.engine.request import mm_hash, prepare
+from serve.engine.request import mm_hash, prepare_request
 from tests.minicpmv46_jax.model.test_packing import view
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=60))
-def test_no_row_has_two_pictures_and_pinned_ones_stay(asked):
-    """Picture i has 2 i + 1 rows of 40."""
+def test_rows_are_never_shared_and_pinned_entries_stay(lookups):
+    """Slice i has 2 i + 1 rows of 40."""
     cache, pinned = EncoderCache(40), []
-    for i, keep in asked:
+    for i, keep in lookups:
         key, rows = bytes([i]), 2 * i + 1
         entry = cache.find(key) or cache.reserve(key, rows)
         if entry is None:
@@ -30,12 +30,12 @@ def test_no_row_has_two_pictures_and_pinned_ones_stay(asked):
             pinned.append(entry)
         else:
             cache.unpin(entry)
-        held = np.concatenate([e.rows for e in cache._entries.values()])
-        assert len(set(held.tolist())) == len(held) == cache.used
+        used = np.concatenate([e.rows for e in cache._entries.values()])
+        assert len(set(used.tolist())) == len(used) == cache.num_used
         assert all(any(e is p for e in cache._entries.values()) for p in pinned)
 
 
-def test_the_least_recently_used_goes_first():
+def test_least_recently_used_entry_is_evicted_first():
     cache = EncoderCache(10)
     for key in (b"a", b"b"):
         cache.unpin(cache.reserve(key, 5))
@@ -45,7 +45,7 @@ def test_the_least_recently_used_goes_first():
     assert (cache.hits, cache.misses) == (2, 3)
 
 
-def test_a_pictures_key_has_all_that_decides_its_features():
+def test_mm_hash_covers_everything_that_determines_the_features():
     one = view(8, 8, value=1)
     others = [view(8, 8, value=2), view(4, 16, value=1), dataclasses.replace(one, downsample_mode="4x")]
     others.append(dataclasses.replace(one, table=one.table * 2))
@@ -53,33 +53,33 @@ def test_a_pictures_key_has_all_that_decides_its_features():
     assert mm_hash(dataclasses.replace(one, start=77)) == mm_hash(one)
 
 
-def keys(ids, views=()):
-    return prepare(Inputs(np.array(ids, np.int32), tuple(views)), OPTIONS, 70).keys
+def block_hashes(ids, views=()):
+    return prepare_request(Inputs(np.array(ids, np.int32), tuple(views)), OPTIONS, 70).block_hashes
 
 
 OPTIONS = generation_options(GenerationConfig(), seed=0)
 
 
-def test_a_prompts_keys_stand_for_all_before_them():
+def test_block_hashes_cover_all_tokens_before():
     base = list(range(200))
-    assert len(keys(base)) == 3
-    assert keys(base)[:2] == keys([*base[:128], *base[:72]])[:2]
+    assert len(block_hashes(base)) == 3
+    assert block_hashes(base)[:2] == block_hashes([*base[:128], *base[:72]])[:2]
     changed = [99, *base[1:]]
-    assert not set(keys(changed)) & set(keys(base))
+    assert not set(block_hashes(changed)) & set(block_hashes(base))
 
 
-def test_a_prompts_keys_have_its_pictures_in_their_places():
-    ids, picture = [7] * 200, view(8, 8, value=1)
-    at = dataclasses.replace(picture, start=70)
+def test_block_hashes_cover_images_and_their_positions():
+    ids, image = [7] * 200, view(8, 8, value=1)
+    at = dataclasses.replace(image, start=70)
     other = dataclasses.replace(view(8, 8, value=2), start=70)
-    shifted = dataclasses.replace(picture, start=71)
-    found = [keys(ids, [v]) for v in (at, other, shifted)] + [keys(ids)]
-    assert len({k[0] for k in found}) == 1  # the first page ends before it
+    shifted = dataclasses.replace(image, start=71)
+    found = [block_hashes(ids, [v]) for v in (at, other, shifted)] + [block_hashes(ids)]
+    assert len({k[0] for k in found}) == 1  # the first page ends before the image
     assert len({k[1] for k in found}) == len({k[2] for k in found}) == 4
     assert 70 // PAGE == 1
 
 
-def test_a_seed_is_drawn_once():
+def test_seed_is_drawn_once():
     inputs = Inputs(np.arange(3, dtype=np.int32), ())
-    drawn = {prepare(inputs, dataclasses.replace(OPTIONS, seed=None), 70).seed for _ in range(4)}
-    assert len(drawn) == 4 and prepare(inputs, OPTIONS, 70).seed == 0
+    drawn = {prepare_request(inputs, dataclasses.replace(OPTIONS, seed=None), 70).seed for _ in range(4)}
+    assert len(drawn) == 4 and prepare_request(inputs, OPTIONS, 70).seed == 0

@@ -1,4 +1,4 @@
-"""What fits into a device's memory: nothing is given twice, wishes are cut in words."""
+"""Planning a device's memory: the plan fits, and reduced settings are reported."""
 
 import re
 
@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 
 from minicpmv46_jax.config import ModelConfig
 from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, EngineConfig, page_bytes, plan_memory, sampling_bytes, slot_bytes
-from serve.engine.page_pool import PAGE, pages_of
+from serve.engine.page_pool import PAGE, num_pages
 from tests.released import released_config
 
 TEXT = ModelConfig.from_dict(released_config()).text
 
 
-def used(sizes, itemsize=2):
-    slots = (sizes.running + sizes.snapshots) * slot_bytes(TEXT, itemsize) + sizes.running * sampling_bytes(TEXT)
-    return slots + sizes.pages * page_bytes(TEXT, itemsize) + sizes.features * TEXT.hidden_size * itemsize
+def used_bytes(plan, itemsize=2):
+    slots = (plan.max_running + plan.num_snapshots) * slot_bytes(TEXT, itemsize) + plan.max_running * sampling_bytes(TEXT)
+    return slots + plan.num_pages * page_bytes(TEXT, itemsize) + plan.encoder_cache_rows * TEXT.hidden_size * itemsize
 
 
-def test_the_released_models_state_is_what_the_design_says():
+def test_released_models_page_and_slot_bytes():
     assert page_bytes(TEXT, 2) == PAGE * 12 * 2**10
     assert slot_bytes(TEXT, 2) == 18 * 2**20 + 18 * 3 * 6144 * 2
 
@@ -27,28 +27,28 @@ def test_the_released_models_state_is_what_the_design_says():
 @given(
     gib=st.floats(3, 140),
     running=st.none() | st.integers(1, 2000),
-    longest=st.none() | st.integers(2, 300_000),
+    length=st.none() | st.integers(2, 300_000),
     cache=st.booleans(),
 )
-def test_nothing_is_given_twice_and_the_longest_conversation_fits(gib, running, longest, cache):
+def test_plan_fits_into_memory_and_holds_the_longest_request(gib, running, length, cache):
     memory = int(gib * GIB)
-    sizes, _ = plan_memory(TEXT, 2, memory, EngineConfig(running, longest, cache), ACCELERATOR, 128)
-    assert used(sizes) <= memory
-    assert pages_of(sizes.longest) <= sizes.pages
-    assert sizes.longest <= min(longest or TEXT.max_position_embeddings, TEXT.max_position_embeddings)
-    assert 1 <= sizes.running <= (running or 128)
-    assert (sizes.snapshots > 0) <= cache
-    assert sizes.rows == tuple(sorted(set(sizes.rows))) and sizes.rows[-1] == sizes.running
+    plan, _ = plan_memory(TEXT, 2, memory, EngineConfig(running, length, cache), ACCELERATOR, 128)
+    assert used_bytes(plan) <= memory
+    assert num_pages(plan.max_model_len) <= plan.num_pages
+    assert plan.max_model_len <= min(length or TEXT.max_position_embeddings, TEXT.max_position_embeddings)
+    assert 1 <= plan.max_running <= (running or 128)
+    assert (plan.num_snapshots > 0) <= cache
+    assert plan.decode_rows == tuple(sorted(set(plan.decode_rows))) and plan.decode_rows[-1] == plan.max_running
 
 
-def test_an_h200_has_room_for_everything():
-    sizes, lines = plan_memory(TEXT, 2, 110 * GIB, EngineConfig(), ACCELERATOR, 128)
-    assert (sizes.running, sizes.longest, lines) == (128, TEXT.max_position_embeddings, [])
-    assert sizes.pages * PAGE > 4 * TEXT.max_position_embeddings and sizes.snapshots > 1000
+def test_h200_memory_holds_the_defaults():
+    plan, lines = plan_memory(TEXT, 2, 110 * GIB, EngineConfig(), ACCELERATOR, 128)
+    assert (plan.max_running, plan.max_model_len, lines) == (128, TEXT.max_position_embeddings, [])
+    assert plan.num_pages * PAGE > 4 * TEXT.max_position_embeddings and plan.num_snapshots > 1000
 
 
 @pytest.mark.parametrize(
-    ("wishes", "line"),
+    ("config", "line"),
     [
         (EngineConfig(max_running=5000), r"--max-running is 5000, and \d+ fit into the memory: running \d+"),
         (
@@ -58,11 +58,11 @@ def test_an_h200_has_room_for_everything():
         (EngineConfig(), r"262144 tokens need 4096 pages, and \d+ fit: serving \d+ tokens at most"),
     ],
 )
-def test_a_wish_that_is_cut_gets_a_line(wishes, line):
-    _, lines = plan_memory(TEXT, 2, 3 * GIB, wishes, ACCELERATOR, 16)
-    assert any(re.fullmatch(line, said) for said in lines), lines
+def test_reduced_settings_are_reported(config, line):
+    _, lines = plan_memory(TEXT, 2, 3 * GIB, config, ACCELERATOR, 16)
+    assert any(re.fullmatch(line, reported) for reported in lines), lines
 
 
-def test_too_little_memory_is_said():
+def test_too_little_memory_is_an_error():
     with pytest.raises(ValueError, match=r"0\.01 GiB are left for the state of conversations"):
         plan_memory(TEXT, 2, GIB // 100, EngineConfig(), CPU, 16)

@@ -1,4 +1,6 @@
-"""Constrained and biased answers in the engine's batch: each is the one its request has alone; nobody waits for their masks."""
+"""Structured output and logit biases in the engine's batch: outputs equal those of single requests; masks
+delay no other row.
+"""
 
 import asyncio
 import dataclasses
@@ -7,9 +9,9 @@ import threading
 import numpy as np
 import pytest
 
-from serve.engine import grammar_masks as masks
+from serve.engine import grammar_masks
 from serve.structured_output.grammar import GrammarCompiler, GrammarSpec
-from tests.serve.engine.engine_client import answer, request, run, submitted, text, wait_until
+from tests.serve.engine.engine_client import generate, request, run, submitted, text, wait_until
 from tests.serve.engine.small_engine import BUCKETS
 
 SCHEMA = {
@@ -26,7 +28,7 @@ DRAWN = {"temperature": 1.0, "top_p": 0.95}
 
 @pytest.fixture(scope="module")
 def compile(demo):
-    """A constraint of the small model's."""
+    """Returns a function that compiles a constraint for the demo model."""
     tokenize = lambda words: demo.processor.tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
     stops = demo.generation_config.stop_token_ids
     compiler = GrammarCompiler(demo.detokenizer, tokenize, demo.config.text.vocab_size, stops)
@@ -35,7 +37,7 @@ def compile(demo):
 
 @pytest.fixture(scope="module")
 def steered(demo, make, photos):
-    """Forms, thoughts before one, penalties, log probabilities, seeds, a picture, biases."""
+    """Grammars, a thought before one, penalties, log probabilities, seeds, an image, biases."""
 
     def form(words, constraint, *parts, **options):
         fields = {"ignore_eos": False, "max_new_tokens": 40, "constraint": constraint, **options}
@@ -57,7 +59,7 @@ def steered(demo, make, photos):
 
 @pytest.fixture(scope="module")
 def free(demo):
-    """Requests as all others."""
+    """Requests without structured output."""
     return [
         request(demo, text("Why is the sky blue? " * 30), max_new_tokens=60),
         request(demo, text("Sample this."), **DRAWN, seed=7, max_new_tokens=30),
@@ -66,7 +68,7 @@ def free(demo):
 
 
 def fresh(one):
-    """The same request once more: a constraint serves one answer."""
+    """Returns the request with a fresh constraint, because a constraint serves one output."""
     inputs, options = one
     constraint = options.constraint and options.constraint.copy_from_start()
     return inputs, dataclasses.replace(options, constraint=constraint)
@@ -74,7 +76,7 @@ def fresh(one):
 
 @pytest.fixture(scope="module")
 def alone(demo):
-    """A request's tokens, and whether they end before they must, from the plain generator."""
+    """Returns a request's tokens and finish reason from the plain generator."""
 
     def answered(one):
         inputs, options = fresh(one)
@@ -91,18 +93,18 @@ def expected(steered, free, alone):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_held(demo_engine):
+def everything_is_free(demo_engine):
     yield
     wait_until(lambda: demo_engine.num_reserved == 0)
-    assert demo_engine.slots.free == demo_engine.slots.count and not demo_engine._held
+    assert demo_engine.slots.num_free == demo_engine.slots.count and not demo_engine._awaiting_mask
 
 
 async def together(engine, requests):
-    return await asyncio.gather(*(answer(engine, *fresh(one)) for one in requests), return_exceptions=True)
+    return await asyncio.gather(*(generate(engine, *fresh(one)) for one in requests), return_exceptions=True)
 
 
 def same(found, right):
-    """Token for token, and the log probabilities where they were asked for."""
+    """Checks tokens, finish reason and requested log probabilities."""
     (tokens, reason), (expected, why) = found, right
     assert ([token.id for token in tokens], reason) == ([token.id for token in expected], why)
     assert [[i for i, _ in token.top] for token in tokens] == [[i for i, _ in token.top] for token in expected]
@@ -111,21 +113,21 @@ def same(found, right):
     return True
 
 
-def test_all_together_answer_as_each_alone(demo_engine, steered, free, expected):
+def test_batched_outputs_equal_single_outputs(demo_engine, steered, free, expected):
     compiled = demo_engine.compilations.count
-    found = run(together(demo_engine, [*steered, *free]))  # four more than there are slots
+    found = run(together(demo_engine, [*steered, *free]))  # four more than slots
     assert all(same(*pair) for pair in zip(found, expected, strict=True))
     assert demo_engine.compilations.count == compiled
 
 
-def test_the_answers_have_their_forms(demo, steered, expected):
+def test_outputs_match_their_grammars(demo, steered, expected):
     texts = [demo.detokenizer.decode([token.id for token in tokens]) for tokens, _ in expected]
     assert texts[2] in ("yes", "no") and texts[7] == "q" * 12 and set(texts[5]) <= set("0123456789")
     assert all(40 <= token.id < 90 for token in expected[8][0])
 
 
-def test_preempted_ones_go_on_as_if_nothing_had_been(demo, tight_engine, make, alone):
-    """19 pages for answers that want 5 to 8 each: they are put back between their scores and the choice of a token, too."""
+def test_preempted_requests_resume_with_the_same_output(demo, tight_engine, make, alone):
+    """19 pages for requests that need 5 to 8 each: some are preempted while their logits are held."""
     options = {"ignore_eos": False, "max_new_tokens": 200, **DRAWN}
     long = [
         request(demo, text(f"{i} " * 60), constraint=make(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
@@ -134,12 +136,12 @@ def test_preempted_ones_go_on_as_if_nothing_had_been(demo, tight_engine, make, a
     requests = [*long, request(demo, text("free " * 30), max_new_tokens=200)]
     preemptions = tight_engine.scheduler.preemptions
     found = run(together(tight_engine, requests))
-    assert tight_engine.scheduler.preemptions > preemptions and tight_engine.pages.free == tight_engine.pages.count
+    assert tight_engine.scheduler.preemptions > preemptions and tight_engine.pages.num_free == tight_engine.pages.count
     assert all(same(*pair) for pair in zip(found, map(alone, requests), strict=True))
 
 
 class Fails:
-    """A constraint that gives up: at once, or after some tokens."""
+    """A constraint that fails at once, or after some tokens."""
 
     def __init__(self, vocabulary, after, where):
         self._free, self._left, self._where = np.full(-(-vocabulary // 32), 0xFFFFFFFF, np.uint32), after, where
@@ -159,34 +161,34 @@ class Fails:
 
 
 @pytest.mark.parametrize(("after", "where"), [(0, "mask"), (3, "mask"), (3, "advance")])
-def test_a_constraint_that_breaks_fails_its_request_alone(demo, demo_engine, steered, free, expected, after, where):
+def test_failing_constraint_fails_only_its_request(demo, demo_engine, steered, free, expected, after, where):
     broken = request(demo, text("broken"), constraint=Fails(demo.config.text.vocab_size, after, where), max_new_tokens=50)
     *found, error = run(together(demo_engine, [*steered[:3], *free, broken]))
     assert all(same(*pair) for pair in zip(found, [*expected[:3], *expected[-3:]], strict=True))
     assert isinstance(error, RuntimeError) and str(error) == "the parser gave up"
 
 
-def test_a_step_that_fails_is_its_own_requests_alone(demo_engine, steered, free, expected, monkeypatch, caplog):
-    choose, calls = demo_engine._device.choose, []
+def test_failed_step_fails_only_its_own_requests(demo_engine, steered, free, expected, monkeypatch, caplog):
+    sample_held, calls = demo_engine._runner.sample_held, []
 
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) == 4:
             raise RuntimeError("device on fire")
-        return choose(*arguments)
+        return sample_held(*arguments)
 
-    monkeypatch.setattr(demo_engine._device, "choose", failing)
+    monkeypatch.setattr(demo_engine._runner, "sample_held", failing)
     found = run(together(demo_engine, [*steered[:4], *free]))
     failed = [one for one in found if isinstance(one, Exception)]
     assert failed and {str(error) for error in failed} == {"device on fire"}
     rights = [*expected[:4], *expected[-3:]]
     assert all(isinstance(one, Exception) or same(one, right) for one, right in zip(found, rights, strict=True))
-    assert not any(isinstance(one, Exception) for one in found[-3:])  # nobody chooses for these
+    assert not any(isinstance(one, Exception) for one in found[-3:])  # no held logits
     assert "device on fire" in caplog.text
 
 
 class Slow(Fails):
-    """A constraint whose third mask takes as long as the test likes."""
+    """A constraint whose third mask waits for the test."""
 
     def __init__(self, vocabulary, gate):
         super().__init__(vocabulary, -1, "never")
@@ -199,13 +201,13 @@ class Slow(Fails):
         return super().mask()
 
 
-def test_nobody_waits_for_a_mask(demo, demo_engine, alone, free, expected):
+def test_late_mask_delays_no_other_request(demo, demo_engine, alone, free, expected):
     gate = threading.Event()
     slow = request(demo, text("slow"), constraint=Slow(demo.config.text.vocab_size, gate), max_new_tokens=6)
 
     async def scenario():
-        with submitted(demo_engine, *slow) as job:
-            deltas = job.deltas()
+        with submitted(demo_engine, *slow) as handle:
+            deltas = handle.deltas()
             await anext(deltas)
             others = await together(demo_engine, free)
             gate.set()
@@ -219,13 +221,15 @@ def test_nobody_waits_for_a_mask(demo, demo_engine, alone, free, expected):
 
 
 def test_steps_are_sent_ahead_and_shared(demo, demo_engine, make, monkeypatch):
-    """A constrained and a free stream get a token each from every dispatch, sent before anybody looks at the last one's."""
+    """Both a constrained and a free stream get a token from every dispatch, which is sent before the last
+    tokens are read.
+    """
     engine, events = demo_engine, []
-    monkeypatch.setattr(masks, "PATIENCE_S", 30.0)  # masks are never late
-    for name in ("decode", "choose"):
-        call = getattr(engine._device, name)
-        monkeypatch.setattr(engine._device, name, lambda *given, c=call, n=name: (events.append((n, given)), c(*given))[1])
-    for name in ("_take", "_receive"):
+    monkeypatch.setattr(grammar_masks, "MASK_WAIT_S", 30.0)  # masks are never late
+    for name in ("decode", "sample_held"):
+        call = getattr(engine._runner, name)
+        monkeypatch.setattr(engine._runner, name, lambda *given, c=call, n=name: (events.append((n, given)), c(*given))[1])
+    for name in ("_collect_samples", "_collect_step"):
         call = getattr(engine, name)
         monkeypatch.setattr(engine, name, lambda what, c=call, n=name: (what and events.append((n, what)), c(what))[1])
     options = {"ignore_eos": False, "max_new_tokens": 40, "temperature": 0.0}
@@ -234,19 +238,19 @@ def test_steps_are_sent_ahead_and_shared(demo, demo_engine, make, monkeypatch):
     assert [len(tokens) for tokens, _ in found] == [40, 90]
 
     decodes = [given[0] for name, given in events if name == "decode"]
-    shared = [plan for plan in decodes if plan.held.any()]
-    assert len(shared) == 39 == sum(name == "choose" for name, _ in events)  # a token for each dispatch
-    assert sum(len(plan.rows) == 2 for plan in shared) >= 36  # but for the turns between the two prompts
-    assert all(plan.steps == 1 for plan in shared)
-    assert sum(plan.steps for plan in decodes if not plan.held.all()) <= 90 + BUCKETS.steps
-    assert any(plan.steps == BUCKETS.steps for plan in decodes)  # afterwards, and before
+    shared = [plan for plan in decodes if plan.awaiting_mask.any()]
+    assert len(shared) == 39 == sum(name == "sample_held" for name, _ in events)  # a token for each dispatch
+    assert sum(len(plan.rows) == 2 for plan in shared) >= 36  # except the steps between the two prompts
+    assert all(plan.num_steps == 1 for plan in shared)
+    assert sum(plan.num_steps for plan in decodes if not plan.awaiting_mask.all()) <= 90 + BUCKETS.decode_steps
+    assert any(plan.num_steps == BUCKETS.decode_steps for plan in decodes)  # afterwards, and before
     names = [name for name, _ in events]
-    ahead = ["choose", "decode", "_take", "_receive"]
+    ahead = ["sample_held", "decode", "_collect_samples", "_collect_step"]
     assert sum(names[i : i + 4] == ahead for i in range(len(names))) >= 36
 
 
-def test_biases_of_others_are_not_mine(demo, demo_engine, alone):
-    """A slot that had a bias is given to an answer in whose step biases are added, too."""
+def test_slots_do_not_inherit_biases(demo, demo_engine, alone):
+    """A slot with an old bias is reused by a request whose sampling mode adds biases."""
     bias = request(demo, text("bias"), logit_bias={77: 100.0}, max_new_tokens=4)
     plain = request(demo, text("plain"), logprobs=1, max_new_tokens=4)
     rights = alone(bias), alone(plain)
