@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.generation.decoding import has_penalties
 from minicpmv46_jax.generation.generate import row_tokens
@@ -40,7 +41,7 @@ from serve.engine.grammar_masks import GrammarMasks
 from serve.engine.host_prefix_cache import HostPrefixCache
 from serve.engine.metrics import Metrics
 from serve.engine.model_runner import ModelRunner, PrefillRow
-from serve.engine.page_pool import PAGE, PagePool, SlotPool
+from serve.engine.page_pool import PagePool, SlotPool
 from serve.engine.prefix_cache import Node, PrefixCache
 from serve.engine.program_shapes import MODES
 from serve.engine.request import EngineRequest, MultimodalItem, prepare_request

@@ -1,13 +1,11 @@
-"""Sizes of slots, pages, snapshots and the encoder cache that fit into memory, and the compiled shapes.
-
-Imports no jax.
-"""
+"""Sizes of slots, pages, snapshots and the encoder cache that fit into memory, and the compiled shapes."""
 
 import dataclasses
 
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import TextConfig, VisionConfig
 from minicpmv46_jax.generation.options import MAX_BIASED
-from serve.engine.page_pool import PAGE, num_pages
+from serve.engine.page_pool import num_pages
 
 GIB = 2**30
 ENCODER_CACHE_SHARE, SNAPSHOT_SHARE, SLOT_SHARE = 1 / 16, 1 / 4, 1 / 2  # of memory; the pages get the rest

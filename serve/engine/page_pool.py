@@ -6,7 +6,7 @@ without references is free.
 
 from collections.abc import Iterable
 
-PAGE = 64  # tokens; that of `kernels_pallas.paged_attention`, held equal by a test
+from kernels_pallas.page_size import PAGE
 
 
 class PagePool:

@@ -192,13 +192,8 @@ class ProgramShapes:
         vision = self.config.vision
         for shape in self.plan.buckets.encoder_shapes:
             for mode, merges in packing.MERGES.items():
-                view = PackedView(
-                    np.zeros((4**merges, vision.patch_dim), np.uint8),
-                    *np.zeros((2, vision.num_channels), np.float32),
-                    np.zeros(4**merges, np.int32),
-                    mode,
-                    1,
-                )
+                patches, channels = np.zeros((4**merges, vision.patch_dim), np.uint8), np.zeros(vision.num_channels, np.float32)
+                view = PackedView(patches, channels, channels, np.zeros(4**merges, np.int32), mode, 1)
                 packed = packing.pack_views([view], shape.patches, shape.views, shape.longest_view)
                 rows = np.zeros(shape.patches // 4**merges, np.int32)
                 arguments = arrays.params["vision"], arrays.encoder_cache, packed, rows

@@ -9,11 +9,11 @@ import secrets
 
 import numpy as np
 
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.model import packing
 from minicpmv46_jax.processing import Inputs, View
 from minicpmv46_jax.processing.threads import pixel_pool
-from serve.engine.page_pool import PAGE
 
 HASH_BYTES = 16  # among 2^40 pictures two hashes collide with a probability of 2^-48
 

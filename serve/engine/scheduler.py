@@ -23,8 +23,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from kernels_pallas.page_size import PAGE
 from serve.engine.host_prefix_cache import HostPrefix, HostPrefixCache
-from serve.engine.page_pool import PAGE, PagePool, SlotPool, num_pages
+from serve.engine.page_pool import PagePool, SlotPool, num_pages
 from serve.engine.prefix_cache import NO_HIT, Node, PrefixCache, PrefixHit
 
 PRIORITY_S = 10.0  # of arrival time per unit of priority

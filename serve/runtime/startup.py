@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.library import DTYPES, ModelLoader
@@ -22,7 +23,6 @@ from minicpmv46_jax.model import Params, parameter_shapes
 from serve.engine.engine import Engine, QueuePolicy
 from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, EngineConfig, plan_memory, working_bytes
 from serve.engine.model_runner import ModelRunner
-from serve.engine.page_pool import PAGE
 from serve.runtime import xla_autotune_cache
 from serve.runtime.program_cache import ProgramStore
 

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.processing import Inputs
 from serve.engine.encoder_cache import EncoderCache
-from serve.engine.page_pool import PAGE
 from serve.engine.request import mm_hash, prepare_request
 from tests.minicpmv46_jax.model.test_packing import view
 

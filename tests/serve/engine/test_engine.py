@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import serve.engine.engine
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.model.state import GatedDeltaState, KeyValues
@@ -21,7 +22,6 @@ from serve.engine.engine import Engine
 from serve.engine.engine_client import Cancelled, EngineFull, EngineStopped, RequestRejected
 from serve.engine.model_runner import ModelRunner
 from serve.engine.offload import OffloadedPrefix
-from serve.engine.page_pool import PAGE
 from serve.engine.request import prepare_request
 from tests.serve.engine.engine_client import GREEDY, generate_ids, request, run, submitted, text, wait_until
 from tests.serve.engine.small_engine import BUCKETS, FEW_PAGES, SMALL_PLAN, make_runner

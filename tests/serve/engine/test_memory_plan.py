@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import ModelConfig
 from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, EngineConfig, page_bytes, plan_memory, sampling_bytes, slot_bytes
-from serve.engine.page_pool import PAGE, num_pages
+from serve.engine.page_pool import num_pages
 from tests.released import released_config
 
 TEXT = ModelConfig.from_dict(released_config()).text
