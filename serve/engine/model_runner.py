@@ -207,7 +207,7 @@ class ModelRunner:
 
     def _prefill_input(self, rows: Sequence[PrefillRow], T: int, Q: int) -> PrefillInput:
         chunks = self.shapes.empty_prefill(T, Q)
-        batch = chunks.chunks
+        batch = chunks.batch
         at = num_snapshots = 0
         for i, row in enumerate(rows):
             chunk, end = row.chunk, at + len(row.token_ids)
