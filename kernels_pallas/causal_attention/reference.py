@@ -39,8 +39,8 @@ def _attend_span(
     @jax.checkpoint
     def attend(block: tuple[Array, Array, Array]) -> Float[Array, "R B K G H"]:
         queries, query_segments, positions = block
-        causal = jnp.arange(end, dtype=jnp.int32)[None] <= positions[:, None]
-        visible = (query_segments[:, :, None] == key_segments[:, None]) & causal[None]
+        visible = query_segments[:, :, None] == key_segments[:, None]
+        visible &= (jnp.arange(end, dtype=jnp.int32)[None] <= positions[:, None])[None]
         return _attend(queries, keys, values, visible)
 
     blocks = (x[:, start:end].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1) for x in (q, segments))

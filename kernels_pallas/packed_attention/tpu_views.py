@@ -101,6 +101,6 @@ def outside_mask(lower, upper, visited: VisitWindow, shape, axis):
     The window's rows are counted along `axis`.
     """
     row = (visited.row + jax.lax.broadcasted_iota(jnp.int32, shape, axis)).astype(jnp.float32)
-    first, end = (x.astype(jnp.float32) for x in (visited.first, visited.end))
-    inside = (row >= jnp.maximum(lower, first)) & (row < jnp.minimum(upper, end))
+    inside = row >= jnp.maximum(lower, visited.first.astype(jnp.float32))
+    inside &= row < jnp.minimum(upper, visited.end.astype(jnp.float32))
     return jnp.where(inside, 0.0, -jnp.inf)
