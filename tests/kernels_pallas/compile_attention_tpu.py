@@ -1,7 +1,9 @@
-"""Compiles the attention kernels at the real shapes for TPUs that are not here, and says what the compiler says.
+"""Compiles the attention kernels for TPUs at the real shapes on any machine, and prints the figures.
 
-python -m tests.compile_attention_tpu v5e decode gradient   memory of these programs, bundles and spills of their kernels, as JSON
-python -m tests.compile_attention_tpu expect                writes expected/attention_tpu.json anew, for this libtpu
+python -m tests.kernels_pallas.compile_attention_tpu v5e decode gradient   prints these programs' memory and
+their kernels' bundles and spills, as JSON
+python -m tests.kernels_pallas.compile_attention_tpu expect   writes expected/attention_tpu.json for this
+libtpu
 """
 
 import functools
@@ -29,7 +31,7 @@ from kernels_pallas.paged_attention.shapes import PagedShape
 from tests.kernels_pallas.compile_gated_delta_tpu import TOPOLOGIES, array, compiled, ints, listing, mesh_of
 
 EXPECTED = ROOT / "tests" / "expected" / "attention_tpu.json"
-POOL, TABLE = 8192, 4096  # pages in all, and of a sequence of 262,144 tokens
+POOL, TABLE = 8192, 4096  # all pages, and pages of a sequence of 262,144 tokens
 FORWARD, QUERIES, KEYS_VALUES = "packed_attention", "packed_attention_queries", "packed_attention_keys_values"
 
 
@@ -41,7 +43,7 @@ def paged(shape: PagedShape) -> tuple[Callable, tuple]:
 
 
 def packed(shape: PackedShape) -> tuple[Callable, tuple]:
-    """Between projections, whose heads stand side by side."""
+    """Returns packed attention between projections, whose heads lie side by side."""
     P, I, N, H = sum(shape.lengths), len(shape.lengths), packed_shapes.HEADS, packed_shapes.WIDTH
 
     def attend(q, k, v, starts, lengths):
@@ -64,7 +66,7 @@ def named(table: tuple, name: str) -> PagedShape | PackedShape:
     return next(shape for shape in table if shape.name == name)
 
 
-# Each program, what makes it, and its kernels.
+# Each program: its maker, its shape, and its kernels.
 PROGRAMS = {
     "decode": (paged, named(paged_shapes.PAGED, "decode 100 x 1,024"), ("paged_attention",)),
     "prompts": (paged, named(paged_shapes.PAGED, "prefill 16 pieces"), ("paged_attention",)),
@@ -73,8 +75,12 @@ PROGRAMS = {
 }
 
 
-def said(chip: str, programs: list[str]) -> dict[str, dict]:
-    """Of each program its arguments' and temporaries' bytes, and of its kernels the bundles and spilled vector registers."""
+def compiler_figures(chip: str, programs: list[str]) -> dict[str, dict]:
+    """Returns the compiler's figures for each program.
+
+    They are the bytes of its arguments and temporaries, and the bundles and spilled vector registers of its
+    kernels.
+    """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -94,7 +100,7 @@ def said(chip: str, programs: list[str]) -> dict[str, dict]:
 
 
 def expect() -> None:
-    """Measures all chips, each in a process of its own, and writes what the tests expect."""
+    """Measures all chips, each in a process of its own, and writes the expected figures."""
     expected = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__, "chips": {}}
     for chip in TOPOLOGIES:
         command = [sys.executable, "-m", "tests.kernels_pallas.compile_attention_tpu", chip, *PROGRAMS]
@@ -108,4 +114,4 @@ if __name__ == "__main__":
         case ["expect"]:
             expect()
         case [chip, *programs]:
-            print(json.dumps(said(chip, programs)))
+            print(json.dumps(compiler_figures(chip, programs)))

@@ -1,7 +1,7 @@
-"""Compiles the Hopper kernels at the model's shapes, on any machine, and prints what ptxas says; test_compile_hopper.py runs it.
+"""Compiles the Hopper kernels at the model's shapes on any machine, and prints ptxas's figures.
 
-`python -m tests.compile_hopper` prints the figures that tests/expected/hopper.json holds; with
-`candidates` it compiles the kernels with every cut that the tuner may choose.
+`python -m tests.kernels_pallas.compile_hopper` prints the figures of tests/expected/hopper.json. With
+`candidates` it compiles the kernels with every configuration of the tuner.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from kernels_pallas.paged_attention.shapes import PAGED
 from kernels_pallas.top_k_top_p.shapes import VOCABULARY
 from kernels_pallas.tune import TUNING_SPACES
 
-TUNED_IN = {  # the program to try a kernel's cuts in
+TUNING_PROGRAMS = {  # the program that compiles a kernel's candidates
     "gated_delta_recurrent": "100 slots",
     "gated_delta_scan": "1 x 8,192",
     "gated_delta_scan_backward": "gradients of 1 x 8,192",
@@ -78,7 +78,7 @@ def state(slots: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
 
 
 def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
-    """Name, function, arguments, and which of them are donated."""
+    """Yields name, function, arguments, and the numbers of donated arguments."""
     integers = functools.partial(like, dtype=jnp.int32)
     for name, lengths in (("1 x 8,192", (8192,)), ("8 x 1,024", (1024,) * 8)):  # a block for half a head, and for a whole one
         tokens, S = sum(lengths), len(lengths)
@@ -96,13 +96,13 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
-    single, wishes = functools.partial(like, dtype=jnp.float32), like(128, dtype=jnp.int32)
-    yield "nucleus of 128 rows", top_k_top_p.sampling_threshold, (single(128, VOCABULARY), single(128), wishes, single(128)), ()
+    single, top_k = functools.partial(like, dtype=jnp.float32), like(128, dtype=jnp.int32)
+    yield "nucleus of 128 rows", top_k_top_p.sampling_threshold, (single(128, VOCABULARY), single(128), top_k, single(128)), ()
     yield from training()
 
 
 def gradients(tokens: int) -> tuple[Callable, tuple, tuple[int, ...]]:
-    """Of all that one sequence's output is a function of."""
+    """Returns the gradients of one sequence's output with respect to all inputs."""
     integers = functools.partial(like, dtype=jnp.int32)
     projected = like(tokens, CHANNELS), like(tokens, HEADS), like(tokens, HEADS)
 
@@ -114,7 +114,7 @@ def gradients(tokens: int) -> tuple[Callable, tuple, tuple[int, ...]]:
 
 
 def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
-    """As `programs`."""
+    """Yields the attention programs."""
     integers = functools.partial(like, dtype=jnp.int32)
     for shape in (PAGED[1], PAGED[5]):
         S, T, pages = len(shape.query_lens), sum(shape.query_lens), max(shape.context_lens) // 64 + 1
@@ -132,9 +132,9 @@ def attention() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
 
 
 def training() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
-    """As `programs`: the text's operations over packed rows of 4,096 tokens, and their gradients.
+    """Yields the text layers' operations over packed rows of 4,096 tokens, and their gradients.
 
-    No backend is named: the kernels in what ptxas says were chosen for the chip.
+    No backend is named, so the kernels in ptxas's output are selected for the chip.
     """
     rows = 8, 4096
     segments = like(*rows, dtype=jnp.int32)
@@ -152,11 +152,14 @@ def training() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
     yield "causal attention, gradients", attend, (queries, keys, keys, segments, queries), ()
 
 
-def assembled(said: str) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes of each kernel from what ptxas says of all; the most, where kernels share a name."""
+def kernel_figures(output: str) -> dict[str, dict[str, int]]:
+    """Returns registers and spilled bytes of each kernel from ptxas's output.
+
+    Kernels of one name count with the largest figures.
+    """
     kernel = r"Function properties for (\w+)_mosaic_gpu_kernel\s.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     found = {}
-    for name, spilled, registers in sorted(re.findall(kernel, said, re.DOTALL)):
+    for name, spilled, registers in sorted(re.findall(kernel, output, re.DOTALL)):
         before = found.get(name, {"registers": 0, "spilled bytes": 0})
         found[name] = {
             "registers": max(before["registers"], int(registers)),
@@ -166,8 +169,11 @@ def assembled(said: str) -> dict[str, dict[str, int]]:
 
 
 @contextlib.contextmanager
-def overheard() -> Iterator[Callable[[], str]]:
-    """Inside, what the process and its libraries write to standard output is kept; the function given tells it."""
+def captured_stdout() -> Iterator[Callable[[], str]]:
+    """Captures standard output of the process and its libraries inside the context.
+
+    Yields a function that returns the captured text.
+    """
     sys.stdout.flush()
     own = os.dup(1)
     with tempfile.TemporaryFile() as file:
@@ -180,32 +186,32 @@ def overheard() -> Iterator[Callable[[], str]]:
 
 
 def compiled(function: Callable, arguments: tuple, donated: tuple[int, ...]) -> jax.stages.Compiled:
-    """For one H200."""
+    """Compiles for one H200."""
     devices = topologies.get_topology_desc(platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=H200).devices
     with jax.set_mesh(Mesh(np.array(devices), ("chip",))):
         return jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
 def candidates() -> None:
-    """Compiles each kernel with every cut that it may be given; fails at one that does not fit the chip."""
+    """Compiles each kernel with every candidate; fails at one that does not fit the chip."""
     by_name = {name: program for name, *program in programs()}
-    ours = [tuned for tuned in TUNING_SPACES if tuned.backend == "hopper"]
-    for tuned in ours:
-        for cut in tuned.candidates:
-            kernels = {other.kernel: [cut if other is tuned else other.candidates[-1]] for other in ours}
+    spaces = [space for space in TUNING_SPACES if space.backend == "hopper"]
+    for space in spaces:
+        for config in space.candidates:
+            kernels = {other.kernel: [config if other is space else other.candidates[-1]] for other in spaces}
             with tuning.using({"hopper": {"any": kernels}}):
                 jax.clear_caches()
-                with overheard():
-                    compiled(*by_name[TUNED_IN[tuned.kernel]])
-            print(tuned.kernel, cut, flush=True)
+                with captured_stdout():
+                    compiled(*by_name[TUNING_PROGRAMS[space.kernel]])
+            print(space.kernel, config, flush=True)
 
 
 def main() -> None:
     found = {"jax": jax.__version__, "programs": {}}
     for name, *program in programs():
-        with overheard() as said:
+        with captured_stdout() as output:
             memory = compiled(*program).memory_analysis()
-            kernels = assembled(said())
+            kernels = kernel_figures(output())
         figures = {"temporary bytes": memory.temp_size_in_bytes, "donated bytes": memory.alias_size_in_bytes}
         found["programs"][name] = figures | kernels
     json.dump(found, sys.stdout, indent=2)

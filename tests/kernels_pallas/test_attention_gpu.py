@@ -1,4 +1,4 @@
-"""The Hopper attention kernels as far as a machine without one can show: in the program, planned rightly, refused in words."""
+"""The Hopper attention kernels without such a GPU: in the program, planned, refused and interpreted."""
 
 import functools
 
@@ -49,7 +49,7 @@ def rows():
         (causal_attention, rows(), ("causal_attention",)),
     ],
 )
-def test_the_kernels_are_in_the_program(operation, arguments, kernels):
+def test_kernels_are_in_the_program(operation, arguments, kernels):
     with described_gpu():
         for backend in ("hopper", None):
             program = exported(functools.partial(operation, backend=backend), *arguments)
@@ -59,7 +59,7 @@ def test_the_kernels_are_in_the_program(operation, arguments, kernels):
 
 
 @needs_mosaic
-def test_the_gradients_kernels_are_in_the_program():
+def test_gradient_kernels_are_in_the_program():
     def loss(q, k, v, starts, lengths):
         return packed_attention(q, k, v, starts, lengths, longest=96, backend="hopper").astype(jnp.float32).sum()
 
@@ -87,20 +87,23 @@ def test_the_gradients_kernels_are_in_the_program():
         (functools.partial(window_attention, window=4), packed(dtype=jnp.float32)[:3], "q is float32, and it takes bfloat16"),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_refused(operation, arguments, message):
+def test_unsupported_arguments_are_refused(operation, arguments, message):
     with pytest.raises(NotImplementedError, match=f"backend 'hopper': {message}; backend 'reference' serves it"):
         jax.eval_shape(functools.partial(operation, backend="hopper"), *arguments)
 
 
-def test_windows_that_do_not_fit_are_refused():
+def test_rows_must_be_a_multiple_of_the_window():
     arguments = [like(202, 16, 72)] * 3
     with pytest.raises(ValueError, match="q has 202 rows, expected a multiple of the window, 4"):
         jax.eval_shape(functools.partial(window_attention, window=4), *arguments)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_walks_reach_every_key_and_mask_what_must_be(seed):
-    """Each warpgroup's tiles hold all keys that its rows see, and tiles that it need not mask are seen by all of its rows."""
+def test_tile_ranges_cover_every_visible_key(seed):
+    """Each warpgroup's tiles hold all keys that its rows see.
+
+    Unmasked tiles are visible to all of its rows.
+    """
     rng, groups, tile = np.random.default_rng(seed), 3, 128
     lengths = rng.integers(1, 500, 7)
     starts = np.cumsum(rng.integers(0, 9, 7) + np.concatenate([[0], lengths[:-1]]))
@@ -126,7 +129,7 @@ def test_walks_reach_every_key_and_mask_what_must_be(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pages_are_shared_out_evenly_and_once(seed):
+def test_pages_are_split_evenly_and_once(seed):
     rng = np.random.default_rng(seed)
     contexts = rng.integers(0, [1, 200, 3000, 20000, 70000][seed] + 1, 50) * (rng.random(50) < 0.8)
     plan = jax.tree.map(np.asarray, gpu_decode.split_pages(jnp.asarray(contexts, jnp.int32), 132))
@@ -144,7 +147,7 @@ def test_pages_are_shared_out_evenly_and_once(seed):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernels in Mosaic's interpreter, on fewer processors."""
+    """Runs the kernels in Mosaic's interpreter, on fewer SMs."""
     for module in (gpu_forward, gpu_backward, gpu_decode, gpu_prefill):
         monkeypatch.setattr(module, "accumulate", lambda total, a, b: total + product(a, b))
         if hasattr(module, "product"):
@@ -177,7 +180,10 @@ def test_packed_attention_and_its_gradients_interpreted(interpreted):
 
 @needs_mosaic
 def test_causal_attention_and_its_gradients_interpreted(monkeypatch):
-    """Two rows; sequences that end inside a tile, on its edge, and after one token; four query heads to a key head."""
+    """Two rows, four query heads per key-value head.
+
+    Sequences end inside a tile, on its edge, and after one token.
+    """
     for module in (causal_forward, causal_backward):
         for name, stand_in in (("product", product), ("accumulate", lambda total, a, b: total + product(a, b))):
             monkeypatch.setattr(module, name, stand_in, raising=False)
@@ -206,10 +212,10 @@ def test_causal_attention_and_its_gradients_interpreted(monkeypatch):
         (gpu_prefill.prefill, [40, 0, 3], [100, 30, 130], 40),
         (functools.partial(gpu_prefill.prefill, splits=3), [40], [200], 40),
     ],
-    ids=["decoding", "rows that rest between others", "drafts", "prompts", "split along the pages"],
+    ids=["decode", "resting rows between others", "drafts", "prefill", "split along the pages"],
 )
 def test_paged_attention_interpreted(interpreted, run, lengths, contexts, longest):
-    """Pages in random order; what no sequence may see is NaN."""
+    """Pages are in random order; pages and tokens outside of the sequences are NaN."""
     rng = np.random.default_rng()
     counts = [-(-context // PAGE) for context in contexts]
     order, at = rng.permutation(sum(counts) + 2), 0

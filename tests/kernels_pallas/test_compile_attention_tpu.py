@@ -1,7 +1,8 @@
 """The attention kernels at the real shapes, compiled for TPUs that are not here: memory and schedule.
 
-What is expected stands in expected/attention_tpu.json; `python -m tests.compile_attention_tpu expect` writes it anew. How
-close it must be is told in test_compile_gated_delta_tpu.py. One chip by default; all of it, some minutes, in `make test-full`.
+expected/attention_tpu.json holds the expected figures; `python -m tests.kernels_pallas.compile_attention_tpu
+expect` writes it. test_compile_gated_delta_tpu.py explains the tolerances. One chip is compiled by default,
+and all of them, which takes minutes, in `make test-full`.
 """
 
 import importlib.metadata
@@ -17,19 +18,19 @@ from tests import ROOT
 
 EXPECTED = json.loads((ROOT / "tests" / "expected" / "attention_tpu.json").read_text())
 PROGRAMS = ["decode", "prompts", "merged views", "gradient"]
-SCORES = 7 * HEADS * 4 * 1088**2  # bytes of a photo's views' scores, float32, as the reference keeps them
+SCORES = 7 * HEADS * 4 * 1088**2  # bytes of the float32 scores of a photo's views, which the reference keeps
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: EXTRA=compile")
 
 
-def said(chip, programs):
+def compiler_figures(chip, programs):
     command = [sys.executable, "-m", "tests.kernels_pallas.compile_attention_tpu", chip, *programs]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def holds(found, expected):
+def within_tolerance(found, expected):
     same = importlib.metadata.version("libtpu") == EXPECTED["libtpu"]
     return 0.98 * expected <= found <= 1.02 * expected if same else found <= 1.25 * expected
 
@@ -44,16 +45,16 @@ def holds(found, expected):
     ],
 )
 def test_memory_bundles_and_spills(chip, programs):
-    found = said(chip, programs)
+    found = compiler_figures(chip, programs)
     print(chip, found)
     assert found.keys() == set(programs)
     assert EXPECTED["chips"].keys() == {"v5e", "v6e", "v5p"}
     for program in programs:
         expected = EXPECTED["chips"][chip][program]
-        assert holds(found[program]["temporary"], expected["temporary"]), program
-        assert found[program]["temporary"] < SCORES / 4, f"{program}: are there scores in memory?"
+        assert within_tolerance(found[program]["temporary"], expected["temporary"]), program
+        assert found[program]["temporary"] < SCORES / 4, f"{program}: scores may be in memory"
         assert found[program]["kernels"].keys() == expected["kernels"].keys()
         for kernel, numbers in expected["kernels"].items():
-            assert found[program]["kernels"][kernel]["bundles"] > 0, f"{kernel}: no bundles read from the compiler's listing"
+            assert found[program]["kernels"][kernel]["bundles"] > 0, f"{kernel}: the compiler's listing has no bundles"
             for what in ("bundles", "spills"):
-                assert holds(found[program]["kernels"][kernel][what], numbers[what]), (program, kernel, what)
+                assert within_tolerance(found[program]["kernels"][kernel][what], numbers[what]), (program, kernel, what)

@@ -1,7 +1,7 @@
-"""The Hopper kernels at the real shapes, compiled for sm_90a on a machine that has none: memory, donation, registers, spills.
+"""The Hopper kernels at the real shapes, compiled for sm_90a: memory, donation, registers, spills.
 
-What is expected stands in expected/hopper.json, as `python -m tests.compile_hopper` prints it. Another version of jax compiles
-differently, and may take a tenth more; what is donated must be all of the state everywhere.
+expected/hopper.json holds the output of `python -m tests.kernels_pallas.compile_hopper`. Another version of
+jax may compile to a tenth more. All of the state must be donated with every version.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from kernels_pallas.tune import TUNING_SPACES
 from tests import ROOT
 
 EXPECTED = json.loads((ROOT / "tests" / "expected" / "hopper.json").read_text())
-STATE = 2**20 + 3 * 6144 * 2  # bytes of a slot: memory, and tail in bfloat16
+STATE = 2**20 + 3 * 6144 * 2  # bytes of a slot: recurrent state, and conv state in bfloat16
 SLOTS = {"1 slot": 1, "100 slots": 100, "8 slots, 4 drafts": 8}
 
 pytestmark = pytest.mark.skipif(
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def figures(programs):
-    """(program, kernel or None, what, number) of everything that was counted."""
+    """Yields (program, kernel or None, quantity, number) of every figure."""
     for program, counted in programs.items():
         for name, value in counted.items():
             for what, number in value.items() if isinstance(value, dict) else [(name, value)]:
                 yield program, name if isinstance(value, dict) else None, what, number
 
 
-def test_what_the_compiler_says_is_what_was_expected():
+def test_memory_registers_and_spills_are_as_expected():
     command = [sys.executable, "-m", "tests.kernels_pallas.compile_hopper"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,12 +49,12 @@ def test_what_the_compiler_says_is_what_was_expected():
     }
     assert not worse
     if not slack:
-        assert counted == expected  # a gain is written down too
+        assert counted == expected  # an improvement must be recorded too
 
 
 @pytest.mark.full
-def test_every_cut_that_may_be_chosen_compiles():
+def test_every_tuning_candidate_compiles():
     command = [sys.executable, "-m", "tests.kernels_pallas.compile_hopper", "candidates"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == sum(len(tuned.candidates) for tuned in TUNING_SPACES if tuned.backend == "hopper")
+    assert len(done.stdout.splitlines()) == sum(len(space.candidates) for space in TUNING_SPACES if space.backend == "hopper")

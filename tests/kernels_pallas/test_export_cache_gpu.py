@@ -1,4 +1,4 @@
-"""Kernels that several programs have in common are lowered once, and the programs are what they would be."""
+"""Programs share the lowered kernels that they have in common, and are otherwise unchanged."""
 
 import re
 
@@ -17,14 +17,14 @@ from tests.kernels_pallas.test_gated_delta_gpu import described_gpu, exported, n
 
 @pytest.fixture
 def written(monkeypatch):
-    """How often the step's kernel was written."""
+    """Counts how often the step's kernel is lowered."""
     calls, kernel = [], gpu_recurrent._kernel
     monkeypatch.setattr(gpu_recurrent, "_kernel", lambda *refs, **static: (calls.append(1), kernel(*refs, **static))[1])
     return calls
 
 
 def programs(rng):
-    """Two programs that have a kernel in common, and a third with the same kernel for one row more."""
+    """Returns two programs with a kernel in common, and a third with the same kernel for one more row."""
     found = []
     for rows, factor in ((2, 1), (2, 3), (3, 1)):
         inputs, named = step(rng, rows=rows, slots=3, heads=2)
@@ -38,17 +38,17 @@ def programs(rng):
 
 
 def programs_again(drawn):
-    """The same, as functions that jax has not traced."""
+    """Returns the programs as functions that jax has not traced."""
     return [(lambda *inputs, run=run, **named: run(*inputs, **named), inputs, named) for run, inputs, named in drawn]
 
 
 def kernels_of(program):
-    """What the chip's compiler is given of each kernel."""
+    """Returns the input of the chip's compiler for each kernel."""
     return re.findall(r'module = "(?:[^"\\]|\\.)*"', program)
 
 
 @needs_mosaic
-def test_a_kernel_is_written_once_for_the_same_shapes(rng, written):
+def test_kernel_is_lowered_once_for_the_same_shapes(rng, written):
     drawn = programs(rng)
     with described_gpu():
         apart = [exported(run, *inputs, **named) for run, inputs, named in drawn]
@@ -56,7 +56,7 @@ def test_a_kernel_is_written_once_for_the_same_shapes(rng, written):
         with shared_lowering():
             together = [exported(run, *inputs, **named) for run, inputs, named in programs_again(drawn)]
         assert len(written) == 3 + 2
-        with shared_lowering():  # and nothing is kept for the next
+        with shared_lowering():  # a new context shares nothing with the one before
             run, inputs, named = programs_again(drawn)[0]
             exported(run, *inputs, **named)
         assert len(written) == 3 + 2 + 1
@@ -67,7 +67,7 @@ def test_a_kernel_is_written_once_for_the_same_shapes(rng, written):
 
 
 @needs_mosaic
-def test_what_is_no_array_is_told_apart():
+def test_static_arguments_give_separate_exports():
     rows, pages = 4, 8
     shape = jax.ShapeDtypeStruct
     pool = shape((pages, 64, KEY_HEADS * WIDTH), jnp.bfloat16)
@@ -84,7 +84,7 @@ def test_what_is_no_array_is_told_apart():
     assert "paged_attention_decode" in found[0] and "paged_attention_prefill" in found[1]
 
 
-def test_outside_nothing_is_exported():
+def test_nothing_is_exported_outside_of_the_context():
     calls = []
     double = exported_once(lambda x, factor: (calls.append(1), x * factor)[1])
     assert double(np.float32(3), 2) == 6 and len(calls) == 1

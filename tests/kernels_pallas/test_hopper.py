@@ -1,6 +1,7 @@
-"""The Hopper kernels where there is one: against the recurrence in float64 and attention in float32.
+"""The Hopper kernels on a Hopper GPU, against the recurrence in float64 and attention in float32.
 
-What is not theirs to read is poisoned. Run there with JAX_PLATFORMS=cuda; elsewhere all of it is skipped. Every run draws anew.
+Memory that the kernels must not read is NaN. Run with JAX_PLATFORMS=cuda; all tests are skipped elsewhere.
+Inputs are random in each run.
 """
 
 import functools
@@ -59,7 +60,7 @@ def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
     snapshots = jnp.array([[len(lengths) - 1, 1], [0, 9]], jnp.int32)
 
     @functools.partial(jax.jit, static_argnames="backend")
-    def bars(inputs, cotangents, backend):
+    def gradients(inputs, cotangents, backend):
         def run(*inputs):
             found = gated_delta.chunked(*inputs, starts, sizes, snapshots, backend=backend)
             return found.out, found.recurrent_state, found.snapshots
@@ -70,22 +71,22 @@ def test_gradients_of_chunked_are_those_of_the_reference(rng, lengths, decay):
     out = normal(rng, *case.qkv.shape[:1], 2, 128)
     place = np.arange(len(out))[:, None]
     own = ((place >= np.asarray(starts)) & (place < np.asarray(starts + sizes))).any(axis=1)
-    out = jnp.where(own[:, None, None], out, jnp.zeros((), out.dtype))  # what nobody's tokens read may be anything
+    out = jnp.where(own[:, None, None], out, jnp.zeros((), out.dtype))  # outputs of tokens of no sequence are undefined
     ends, kept = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (recurrent_state.shape, (2, *recurrent_state.shape[1:]))
     )
-    found = bars(inputs, (out, ends, kept), "hopper")
-    expected = bars(*(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (inputs, (out, ends, kept))), "reference")
+    found = gradients(inputs, (out, ends, kept), "hopper")
+    expected = gradients(*(jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (inputs, (out, ends, kept))), "reference")
     error, whose = truth.worst_gradient_error(case, jax.tree.leaves(found), jax.tree.leaves(expected))
     assert error < GATED_DELTA["gpu bfloat16 gradient"], whose
 
 
-def test_a_very_long_sequence_beside_short_ones(rng):
+def test_very_long_sequence_beside_short_ones(rng):
     lengths = [70_000, 1, 5_000]
     case = truth.draw(rng, lengths, heads=2, K=128, V=128, dtype=jnp.bfloat16)
     found = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))(*case.arguments())
     usual = 0.0
-    for s in range(3):  # token by token in float64, a head at a time would take the same: some ten seconds
+    for s in range(3):  # token by token in float64, some ten seconds
         own = slice(int(case.query_starts[s]), int(case.query_starts[s]) + lengths[s])
         out, end = truth.naive_final(case, s)
         usual = usual or rms(out)  # the long one's
@@ -93,7 +94,7 @@ def test_a_very_long_sequence_beside_short_ones(rng):
         assert relative_rms(found.recurrent_state[s], end) < GATED_DELTA["gpu bfloat16"]
 
 
-def test_a_prompt_cut_on_a_chunk_ends_in_the_same_bits(rng):
+def test_prompt_split_at_a_chunk_gives_the_same_bits(rng):
     case = truth.draw(rng, [512], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)
     run = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))
     whole = run(*case.arguments(), jnp.array([[0, 3]], jnp.int32))
@@ -123,24 +124,24 @@ def test_steps_follow_the_recurrence(rng, rows, tokens):
             assert relative_rms(value, target) < GATED_DELTA[what]
 
 
-DECODING = {
+DECODE = {
     "ragged": ([1] * 9, [1, 63, 64, 65, 700, 2999, 128, 5000, 31], 1),
     "resting rows": ([1, 0, 1, 0], [100, 90, 64, 0], 1),
     "every other row rests": ([1, 0] * 60, [100] * 120, 1),
     "one long": ([1], [70_001], 1),
-    "a full house": ([1] * 128, list(range(1, 2049, 16)), 1),
+    "all slots": ([1] * 128, list(range(1, 2049, 16)), 1),
     "drafts": ([4, 2, 3, 0, 4], [400, 2, 3000, 77, 65], 4),
 }
-PROMPTS = {
-    "pieces": ([512, 4, 64, 0, 1, 200, 17], [512, 4099, 64, 30, 1, 1200, 9000], 512),
-    "one from nothing": ([2048], [2048], 2048),
+PREFILL = {
+    "chunks": ([512, 4, 64, 0, 1, 200, 17], [512, 4099, 64, 30, 1, 1200, 9000], 512),
+    "one without context": ([2048], [2048], 2048),
     "few on many": ([100, 37], [50_000, 500], 100),  # split along the pages
 }
 
 
-@pytest.mark.parametrize("name", [*DECODING, *PROMPTS])
+@pytest.mark.parametrize("name", [*DECODE, *PREFILL])
 def test_paged_attention(rng, name):
-    lengths, contexts, longest = (DECODING | PROMPTS)[name]
+    lengths, contexts, longest = (DECODE | PREFILL)[name]
     counts = [-(-context // PAGE) for context in contexts]
     order, at = rng.permutation(sum(counts) + 5), 0
     tables = np.full((len(lengths), max(counts) + 2), -1, np.int32)
@@ -162,10 +163,10 @@ def test_paged_attention(rng, name):
     rounded = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in clean]
     expected = run(q.astype(jnp.float32), *rounded, *numbers, max_query_len=longest, backend="reference")
     assert relative_rms(out, expected) < PAGED_ATTENTION["gpu bfloat16"]
-    nobody = np.ones(tokens, bool)
+    unowned = np.ones(tokens, bool)
     for start, length in zip(starts, lengths, strict=True):
-        nobody[start : start + length] = False
-    assert not np.asarray(out, np.float32)[nobody].any()
+        unowned[start : start + length] = False
+    assert not np.asarray(out, np.float32)[unowned].any()
 
 
 def views(rng, lengths, gaps):
@@ -201,13 +202,13 @@ def test_windows(rng):
 
 
 def sequences(rng, rows, tokens):
-    """Which sequence each token belongs to: of every length from one token up, seams anywhere."""
+    """Returns each token's sequence: sequences of any length from one token up, with boundaries anywhere."""
     edges = rng.random((rows, tokens)) < rng.choice([0.002, 0.02, 0.5], (rows, 1))
     return jnp.asarray(np.cumsum(edges, axis=1), jnp.int32)
 
 
 def with_gradients(run, inputs, cotangent):
-    """The result and the gradient of every input."""
+    """Returns the result and the gradient of every input."""
     out, pull = jax.vjp(run, *inputs)
     return jax.tree.leaves((out, pull(cotangent.astype(out.dtype))))
 
@@ -233,8 +234,8 @@ def test_causal_attention_and_its_gradients(rng, tokens):
 
 
 @pytest.mark.parametrize("decay", truth.DECAYS)
-def test_the_packed_rule_and_its_gradients(rng, decay):
-    """No further from the rule in float32 than plain XLA is, whose operands are bfloat16 too."""
+def test_packed_rule_and_its_gradients(rng, decay):
+    """Kernels are as close to the rule in float32 as plain XLA with bfloat16 operands."""
     rows, tokens = 2, 1024
     case = truth.draw(rng, [rows * tokens], heads=2, K=128, V=128, decay=decay, dtype=jnp.bfloat16, gaps=False)
     inputs = *(x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b)), case.layer
@@ -253,7 +254,7 @@ def test_the_packed_rule_and_its_gradients(rng, decay):
 
 
 @pytest.mark.parametrize("snapshots", [None, [[0, 1], [1, 2]]])
-def test_kernels_lowered_once_do_the_same(rng, snapshots):
+def test_shared_lowering_gives_the_same_results(rng, snapshots):
     case = truth.draw(rng, [70, 300], heads=2, K=128, V=128, dtype=jnp.bfloat16, gaps=False)  # what gaps hold is anything
     arguments = (*case.arguments(), *([] if snapshots is None else [jnp.array(snapshots, jnp.int32)]))
     apart = jax.jit(functools.partial(gated_delta.chunked, backend="hopper"))(*arguments)
@@ -272,8 +273,11 @@ def test_kernels_lowered_once_do_the_same(rng, snapshots):
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 128])
 @pytest.mark.parametrize("size", [1113, 100_003, VOCABULARY])
-def test_what_may_be_drawn_is_the_references(rng, rows, size):
-    """Row by row another wish, many ties, and tokens that may not come; again and again the same bits."""
+def test_sampling_threshold_matches_the_reference(rng, rows, size):
+    """Rows have different parameters, many ties and forbidden tokens.
+
+    Repeated calls return the same bits.
+    """
     scores = np.round(rng.standard_normal((rows, size), np.float32) * rng.uniform(1, 8, (rows, 1)), 3).astype(np.float32)
     scores[rng.random(scores.shape) < 0.1] = -np.inf
     top_k = rng.choice([0, 1, 5, 50, 1000, size - 1, size], rows).astype(np.int32)
@@ -292,7 +296,10 @@ def test_what_may_be_drawn_is_the_references(rng, rows, size):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A small model with heads as wide as the kernels take, and sums to learn: a run's settings by its name, and its losses."""
+    """Trains a small model with heads of the kernels' width on sums.
+
+    Returns a run's settings by its name, and its losses.
+    """
     pytest.importorskip("grain")
     from convert.demo.random_checkpoint import demo_config, write_demo_checkpoint
     from minicpmv46_jax.train import log
@@ -301,8 +308,8 @@ def runs(tmp_path):
     config = demo_config()
     config["text_config"] |= {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
     model = write_demo_checkpoint(tmp_path / "model", config=config)
-    said = [f"{i} and {j} are {i + j}." for i in range(10) for j in range(10)]
-    rows = [{"query": words.partition(" are")[0] + "?", "response": words} for words in said]
+    sentences = [f"{i} and {j} are {i + j}." for i in range(10) for j in range(10)]
+    rows = [{"query": words.partition(" are")[0] + "?", "response": words} for words in sentences]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def settings(name, accumulation=1, mesh=None):
@@ -322,12 +329,12 @@ def runs(tmp_path):
 
 
 def apart(curve, other):
-    """Relative, as root mean square over the steps."""
+    """Returns the relative difference of two curves, as root mean square over the steps."""
     return np.sqrt(np.mean((np.array(curve) / np.array(other) - 1) ** 2))
 
 
-def test_a_training_run_that_was_broken_off_goes_on_to_the_same_curve(runs):
-    """The last bits of a GPU's sums differ from run to run."""
+def test_resumed_training_run_continues_on_the_same_curve(runs):
+    """The last bits of a GPU's sums differ between runs."""
     from minicpmv46_jax.train.run import train
 
     settings, losses = runs
@@ -343,7 +350,7 @@ def test_a_training_run_that_was_broken_off_goes_on_to_the_same_curve(runs):
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="there is one GPU")
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 1}, {"data": 1, "fsdp": 2}])
-def test_two_gpus_learn_what_one_does(runs, mesh):
+def test_two_gpus_follow_the_curve_of_one(runs, mesh):
     from minicpmv46_jax.train.run import train
 
     settings, losses = runs

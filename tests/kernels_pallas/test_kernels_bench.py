@@ -1,4 +1,4 @@
-"""The kernels' benchmark, as far as it goes without a chip: its table, its lines, and a device that has no kernels."""
+"""The kernels' benchmark without a chip: its tables, its lines, and a device without kernels."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from tests import ROOT
 
 
 def test_every_shape_is_in_the_table():
-    benchmarks = {work.name: work for work in gated_delta.benchmarks()}
+    benchmarks = {benchmark.name: benchmark for benchmark in gated_delta.benchmarks()}
     assert len(benchmarks) == 2 * len(shapes.CHUNKED) + len(shapes.RECURRENT)
     prompt = benchmarks["gated delta, 1 x 8,192"]
     assert prompt.bytes == pytest.approx(
@@ -33,7 +33,7 @@ def test_every_shape_is_in_the_table():
 
 
 def test_attention_is_in_the_table():
-    benchmarks = {work.name: work for work in (*packed.benchmarks(), *paged.benchmarks())}
+    benchmarks = {benchmark.name: benchmark for benchmark in (*packed.benchmarks(), *paged.benchmarks())}
     assert len(benchmarks) == 2 * len(PACKED) + 1 + len(PAGED)
     photo = benchmarks["packed attention, 1 photo"]
     assert photo.flops == 4 * 16 * 72 * (1056**2 + 6 * 1008**2)
@@ -44,13 +44,13 @@ def test_attention_is_in_the_table():
     assert prefill.flops == 4 * 8 * 256 * 2048 * 2049 / 2
 
 
-def test_a_backward_pass_is_called_alone():
+def test_backward_call_runs_the_backward_pass_alone():
     (x_bar, y_bar) = benchmarking.backward_call(lambda x, y: 2 * x + 3 * y, jnp.ones(4), jnp.ones(4))()
     np.testing.assert_allclose(3 * x_bar, 2 * y_bar, rtol=1e-6)
 
 
 def test_training_is_in_the_table():
-    benchmarks = {work.name: work for work in (*causal.benchmarks(), *packed_gated_delta.benchmarks())}
+    benchmarks = {benchmark.name: benchmark for benchmark in (*causal.benchmarks(), *packed_gated_delta.benchmarks())}
     assert len(benchmarks) == 2 * len(CAUSAL) + 2
     whole = benchmarks["causal attention, 8 x 4,096"]
     assert whole.flops == 4 * 8 * 8 * 256 * 4096 * 4097 / 2
@@ -59,18 +59,18 @@ def test_training_is_in_the_table():
 
 
 def test_sampling_is_in_the_table():
-    benchmarks = {work.name: work for work in top_k_top_p.benchmarks()}
+    benchmarks = {benchmark.name: benchmark for benchmark in top_k_top_p.benchmarks()}
     assert len(benchmarks) == len(TOP_K_TOP_P)
     assert benchmarks["top-k top-p, top-p, 128 rows"].bytes == 128 * 248_094 * 4
     assert benchmarks["top-k top-p, top-p, 1 row"].run("reference")().shape == (1,)
 
 
-def test_a_call_can_be_made_anywhere():
-    step = next(work for work in gated_delta.benchmarks() if work.name == "gated delta step, 1 slot")
+def test_reference_benchmark_runs_on_any_device():
+    step = next(benchmark for benchmark in gated_delta.benchmarks() if benchmark.name == "gated delta step, 1 slot")
     assert step.run("reference")().shape == (1, 1, 16, 128)
 
 
-def test_a_line_names_the_others_and_the_share_of_the_limit():
+def test_line_has_baselines_and_share_of_the_limit():
     row = {
         "name": "x",
         "us": 10.0,
@@ -83,7 +83,7 @@ def test_a_line_names_the_others_and_the_share_of_the_limit():
     assert "50% of the limit; reference 40.0 us (4.00 x), fla 15.0 us (1.50 x)" in bench.line(row)
 
 
-def test_a_device_without_kernels_is_named():
+def test_device_without_kernels_is_refused_by_name():
     command = [sys.executable, "-m", "kernels_pallas.bench"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

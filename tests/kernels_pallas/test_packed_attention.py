@@ -25,7 +25,7 @@ def test_each_view_attends_within_itself(lengths, seed):
     rng = np.random.default_rng(seed)
     row, slots, total = 256, 8, sum(lengths)
     q, k, v = rng.standard_normal((3, row, 2, 12)).astype(np.float32)
-    v[total:] = 1e30  # what lies behind the last view must reach nobody
+    v[total:] = 1e30  # rows behind the last view must not affect any result
     starts, sizes = np.full(slots, row, np.int32), np.zeros(slots, np.int32)
     starts[: len(lengths)], sizes[: len(lengths)] = np.cumsum([0, *lengths[:-1]]), lengths
     out = attention(*map(jnp.asarray, (q, k, v, starts, sizes)), longest=40)

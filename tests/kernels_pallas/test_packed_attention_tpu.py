@@ -1,7 +1,8 @@
 """The TPU kernels, interpreted on the CPU, against dense attention of each view alone in float64.
 
-Interpretation fills all memory that nobody wrote with NaN, raises when two accesses race, and makes a copy either as it starts or
-as it is waited for: each case says which. Rows of no view are NaN. Inputs are new in each run; a failure prints the seed.
+Interpretation fills unwritten memory with NaN and raises on racing accesses. Copies happen either when they
+start or when they are waited for, by the case's mode. Rows of no view are NaN. Inputs are random in each run;
+a failure prints the seed.
 """
 
 import functools
@@ -17,7 +18,7 @@ from tests.kernels_pallas.test_gated_delta_tpu import described_tpu, exported
 from tests.kernels_pallas.test_packed_attention import alone
 from tests.tolerances import PACKED_ATTENTION, relative_rms
 
-# How numbers are kept and when copies are made; half of it, a minute's worth, in `make test-full` alone.
+# The dtypes, and when copies happen. Half of the cases take a minute, and run only in `make test-full`.
 FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
 HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
 HEADS, WIDTH = 2, 72
@@ -28,7 +29,7 @@ def attention(q, k, v, starts, lengths, backend="tpu", longest=2048):
 
 
 def draw(rng, lengths, row, dtype):
-    """Views with gaps between them, NaN in the gaps; two views are not there."""
+    """Draws views with gaps between them and NaN in the gaps; two views are absent."""
     gaps = rng.integers(0, 3, len(lengths)) * rng.integers(0, 8, len(lengths))
     starts = np.cumsum(gaps + np.array([0, *lengths[:-1]]))
     assert starts[-1] + lengths[-1] <= row
@@ -45,15 +46,15 @@ def views(starts, lengths):
     return [slice(int(s), int(s + n)) for s, n in zip(starts, lengths, strict=True) if n]
 
 
-def follows(out, q, k, v, starts, lengths):
-    """Each view's rows against dense attention over what the kernel was given; zeros elsewhere."""
-    nobody = np.ones(len(q), bool)
+def check_against_dense(out, q, k, v, starts, lengths):
+    """Compares each view's rows with dense attention; other rows must be zeros."""
+    unowned = np.ones(len(q), bool)
     assert out.dtype == q.dtype
     for view in views(starts, lengths):
-        nobody[view] = False
+        unowned[view] = False
         expected = alone(*(np.asarray(x[view], np.float64) for x in (q, k, v)))
         assert relative_rms(out[view], expected) < PACKED_ATTENTION[f"tpu {q.dtype}"]
-    assert not np.asarray(out)[nobody].any()
+    assert not np.asarray(out)[unowned].any()
 
 
 @pytest.mark.parametrize(("dtype", "mode"), HOW)
@@ -61,23 +62,23 @@ def test_each_view_attends_within_itself(dtype, mode, rng, tpu):
     lengths = [1, *rng.integers(1, 40, 5), int(rng.integers(250, 450)), *rng.integers(1, 150, 2)]
     given = draw(rng, [int(n) for n in rng.permutation(lengths)], 1203, dtype)
     longest = int(rng.choice([450, 2048]))  # windows of 480 rows, or of 1,040
-    follows(tpu(functools.partial(attention, longest=longest), *given, mode=mode), *given)
+    check_against_dense(tpu(functools.partial(attention, longest=longest), *given, mode=mode), *given)
 
 
 @pytest.mark.parametrize("row", [3, 300])
 def test_short_rows(row, rng, tpu):
     given = draw(rng, [1, row // 2], row + 50, jnp.float32)
-    follows(tpu(attention, *given), *given)
+    check_against_dense(tpu(attention, *given), *given)
 
 
 def test_no_view_at_all(rng, tpu):
     given = draw(rng, [0], 40, jnp.float32)
-    follows(tpu(attention, *given), *given)
+    check_against_dense(tpu(attention, *given), *given)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), HOW)
 def test_gradients_agree_with_the_reference(dtype, mode, rng, tpu):
-    """The reference differentiates itself, in float32."""
+    """The reference is differentiated in float32."""
     lengths = [int(n) for n in rng.permutation([1, 4, int(rng.integers(5, 60)), int(rng.integers(120, 300))])]
     *floats, starts, lengths = draw(rng, lengths, 450, dtype)
     real = np.zeros(450, bool)
@@ -99,7 +100,7 @@ def test_gradients_agree_with_the_reference(dtype, mode, rng, tpu):
 
 @pytest.mark.parametrize("window", [4, pytest.param(3, marks=pytest.mark.full)])
 def test_windows(window, rng, tpu):
-    """Windows, of which those of three begin on no tile; their gradients too."""
+    """Windows and their gradients; windows of three rows begin off the tiles."""
     q, k, v, bar = (jnp.asarray(x, jnp.float32) for x in rng.standard_normal((4, 300, HEADS, WIDTH)))
 
     def outcome(*arguments, backend="tpu"):
@@ -112,7 +113,7 @@ def test_windows(window, rng, tpu):
         assert relative_rms(ours, value) < PACKED_ATTENTION["tpu float32 gradient"]
 
 
-def test_the_kernels_are_in_the_program(rng):
+def test_kernels_are_in_the_program(rng):
     given = draw(rng, [70, 3], 200, jnp.bfloat16)
 
     def loss(q, k, v, *where):
@@ -141,13 +142,13 @@ def test_the_kernels_are_in_the_program(rng):
         ((4, 2, 72), jnp.float16, "q is float16, and it takes float32 or bfloat16"),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_refused(shape, dtype, message, monkeypatch):
+def test_unsupported_arguments_are_refused(shape, dtype, message, monkeypatch):
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
     x, one = jnp.zeros(shape, dtype), jnp.ones(1, jnp.int32)
     with pytest.raises(NotImplementedError, match=f"backend 'tpu': {message}; backend 'reference' serves it"):
         attention(x, x, x, one, one)
 
 
-def test_the_name_is_refused_where_there_is_no_tpu(rng):
+def test_tpu_backend_is_refused_on_other_devices(rng):
     with pytest.raises(ValueError, match="backend 'tpu' is for TPU v5, TPU v6, TPU7, and the device is 'cpu'"):
         attention(*draw(rng, [3], 19, jnp.float32))

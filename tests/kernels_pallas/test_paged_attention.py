@@ -17,7 +17,10 @@ attention = jax.jit(functools.partial(paged_attention, backend="reference"), sta
 
 
 def draw(rng, query_lens, context_lens, row, *, heads=4, key_heads=2, width=16, unseen=1e30):
-    """Random pages in random order; what no sequence may see is `unseen`, keys and values where that is NaN, else values."""
+    """Draws pages in random order.
+
+    Pages and tokens outside of the sequences are `unseen`: keys and values if that is NaN, else only values.
+    """
     q = rng.standard_normal((row, heads, width)).astype(np.float32)
     keys, values = rng.standard_normal((2, POOL, PAGE, key_heads * width)).astype(np.float32)
     order, block_tables = rng.permutation(POOL), np.full((len(query_lens), WIDTH), -1, np.int32)
@@ -48,14 +51,14 @@ def check(query_lens, context_lens, seed, row, max_query_len):
     q, keys, values, block_tables, query_starts = draw(np.random.default_rng(seed), query_lens, context_lens, row)
     numbers = (np.array(x, np.int32) for x in (block_tables, query_starts, query_lens, context_lens))
     out = np.asarray(attention(*map(jnp.asarray, (q, keys, values, *numbers)), max_query_len=max_query_len))
-    nobody = np.ones(row, bool)
+    unowned = np.ones(row, bool)
     for s, (start, length, context) in enumerate(zip(query_starts, query_lens, context_lens, strict=True)):
         own = slice(start, start + length)
-        nobody[own] = False
+        unowned[own] = False
         k, v = (x[block_tables[s]].reshape(-1, 2, 16)[:context] for x in (keys, values))
         if length:
             assert relative_rms(out[own], alone(q[own], k, v)) < FLOAT32_ONE_OP
-    assert not out[nobody].any()
+    assert not out[unowned].any()
 
 
 SEQUENCES = st.tuples(st.sampled_from([0, 1, 3, 63, 64, 65, 150]), st.sampled_from([0, 1, 63, 64, 100, 511, 512, 600]))
@@ -63,13 +66,13 @@ SEQUENCES = st.tuples(st.sampled_from([0, 1, 3, 63, 64, 65, 150]), st.sampled_fr
 
 @settings(max_examples=25, deadline=None)
 @given(sequences=st.lists(SEQUENCES, min_size=3, max_size=3), seed=st.integers(0, 2**31))
-def test_pieces_of_prompts(sequences, seed):
+def test_prefill_chunks(sequences, seed):
     check([length for length, _ in sequences], [max(a + b, 1) for a, b in sequences], seed, 512, 512)
 
 
 @settings(max_examples=15, deadline=None)
 @given(context_lens=st.lists(st.integers(1, 700), min_size=4, max_size=4), active=st.lists(st.booleans(), min_size=4, max_size=4))
-def test_decoding(context_lens, active):
+def test_decode(context_lens, active):
     q, keys, values, block_tables, _ = draw(np.random.default_rng(sum(context_lens)), [1] * 4, context_lens, 4)
     query_lens = np.array(active, np.int32)
     seen = np.where(active, context_lens, 0).astype(np.int32)
@@ -84,7 +87,7 @@ def test_decoding(context_lens, active):
             assert not np.asarray(out[s]).any()
 
 
-def test_a_result_does_not_depend_on_the_others_to_the_bit():
+def test_result_is_bitwise_independent_of_other_sequences():
     q, keys, values, block_tables, _ = draw(np.random.default_rng(0), [1] * 4, [600, 70, 1, 300], 4)
     arguments = [jnp.asarray(x) for x in (q, keys, values, block_tables, np.arange(4, dtype=np.int32), np.ones(4, np.int32))]
     together = attention(*arguments, jnp.array([600, 70, 1, 300]), max_query_len=1)
@@ -98,7 +101,7 @@ def test_pages_of_another_size_are_refused():
         paged_attention(q, pages, pages, jnp.zeros((1, 1), jnp.int32), numbers, numbers, numbers, max_query_len=1)
 
 
-def test_values_unlike_the_keys_are_refused():
+def test_values_must_match_the_keys():
     q, pages, numbers = jnp.zeros((1, 4, 16)), jnp.zeros((2, PAGE, 32)), jnp.zeros(1, jnp.int32)
     values = pages.astype(jnp.bfloat16)
     with pytest.raises(

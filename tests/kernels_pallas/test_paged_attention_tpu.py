@@ -1,8 +1,8 @@
 """The TPU kernel, interpreted on the CPU, against dense attention of each sequence alone in float64.
 
-Interpretation fills all memory that nobody wrote with NaN, raises when two accesses race, and makes a copy either as it starts or
-as it is waited for: each case says which. Pages of nobody, and what lies past a context, are NaN. Inputs are new in each run; a
-failure prints the seed.
+Interpretation fills unwritten memory with NaN and raises on racing accesses. Copies happen either when they
+start or when they are waited for, by the case's mode. Pages of no sequence and tokens past a context are NaN.
+Inputs are random in each run; a failure prints the seed.
 """
 
 import functools
@@ -17,7 +17,7 @@ from tests.kernels_pallas.test_gated_delta_tpu import described_tpu, exported
 from tests.kernels_pallas.test_paged_attention import alone, draw
 from tests.tolerances import PAGED_ATTENTION, relative_rms
 
-# How numbers are kept and when copies are made; half of it, a minute's worth, in `make test-full` alone.
+# The dtypes, and when copies happen. Half of the cases take a minute, and run only in `make test-full`.
 FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
 HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
 WIDTH, KEY_HEADS = 128, 2
@@ -26,7 +26,7 @@ poisoned = functools.partial(draw, heads=4, key_heads=KEY_HEADS, width=WIDTH, un
 
 @pytest.fixture
 def tpu(tpu):
-    """Of paged attention."""
+    """Runs paged attention in the TPU interpreter."""
     return lambda *args, max_query_len, mode="on_wait": tpu(
         functools.partial(paged_attention, max_query_len=max_query_len), *args, mode=mode
     )
@@ -38,43 +38,43 @@ def arguments(drawn, query_lens, context_lens, dtype=jnp.float32):
     return *(jnp.asarray(x, dtype) for x in floats), *map(jnp.asarray, ints)
 
 
-def follows(out, q, keys, values, block_tables, query_starts, query_lens, context_lens):
-    """Each sequence's rows against dense attention over what the kernel was given; zeros elsewhere."""
-    tolerance, nobody = PAGED_ATTENTION[f"tpu {q.dtype}"], np.ones(len(q), bool)
+def check_against_dense(out, q, keys, values, block_tables, query_starts, query_lens, context_lens):
+    """Compares each sequence's rows with dense attention; other rows must be zeros."""
+    tolerance, unowned = PAGED_ATTENTION[f"tpu {q.dtype}"], np.ones(len(q), bool)
     assert out.dtype == q.dtype
     for s, (start, length, context) in enumerate(zip(query_starts, query_lens, context_lens, strict=True)):
         own = slice(int(start), int(start + length))
-        nobody[own] = False
+        unowned[own] = False
         if length:
             k, v = (
                 np.asarray(x)[np.asarray(block_tables)[s]].reshape(-1, KEY_HEADS, WIDTH)[: int(context)] for x in (keys, values)
             )
             assert relative_rms(out[own], alone(np.asarray(q[own]), k, v)) < tolerance
-    assert not np.asarray(out)[nobody].any()
+    assert not np.asarray(out)[unowned].any()
 
 
 @pytest.mark.parametrize(("dtype", "mode"), HOW)
-def test_pieces_of_prompts(dtype, mode, rng, tpu):
+def test_prefill_chunks(dtype, mode, rng, tpu):
     query_lens = [int(n) for n in rng.permutation([0, 1, int(rng.integers(2, 65)), int(rng.integers(65, 140))])]
     context_lens = [max(n + int(rng.choice([0, 1, 63, 64, 300, 511])), 1) for n in query_lens]
     given = arguments(poisoned(rng, query_lens, context_lens, 220), query_lens, context_lens, dtype)
-    follows(tpu(*given, max_query_len=220, mode=mode), *given)
+    check_against_dense(tpu(*given, max_query_len=220, mode=mode), *given)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), HOW)
 @pytest.mark.parametrize("drafts", [1, 3])
-def test_decoding(drafts, dtype, mode, rng, tpu):
+def test_decode(drafts, dtype, mode, rng, tpu):
     query_lens = [drafts, 0, int(rng.integers(1, drafts + 1)), drafts, 0]
     context_lens = [int(n) for n in rng.choice([drafts, 63, 64, 65, 512, 513, 700], 5)]
     drawn = poisoned(rng, query_lens, context_lens, 5 * drafts + 20)
     seen = np.where(query_lens, context_lens, 0)
     given = arguments(drawn, query_lens, seen, dtype)
-    follows(tpu(*given, max_query_len=drafts, mode=mode), *given)
+    check_against_dense(tpu(*given, max_query_len=drafts, mode=mode), *given)
 
 
-def test_nobody_asks(rng, tpu):
+def test_no_sequence_has_queries(rng, tpu):
     given = arguments(poisoned(rng, [0, 0], [5, 70], 8), [0, 0], [0, 0])
-    follows(tpu(*given, max_query_len=1), *given)
+    check_against_dense(tpu(*given, max_query_len=1), *given)
 
 
 def test_sequences_share_pages(rng, tpu):
@@ -82,10 +82,10 @@ def test_sequences_share_pages(rng, tpu):
     *floats, block_tables, query_starts = poisoned(rng, query_lens, [321, 1, 1], 90)
     block_tables[1:] = block_tables[0]
     given = arguments((*floats, block_tables, query_starts), query_lens, context_lens)
-    follows(tpu(*given, max_query_len=90), *given)
+    check_against_dense(tpu(*given, max_query_len=90), *given)
 
 
-def test_a_result_does_not_depend_on_the_others_to_the_bit(rng, tpu):
+def test_result_is_bitwise_independent_of_other_sequences(rng, tpu):
     context_lens = [600, 70, 1, 300]
     q, keys, values, block_tables, query_starts, query_lens, context_lens = arguments(
         poisoned(rng, [1] * 4, context_lens, 20), [1] * 4, context_lens
@@ -99,7 +99,7 @@ def test_a_result_does_not_depend_on_the_others_to_the_bit(rng, tpu):
 
 
 @pytest.mark.parametrize("max_query_len", [1, 128])
-def test_the_kernel_is_in_the_program(max_query_len, rng):
+def test_kernel_is_in_the_program(max_query_len, rng):
     given = arguments(poisoned(rng, [1, 1], [5, 70], 8), [1, 1], [5, 70])
     call = functools.partial(paged_attention, max_query_len=max_query_len)
     with described_tpu():
@@ -118,14 +118,14 @@ def test_the_kernel_is_in_the_program(max_query_len, rng):
         (128, jnp.float16, "q is float16 and keys float16, and it takes float32 or bfloat16 for both"),
     ],
 )
-def test_what_the_kernel_does_not_serve_is_refused(width, dtype, message, rng, monkeypatch):
+def test_unsupported_arguments_are_refused(width, dtype, message, rng, monkeypatch):
     monkeypatch.setattr(backends, "device_kind", lambda: "TPU v5 lite")
     given = arguments(draw(rng, [1], [5], 1, width=width, unseen=0.0), [1], [5], dtype)
     with pytest.raises(NotImplementedError, match=f"backend 'tpu': {message}; backend 'reference' serves it"):
         paged_attention(*given, max_query_len=1, backend="tpu")
 
 
-def test_the_name_is_refused_where_there_is_no_tpu(rng):
+def test_tpu_backend_is_refused_on_other_devices(rng):
     given = arguments(poisoned(rng, [1], [5], 1 + 3), [1], [5])
     with pytest.raises(ValueError, match="backend 'tpu' is for TPU v5, TPU v6, TPU7, and the device is 'cpu'"):
         paged_attention(*given, max_query_len=1, backend="tpu")

@@ -1,4 +1,4 @@
-"""From which score on tokens may be drawn: the search in XLA against sorting, and what no kernel serves."""
+"""The sampling threshold: the search in XLA against sorting, and arguments that no kernel serves."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ TOP_P = [1.0, 0.3, 0.9, 0.99, 1e-6, 0.5]
 
 
 def rows(size, rng):
-    """Scores with ties and tokens that may not come, and what rows ask for: nothing, one of the two, or both."""
+    """Draws scores with ties and forbidden tokens, and parameters.
+
+    Rows have top-k, top-p, both or neither.
+    """
     scores = np.round(rng.standard_normal((6, size)) * 4, 1).astype(np.float32)
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     scores[0, 0], scores[1] = 0.0, np.where(scores[1] == 0, -0.0, scores[1])
@@ -22,7 +25,7 @@ def rows(size, rng):
 
 
 def check(found, scores, best, top_k, top_p):
-    """What is kept is what sorting keeps, but where rounding decides."""
+    """Compares the tokens that pass with sorting, except where rounding decides."""
     for row, low, k, p in zip(scores, np.asarray(found), top_k, top_p, strict=True):
         ranked = np.sort(row[np.isfinite(row)])[::-1].astype(np.float64)
         inside = ranked[ranked >= ranked[min(int(k), len(ranked)) - 1]] if k else ranked
@@ -34,13 +37,13 @@ def check(found, scores, best, top_k, top_p):
 
 @pytest.mark.parametrize("device", ["cpu", "NVIDIA H200"])
 @pytest.mark.parametrize("size", [50, 1000])
-def test_the_search_keeps_what_sorting_keeps(monkeypatch, device, size):
+def test_search_agrees_with_sorting(monkeypatch, device, size):
     monkeypatch.setattr(reference, "device_kind", lambda: device)
     case = rows(size, np.random.default_rng())
     check(jax.jit(lambda *x: reference.sampling_threshold(*x))(*case), *case)
 
 
-def test_it_is_refused_in_words():
+def test_unsupported_arguments_are_refused():
     case = [jnp.zeros((1, 50)), jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.ones(1)]
     with pytest.raises(NotImplementedError, match="a row has 50 scores, and it takes 128 to 262144"):
         top_k_top_p.sampling_threshold(*case, backend="hopper")

@@ -1,4 +1,4 @@
-"""The Hopper kernel for top-k and top-p as far as a machine without one can show: in the program, and interpreted."""
+"""The Hopper kernel for top-k and top-p on a machine without such a GPU: in the program, and interpreted."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from tests.kernels_pallas.test_top_k_top_p import check, rows
 
 @needs_mosaic
 @pytest.mark.parametrize("size", [512, 700, 1100])
-def test_the_kernel_interpreted(monkeypatch, size):
-    """In one block a row: the interpreter knows no clusters."""
+def test_kernel_interpreted(monkeypatch, size):
+    """The interpreter has no clusters, so one block has a row."""
     monkeypatch.setattr(gpu, "PARTS", 1)
     case = rows(size, np.random.default_rng())
     with jax.numpy_rank_promotion("allow"), plgpu.force_gpu_interpret_mode():
@@ -27,7 +27,7 @@ def test_the_kernel_interpreted(monkeypatch, size):
 
 
 @needs_mosaic
-def test_a_draw_on_hopper_has_the_kernel():
+def test_sampling_on_hopper_uses_the_kernel():
     options = generation_options(GenerationConfig(), temperature=0.7, top_p=0.8, seed=0)
     scores, wishes = jnp.zeros((1, 1113)), sampling_params([options], [0])
     with described_gpu():
