@@ -97,7 +97,8 @@ def programs() -> Iterator[tuple[str, Callable, tuple, tuple[int, ...]]]:
         yield shape.name, run, (*projected, layer(), like(WIDTH), *state(B), integers(B), integers(B)), (6, 7)
     yield from attention()
     single, top_k = functools.partial(like, dtype=jnp.float32), like(128, dtype=jnp.int32)
-    yield "nucleus of 128 rows", top_k_top_p.sampling_threshold, (single(128, VOCABULARY), single(128), top_k, single(128)), ()
+    arguments = single(128, VOCABULARY), single(128), top_k, single(128)
+    yield "top-k top-p of 128 rows", top_k_top_p.sampling_threshold, arguments, ()
     yield from training()
 
 
