@@ -1,4 +1,4 @@
-"""Answers about scenes worked out a second way: from the marks of the picture and the words of the question."""
+"""Reference answers about scenes, computed from the marks of a picture and the words of a question."""
 
 import re
 
@@ -9,23 +9,23 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 
 def pictures(scene: Scene) -> list[Picture]:
-    """Every picture, a clip's too."""
+    """Returns all pictures, those of clips included."""
     return [picture for medium in scene.media for picture in (medium.pictures if isinstance(medium, Clip) else [medium])]
 
 
 def printed(scene: Scene) -> list[str]:
-    """Every word, in the order of the marks."""
+    """Returns all words in the order of the marks."""
     return [word for picture in pictures(scene) for mark in picture.marks if isinstance(mark, Text) for word in mark.text.split()]
 
 
 def cell(picture: Picture, shape: Shape) -> str:
-    """The name of its ninth of the picture."""
+    """Returns the name of the grid cell that holds the shape."""
     row, column = ROWS[int(3 * shape.y / picture.height)], COLUMNS[int(3 * shape.x / picture.width)]
     return f"{row} {column}".strip() or "centre"
 
 
-def seen(picture: Picture, question: str) -> str | None:
-    """The answer, or None for a question that is not understood here."""
+def expected_answer(picture: Picture, question: str) -> str | None:
+    """Returns the answer, or None for a question that is not supported here."""
     shapes = [mark for mark in picture.marks if isinstance(mark, Shape)]
     words = re.findall(r"[a-z]+", question.lower())
     colours = [word for word in words if word in COLOURS]

@@ -1,4 +1,4 @@
-"""Evaluation: files of questions, marks, reports; through the plain generator and through a server."""
+"""Evaluation: question files, scores and reports, through the plain generator and through a server."""
 
 import json
 
@@ -28,7 +28,7 @@ LINE = {"image": "a.png", "question": "What is it?", "answers": ["A cat."], "gro
 
 @pytest.fixture
 def file(tmp_path, photos):
-    """Writes lines beside a picture a.png; returns the file."""
+    """Returns a function that writes lines to a file beside a picture a.png and returns the file."""
     photos[0].resize((64, 48)).save(tmp_path / "a.png")
 
     def write_lines(*lines):
@@ -39,10 +39,10 @@ def file(tmp_path, photos):
     return write_lines
 
 
-def test_questions_of_a_file(file, tmp_path):
-    spoken = [{"role": "user", "content": "Hi"}]
+def test_reads_questions_of_a_file(file, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}]
     first, second = read_questions(
-        file(LINE, "", {"messages": spoken, "answers": ["Hi", "Hello"], "options": {"enable_thinking": True}})
+        file(LINE, "", {"messages": messages, "answers": ["Hi", "Hello"], "options": {"enable_thinking": True}})
     )
     assert first == Question(
         "7",
@@ -55,7 +55,7 @@ def test_questions_of_a_file(file, tmp_path):
         ["A cat."],
         "animals",
     )
-    assert (second.id, second.group, second.messages, second.options) == ("line 3", "all", spoken, {"enable_thinking": True})
+    assert (second.id, second.group, second.messages, second.options) == ("line 3", "all", messages, {"enable_thinking": True})
 
 
 @pytest.mark.parametrize(
@@ -71,25 +71,25 @@ def test_questions_of_a_file(file, tmp_path):
         ({"answers": ["x"]}, "line 2: question must be a text, got None"),
     ],
 )
-def test_bad_lines_are_named(file, line, words):
+def test_errors_name_the_line(file, line, words):
     with pytest.raises(ValueError, match=words):
         read_questions(file(LINE, line))
 
 
-def test_an_empty_file_is_refused(file):
+def test_refuses_an_empty_file(file):
     with pytest.raises(ValueError, match="the file has no questions"):
         read_questions(file(""))
 
 
-def test_mistakes_on_the_command_line(file, capsys):
+def test_command_line_errors(file, capsys):
     assert main([str(file(LINE))]) == 1
     assert "give either --model or --url" in capsys.readouterr().err
     assert main([str(file(LINE)), "--url", "http://127.0.0.1:9/v1"]) == 1
     assert "cannot be reached" in capsys.readouterr().err
 
 
-def test_marks():
-    """ANLS by hand: "kitten" to "sitting" takes 3 of 7 letters; what is further off than a half counts nothing."""
+def test_scores():
+    """ANLS by hand: "kitten" to "sitting" takes 3 edits for 7 letters; below a half it counts as 0."""
     assert levenshtein("kitten", "sitting") == 3
     assert anls("Kitten", "sitting") == pytest.approx(4 / 7)
     assert anls("abcd", "xyzd") == 0.0 and anls("", "") == 1.0
@@ -117,17 +117,17 @@ def test_report_by_group():
 
 
 def test_generator_and_server_give_the_same_answers(demo, demo_engine, tmp_path, capsys):
-    """Over the wire and through the batching engine, pictures, thinking and all: the plain generator's greedy answers."""
+    """The server's batching engine gives the plain generator's greedy answers."""
     path = write(tmp_path, 2, held_out=True, kinds=("shapes",))
     questions = read_questions(path)
     with live(Service(demo, demo_engine, "small")) as address:
         answerer = server_answerer(f"{address}/v1", max_new_tokens=6)
-        over_the_wire = [one.answer for one in evaluate(questions, answerer, concurrency=2)]
+        by_server = [one.answer for one in evaluate(questions, answerer, concurrency=2)]
         assert (
             main([str(path), "--url", f"{address}/v1", "--limit", "1", "--max-new-tokens", "4", "--out", str(tmp_path / "r")])
             == 0
         )
-    alone = [one.answer for one in evaluate(questions, model_answerer(demo, max_new_tokens=6))]
-    assert over_the_wire == alone
+    by_generator = [one.answer for one in evaluate(questions, model_answerer(demo, max_new_tokens=6))]
+    assert by_server == by_generator
     assert json.loads((tmp_path / "r").read_text())["id"] == questions[0].id
     assert "| questions |" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Scenes: the same from the same seed, true to their pictures, and split for good."""
+"""Scenes: reproducible from their seed, consistent with their pictures, and in a stable split."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from minicpmv46_jax.scenes.__main__ import main
 from minicpmv46_jax.scenes.picture import COLOURS, SHAPES, Shape, Text, text_width
 from minicpmv46_jax.scenes.scene import is_held_out, listed
 from minicpmv46_jax.scenes.shapes import CELLS
-from tests.minicpmv46_jax.scene_truth import pictures, printed, seen
+from tests.minicpmv46_jax.scene_truth import expected_answer, pictures, printed
 
 KIND = st.sampled_from([kind for kind in KINDS if kind != "talk"])
 SEED = st.integers(0, 10**9)
@@ -24,17 +24,17 @@ SEED = st.integers(0, 10**9)
 
 @given(KIND, SEED, st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_a_seed_is_a_scene_of_its_split(kind, seed, held_out):
+def test_seed_gives_a_scene_of_its_split(kind, seed, held_out):
     scene = draw(seed, held_out, {kind: 1.0})
     assert scene == draw(seed, held_out, {kind: 1.0})
     assert scene.turns and scene.held_out == held_out
     for word in printed(scene):
-        if len(word) > 1 and (not word.isdigit() or len(word) > 3):  # letters and the short numbers of tables are in both splits
+        if len(word) > 1 and (not word.isdigit() or len(word) > 3):  # both splits have letters and short numbers
             assert is_held_out(word) == held_out, word
 
 
-def test_the_split_is_by_hash_and_stays():
-    """Recorded: another split would make old models look better than they are."""
+def test_split_by_hash_is_stable():
+    """The expected values are recorded: another split would overstate the scores of earlier models."""
     words = [word for word in ("APPLE", "RIVER", "STONE", "CLOUD", "MAPLE", "TIGER") if is_held_out(word)]
     assert words == []
     assert is_held_out("BTZJT") and not is_held_out("EYUVIK")
@@ -43,7 +43,7 @@ def test_the_split_is_by_hash_and_stays():
 
 @given(KIND, SEED)
 @settings(max_examples=60, deadline=None)
-def test_marks_lie_in_their_picture(kind, seed):
+def test_marks_are_inside_their_picture(kind, seed):
     for picture in pictures(draw(seed, mix={kind: 1.0})):
         for mark in picture.marks:
             assert 0 <= mark.x < picture.width and 0 <= mark.y < picture.height
@@ -52,7 +52,7 @@ def test_marks_lie_in_their_picture(kind, seed):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_a_shape_shows_its_colour_at_its_place(kind):
+def test_shape_is_drawn_in_its_colour_and_place(kind):
     for colour, rgb in COLOURS.items():
         drawn = Picture(60, 40, (255, 255, 255), (Shape(kind, colour, 40, 20, 12),)).render()
         assert tuple(drawn[20, 40]) == rgb
@@ -61,7 +61,7 @@ def test_a_shape_shows_its_colour_at_its_place(kind):
         assert columns.min() >= 26 and columns.max() <= 54
 
 
-def test_print_is_drawn_where_it_stands():
+def test_text_is_drawn_in_its_place():
     drawn = Picture(120, 60, (255, 255, 255), (Text("WORD", (0, 0, 0), 60, 30, 30),)).render()
     rows, columns = np.nonzero(drawn.min(-1) < 128)
     assert rows.min() >= 8 and rows.max() <= 52 and abs((rows.min() + rows.max()) / 2 - 30) < 5
@@ -70,19 +70,19 @@ def test_print_is_drawn_where_it_stands():
 
 @given(SEED)
 @settings(max_examples=80, deadline=None)
-def test_answers_about_shapes_are_what_the_marks_say(seed):
-    """Answers worked out anew, from the marks and the question's words alone."""
+def test_answers_about_shapes_match_the_marks(seed):
+    """Expected answers are computed from the marks and the words of the question."""
     scene = draw(seed, mix={"shapes": 1.0})
     picture = scene.media[0]
-    checked = [turn for turn in scene.turns if seen(picture, turn.question) is not None]
+    checked = [turn for turn in scene.turns if expected_answer(picture, turn.question) is not None]
     assert len(checked) >= 4
     for turn in checked:
-        assert turn.answer == seen(picture, turn.question), turn
+        assert turn.answer == expected_answer(picture, turn.question), turn
 
 
 @given(st.sampled_from(["lines", "signs", "table", "small print"]), SEED)
 @settings(max_examples=60, deadline=None)
-def test_what_is_read_is_printed(kind, seed):
+def test_answers_about_text_match_the_text(kind, seed):
     scene = draw(seed, mix={kind: 1.0})
     words = printed(scene)
     for turn in scene.turns:
@@ -94,20 +94,20 @@ def test_what_is_read_is_printed(kind, seed):
 
 @given(SEED)
 @settings(max_examples=60, deadline=None)
-def test_a_clip_moves_as_its_answer_says(seed):
+def test_answers_about_clips_match_the_frames(seed):
     scene = draw(seed, mix={"clip": 1.0})
     first, last = scene.media[0].pictures[0], scene.media[0].pictures[-1]
-    told = scene.turns[0].answer
+    answer = scene.turns[0].answer
     gone, new = set(first.marks) - set(last.marks), set(last.marks) - set(first.marks)
-    if told == "Nothing moves.":
+    if answer == "Nothing moves.":
         assert not gone and not new
-    elif "moves" in told:
+    elif "moves" in answer:
         (a,), (b,) = gone, new
         way = {"left": b.x < a.x, "right": b.x > a.x, "up": b.y < a.y, "down": b.y > a.y}
-        assert a.name == b.name and told == f"The {a.name} moves {told.split()[-1][:-1]}." and way[told.split()[-1][:-1]]
+        assert a.name == b.name and answer == f"The {a.name} moves {answer.split()[-1][:-1]}." and way[answer.split()[-1][:-1]]
     else:
         (mark,) = gone | new
-        assert told == f"The {mark.name} {'vanishes' if gone else 'appears'}."
+        assert answer == f"The {mark.name} {'vanishes' if gone else 'appears'}."
 
 
 @given(SEED)
@@ -125,8 +125,8 @@ def test_a_pair_differs_as_its_answer_says(seed):
 
 @given(SEED)
 @settings(max_examples=40, deadline=None)
-def test_small_print_lies_whole_in_a_slice(seed):
-    """Where the demo model's settings cut: a word, and a shape, is never cut through."""
+def test_small_print_is_whole_in_one_slice(seed):
+    """The demo model's slicing does not cut through a word or a shape."""
     (picture,) = draw(seed, mix={"small print": 1.0}).media
     rows, columns = slice_grid(picture.height, picture.width, MAX_SLICES, RESOLUTION)
     for mark in picture.marks:
@@ -138,7 +138,7 @@ def test_small_print_lies_whole_in_a_slice(seed):
         assert left == right and top == bottom, mark
 
 
-def test_every_kind_comes_in_every_split_and_the_mix_sums_to_one():
+def test_every_kind_has_held_out_scenes_and_shares_sum_to_one():
     assert sum(MIX.values()) == pytest.approx(1.0) and MIX.keys() | EASY.keys() == KINDS.keys()
     assert sum(EASY.values()) == pytest.approx(1.0)
     for kind in KINDS:
@@ -146,7 +146,7 @@ def test_every_kind_comes_in_every_split_and_the_mix_sums_to_one():
         assert groups
 
 
-def test_messages_of_a_call_and_an_open_question():
+def test_messages_of_a_call_and_of_an_open_question():
     scene = next(s for s in (draw(seed, mix={"calls": 1.0}) for seed in range(50)) if s.turns[-1].call or s.turns[0].call)
     turn = next(turn for turn in scene.turns if turn.call)
     asked, answered = messages(scene, [turn])
@@ -161,11 +161,11 @@ def test_messages_of_a_call_and_an_open_question():
 @pytest.mark.parametrize(
     "names, text", [(["red star"], "a red star"), (["orange cross", "blue star"], "an orange cross and a blue star")]
 )
-def test_lists(names, text):
+def test_listed(names, text):
     assert listed(names) == text
 
 
-def test_written_files_are_the_scenes(tmp_path):
+def test_written_files_match_the_scenes(tmp_path):
     assert main([str(tmp_path), "--count", "3", "--held-out", "--kind", "clip", "--kind", "pair"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and {line["group"] for line in lines} <= {"video", "two images", "thinking"}
@@ -179,5 +179,5 @@ def test_written_files_are_the_scenes(tmp_path):
         assert line["answers"][0] in {turn.reply for turn in scene.turns}
 
 
-def test_cells_have_names():
+def test_cells_have_different_names():
     assert len(set(CELLS)) == 9

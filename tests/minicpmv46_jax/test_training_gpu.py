@@ -33,7 +33,10 @@ def described(description):
 
 @pytest.fixture(scope="module")
 def step_primitives():
-    """Returns a function: (backend, pictures) -> number of each primitive in a step of a model of the released widths."""
+    """Returns a function that counts the primitives of a step: (backend, pictures) -> Counter.
+
+    The model has the released widths.
+    """
     config = bench.cut(ModelConfig.from_dict(released_config()), 1)
     params = model.parameter_shapes(config)
     optimizer = optax.sgd(1e-3)

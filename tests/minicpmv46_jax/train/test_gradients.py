@@ -1,4 +1,4 @@
-"""The training forward against transformers: the gradient of every parameter; packed rows against conversations apart."""
+"""Gradients of the training forward: equal to transformers', and to those of unpacked conversations."""
 
 import dataclasses
 import functools
@@ -32,7 +32,9 @@ def folder(tmp_path_factory, demo_folder):
     return write_checkpoint(tmp_path_factory.mktemp("train") / "model", demo_config(), demo_folder)
 
 
-SLOWER = 3.0  # off every A_log: where a token forgets all but 1e-6, transformers' float32 gradient of A_log is off by 4e-3
+# Subtracted from every A_log. Where a token's decay is 1e-6, transformers' float32 gradient of A_log is off
+# by 4e-3.
+A_LOG_SHIFT = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +42,16 @@ def ours(folder):
     ours = MiniCPMV.from_pretrained(folder, dtype="float32")
     for layer in ours.params["text"]["layers"].values():
         if "A_log" in layer["mixer"]:
-            layer["mixer"]["A_log"] -= SLOWER
+            layer["mixer"]["A_log"] -= A_LOG_SHIFT
     return ours
 
 
 @pytest.fixture(scope="module")
 def conversations(ours, photos):
-    """Of text and of pictures, longer and shorter than a chunk of the gated delta rule, learned from the middle on."""
+    """Returns conversations with and without pictures, whose second halves count in the loss.
+
+    They are shorter and longer than a chunk of the gated delta rule.
+    """
 
     small = dataclasses.replace(ours.processor.image_config, scale_resolution=112)  # some 64 patches a picture
     processor = Processor(ours.processor.tokenizer, small, ours.processor.video_config)
@@ -69,7 +74,7 @@ def conversations(ours, photos):
 
 @pytest.fixture(scope="module")
 def gradient(ours):
-    """Of a batch's summed loss: ((loss, by token), gradients)."""
+    """Returns a function: rows -> ((summed loss, loss by token), gradients)."""
     graph = model.schema(ours.config)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -84,13 +89,13 @@ def gradient(ours):
 
 
 def torch_gradients(folder, conversations, wanted):
-    """transformers' summed loss and its gradient for every released name."""
+    """Returns transformers' summed loss and its gradient for every released name."""
     oracle = Oracle(folder)
     named = dict(oracle.model.named_parameters())
     with torch.no_grad():
         for name in named:
             if name.endswith("A_log"):
-                named[name] -= SLOWER
+                named[name] -= A_LOG_SHIFT
     total = 0.0
     for conversation in conversations:
         logits = oracle.model(**oracle.arguments(conversation.inputs), use_cache=False).logits[0]
@@ -101,7 +106,7 @@ def torch_gradients(folder, conversations, wanted):
     return total.item(), {spec.dotted: named[spec.hf_name].grad.reshape(spec.shape).numpy() for spec in wanted}
 
 
-def test_gradients_are_transformers(folder, ours, conversations, gradient):
+def test_gradients_equal_transformers(folder, ours, conversations, gradient):
     wanted = param_specs(ours.config)
     expected_loss, expected = torch_gradients(folder, conversations, wanted)
     (loss, _), found = gradient([conversations[:2], conversations[2:]])
@@ -111,14 +116,14 @@ def test_gradients_are_transformers(folder, ours, conversations, gradient):
 
 def check_gradients(found, expected, wanted):
     for spec, grad in zip(wanted, jax.tree.leaves(found), strict=True):
-        if spec.dotted.endswith("k_proj.bias"):  # a constant on all keys changes no softmax: 0, up to rounding
+        if spec.dotted.endswith("k_proj.bias"):  # 0 up to rounding: a constant on all keys does not change a softmax
             assert max(np.abs(grad).max(), np.abs(expected[spec.dotted]).max()) < 1e-8
         else:
             assert relative_rms(grad, expected[spec.dotted]) <= FLOAT32_FORWARD, spec.dotted
 
 
-def test_a_videos_gradients_are_transformers(folder, ours, gradient, photos, tmp_path):
-    """A row of a file, its video of three frames opened and packed beside words; learned from its answer alone."""
+def test_gradients_of_a_video_equal_transformers(folder, ours, gradient, photos, tmp_path):
+    """A row of a data file, with a video of three frames; only its answer counts in the loss."""
     with av.open(tmp_path / "clip.mp4", "w") as file:
         stream = file.add_stream("mpeg4", rate=1)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
@@ -141,7 +146,7 @@ def test_a_videos_gradients_are_transformers(folder, ours, gradient, photos, tmp
     check_gradients(found, expected, wanted)
 
 
-def test_packed_rows_are_the_conversations_apart(conversations, gradient):
+def test_packed_rows_give_the_gradients_of_separate_conversations(conversations, gradient):
     (loss, nll), packed = gradient([[conversations[3], conversations[0]], [conversations[2], conversations[1]]])
     apart = [gradient([[conversation]]) for conversation in conversations]
     assert abs(loss - sum(found[0][0] for found in apart)) < 1e-5 * loss

@@ -1,4 +1,4 @@
-"""Whole runs on the small model: they overfit, go on where they were broken off, and what they export is what was trained."""
+"""Whole runs on the small model: they overfit, resume after an interruption, and export their weights."""
 
 import json
 import random
@@ -32,7 +32,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, demo_folder, photos):
-    """The small model with small pictures (some 64 patches each), and a file of conversations: (model, data)."""
+    """Returns (folder of the small model with pictures of about 64 patches, folder of data files)."""
     folder = tmp_path_factory.mktemp("source")
     model = shutil.copytree(demo_folder, folder / "model")
     config = json.loads((model / "preprocessor_config.json").read_text())
@@ -67,15 +67,15 @@ def settings(source, folder, rows="text", **tables):
 
 @pytest.fixture(scope="module")
 def full(source, tmp_path_factory):
-    """The folder of a full run."""
+    """Returns the folder of a run of full fine-tuning."""
     folder = tmp_path_factory.mktemp("run") / "full"
     train(settings(source, folder))
     return folder
 
 
 @pytest.fixture(scope="module")
-def adapted(source, tmp_path_factory):
-    """The folder of a run with adapters."""
+def with_adapters(source, tmp_path_factory):
+    """Returns the folder of a run with adapters."""
     folder = tmp_path_factory.mktemp("run") / "lora"
     train(settings(source, folder, "pictures", lora={"rank": 8}, optimizer={"rate": 5e-3}))
     return folder
@@ -85,8 +85,8 @@ def losses(folder):
     return [line["loss"] for line in log.read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("adapted", marks=pytest.mark.full)])
-def test_a_run_overfits_and_exports_what_it_trained(kind, request, source, tmp_path):
+@pytest.mark.parametrize("kind", ["full", pytest.param("with_adapters", marks=pytest.mark.full)])
+def test_run_overfits_and_exports_its_weights(kind, request, source, tmp_path):
     folder = request.getfixturevalue(kind)
     found = losses(folder)
     assert found[-1] < 0.2 * found[0]
@@ -99,10 +99,10 @@ def test_a_run_overfits_and_exports_what_it_trained(kind, request, source, tmp_p
     inputs = ours.process([{"role": "user", "content": question}])
     logits = Oracle(exported).logits(inputs)
     assert relative_rms(ours.logits(inputs), logits) < FLOAT32_FORWARD
-    assert chr(int(logits[-1].argmax())) == ("N" if kind == "full" else "C")  # the first letter of what it learned
+    assert chr(int(logits[-1].argmax())) == ("N" if kind == "full" else "C")  # the first letter of the trained answer
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_curve(source, full, tmp_path):
+def test_interrupted_run_resumes_to_the_same_curve(source, full, tmp_path):
     at = random.Random(0).randrange(1, STEPS - 1)
     own = settings(source, tmp_path / "run")
     train(own, stop=lambda step: step == at)
@@ -117,12 +117,12 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_curve(source, full, tmp_p
 
 
 @pytest.mark.full
-def test_two_hosts_learn_what_one_does_and_go_on(source, tmp_path):
-    """Two processes of two devices, broken off once; against one of four devices that is given what they read."""
+def test_two_hosts_train_and_resume_like_one(source, tmp_path):
+    """Two processes of two devices each, interrupted once, against one process of four with the same data."""
     model, files = source
     (files / "many.jsonl").write_text("".join(json.dumps({"query": "?" * i, "response": f"{i:02d}"}) + "\n" for i in range(20)))
     own = settings(source, tmp_path / "run", "many", mesh={"data": 2, "fsdp": 2}, run={"steps": 3})
-    for stop in (1, -1):  # after the first step; not at all
+    for stop in (1, -1):  # after the first step; never
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -131,8 +131,8 @@ def test_two_hosts_learn_what_one_does_and_go_on(source, tmp_path):
         for host in [
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
         ]:
-            said, _ = host.communicate(timeout=300)
-            assert host.returncode == 0, said[-3000:]
+            output, _ = host.communicate(timeout=300)
+            assert host.returncode == 0, output[-3000:]
     run, expected = prepare(own, QUICK), []
     processor = Processor.from_folder(model)
     reader = RowProcessor(processor, AnswerMarkers.from_processor(processor), own.batch)
@@ -146,7 +146,7 @@ def test_two_hosts_learn_what_one_does_and_go_on(source, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run"), expected, rtol=1e-5)
 
 
-def test_mistakes_are_named(source, full, tmp_path, capsys):
+def test_errors_name_the_setting_or_file(source, full, tmp_path, capsys):
     path = tmp_path / "run.toml"
     path.write_text(
         '[model]\nsource = "x"\n[data]\nfiles = ["a.jsonl"]\n[batch]\nrows = 1\ntokens = 64\n[run]\nfolder = "r"\nstep = 3\n'
@@ -159,7 +159,7 @@ def test_mistakes_are_named(source, full, tmp_path, capsys):
         train(settings(source, tmp_path / "run", data={"files": [str(tmp_path / "no.jsonl")]}))
 
 
-def test_the_readmes_settings_are_read():
+def test_settings_of_the_readme_are_valid():
     readme = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
     found = Settings.from_dict(tomllib.loads(block))

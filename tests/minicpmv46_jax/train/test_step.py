@@ -1,4 +1,6 @@
-"""Steps of training on the small model: what they learn, accumulate and leave alone; and which tokens count as answers."""
+"""Training steps on the small model, loss masks, adapters, optimisers and the loss."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from minicpmv46_jax import train
 from minicpmv46_jax.checkpoint.names import tree_path
 from minicpmv46_jax.train import (
     AnswerMarkers,
@@ -51,32 +54,32 @@ def batches(demo, markers):
     ]
 
 
-def learned_texts(demo, one):
-    """The runs of learned tokens, as text."""
+def label_texts(demo, one):
+    """Returns the texts of the runs of label tokens."""
     edges = np.flatnonzero(np.diff(one.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
     return [demo.processor.tokenizer.decode(one.inputs.token_ids[a:b]) for a, b in edges]
 
 
-def test_answers_are_what_generation_would_say(demo, markers):
+def test_loss_mask_covers_the_tokens_that_generation_produces(demo, markers):
     messages = chat("Hello.", "Hi!", "And you?", "Fine.")
     one = conversation(demo.processor, markers, messages)
-    assert learned_texts(demo, one) == ["Hi!<|im_end|>", "Fine.<|im_end|>"]
+    assert label_texts(demo, one) == ["Hi!<|im_end|>", "Fine.<|im_end|>"]
     prompt = demo.processor(messages[:-1]).token_ids
     last = np.flatnonzero(one.loss_mask)[-len("Fine.") - 1]
     np.testing.assert_array_equal(one.inputs.token_ids[:last], prompt)
-    assert learned_texts(demo, conversation(demo.processor, markers, messages, last_only=True)) == ["Fine.<|im_end|>"]
+    assert label_texts(demo, conversation(demo.processor, markers, messages, last_only=True)) == ["Fine.<|im_end|>"]
 
 
-def test_thoughts_are_learned_from_where_thinking_opens(demo, markers):
+def test_loss_mask_of_a_thought_starts_where_thinking_opens(demo, markers):
     messages = chat("2 + 2?")
     thought = [*messages, {"role": "assistant", "reasoning_content": "Two pairs.", "content": "4"}]
     one = conversation(demo.processor, markers, thought)
-    assert learned_texts(demo, one) == ["Two pairs.\n</think>\n\n4<|im_end|>"]
+    assert label_texts(demo, one) == ["Two pairs.\n</think>\n\n4<|im_end|>"]
     prompt = demo.processor(messages, chat_template_kwargs={"enable_thinking": True}).token_ids
     np.testing.assert_array_equal(one.inputs.token_ids[: np.flatnonzero(one.loss_mask)[0]], prompt)
 
 
-def test_conversations_that_cannot_be_learned_are_named(demo, markers):
+def test_errors_name_the_conversation(demo, markers):
     with pytest.raises(ValueError, match=r"^a\.jsonl:3: there is no answer"):
         conversation(demo.processor, markers, chat("Hello."), where="a.jsonl:3")
     with pytest.raises(ValueError, match=r"1 answers, but 2 in the prompt"):
@@ -86,7 +89,7 @@ def test_conversations_that_cannot_be_learned_are_named(demo, markers):
         list(fill([long], SHAPE))
 
 
-def test_a_step_learns_what_is_trained_alone(demo, batches):
+def test_step_changes_trained_parameters_only(demo, batches):
     optimizer = optax.adamw(3e-3)
     trained, frozen = split(demo.params, lambda path: path[0] == "text")
     step = jax.jit(make_step(demo.config, optimizer, dtype=jnp.float32, chunk=128), compiler_options=QUICK)
@@ -101,7 +104,7 @@ def test_a_step_learns_what_is_trained_alone(demo, batches):
     np.testing.assert_array_equal(state.frozen["vision"]["patch_embed"]["weight"], demo.params["vision"]["patch_embed"]["weight"])
 
 
-def test_masters_are_float32_and_what_layers_use_in_float32_stays(demo):
+def test_cast_for_compute_keeps_float32_vectors_and_masters_are_float32(demo):
     params = cast_for_compute(demo.params, "bfloat16")
     assert params["text"]["layers"][0]["mixer"]["A_log"].dtype == params["vision"]["post_norm"]["weight"].dtype == jnp.float32
     assert params["vision"]["patch_embed"]["bias"].dtype == params["text"]["embed"]["weight"].dtype == jnp.bfloat16
@@ -109,8 +112,8 @@ def test_masters_are_float32_and_what_layers_use_in_float32_stays(demo):
     assert {str(x.dtype) for x in jax.tree.leaves(state.trained)} == {"float32"}
 
 
-def test_bfloat16_steps_learn_too(demo, batches):
-    """The same losses as in float32, to bfloat16's three digits; and the very same with the layers one by one."""
+def test_bfloat16_and_unrolled_layers_give_the_same_loss(demo, batches):
+    """bfloat16 losses are close to float32's; unrolled layers give the same loss as scanned ones."""
     optimizer = optax.sgd(0.0)
     found = []
     for dtype, scan_layers in ((jnp.float32, True), (jnp.bfloat16, True), (jnp.float32, False)):
@@ -123,7 +126,7 @@ def test_bfloat16_steps_learn_too(demo, batches):
     assert 0 < abs(found[1].grad_norm - found[0].grad_norm) < 0.1 * found[0].grad_norm
 
 
-def test_adapters_add_nothing_until_they_are_trained_and_what_they_should_then(demo):
+def test_new_adapters_change_nothing_and_trained_ones_add_their_product(demo):
     tree = lora.init_adapters(demo.params, 4)
     for before, after in zip(jax.tree.leaves(demo.params), jax.tree.leaves(join(tree, demo.params, 2.0)), strict=True):
         np.testing.assert_array_equal(before, after)
@@ -141,7 +144,7 @@ def test_adapters_add_nothing_until_they_are_trained_and_what_they_should_then(d
         lora.init_adapters(demo.params, 65)
 
 
-def test_each_part_has_its_rate_and_the_schedule_its_shape(demo):
+def test_rates_of_parts_and_schedule(demo):
     config = OptimizerConfig(name="sgd", b1=0.0, rate=0.1, warmup=2, schedule="linear", clip=0.0, vision=0.5, merger=0.0)
     found = [float(make_schedule(config, 6)(step)) for step in range(7)]
     np.testing.assert_allclose(found, [0.05, 0.1, 0.1, 0.075, 0.05, 0.025, 0.0], atol=1e-6)
@@ -169,8 +172,8 @@ def test_weight_decay_applies_to_matrices_only(demo):
     assert not updates["vision"]["position_embed"]["weight"].any()
 
 
-def test_z_loss_is_the_squared_log_sum(demo, batches):
-    """Its gradient against a plain computation from whole logits."""
+def test_summed_loss_equals_a_plain_computation(demo, batches):
+    """The loss and its gradient equal a plain computation from all logits."""
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(7, 16), (50, 16)])
     labels, weights = jnp.asarray(rng.integers(0, 50, 7), jnp.int32), jnp.asarray(rng.uniform(0, 1, 7), jnp.float32)
@@ -184,8 +187,18 @@ def test_z_loss_is_the_squared_log_sum(demo, batches):
         return (weights * (lse - jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] + 0.1 * lse**2)).sum()
 
     expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, table)
-    np.testing.assert_allclose(jax.jit(ours, static_argnums=2)(hidden, table, 3), expected[0], rtol=2e-6)  # without gradients
-    for chunk in (3, None):  # the last chunk is filled up
+    np.testing.assert_allclose(jax.jit(ours, static_argnums=2)(hidden, table, 3), expected[0], rtol=2e-6)  # without a gradient
+    for chunk in (3, None):  # the last chunk is padded
         found = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=2)(hidden, table, chunk)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert relative_rms(a, b) < 2e-6, chunk
+
+
+def test_docstring_example_of_the_package_runs(demo):
+    """The parameters are copied, because the example donates them."""
+    params = jax.tree.map(jnp.copy, demo.params)
+    vlm = types.SimpleNamespace(processor=demo.processor, config=demo.config, params=params)
+    names = {**vars(train), "vlm": vlm, "messages": chat("2 and 2?", "4."), "jax": jax, "jnp": jnp, "optax": optax}
+    exec("\n".join(line[4:] for line in train.__doc__.splitlines() if line.startswith("    ")), names)
+    assert names["metrics"].learned == 3  # "4", "." and the end of the turn
+    assert jax.tree.structure(names["params"]) == jax.tree.structure(demo.params)

@@ -1,4 +1,4 @@
-"""What the training benchmark counts and reports; its times are the device's."""
+"""The training benchmark's FLOP counts and figures; its times belong to a device."""
 
 import json
 
@@ -19,8 +19,8 @@ def released():
     return ModelConfig.from_dict(released_config())
 
 
-def test_the_texts_work_is_what_the_compiler_counts(released):
-    """On 64 tokens, where neither scores nor chunks cost much; the compiler counts elementwise work too."""
+def test_text_flops_are_close_to_the_compilers_count(released):
+    """On 64 tokens attention's square and chunks cost little; the compiler also counts elementwise work."""
     released, tokens = bench.cut(released, 1), 64
     config, params = released.text, model.parameter_shapes(released)["text"]
 
@@ -34,17 +34,17 @@ def test_the_texts_work_is_what_the_compiler_counts(released):
     assert ours < counted < 1.1 * ours
 
 
-def test_a_step_with_pictures_counts_tower_and_words(released):
+def test_batch_flops_count_vision_tower_and_text(released):
     text, both = (bench.make_batch(released, 1, 1024, pictures) for pictures in (False, True))
     assert np.count_nonzero(both.segments) == 1024
-    assert np.count_nonzero(both.views.view_lens) == len(bench.PHOTO_GRIDS)  # one fits: the rest of the row is words
+    assert np.count_nonzero(both.views.view_lens) == len(bench.PHOTO_GRIDS)  # one picture fits; text fills the rest of the row
     tower = bench.tower_flops(released.vision, 1024, bench.PHOTO_GRIDS)
     apart = sum(bench.text_flops(released.text, length) for length in (572, 452))
     assert bench.batch_flops(released, both) == pytest.approx(3 * (tower + apart))
     assert bench.batch_flops(released, text) == pytest.approx(3 * bench.text_flops(released.text, 1024))
 
 
-def test_it_measures_each_plan(demo_folder, tmp_path, capsys):
+def test_main_measures_each_case(demo_folder, tmp_path, capsys):
     plans = ["--text", "layer:2:reference", "--pictures"]
     arguments = ["--model", str(demo_folder), "--groups", "1", "--tokens", "64", "--steps", "1", *plans]
     bench.main([*arguments, "--json", str(tmp_path / "found.json")], QUICK)
@@ -58,7 +58,7 @@ def test_it_measures_each_plan(demo_folder, tmp_path, capsys):
     assert "MFU" in capsys.readouterr().out
 
 
-def test_plans_and_rows_that_can_and_cannot_be(released):
+def test_cases_and_rows_are_validated(released):
     assert bench.BenchCase.parse("dots:16") == ("dots", 16, True, None)
     assert bench.BenchCase.parse("none:8:unrolled:gpu") == ("none", 8, False, "gpu")
     assert bench.BenchCase.parse("none:8:gpu") == ("none", 8, True, "gpu")

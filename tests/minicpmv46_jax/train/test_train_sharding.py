@@ -1,4 +1,4 @@
-"""Data parallel and fully sharded steps on eight virtual devices, against one device that accumulates the same parts."""
+"""Data parallel and fully sharded steps on eight virtual devices, against one device that accumulates."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ SHAPE = BatchShape(rows=1, tokens=64, patches=80, views=1, longest=80)
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.full)], ids=["text", "pictures"])
 def parts(request, demo, photos):
-    """Eight, each of another length; where there are pictures, in every other one."""
+    """Returns eight batches of different lengths; in the second case every other one has a picture."""
     small = dataclasses.replace(demo.processor.image_config, scale_resolution=112)
     processor = Processor(demo.processor.tokenizer, small, demo.processor.video_config)
 
@@ -42,11 +42,11 @@ def two_steps(demo, batch, mesh):
     for _ in range(2):
         state, metrics = step(state, batch)
         first = first or metrics
-    assert step._cache_size() == 1  # what a step returns lies as what it took
+    assert step._cache_size() == 1  # a step's output is sharded like its input
     return state, first, metrics
 
 
-def test_eight_devices_learn_what_one_does(demo, parts):
+def test_eight_devices_train_like_one(demo, parts):
     mesh = sharding.make_mesh(data=2, fsdp=4)
     state, *metrics = two_steps(demo, stack(parts, devices=8), mesh)
     expected, *expected_metrics = two_steps(demo, stack(parts), None)
@@ -59,6 +59,6 @@ def test_eight_devices_learn_what_one_does(demo, parts):
     assert weight.addressable_shards[0].data.shape == (weight.shape[0] // 4, weight.shape[1])
 
 
-def test_a_mesh_needs_its_devices():
+def test_mesh_needs_enough_devices():
     with pytest.raises(ValueError, match="data = 3 and fsdp = 4 needs 12 devices, there are 8"):
         sharding.make_mesh(data=3, fsdp=4)

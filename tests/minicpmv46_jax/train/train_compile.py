@@ -1,3 +1,3 @@
-"""How the tests of training compile their steps."""
+"""Compiler options for the tests of training."""
 
-QUICK = {"xla_backend_optimization_level": 0}  # a step compiles in 4 s of a core where it took 10, and runs three times as long
+QUICK = {"xla_backend_optimization_level": 0}  # a test runs few steps, so compiling fast matters more than running fast

@@ -1,4 +1,7 @@
-"""One of two hosts of a training run, with two virtual devices: `python -m tests.two_hosts PORT HOST SETTINGS STOP`."""
+"""One of two hosts of a training run, with two virtual devices each.
+
+Usage: `python -m tests.minicpmv46_jax.train.two_hosts PORT HOST SETTINGS STOP`.
+"""
 
 import json
 import os
