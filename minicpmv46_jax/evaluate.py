@@ -1,10 +1,10 @@
-"""Scores a model on questions with known answers: `python -m minicpmv46_jax.evaluate questions.jsonl --model
-FOLDER`.
+"""Scores a model on questions with known answers: `python -m minicpmv46_jax.evaluate FILE --model FOLDER`.
 
 A line of the file is one question, an object:
 
     {"images": ["cat.png"], "question": "What is this?", "answers": ["A cat."], "group": "animals"}
- `image` and `video`, or `images` and `videos`, are URLs or paths relative to the file's folder. Instead of a
+
+`image` and `video`, or `images` and `videos`, are URLs or paths relative to the file's folder. Instead of a
 question and media, `messages` may hold a whole conversation in OpenAI's form. `answers` are all correct
 answers. Optional keys: `id`, `group`, `tools`, and `options` such as {"max_slice_nums": 4, "enable_thinking":
 true}. Decoding is greedy. With `--url http://127.0.0.1:8000/v1`, a running server answers, of this project or

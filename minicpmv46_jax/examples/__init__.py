@@ -1,4 +1,4 @@
-"""Short programs that show how to use the project; each prints `--help`.
+"""Short programs that show how to use the project; each has a `--help`.
 
     python -m minicpmv46_jax.examples.describe_picture      # an answer about a picture, from Python
     python -m minicpmv46_jax.examples.loss_and_gradient     # the functional core, with jax.grad
