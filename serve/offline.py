@@ -21,7 +21,7 @@ from serve.engine.engine import QueuePolicy
 from serve.engine.engine_client import EngineClient
 from serve.engine.memory_plan import EngineConfig
 from serve.runtime.cache_dir import cache_folder
-from serve.runtime.startup import MEMORY_FRACTION, DeviceConfig, make_engine
+from serve.runtime.startup import MEMORY_FRACTION, DeviceConfig, check_backend, make_engine
 
 MAX_IN_FLIGHT = 32  # conversations being prepared or answered; their images are in memory
 
@@ -34,15 +34,23 @@ class Offline:
     Args:
       model: the model that answers.
       engine: an engine over it; None makes one as large as the device's memory allows.
+      backend: kernels of an engine made here: "reference", "hopper", "tpu", or None for the fastest that
+        serves the model.
+
+    Raises:
+      ValueError: the backend cannot run on the device, or there is an engine already.
     """
 
-    def __init__(self, model: MiniCPMV, engine: EngineClient | None = None):
-        self._model, self._engine = model, engine or self._make_engine(model)
+    def __init__(self, model: MiniCPMV, engine: EngineClient | None = None, backend: str | None = None):
+        if engine is not None and backend is not None:
+            raise ValueError(f"backend is {backend!r}, but the engine given has its kernels already")
+        self._model, self._engine = model, engine or self._make_engine(model, backend)
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
 
     @staticmethod
-    def _make_engine(model: MiniCPMV) -> EngineClient:
-        device_config = DeviceConfig(jax.default_backend(), MEMORY_FRACTION, cache_folder())
+    def _make_engine(model: MiniCPMV, backend: str | None) -> EngineClient:
+        check_backend(backend)
+        device_config = DeviceConfig(jax.default_backend(), MEMORY_FRACTION, cache_folder(), backend)
         return make_engine(model, device_config, EngineConfig(), QueuePolicy())
 
     def __enter__(self) -> "Offline":

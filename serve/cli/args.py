@@ -16,6 +16,8 @@ from typing import Any
 from serve.multimodal.ip_rules import Network
 
 MODALITIES = ("image", "video")
+BACKENDS = ("reference", "hopper", "tpu")  # as in kernels_pallas.backends, whose import takes seconds
+BACKEND_ALIASES = {"gpu": "hopper"}
 
 # Flags of vLLM and SGLang for settings that have only one value here, and the reason.
 UNNEEDED_FLAGS = {
@@ -52,6 +54,14 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
 
 def _with_dashes(argument: str) -> str:
     return re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument)
+
+
+def backend(text: str) -> str:
+    """Parses a kernel backend's name or alias."""
+    name = BACKEND_ALIASES.get(text, text)
+    if name not in BACKENDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(BACKENDS)}")
+    return name
 
 
 def port(text: str) -> int:
@@ -149,6 +159,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     platform = parser.add_mutually_exclusive_group()
     for name in ("cpu", "gpu", "tpu"):
         platform.add_argument(f"--{name}", dest="platform", action="store_const", const=name, help=f"run on the {name.upper()}")
+    parser.add_argument(
+        "--backend",
+        metavar="{" + ",".join(BACKENDS) + "}",
+        type=backend,
+        help="kernels: the reference on any device, or those for one family of chips (default: the fastest that serves)",
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument(
         "--served-model-name",

@@ -48,7 +48,8 @@ def build_service(args: argparse.Namespace, **fields: Any) -> "Service":
     from serve.runtime.cache_dir import cache_folder
 
     platform = startup.choose_platform(args.platform, args.memory_fraction)
-    device_config = startup.DeviceConfig(platform, args.memory_fraction, cache_folder())
+    startup.check_backend(args.backend)
+    device_config = startup.DeviceConfig(platform, args.memory_fraction, cache_folder(), args.backend)
     startup.enable_compilation_cache(device_config)
     source = demo.FOLDER if args.model is None else args.model
     # XLA's bfloat16 products are slow on a CPU: 1.2 to 2.8 s a token of the full model, in float32 0.2 s.

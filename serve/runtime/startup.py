@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import backends
 from kernels_pallas.page_size import PAGE
 from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.config import ModelConfig
@@ -41,11 +42,13 @@ class DeviceConfig:
       platform: "cpu", "gpu" or "tpu", of jax's first device.
       memory_fraction: share of that device's memory to use.
       cache_folder: the folder in which compiled programs outlast the process.
+      backend: kernels to run: "reference", "hopper", "tpu", or None for the fastest that serves the model.
     """
 
     platform: str
     memory_fraction: float
     cache_folder: Path
+    backend: str | None = None
 
 
 def choose_platform(platform: str | None, memory_fraction: float = MEMORY_FRACTION) -> str:
@@ -76,6 +79,16 @@ def _missing_platform(platform: str) -> str:
     except RuntimeError:
         found = "no device at all"
     return f"--{platform}: jax finds no {platform.upper()} here, it found: {found}{_INSTALL_HINTS.get(platform, '')}"
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises ValueError if a kernel backend does not exist, or cannot run on jax's first device."""
+    reasons = {backends.REFERENCE: None, backends.HOPPER: backends.mosaic_unsupported_reason(), backends.TPU: None}
+    stand_ins = {name: backends.Implementation(check_backend, reason) for name, reason in reasons.items()}
+    try:
+        backends.dispatch(backend, stand_ins)  # only its checks matter: no operation runs here
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from None
 
 
 def enable_compilation_cache(device_config: DeviceConfig) -> None:
@@ -115,10 +128,11 @@ def load_engine(
             raise ValueError(f"the parameters of {source} take {sizes}; bfloat16 needs half of float32")
         memory -= needed
     runner = _make_runner(loader.config, shapes, device_config, memory, engine_config)
-    with timed(f"loading {source} in {dtype}, compiling (kept for the next start)") as add_part, _explain_out_of_memory():
+    title = f"loading {source} in {dtype}, compiling (kept for the next start)"
+    with timed(title) as add_part, _explain_compile_errors(device_config):
         runner.compile(show=True, check=loader.check)
         add_part("compiled")
-        model = loader.model()
+        model = loader.model(device_config.backend)
         runner.load(jax.block_until_ready(model.params))
     return model, Engine(model, runner, policy)
 
@@ -129,7 +143,7 @@ def make_engine(model: MiniCPMV, device_config: DeviceConfig, engine_config: Eng
     Raises ValueError if the device has too little memory.
     """
     runner = _make_runner(model.config, model.params, device_config, free_memory(device_config), engine_config)
-    with timed("compiling (kept for the next start)"), _explain_out_of_memory():
+    with timed("compiling (kept for the next start)"), _explain_compile_errors(device_config):
         runner.compile(show=True)
         runner.load(model.params)
     return Engine(model, runner, policy)
@@ -150,7 +164,8 @@ def _make_runner(
         f"{plan.max_model_len} in one, {plan.num_snapshots} cached prefixes, features of {plan.encoder_cache_rows} image tokens",
         file=sys.stderr,
     )
-    return ModelRunner(config, shapes, plan, store=None if cpu else _program_store(device_config, config, plan, itemsize))
+    store = None if cpu else _program_store(device_config, config, plan, itemsize, device_config.backend)
+    return ModelRunner(config, shapes, plan, device_config.backend, store)
 
 
 def _program_store(device_config: DeviceConfig, *depends: Any) -> ProgramStore:
@@ -177,10 +192,14 @@ def free_memory(device_config: DeviceConfig) -> int:
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory() -> Iterator[None]:
-    """Turns jax's out-of-memory error into a ValueError of one line, and passes every other error on."""
+def _explain_compile_errors(device_config: DeviceConfig) -> Iterator[None]:
+    """Raises ValueError of one line if memory runs out or the requested backend does not serve the model."""
     try:
         yield
+    except NotImplementedError as error:
+        if device_config.backend is None:
+            raise
+        raise ValueError(str(error)) from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

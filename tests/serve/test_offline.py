@@ -2,6 +2,7 @@
 
 import pytest
 
+from serve import offline as offline_module
 from serve.offline import Offline
 from tests.serve.engine.serial_engine import SerialEngine
 from tests.serve.support import FakeModel
@@ -36,6 +37,29 @@ def test_each_as_alone(demo, demo_engine):
     conversations = [conversation(f"Question {i}") for i in range(3)]
     options = {"max_new_tokens": 6, "temperature": 0.0}
     assert offline.chat(conversations, **options) == [demo.chat(messages, **options) for messages in conversations]
+
+
+def test_requested_backend_reaches_the_engine(monkeypatch):
+    device_configs, model = [], Model()
+
+    def make_engine(model, device_config, *_):
+        device_configs.append(device_config)
+        return SerialEngine(model, max_waiting=64)
+
+    monkeypatch.setattr(offline_module, "make_engine", make_engine)
+    with Offline(model, backend="reference") as offline:
+        assert offline.chat([conversation("a")]) == ["A"]
+    assert [config.backend for config in device_configs] == ["reference"]
+
+
+def test_backend_for_another_device_is_refused(demo):
+    with pytest.raises(ValueError, match=r"backend 'tpu' is for TPU v5, .*; backend 'reference' runs on it"):
+        Offline(demo, backend="tpu")
+
+
+def test_backend_with_an_engine_is_refused(demo, demo_engine):
+    with pytest.raises(ValueError, match="backend is 'reference', but the engine given has its kernels already"):
+        Offline(demo, demo_engine, backend="reference")
 
 
 def test_a_mistake_is_named():

@@ -130,7 +130,8 @@ def test_a_kill_and_a_second_start(tmp_path, demo_folder):
     lines = [line(i, body={**body(), "model": "model", "max_tokens": 8, "temperature": 0}) for i in range(count)]
     path, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "serve.batch", str(path), str(out), "--cpu", "--model", str(demo_folder)]
-    command += ["--served-model-name", "model", "--concurrency", "2", "--max-running", "1", "--no-prefix-cache"]  # few programs
+    command += ["--backend", "reference", "--served-model-name", "model", "--concurrency", "2"]
+    command += ["--max-running", "1", "--no-prefix-cache"]  # few programs
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as first:
         end = time.monotonic() + 240

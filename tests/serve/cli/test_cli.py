@@ -1,6 +1,7 @@
 """`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import os
@@ -17,12 +18,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from kernels_pallas import backends
 from minicpmv46_jax import demo
 from minicpmv46_jax.evaluate import read_questions
 from minicpmv46_jax.library import ModelLoader
 from minicpmv46_jax.scenes.__main__ import write
 from serve.__main__ import _parser, bind, check_tls, listen, main, read_api_keys
-from serve.cli.args import media_limits
+from serve.cli.args import BACKEND_ALIASES, BACKENDS, media_limits
 from serve.cli.build_service import build_cors, build_media_fetcher, build_service, default_model_name
 from serve.engine.engine import QueuePolicy
 from serve.engine.memory_plan import EngineConfig
@@ -92,6 +94,7 @@ def test_usage_errors(arguments, capsys):
         ("--limit_mm_per_prompt image=-1", "image is -1, expected 0 or more"),
         ("--allowed-media-networks 10.0.0.1/8", "host bits set"),
         ("--max-pixels 0", "0 is less than 1"),
+        ("--backend cuda", "'cuda' is none of reference, hopper, tpu"),
     ],
 )
 def test_flags_with_mistakes(arguments, words, capsys):
@@ -155,6 +158,60 @@ def test_flags_that_make_no_sense(capsys, tmp_path):
     assert "--revision" in mistake(capsys, "--revision", "main")
     assert "--api-key is empty" in mistake(capsys, "--api-key", "")
     assert f"{tmp_path / 'none'}, which is not a folder" in mistake(capsys, "--allowed-local-media-path", tmp_path / "none")
+
+
+def test_backend_names_are_those_of_the_kernels():
+    assert set(BACKENDS) == {backends.REFERENCE, *backends.CHIPS} and BACKEND_ALIASES == backends.ALIASES
+    assert _parser().parse_args(["--backend", "gpu"]).backend == "hopper"
+    assert _parser().parse_args([]).backend is None
+
+
+@pytest.mark.parametrize("backend", ["tpu", "hopper"])
+def test_backend_for_another_device_is_refused_before_loading(capsys, monkeypatch, tmp_path, backend):
+    monkeypatch.setattr(startup, "choose_platform", lambda *_: "cpu")
+    monkeypatch.setattr(backends, "mosaic_unsupported_reason", lambda: None)
+    line = mistake(capsys, "--port", 0, "--backend", backend, "--model", tmp_path / "none")
+    assert line.startswith(f"error: backend '{backend}' is for ")
+    assert line.endswith("and the device is 'cpu'; backend 'reference' runs on it\n")
+
+
+def test_backend_that_jax_is_too_old_for_is_refused_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(startup, "choose_platform", lambda *_: "gpu")
+    monkeypatch.setattr(backends, "mosaic_unsupported_reason", lambda: "jax is 0.10")
+    assert mistake(capsys, "--port", 0, "--backend", "gpu") == (
+        "error: backend 'hopper': jax is 0.10; backend 'reference' serves it\n"
+    )
+
+
+def test_requested_backend_reaches_the_runner_and_the_model(demo_folder, tmp_path, monkeypatch):
+    requested = {}
+
+    class Runner(SimpleNamespace):
+        def __init__(self, config, shapes, sizes, backend, store):
+            requested["runner"] = backend
+            super().__init__(compile=lambda **_: None, load=lambda _: None)
+
+    monkeypatch.setattr(startup, "ModelRunner", Runner)
+    monkeypatch.setattr(startup, "Engine", lambda model, runner, policy: None)
+    monkeypatch.setattr(
+        ModelLoader,
+        "model",
+        lambda self, backend: requested.update(model=backend) or SimpleNamespace(params={}),
+    )
+    with ModelLoader(demo_folder, "float32") as loader:
+        startup.load_engine(loader, DeviceConfig("cpu", 0.9, tmp_path, "reference"), EngineConfig(), QueuePolicy())
+    assert requested == {"runner": "reference", "model": "reference"}
+
+
+def test_backend_that_does_not_serve_the_model_is_one_line(demo_folder, tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise NotImplementedError("backend 'hopper': heads are 64 wide; backend 'reference' serves it")
+
+    monkeypatch.setattr(ProgramCache, "compile", unsupported)
+    config = DeviceConfig("cpu", 0.9, tmp_path, "reference")
+    for device_config, error in ((config, ValueError), (dataclasses.replace(config, backend=None), NotImplementedError)):
+        with pytest.raises(error, match="heads are 64 wide"), ModelLoader(demo_folder, "float32") as loader:
+            startup.load_engine(loader, device_config, EngineConfig(), QueuePolicy())
 
 
 def test_keys_from_the_flag_and_from_a_file(tmp_path, capsys):
