@@ -1,4 +1,4 @@
-"""Many conversations at once: each as alone, in order; one mistake is named and leaves nothing running."""
+"""Offline inference: answers in order and as for single conversations, errors with their index, backends."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def conversation(text):
 
 
 class Model(FakeModel):
-    """`prepare`, as the library has it."""
+    """A fake model with the library's `prepare`."""
 
     def prepare(self, messages, options):
         return self.process(messages), self.options(**options)
@@ -32,8 +32,8 @@ def test_answers_come_in_order():
         assert offline.chat([]) == []
 
 
-def test_each_as_alone(demo, demo_engine):
-    offline = Offline(demo, demo_engine)  # not closed: others use the engine
+def test_answers_are_those_of_single_conversations(demo, demo_engine):
+    offline = Offline(demo, demo_engine)  # not closed: other tests use the engine
     conversations = [conversation(f"Question {i}") for i in range(3)]
     options = {"max_new_tokens": 6, "temperature": 0.0}
     assert offline.chat(conversations, **options) == [demo.chat(messages, **options) for messages in conversations]
@@ -62,7 +62,7 @@ def test_backend_with_an_engine_is_refused(demo, demo_engine):
         Offline(demo, demo_engine, backend="reference")
 
 
-def test_a_mistake_is_named():
+def test_error_has_the_conversations_index():
     with offline_fake() as offline:
         with pytest.raises(ValueError, match="conversation 1: messages is empty"):
             offline.chat([conversation("a"), []])

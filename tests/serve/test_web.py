@@ -1,6 +1,6 @@
-"""The page in headless Chromium: send an image, watch the stream, stop it, retry, reload; tools, thinking, settings, keys.
+"""The page in headless Chromium: images, streams, stop, retry, reload, tools, reasoning, settings and keys.
 
-Not run where there is no Chromium. `PAGE_SHOTS=<folder>` keeps pictures of what it looks like.
+Skipped without Chromium. `PAGE_SHOTS=<folder>` saves screenshots.
 """
 
 import os
@@ -17,7 +17,7 @@ from serve.web import page as page_files
 from tests.serve.support import NAME, PATIENCE_S, FakeModel, live, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Without the flags on networking it asks its makers' hosts for updates, which has no place in a test.
+# Without the flags on networking Chromium asks its vendor's hosts for updates, which a test must not do.
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update".split()
 )
@@ -30,7 +30,7 @@ TOOLS = '[{"type": "function", "function": {"name": "weather", "parameters": {"p
 
 
 class PageModel(FakeModel):
-    """Real prompts and pictures, and words that a test chooses, a character a step."""
+    """A fake model with the demo model's prompts and images, which generates `answer` a character a step."""
 
     def __init__(self, demo):
         super().__init__()
@@ -82,7 +82,7 @@ def opened(browser, address, **options):
     page.goto(address)
     yield page
     assert faults == []
-    assert all(url.startswith((address, "data:", "blob:")) for url in asked)  # no other host is ever asked
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)  # no request leaves for another host
     context.close()
 
 
@@ -103,7 +103,7 @@ def say(page, words):
     page.get_by_label("Message").press("Enter")
 
 
-def test_an_image_a_stream_a_stop_a_retry_a_reload(page, model, photo, demo):
+def test_image_stream_stop_retry_and_reload(page, model, photo, demo):
     page.set_input_files("#files", photo)
     inputs = demo.process([{"role": "user", "content": [{"type": "image", "image": photo}]}])
     rows, columns = inputs.image_grids[0]
@@ -140,27 +140,27 @@ def test_an_image_a_stream_a_stop_a_retry_a_reload(page, model, photo, demo):
     expect(page.locator("#messages > li")).to_have_count(0)
 
 
-def test_the_demo_model_is_drawn_pictures(browser, model):
+def test_demo_model_draws_images(browser, model):
     with serving(model, demo=True) as service, live(service) as address:
         for page in opened(browser, address):
             page.get_by_role("button", name="Draw").click()
             expect(page.locator("#attached figcaption").first).to_contain_text("tokens")
-            asked, pictures = page.get_by_label("Message").input_value(), page.locator("#attached img").count()
+            question, images = page.get_by_label("Message").input_value(), page.locator("#attached img").count()
             page.get_by_role("button", name="Send").click()
             expect(page.locator(".assistant strong")).to_have_text("temple")
-            expect(page.locator(".user")).to_contain_text(asked)
-            assert asked in model.prompts[-1] and page.locator(".user img").count() == pictures >= 1
-            page.get_by_role("button", name="Draw").click()  # another one, in a chat of its own
+            expect(page.locator(".user")).to_contain_text(question)
+            assert question in model.prompts[-1] and page.locator(".user img").count() == images >= 1
+            page.get_by_role("button", name="Draw").click()  # another image, in a new chat
             expect(page.locator("#attached img").first).to_be_visible()
             expect(page.locator("#messages > li")).to_have_count(0)
 
 
-def test_other_models_are_drawn_nothing(page):
+def test_other_models_have_no_draw_button(page):
     expect(page).to_have_title(NAME)
     expect(page.get_by_role("button", name="Draw")).to_be_hidden()
 
 
-def test_thinking_is_folded_and_calls_are_answered(page, model):
+def test_reasoning_is_folded_and_tool_calls_get_results(page, model):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Reason before answering").check()
     page.get_by_label("Tools").fill(TOOLS)
@@ -180,7 +180,7 @@ def test_thinking_is_folded_and_calls_are_answered(page, model):
     assert "<tool_response>\ndry\n</tool_response>" in model.prompts[-1] and "<function=weather>" in model.prompts[-1]
 
 
-def test_settings_are_kept_and_sent(page, model):
+def test_settings_are_stored_and_sent(page, model):
     seen, make = [], model.options
     model.options = lambda **options: seen.append(options) or make(**options)
     page.get_by_role("button", name="Settings").click()
@@ -198,7 +198,7 @@ def test_settings_are_kept_and_sent(page, model):
     assert "Be brief." in model.prompts[-1]
 
 
-def test_a_message_waits_for_the_models_name(page, model):
+def test_message_waits_for_the_model_name(page, model):
     held = []
     page.route("**/v1/models", lambda route: held.append(route))
     page.reload()
@@ -210,19 +210,19 @@ def test_a_message_waits_for_the_models_name(page, model):
     assert "Hi" in model.prompts[-1]
 
 
-def test_a_message_before_the_server_is_there(page, model):
+def test_message_without_a_server_can_be_retried(page, model):
     page.route("**/v1/*", lambda route: route.abort())
     page.reload()
     expect(page.locator("#status")).to_have_text("no connection")
     say(page, "Hi")
     expect(page.locator(".error")).to_be_visible()
     page.unroute("**/v1/*")
-    page.get_by_role("button", name="Retry").click()  # nobody needs to load the page again
+    page.get_by_role("button", name="Retry").click()  # without a reload
     expect(page.locator("#model")).to_have_text("fake")
     expect(page.locator(".message-footer")).to_contain_text("tokens")
 
 
-def test_a_picture_is_priced_beside_broken_tools(page, photo):
+def test_image_cost_is_shown_beside_invalid_tools(page, photo):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Tools").fill("{")
     page.keyboard.press("Escape")
@@ -230,7 +230,7 @@ def test_a_picture_is_priced_beside_broken_tools(page, photo):
     expect(page.locator("#attached figcaption")).to_contain_text("tokens")
 
 
-def test_what_the_server_refuses_is_shown(page):
+def test_errors_are_shown(page):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("-1")
     page.get_by_label("Tools").fill("{")
@@ -244,7 +244,7 @@ def test_what_the_server_refuses_is_shown(page):
     expect(page.locator(".error")).to_contain_text("temperature is -1.0, expected at least 0.0")
 
 
-def test_pasted_and_dropped_pictures(page, photo):
+def test_pasted_and_dropped_images(page, photo):
     page.evaluate(
         """async () => {
             const canvas = new OffscreenCanvas(60, 40);
@@ -262,7 +262,7 @@ def test_pasted_and_dropped_pictures(page, photo):
     expect(page.locator("#attached figcaption")).to_have_count(1)
 
 
-def test_a_server_with_a_key(browser, demo):
+def test_server_with_an_api_key(browser, demo):
     with serving(PageModel(demo), api_keys=("secret",)) as service, live(service) as address:
         for page in opened(browser, address):
             expect(page.locator("#status")).to_have_text("this server needs an API key")
@@ -282,7 +282,7 @@ def test_on_a_phone_and_by_keyboard(browser, demo, photo, scheme):
             page.keyboard.type("What is this?")
             page.keyboard.press("Enter")
             expect(page.locator(".message-footer")).to_contain_text("tokens")
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal overflow
             shot(page, f"phone-{scheme}")
             page.get_by_role("button", name="Light or dark").click()
             chosen = page.evaluate("document.documentElement.dataset.theme")
@@ -291,7 +291,7 @@ def test_on_a_phone_and_by_keyboard(browser, demo, photo, scheme):
             assert page.evaluate("document.documentElement.dataset.theme") == chosen
 
 
-def test_the_page_names_no_other_host():
+def test_page_names_no_other_host():
     html, headers = page_files()
     assert "http" not in html.replace("http-equiv", "").replace("HTTP status", "").replace("over https", "")
     assert "default-src 'none'" in headers["Content-Security-Policy"]

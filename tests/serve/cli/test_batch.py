@@ -1,4 +1,4 @@
-"""Files of requests: answered once each, whatever was killed in between."""
+"""Files of requests: each request is answered exactly once, also after a kill and a restart."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ def test_every_request_is_answered_once(tmp_path):
     requests.append(line(21, url="/v1/messages", body={"model": NAME, "messages": body()["messages"], "max_tokens": 3}))
     requests.append(line(22, body={**body(), "temperature": -1}))
     path = write(tmp_path / "in.jsonl", requests)
-    with serving(FakeModel(), max_waiting=2) as service:  # fewer places than requests at once: some are told to wait
+    with serving(FakeModel(), max_waiting=2) as service:  # less capacity than requests in flight: some get a 429
         run(service, list(read_requests(path)), tmp_path / "out.jsonl", concurrency=8)
     found, number = answers(tmp_path / "out.jsonl")
     assert number == 23 and set(found) == {f"r{i}" for i in range(23)}
@@ -57,7 +57,7 @@ def test_every_request_is_answered_once(tmp_path):
     assert found["r22"]["response"]["status_code"] == 400 and found["r22"]["error"] is None
 
 
-def test_going_on_after_half_a_line(tmp_path):
+def test_resume_cuts_off_an_incomplete_line(tmp_path):
     out = tmp_path / "out.jsonl"
     requests = [line(i) for i in range(4)]
     with serving(FakeModel()) as service:
@@ -83,26 +83,26 @@ def test_going_on_after_half_a_line(tmp_path):
         (line(0), "line 2: custom_id 'r0' is line 1's already"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_asked(tmp_path, capsys, bad, words):
+def test_invalid_requests_are_found_before_any_is_sent(tmp_path, capsys, bad, words):
     path = write(tmp_path / "in.jsonl", [line(0), bad])
     assert main([str(path), str(tmp_path / "out.jsonl")]) == 1
     assert words in capsys.readouterr().err
 
 
-def test_nothing_left_needs_no_model(tmp_path):
+def test_completed_file_needs_no_model(tmp_path):
     path = write(tmp_path / "in.jsonl", [line(0)])
     write(tmp_path / "out.jsonl", [{"custom_id": "r0"}])
     assert main([str(path), str(tmp_path / "out.jsonl"), "--model", str(tmp_path / "none")]) == 0
 
 
-def test_two_runs_at_once(tmp_path, capsys):
+def test_second_run_on_the_same_output_is_refused(tmp_path, capsys):
     path, out = write(tmp_path / "in.jsonl", [line(0)]), tmp_path / "out.jsonl"
     with open_locked(out):
         assert main([str(path), str(out)]) == 1
     assert f"{out} is being written by another run" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_keeps_what_is_done(tmp_path):
+def test_interrupted_run_keeps_completed_answers(tmp_path):
     model, out = FakeModel(), tmp_path / "out.jsonl"
     model.gate = threading.Semaphore(len("request 0"))
     requests = [line(i) for i in range(3)]
@@ -124,8 +124,8 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path):
     assert answers(out)[1] == 3
 
 
-def test_a_kill_and_a_second_start(tmp_path, demo_folder):
-    """The real command, killed without warning after its first answers."""
+def test_killed_run_resumes(tmp_path, demo_folder):
+    """Kills the real command after its first answers, and starts it again."""
     count = 12
     lines = [line(i, body={**body(), "model": "model", "max_tokens": 8, "temperature": 0}) for i in range(count)]
     path, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
@@ -143,13 +143,13 @@ def test_a_kill_and_a_second_start(tmp_path, demo_folder):
     assert kept.count(b"\n") >= 2
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
-    assert out.read_bytes().startswith(kept)  # nothing twice
+    assert out.read_bytes().startswith(kept)  # no answer is written twice
     found, number = answers(out)
     assert number == count == len(found)
     assert {item["response"]["status_code"] for item in found.values()} == {200}
 
 
-def test_flags_with_mistakes(capsys):
+def test_unknown_flag_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit):
         _parser().parse_args(["a", "b", "--concurency", "5"])
     assert "did you mean --concurrency?" in capsys.readouterr().err

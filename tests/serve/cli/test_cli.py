@@ -1,4 +1,4 @@
-"""`python -m serve` as a user meets it: mistakes in one line, a start from nothing, a clean stop."""
+"""`python -m serve`: mistakes in one line, a first start with empty caches, a clean stop."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ from tests.serve.support import FakeModel, serving
 
 
 def environment(**changes):
-    """Of a user, not of pytest: one device, and no word about the platform."""
+    """Returns the environment without pytest's settings: one device, and no platform chosen."""
     kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     return {**kept, "PYTHONPATH": str(ROOT), **changes}
 
@@ -50,15 +50,15 @@ def run(*arguments, **changes):
     return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=120)
 
 
-def mistake(capsys, *arguments):
-    """The one line of a mistake that is found before anything is loaded."""
+def startup_error(capsys, *arguments):
+    """Returns the one line of an error that is found before the model is loaded."""
     assert main([str(argument) for argument in arguments]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     return err
 
 
-def test_help_comes_at_once():
+def test_help_imports_no_jax():
     done = run("--help")
     assert done.returncode == 0
     assert "--allowed-local-media-path" in done.stdout
@@ -97,7 +97,7 @@ def test_usage_errors(arguments, capsys):
         ("--backend cuda", "'cuda' is none of reference, hopper, tpu"),
     ],
 )
-def test_flags_with_mistakes(arguments, words, capsys):
+def test_invalid_flags_are_explained(arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2
@@ -105,11 +105,11 @@ def test_flags_with_mistakes(arguments, words, capsys):
 
 
 @pytest.mark.parametrize("text", ['{"image": 5, "video": 2}', "image=5,video=2"])
-def test_media_limits(text):
+def test_media_limits_are_parsed(text):
     assert media_limits(text) == {"image": 5, "video": 2}
 
 
-def test_the_media_flags_make_the_rules():
+def test_media_flags_configure_the_fetcher():
     arguments = "--allowed-media-domains Good.test. other.test --allowed-media-networks 10.0.0.0/8 ::1 --max-media-bytes 5"
     fetch = build_media_fetcher(_parser().parse_args(arguments.split()))
     assert fetch._network_policy.domains == {"good.test", "other.test"}
@@ -118,46 +118,46 @@ def test_the_media_flags_make_the_rules():
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         ("--memory-fraction 1.5", "1.5 is not between 0 and 1"),
         ("--max-running 0", "0 is less than 1"),
         ("--max-wait 0", "0.0 is not more than 0"),
     ],
 )
-def test_engine_flags_out_of_range(arguments, said, capsys):
+def test_engine_flags_out_of_range(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments.split())
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_port_in_use(capsys):
+def test_port_in_use_is_refused(capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        line = mistake(capsys, "--port", port)
+        line = startup_error(capsys, "--port", port)
     assert "'127.0.0.1'" in line and str(port) in line and "in use" in line
 
 
-def test_hosts_that_are_not_ours(capsys):
-    assert "'no.such.host.invalid'" in mistake(capsys, "--host", "no.such.host.invalid")
-    assert "'192.0.2.1'" in mistake(capsys, "--host", "192.0.2.1")  # a documentation address
+def test_foreign_hosts_are_refused(capsys):
+    assert "'no.such.host.invalid'" in startup_error(capsys, "--host", "no.such.host.invalid")
+    assert "'192.0.2.1'" in startup_error(capsys, "--host", "192.0.2.1")  # a documentation address
 
 
-def test_another_server_was_faster():
+def test_port_taken_while_loading_is_refused():
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with bind("127.0.0.1", port) as second:  # allowed as long as nobody listens
+        with bind("127.0.0.1", port) as second:  # allowed while neither socket listens
             listen(first)
             with pytest.raises(ValueError, match=f"port {port}: .*in use"):
                 listen(second)
 
 
-def test_flags_that_make_no_sense(capsys, tmp_path):
-    assert "--revision" in mistake(capsys, "--revision", "main")
-    assert "--api-key is empty" in mistake(capsys, "--api-key", "")
-    assert f"{tmp_path / 'none'}, which is not a folder" in mistake(capsys, "--allowed-local-media-path", tmp_path / "none")
+def test_contradictory_flags_are_refused(capsys, tmp_path):
+    assert "--revision" in startup_error(capsys, "--revision", "main")
+    assert "--api-key is empty" in startup_error(capsys, "--api-key", "")
+    assert f"{tmp_path / 'none'}, which is not a folder" in startup_error(capsys, "--allowed-local-media-path", tmp_path / "none")
 
 
 def test_backend_names_are_those_of_the_kernels():
@@ -170,7 +170,7 @@ def test_backend_names_are_those_of_the_kernels():
 def test_backend_for_another_device_is_refused_before_loading(capsys, monkeypatch, tmp_path, backend):
     monkeypatch.setattr(startup, "choose_platform", lambda *_: "cpu")
     monkeypatch.setattr(backends, "mosaic_unsupported_reason", lambda: None)
-    line = mistake(capsys, "--port", 0, "--backend", backend, "--model", tmp_path / "none")
+    line = startup_error(capsys, "--port", 0, "--backend", backend, "--model", tmp_path / "none")
     assert line.startswith(f"error: backend '{backend}' is for ")
     assert line.endswith("and the device is 'cpu'; backend 'reference' runs on it\n")
 
@@ -178,7 +178,7 @@ def test_backend_for_another_device_is_refused_before_loading(capsys, monkeypatc
 def test_backend_that_jax_is_too_old_for_is_refused_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(startup, "choose_platform", lambda *_: "gpu")
     monkeypatch.setattr(backends, "mosaic_unsupported_reason", lambda: "jax is 0.10")
-    assert mistake(capsys, "--port", 0, "--backend", "gpu") == (
+    assert startup_error(capsys, "--port", 0, "--backend", "gpu") == (
         "error: backend 'hopper': jax is 0.10; backend 'reference' serves it\n"
     )
 
@@ -214,26 +214,26 @@ def test_backend_that_does_not_serve_the_model_is_one_line(demo_folder, tmp_path
             startup.load_engine(loader, device_config, EngineConfig(), QueuePolicy())
 
 
-def test_keys_from_the_flag_and_from_a_file(tmp_path, capsys):
+def test_api_keys_are_read_from_flag_and_file(tmp_path, capsys):
     file = tmp_path / "keys"
-    file.write_text("# whose they are\n two \n\nthree\n")
+    file.write_text("# a comment\n two \n\nthree\n")
     assert read_api_keys(["one"], file) == ("one", "two", "three")
     assert read_api_keys([], None) == ()
-    file.write_text("# nobody's\n")
-    assert f"--api-key-file is {file}, which has no key" in mistake(capsys, "--api-key-file", file)
-    assert "nothing.txt" in mistake(capsys, "--api-key-file", tmp_path / "nothing.txt")
+    file.write_text("# a comment\n")
+    assert f"--api-key-file is {file}, which has no key" in startup_error(capsys, "--api-key-file", file)
+    assert "nothing.txt" in startup_error(capsys, "--api-key-file", tmp_path / "nothing.txt")
 
 
-def test_certificates_that_do_not_work(tmp_path, capsys):
-    assert "--ssl-keyfile needs an --ssl-certfile" in mistake(capsys, "--ssl-keyfile", "x")
+def test_invalid_certificates_are_refused(tmp_path, capsys):
+    assert "--ssl-keyfile needs an --ssl-certfile" in startup_error(capsys, "--ssl-keyfile", "x")
     file = tmp_path / "cert.pem"
-    assert "cannot be used" in mistake(capsys, "--ssl-certfile", file)
+    assert "cannot be used" in startup_error(capsys, "--ssl-certfile", file)
     file.write_text("hello")
-    assert f"{file} cannot be used" in mistake(capsys, "--ssl-certfile", file)
+    assert f"{file} cannot be used" in startup_error(capsys, "--ssl-certfile", file)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_https(tmp_path):
+def test_server_answers_over_https(tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", *subject]
@@ -258,30 +258,30 @@ def test_https(tmp_path):
             thread.join(20)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_flag_for_newlines(monkeypatch, demo_folder, wanted):
+@pytest.mark.parametrize("restore", [True, False])
+def test_restore_newlines_flag_reaches_the_service(monkeypatch, demo_folder, restore):
     model = FakeModel()
     for name, value in {"choose_platform": "cpu", "load_engine": (model, SerialEngine(model))}.items():
         monkeypatch.setattr(startup, name, lambda *_, value=value: value)
-    service = build_service(_parser().parse_args(["--model", str(demo_folder), *["--restore-newlines"] * wanted]))
-    assert service.restore_newlines == wanted
+    service = build_service(_parser().parse_args(["--model", str(demo_folder), *["--restore-newlines"] * restore]))
+    assert service.restore_newlines == restore
     service.close()
 
 
-def test_the_flags_for_pages_of_other_origins():
+def test_cors_flags():
     assert build_cors(_parser().parse_args([])) is None
     found = build_cors(_parser().parse_args(["--allowed-origins", '["https://a.example"]', "--allow-credentials"]))
     assert (found.allow_origins, found.allow_methods, found.allow_credentials) == (("https://a.example",), ("*",), True)
 
 
-def test_both_internet_protocols():
+def test_bind_supports_ipv4_and_ipv6():
     for host in ("127.0.0.1", "::1"):
         with bind(host, 0) as listening:
             assert listening.getsockname()[0] == host
 
 
 @pytest.mark.parametrize("kind, plugin", [("gpu", "jax_cuda13_plugin"), ("tpu", "libtpu")])
-def test_a_chip_where_there_is_none(kind, plugin, tmp_path):
+def test_missing_platform_is_one_line(kind, plugin, tmp_path):
     if importlib.util.find_spec(plugin) is not None:
         pytest.skip(f"with {plugin} installed there may be one")
     done = run(f"--{kind}", "--port", 0, XDG_CACHE_HOME=str(tmp_path))
@@ -292,7 +292,7 @@ def test_a_chip_where_there_is_none(kind, plugin, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_is_not_there(tmp_path):
+def test_missing_model_is_one_line(tmp_path):
     done = run("--cpu", "--port", 0, "--model", tmp_path / "none", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
@@ -300,8 +300,8 @@ def test_a_model_that_is_not_there(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
-    """A newcomer's: the model that comes along, and a picture it has never seen."""
+def test_first_start_answers_correctly_and_stops_cleanly(tmp_path):
+    """Starts the demo model with empty caches, and asks about an image outside of its training data."""
     (question,) = read_questions(write(tmp_path / "scene", 1, held_out=True, kinds=("shapes",), first=10**6))
     words, picture = question.messages[0]["content"][-1]["text"], next((tmp_path / "scene").glob("*.png"))
     command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
@@ -310,7 +310,7 @@ def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
     with subprocess.Popen(
         command, env=environment(XDG_CACHE_HOME=str(caches)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
-        ready = server.stdout.readline()  # nothing is printed there before
+        ready = server.stdout.readline()  # the first line on stdout
         assert ready.startswith("ready: http://127.0.0.1:") and ready.endswith('/v1 serves "mine"\n')
         with httpx.Client(base_url=ready.split()[1], headers={"Authorization": "Bearer k"}, timeout=60) as http:
             parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "text", "text": words}]
@@ -328,8 +328,8 @@ def test_from_nothing_to_a_true_answer_and_a_clean_stop(tmp_path):
     assert any((cache / "jax").iterdir())
 
 
-def test_what_the_start_has_made_is_not_looked_through_again_while_answers_run(monkeypatch):
-    """A garbage collection over a whole server holds up every stream for a fifth of a second."""
+def test_objects_of_the_start_are_frozen_before_serving(monkeypatch):
+    """A garbage collection over all of them would stall every stream for 0.2 s."""
     frozen, interval = [], sys.getswitchinterval()
     served = SimpleNamespace(run=lambda sockets: frozen.append(gc.get_freeze_count()))
     monkeypatch.setattr(server_module, "Server", lambda *_: served)
@@ -342,11 +342,11 @@ def test_what_the_start_has_made_is_not_looked_through_again_while_answers_run(m
     assert frozen[0] > 10_000
 
 
-def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
+def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir.cache_folder() == tmp_path / "xdg" / "minicpmv46-jax"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # its specification says to ignore it
     monkeypatch.setattr(sys, "platform", "linux")
     assert cache_dir.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -354,33 +354,33 @@ def test_the_cache_is_where_the_platform_keeps_caches(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file, told", [("tokenizer.json", "the tokenizer cannot be read"), ("model.safetensors", "model.safetensors")]
+    "file, message", [("tokenizer.json", "the tokenizer cannot be read"), ("model.safetensors", "model.safetensors")]
 )
-def test_a_damaged_checkpoint_is_told_while_steps_are_compiled(demo_folder, tmp_path, monkeypatch, file, told):
+def test_damaged_checkpoint_ends_the_start_during_compilation(demo_folder, tmp_path, monkeypatch, file, message):
     folder = shutil.copytree(demo_folder, tmp_path / "model")
     (folder / file).write_bytes((folder / file).read_bytes()[:1000])
-    finish, over, late = ProgramCache._compile_and_store, threading.Event(), []
+    compile_and_store, over, late = ProgramCache._compile_and_store, threading.Event(), []
 
     def slow(self, key, *rest):
         if key != "new" and not over.wait(60):
             late.append(key)
-        return finish(self, key, *rest)
+        return compile_and_store(self, key, *rest)
 
     monkeypatch.setattr(ProgramCache, "_compile_and_store", slow)
-    with pytest.raises(ValueError, match=told), ModelLoader(folder, "float32") as loading:
+    with pytest.raises(ValueError, match=message), ModelLoader(folder, "float32") as loading:
         startup.load_engine(loading, DeviceConfig("cpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
     assert not late
     over.set()
 
 
-def test_a_model_that_the_device_has_no_room_for(demo_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(startup, "free_memory", lambda place: 2**20)
-    told = r"take \d\.\d\d GiB in float32, and .* has 0\.00 GiB free"
-    with pytest.raises(ValueError, match=told), ModelLoader(demo_folder, "float32") as loading:
+def test_model_larger_than_device_memory_is_refused(demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "free_memory", lambda device_config: 2**20)
+    message = r"take \d\.\d\d GiB in float32, and .* has 0\.00 GiB free"
+    with pytest.raises(ValueError, match=message), ModelLoader(demo_folder, "float32") as loading:
         startup.load_engine(loading, DeviceConfig("gpu", 0.9, tmp_path), EngineConfig(), QueuePolicy())
 
 
-def test_what_clients_call_the_model(tmp_path):
+def test_default_model_name(tmp_path):
     (tmp_path / "my-model").mkdir()
     assert default_model_name(None, "demo") == "demo"
     assert default_model_name(str(tmp_path / "my-model") + "/", "demo") == "my-model"

@@ -1,4 +1,4 @@
-"""SSELineReader of a stream of events, however it was cut, whatever the texts hold."""
+"""Lines of an event stream, for any cut into chunks and any Unicode line ends within texts."""
 
 import json
 
@@ -11,7 +11,7 @@ UNICODE_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 @given(texts=st.lists(st.text(st.sampled_from("aé中" + UNICODE_ENDS))), end=st.sampled_from([b"\n", b"\r\n"]), data=st.data())
-def test_lines_end_at_line_feeds_alone(texts, end, data):
+def test_only_line_feeds_end_lines(texts, end, data):
     lines = [f"data: {json.dumps(text, ensure_ascii=False)}" for text in texts]
     stream = b"".join(line.encode() + end + end for line in lines)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=5)))

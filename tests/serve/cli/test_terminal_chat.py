@@ -27,8 +27,8 @@ def address(model):
         yield f"{address}/v1"
 
 
-def typed(monkeypatch, *lines):
-    """Has a person type these lines, and then leave."""
+def type_lines(monkeypatch, *lines):
+    """Makes input() return these lines, and then end."""
     waiting = iter(lines)
 
     def read(_):
@@ -40,8 +40,8 @@ def typed(monkeypatch, *lines):
     monkeypatch.setattr(builtins, "input", read)
 
 
-def test_a_conversation(address, model, monkeypatch, capsys):
-    typed(monkeypatch, "one", "", "two", "/retry", "/new", "three")
+def test_conversation_with_retry_and_new(address, model, monkeypatch, capsys):
+    type_lines(monkeypatch, "one", "", "two", "/retry", "/new", "three")
     assert main(["--url", address, "--api-key", "k"]) == 0
     assert capsys.readouterr().out.count("HELLO\n") == 4
     roles = [[message["role"] for message in messages] for messages in model.seen]
@@ -49,10 +49,10 @@ def test_a_conversation(address, model, monkeypatch, capsys):
     assert model.seen[1][1]["content"] == "HELLO"
 
 
-def test_commands(address, model, monkeypatch, capsys, tmp_path):
+def test_commands_change_requests(address, model, monkeypatch, capsys, tmp_path):
     (tmp_path / "a b.png").write_bytes(b"hi")
     picture = f'/image "{tmp_path / "a b.png"}" http://a/b.png'
-    typed(
+    type_lines(
         monkeypatch,
         "/system Be brief.",
         "/think on",
@@ -71,11 +71,11 @@ def test_commands(address, model, monkeypatch, capsys, tmp_path):
     urls = [part["image_url"]["url"] for part in user["content"][:2]]
     assert urls == ["data:image/png;base64,aGk=", "http://a/b.png"]
     assert model.calls[0]["chat_template_kwargs"] == {"enable_thinking": True}
-    assert model.seen[1][-1]["content"] == "x"  # pictures go with one message
+    assert model.seen[1][-1]["content"] == "x"  # images are sent with one message
 
 
-def test_mistakes_are_one_line_and_the_chat_goes_on(address, model, monkeypatch, capsys):
-    typed(
+def test_errors_are_one_line_and_the_chat_continues(address, model, monkeypatch, capsys):
+    type_lines(
         monkeypatch, "/nothing", "/think maybe", "/image none.png", "/retry", "/set temperature -1", "a", "/set temperature", "b"
     )
     assert main(["--url", address, "--api-key", "k"]) == 0
@@ -91,14 +91,14 @@ def test_mistakes_are_one_line_and_the_chat_goes_on(address, model, monkeypatch,
     assert len(model.seen) == 1 and model.seen[0][0]["content"] == "b"
 
 
-def test_thoughts_and_calls_are_shown(address, model, monkeypatch, capsys):
+def test_reasoning_is_printed(address, model, monkeypatch, capsys):
     model.opening, model.say = OPENED, lambda _: "Hm.</think>Yes."
-    typed(monkeypatch, "/help", "a")
+    type_lines(monkeypatch, "/help", "a")
     assert main(["--url", address, "--api-key", "k"]) == 0
     assert "Hm.Yes." in capsys.readouterr().out
 
 
-def test_no_server(capsys, address):
+def test_missing_server_and_missing_key(capsys, address):
     assert main(["--url", "http://127.0.0.1:9/v1"]) == 1
     assert "error: no server at http://127.0.0.1:9/v1" in capsys.readouterr().err
     assert main(["--url", address]) == 1

@@ -1,4 +1,4 @@
-"""Pictures and videos cut in processes of their own: the same cuts, the same mistakes, and no process left behind."""
+"""Image workers: the same slices and errors as in this process, and no process left behind."""
 
 import base64
 import dataclasses
@@ -26,9 +26,9 @@ from tests.serve.api.test_clients import clip
 
 @pytest.fixture(scope="module")
 def image_workers():
-    made = ImageWorkerPool(2)
-    yield made
-    made.close()
+    pool = ImageWorkerPool(2)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def processor(demo_folder):
 
 def media_job(processor, source, kind="image", **changes):
     config: MediaConfig = processor.image_config if kind == "image" else processor.video_config
-    made = MediaJob(kind, source, "its name", config, config.options, 10**8, NO_VIDEO_LIMITS)
-    return dataclasses.replace(made, **changes)
+    job = MediaJob(kind, source, "its name", config, config.options, 10**8, NO_VIDEO_LIMITS)
+    return dataclasses.replace(job, **changes)
 
 
 def assert_equal(found, expected):
-    assert [cut.grid for cut in found] == [cut.grid for cut in expected]
+    assert [image.grid for image in found] == [image.grid for image in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        assert [crop.grid for crop in ours.slices] == [crop.grid for crop in theirs.slices]
+        assert [one.grid for one in ours.slices] == [one.grid for one in theirs.slices]
         for one, other in zip(ours.slices, theirs.slices, strict=True):
             np.testing.assert_array_equal(one.pixels, other.pixels)
 
@@ -55,30 +55,30 @@ def data_url(path):
 
 
 @pytest.mark.parametrize("source", [PHOTOS[0], PHOTOS[1].read_bytes(), bytearray(PHOTOS[0].read_bytes()), data_url(PHOTOS[1])])
-def test_pictures_are_cut_as_they_are_here(image_workers, processor, source):
+def test_images_are_sliced_as_in_this_process(image_workers, processor, source):
     job = media_job(processor, source)
     found = image_workers(job)
     assert len(found[0].slices) > 1
     assert_equal(found, process_media(job))
 
 
-def test_videos_are_cut_as_they_are_here(image_workers, processor):
+def test_videos_are_sliced_as_in_this_process(image_workers, processor):
     job = media_job(processor, clip(6), "video")
     found = image_workers(job)
     assert len(found) > 1
     assert_equal(found, process_media(job))
 
 
-def test_many_at_once(image_workers, processor):
+def test_concurrent_jobs(image_workers, processor):
     jobs = [media_job(processor, path) for path in PHOTOS] * 10
     with ThreadPoolExecutor(8) as pool:
         for found, expected in zip(pool.map(image_workers, jobs), [process_media(job) for job in jobs[:2]] * 10, strict=True):
             assert_equal(found, expected)
 
 
-def test_mistakes_are_told_as_they_are_here(image_workers, processor):
+def test_errors_are_those_of_this_process(image_workers, processor):
     for job in (
-        media_job(processor, b"no picture"),
+        media_job(processor, b"no image"),
         media_job(processor, b""),
         media_job(processor, "data:image/png;base64,???"),
         media_job(processor, ROOT / "no such file"),
@@ -92,34 +92,34 @@ def test_mistakes_are_told_as_they_are_here(image_workers, processor):
         assert str(there.value) == str(here.value)
 
 
-def test_a_url_that_nobody_has_fetched_is_our_fault_and_not_fetched(image_workers, processor):
+def test_unfetched_url_is_a_bug_and_is_not_fetched(image_workers, processor):
     for media_worker in (process_media, image_workers):
         for kind in ("image", "video"):
             with pytest.raises(AssertionError, match=r"http://127\.0\.0\.1:9/x should have been fetched"):
                 media_worker(media_job(processor, "http://127.0.0.1:9/x", kind))
 
 
-def test_what_is_decoded_already_stays_here(image_workers, processor):
+def test_decoded_images_stay_in_this_process(image_workers, processor):
     picture = Image.open(PHOTOS[0])
     assert_equal(image_workers(media_job(processor, picture)), process_media(media_job(processor, picture)))
 
 
-def test_its_processes_have_no_jax(image_workers, processor):
-    """Which would cost each of them seconds and hundreds of megabytes."""
+def test_workers_import_no_jax(image_workers, processor):
+    """Importing it would cost each worker seconds and hundreds of megabytes."""
     image_workers(media_job(processor, PHOTOS[0]))
     imported = "[name for name in ('jax', 'transformers', 'fastapi') if name in __import__('sys').modules]"
     assert image_workers._pool.submit(eval, imported).result() == []
 
 
-def test_a_picture_that_waits_holds_no_file(image_workers, processor):
-    """Hundreds may wait, and a process may have a thousand files."""
+def test_results_hold_no_file_descriptors(image_workers, processor):
+    """Hundreds of results may wait, and a process may have a thousand descriptors."""
     before = len(os.listdir("/proc/self/fd"))
     found = [image_workers(media_job(processor, PHOTOS[0])) for _ in range(5)]
     assert len(os.listdir("/proc/self/fd")) == before
     assert len(found) == 5
 
 
-def test_a_process_that_dies_is_replaced(processor, caplog):
+def test_dead_worker_is_replaced(processor, caplog):
     own = ImageWorkerPool(1)
     try:
         job = media_job(processor, PHOTOS[0])
@@ -133,9 +133,9 @@ def test_a_process_that_dies_is_replaced(processor, caplog):
         own.close()
 
 
-def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_path, processor):
+def test_image_that_always_crashes_its_worker_fails_alone(monkeypatch, tmp_path, processor):
     (tmp_path / "decoder_that_crashes.py").write_text("import os\n\n\ndef work(*_):\n    os.abort()\n")
-    monkeypatch.syspath_prepend(tmp_path)  # the processes have it too
+    monkeypatch.syspath_prepend(tmp_path)  # workers inherit it
     own, job = ImageWorkerPool(1), media_job(processor, PHOTOS[0])
     try:
         with monkeypatch.context() as crashing, pytest.raises(BrokenProcessPool):
@@ -149,7 +149,7 @@ def test_a_picture_that_always_kills_its_process_fails_alone(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("end", ["pool.close()", "os.kill(os.getpid(), 9)"])
-def test_processes_end_with_their_server(end):
+def test_workers_end_with_their_server(end):
     lines = (
         "import os; from serve.multimodal.image_workers import ImageWorkerPool",
         "pool = ImageWorkerPool(2); list(pool._pool.map(abs, range(4)))",
@@ -160,14 +160,14 @@ def test_processes_end_with_their_server(end):
     path = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, timeout=60)
     pids = done.stdout.split()
-    assert len(pids) in (1, 2), done.stderr  # one may have been quick enough for both
+    assert len(pids) in (1, 2), done.stderr  # one may have been quick enough for both jobs
     deadline = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_how_many(monkeypatch):
+def test_default_number_of_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     assert (default_workers(True), default_workers(False)) == (MAX_WORKERS, 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5))

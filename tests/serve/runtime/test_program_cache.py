@@ -1,4 +1,4 @@
-"""Compiled functions kept on disk: the same function again without compiling, and never another one."""
+"""Programs stored on disk: loaded without compilation, and only for the same sources, settings and device."""
 
 import dataclasses
 import itertools
@@ -16,42 +16,42 @@ from serve.runtime.program_cache import CompilationCounter, ProgramCache, Progra
 
 
 @tree_dataclass
-class Carried:
+class State:
     total: jax.Array
     rest: dict
 
 
-def step(carried, x):
-    return dataclasses.replace(carried, total=carried.total + x), {"twice": x * 2}
+def step(state, x):
+    return dataclasses.replace(state, total=state.total + x), {"twice": x * 2}
 
 
 def arguments():
-    return Carried(jnp.zeros(3), {"a": jnp.ones(2)}), np.arange(3, dtype=np.float32)
+    return State(jnp.zeros(3), {"a": jnp.ones(2)}), np.arange(3, dtype=np.float32)
 
 
 def programs(store):
     made = ProgramCache(store)
-    made.add(("step", 3), lambda *given: step(*given), *arguments(), donate=(0,))  # a function that jax has not seen
+    made.add(("step", 3), lambda *args: step(*args), *arguments(), donate=(0,))  # a new function, which jax has not cached
     before = CompilationCounter()
     made.compile(show=False)
     return made, before.count
 
 
-def test_a_kept_function_is_loaded_and_not_compiled(tmp_path):
+def test_stored_program_is_loaded_and_not_compiled(tmp_path):
     first, compiled = programs(ProgramStore(tmp_path, "a model"))
     assert compiled == 1
     second, compiled = programs(ProgramStore(tmp_path, "a model"))
     assert compiled == 0 and len(second) == 1
     for made in (first, second):
-        given, x = arguments()
-        carried, more = made["step", 3](given, x)
-        np.testing.assert_array_equal(carried.total, [0, 1, 2])
+        state, x = arguments()
+        new_state, more = made["step", 3](state, x)
+        np.testing.assert_array_equal(new_state.total, [0, 1, 2])
         np.testing.assert_array_equal(more["twice"], [0, 2, 4])
-        assert isinstance(carried, Carried)
-        assert given.total.is_deleted()  # donated
+        assert isinstance(new_state, State)
+        assert state.total.is_deleted()  # donated
 
 
-def test_what_a_function_depends_on_decides(tmp_path, monkeypatch):
+def test_stored_programs_depend_on_model_and_flags(tmp_path, monkeypatch):
     programs(ProgramStore(tmp_path, "a model"))
     assert programs(ProgramStore(tmp_path, "another model"))[1] == 1
     assert programs(ProgramStore(tmp_path, "a model"))[1] == 0
@@ -59,16 +59,16 @@ def test_what_a_function_depends_on_decides(tmp_path, monkeypatch):
     assert programs(ProgramStore(tmp_path, "a model"))[1] == 1
 
 
-def test_what_is_compiled_is_compiled_with_the_stores_options(tmp_path):
+def test_store_options_apply_to_compilation_only(tmp_path):
     options = {"xla_gpu_per_fusion_autotune_cache_dir": str(tmp_path / "autotuned")}
     assert programs(ProgramStore(tmp_path / "kept", options=options))[1] == 1
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_unheard_of'"):
         programs(ProgramStore(tmp_path / "other", options={"xla_unheard_of": "1"}))
-    assert programs(ProgramStore(tmp_path / "kept", options={"xla_unheard_of": "1"}))[1] == 0  # they do not decide what it is
+    assert programs(ProgramStore(tmp_path / "kept", options={"xla_unheard_of": "1"}))[1] == 0  # loaded, not compiled
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a pickle", None])
-def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
+def test_damaged_program_is_compiled_again(tmp_path, caplog, damage):
     programs(ProgramStore(tmp_path))
     (file,) = tmp_path.rglob("*.pickle")
     file.write_bytes(file.read_bytes()[:-200] if damage is None else damage)
@@ -78,12 +78,12 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     assert programs(ProgramStore(tmp_path))[1] == 0
 
 
-def test_nothing_half_written_is_left(tmp_path):
+def test_save_leaves_no_temporary_files(tmp_path):
     programs(ProgramStore(tmp_path))
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".pickle"]
 
 
-def test_a_folder_that_cannot_be_written_costs_no_start(tmp_path, caplog):
+def test_unwritable_folder_does_not_stop_the_start(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         made, compiled = programs(ProgramStore(tmp_path / "file"))
@@ -91,18 +91,18 @@ def test_a_folder_that_cannot_be_written_costs_no_start(tmp_path, caplog):
     assert "('step', 3) is not stored" in caplog.text
 
 
-def test_what_no_start_has_used_for_long_is_deleted(tmp_path):
+def test_folders_unused_for_long_are_deleted(tmp_path):
     programs(ProgramStore(tmp_path, "an old model"))
     (old,) = tmp_path.iterdir()
     programs(ProgramStore(tmp_path, "a model"))
     assert old.is_dir()
     for folder in tmp_path.iterdir():
         os.utime(folder, (0, 0))
-    assert programs(ProgramStore(tmp_path, "a model"))[1] == 0  # its own, however old
+    assert programs(ProgramStore(tmp_path, "a model"))[1] == 0  # its own folder stays, at any age
     assert not old.exists()
 
 
-def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
+def test_first_of_an_autotune_group_is_compiled_before_the_others():
     order = []
 
     class Noted(ProgramCache):
@@ -124,17 +124,17 @@ def test_the_first_of_those_that_are_alike_is_compiled_before_the_others():
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
-def test_somebody_elses_mistake_ends_it(at):
-    calls, told = itertools.count(), threading.Event()
+def test_error_of_check_ends_compilation(at):
+    calls, raised = itertools.count(), threading.Event()
 
     def check():
         if next(calls) == at:
-            told.set()
+            raised.set()
             raise ValueError("a mistake")
 
     class Slow(ProgramCache):
         def _compile_and_store(self, key, lowered, behind):
-            told.wait(60)
+            raised.wait(60)
             return super()._compile_and_store(key, lowered, behind)
 
     made = Slow()

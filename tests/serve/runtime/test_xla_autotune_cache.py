@@ -1,4 +1,4 @@
-"""What XLA's autotuner has found on a device goes from a cache into the package's file, and from there into another cache."""
+"""XLA's autotuning results: from a cache folder into the bundled file, and from there into another folder."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ READ = "AUTOTUNE_CACHE_MODE_READ"
 
 @pytest.fixture
 def device(monkeypatch):
-    """Sets the present device's name."""
+    """Sets the name of the present device."""
 
     def present(name):
         monkeypatch.setattr(xla_autotune_cache, "_device_key", lambda: name)
@@ -26,7 +26,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_results_go_into_the_file_and_out_of_it(tmp_path, device):
+def test_results_are_collected_and_written_out(tmp_path, device):
     bundled, found = tmp_path / "autotuned.json", {"ab12/first.pb": b"\x00\x01", "ab12/second.pb": b"two"}
     bundled.write_text(json.dumps({"H100": {"cd34/other.pb": "AA=="}, "H200": {"ab12/old.pb": "AA=="}}))
     for name, content in found.items():
@@ -42,7 +42,7 @@ def test_results_go_into_the_file_and_out_of_it(tmp_path, device):
     assert contents(tmp_path / "fresh") == found
 
 
-def test_the_command_collects_from_the_users_cache(tmp_path, device, monkeypatch, capsys):
+def test_command_collects_from_the_cache_folder(tmp_path, device, monkeypatch, capsys):
     bundled, cache = tmp_path / "autotuned.json", tmp_path / "minicpmv46-jax" / "autotuned"
     bundled.write_text("{}")
     monkeypatch.setattr(xla_autotune_cache, "BUNDLED_FILE", bundled)
@@ -57,7 +57,7 @@ def test_the_command_collects_from_the_users_cache(tmp_path, device, monkeypatch
     assert capsys.readouterr().out == f"{bundled}: 1 results for H200\n"
 
 
-def test_what_a_start_has_found_itself_stays(tmp_path, device):
+def test_own_results_are_not_overwritten(tmp_path, device):
     bundled, own = tmp_path / "autotuned.json", tmp_path / "cache" / "ab12" / "first.pb"
     bundled.write_text(json.dumps({"H200": {"ab12/first.pb": base64.b64encode(b"brought").decode()}}))
     own.parent.mkdir(parents=True)
@@ -66,14 +66,14 @@ def test_what_a_start_has_found_itself_stays(tmp_path, device):
     assert own.read_bytes() == b"own"
 
 
-def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, device, monkeypatch, caplog):
+def test_unwritable_folder_is_used_read_only(tmp_path, device, monkeypatch, caplog):
     bundled, folder = tmp_path / "autotuned.json", tmp_path / "cache"
     bundled.write_text(json.dumps({"H200": {"ab12/first.pb": "AA=="}}))
     folder.mkdir()
     read_only = {"xla_gpu_per_fusion_autotune_cache_dir": str(folder), "xla_gpu_experimental_autotune_cache_mode": READ}
     monkeypatch.setattr(xla_autotune_cache.os, "access", lambda *_: False)
     assert xla_autotune_cache.compiler_options(folder, bundled) == read_only and not caplog.text
-    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=read_only)  # words that XLA knows
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=read_only)  # XLA accepts these options
 
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -84,13 +84,13 @@ def test_a_folder_that_cannot_be_written_to_is_read(tmp_path, device, monkeypatc
     assert caplog.text.count("XLA's autotuning results are not kept: [Errno 13] Permission denied") == 2
 
 
-def test_another_device_gets_nothing(tmp_path, device):
+def test_other_devices_get_no_results(tmp_path, device):
     device("RTX 4090")
     assert xla_autotune_cache.compiler_options(tmp_path / "cache")
     assert not contents(tmp_path / "cache")
 
 
-def test_the_packages_own_file_holds_results_by_device_and_compiler():
+def test_bundled_file_has_results_by_device_and_jaxlib():
     for where, results in json.loads(xla_autotune_cache.BUNDLED_FILE.read_text()).items():
         assert where.startswith("NVIDIA ") and ", jaxlib " in where
         for name, content in results.items():
