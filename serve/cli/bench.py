@@ -7,9 +7,10 @@ All requests are drawn before the first one is sent. There are four kinds of wor
   from ranges;
 - with `--chat`, random words to /v1/chat/completions;
 - with `--image 1280x720`, random JPEG images before the words;
-- with `--turns 3`, conversations that send all earlier turns again. Answers ignore the end token
-(`ignore_eos`) up to their drawn length. With `--response-format FILE` chats ask for structured output
-instead, and end with it.
+- with `--turns 3`, conversations that send all earlier turns again.
+
+Answers ignore the end token (`ignore_eos`) up to their drawn length. With `--response-format FILE` chats ask
+for structured output instead, and end with it.
 
 The terms are those of SGLang's bench_serving. TTFT is the time to the first token, TPOT the mean time of each
 later token of a request, and E2E the time of a whole request. ITL is the time between two chunks of a stream,

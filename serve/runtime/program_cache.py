@@ -39,10 +39,11 @@ class ProgramStore:
 
     Its files are unpickled and run, so the folder must belong to the user.
 
-    Args: folder: holds one subfolder for each set of sources, settings and device; created on the first save.
+    Args:
+      folder: has one subfolder for each set of sources, settings and device; created on the first save.
       depends: everything else that decides the programs, besides this project's code, jax and the device.
       options: XLA's options for functions that are not stored yet. They do not take part in the subfolder's
-      name, because they decide how a function is compiled and not its meaning.
+        name, because they decide how a function is compiled and not its meaning.
     """
 
     def __init__(self, folder: Path, *depends: Any, options: Mapping[str, str] | None = None):
@@ -118,10 +119,13 @@ class ProgramCache:
     ) -> None:
         """Registers a function to be compiled for arguments of these shapes.
 
-        Args: key: the name under which the compiled function is looked up. function: the function to jit.
-          *arguments: arrays or shapes. donate: indices of the donated arguments. autotune_group: functions of
-          one group multiply matrices of the same shapes. The first is compiled before the others, so that
-          XLA's autotuner times each product once. None puts the function into a group of its own.
+        Args:
+          key: the name under which the compiled function is looked up.
+          function: the function to jit.
+          *arguments: arrays or shapes.
+          donate: indices of the donated arguments.
+          autotune_group: functions of one group multiply matrices of the same shapes. The first is compiled
+            before the others, so that XLA's autotuner times each product once. None makes a group of one.
         """
         self._pending[key] = functools.partial(jax.jit(function, donate_argnums=donate).lower, *arguments)
         self._group_of[key] = key if autotune_group is None else autotune_group
@@ -129,8 +133,10 @@ class ProgramCache:
     def compile(self, show: bool, check: Callable[[], None] = lambda: None) -> None:
         """Loads or compiles all added functions: one is traced while earlier ones are compiled.
 
-        Args: show: whether to draw a progress bar on a terminal. check: called regularly; an error that it
-          raises ends the call at once and abandons running compilations.
+        Args:
+          show: whether to draw a progress bar on a terminal.
+          check: called regularly; an error that it raises ends the call at once and abandons running
+            compilations.
         """
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="compile")
         try:

@@ -1,9 +1,9 @@
 """The chat page: static files, joined into one HTML page at start, which loads nothing from other hosts.
 
 - index.html: the elements; style.css: their look.
-- markdown.js: rendering of answers; media.js: images and videos with their token counts; api.js: streams from
-  the server; storage.js: settings and messages that outlast a reload; app.js: the conversation and all
-  events.
+- markdown.js: rendering of answers. media.js: images and videos with their token counts.
+- api.js: streams from the server. storage.js: settings and messages that outlast a reload.
+- app.js: the conversation and all events.
 """
 
 import base64
