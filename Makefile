@@ -1,5 +1,6 @@
 # make serve   set up .venv, make sure there is a model, serve it      MODEL=<folder or hub id>  ARGS="--port 9000"
 # make test    set up .venv and run the whole test suite
+# make test-fast  the tests that compile nothing, in under two minutes
 # make setup   .venv alone                                              EXTRA=gpu or EXTRA=tpu
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,12 +9,14 @@ MODEL ?=
 ARGS ?=
 # The oracle (transformers' own forward, in torch) is left out with ORACLE=; the tests that need it then say so and are not run.
 ORACLE ?= oracle
+# LINT= runs the tests alone.
+LINT ?= lint
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 comma := ,
 
-.PHONY: setup serve test test-full lint clean
+.PHONY: setup serve test test-fast test-full lint clean
 
 setup: $(VENV)/.setup$(EXTRA)
 
@@ -29,8 +32,11 @@ $(VENV)/.test$(ORACLE): $(VENV)/.setup$(EXTRA)
 serve: setup
 	$(BIN)/python -m serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-test: $(VENV)/.test$(ORACLE) lint
+test: $(VENV)/.test$(ORACLE) $(LINT)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --quiet $(ARGS)
+
+test-fast: $(VENV)/.test$(ORACLE)
+	$(BIN)/python -m pytest --fast --numprocesses=2 --dist=loadfile --quiet $(ARGS)
 
 # Minutes long and gigabytes large: the full-size model against transformers, conversion's peak memory.
 # CHECKPOINT=<folder in the released format> takes the place of the random one that the tests make.
@@ -40,6 +46,7 @@ test-full: $(VENV)/.test$(ORACLE)
 lint: $(VENV)/.test$(ORACLE)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build *.egg-info
