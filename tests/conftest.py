@@ -41,6 +41,63 @@ collect_ignore = [
 ]
 
 
+# The rooms and files of `--fast`: their tests compile no program.
+FAST = (
+    "test_imports.py",
+    "test_style.py",
+    "minicpmv46_jax/generation/test_detokenize.py",
+    "minicpmv46_jax/processing",
+    "minicpmv46_jax/test_config.py",
+    "minicpmv46_jax/test_scenes.py",
+    "serve/api/test_chat.py",
+    "serve/api/test_errors.py",
+    "serve/api/test_messages.py",
+    "serve/api/test_output.py",
+    "serve/api/test_responses.py",
+    "serve/api/test_routes.py",
+    "serve/api/test_serve_live.py",
+    "serve/cli/test_bench_suite.py",
+    "serve/cli/test_sse_client.py",
+    "serve/cli/test_terminal_chat.py",
+    "serve/engine/test_encoder_cache.py",
+    "serve/engine/test_memory_plan.py",
+    "serve/engine/test_scheduler.py",
+    "serve/multimodal",
+    "serve/parsers",
+    "serve/structured_output/test_grammar.py",
+)
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only tests that compile no program; one that does fails")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        here = Path(__file__).parent
+        fast = [item for item in items if item.path.relative_to(here).as_posix().startswith(FAST)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(fast)])
+        items[:] = fast
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiles(request):
+    """Fails a test of `--fast` that compiles a program."""
+    if not request.config.getoption("--fast"):
+        yield
+        return
+    compiled = []
+
+    def listen(event, duration, **_):
+        compiled.extend([event] if event == COMPILED else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled, "a test of --fast compiled a program"
+
+
 def pytest_report_header():
     return f"without torch: not run are {', '.join(sorted(collect_ignore))}" if collect_ignore else None
 
@@ -127,8 +184,8 @@ def full_size_folder(tmp_path_factory, demo_folder):
 
 @pytest.fixture
 def rng():
-    """Random numbers that are new in each run; a failure prints the seed."""
-    seed = random.SystemRandom().randrange(2**32)
+    """Random numbers that are new in each run; a failure prints the seed, and MINICPMV46_SEED gives it again."""
+    seed = int(os.environ.get("MINICPMV46_SEED") or random.SystemRandom().randrange(2**32))
     print("seed", seed)
     return np.random.default_rng(seed)
 
