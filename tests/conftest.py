@@ -1,4 +1,4 @@
-"""Tests run stricter than users do: strict dtype promotion, no rank promotion, checked annotations, eight virtual devices."""
+"""Stricter settings than use: strict dtypes, no rank promotion, checked annotations, eight devices."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ if "cuda" in os.environ["JAX_PLATFORMS"]:
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # what runs once is not worth the tuning
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A worker has one core: torch's threads, which spin while they wait, took 3 times as long as one thread for 64 greedy tokens.
+    # A worker has one core, and torch's threads spin while they wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook

@@ -1,4 +1,4 @@
-"""Code blocks and links of every README, run as they stand but for the model, the image and the server's address."""
+"""Code blocks and links of every README; the model, the image and the address are replaced."""
 
 import functools
 import json
@@ -146,7 +146,8 @@ def test_links_and_paths_exist(path):
 def test_anchors_exist(path):
     for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([\w-]+)\)", (ROOT / path).read_text()):
         page = (ROOT / path.parent / target if target else ROOT / path).read_text()
-        headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in page.splitlines() if line[:1] == "#"]
+        titles = [line.lstrip("# ").lower() for line in page.splitlines() if line.startswith("#")]
+        headings = [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles]
         assert anchor in headings, f"{target}#{anchor}"
 
 
