@@ -184,7 +184,7 @@ def full_size_folder(tmp_path_factory, demo_folder):
 
 @pytest.fixture
 def rng():
-    """Random numbers that are new in each run; a failure prints the seed, and MINICPMV46_SEED gives it again."""
+    """Random numbers, new in each run; a failure prints the seed, MINICPMV46_SEED sets it."""
     seed = int(os.environ.get("MINICPMV46_SEED") or random.SystemRandom().randrange(2**32))
     print("seed", seed)
     return np.random.default_rng(seed)

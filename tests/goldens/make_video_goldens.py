@@ -6,8 +6,8 @@ torchvision is too heavy for the test environment, so this runs in one of its ow
     /tmp/tv/bin/pip install torch==2.14.1 torchvision==0.29.1 transformers==5.23.0 pillow av
     /tmp/tv/bin/python make_video_goldens.py CHECKPOINT_FOLDER
 
-The folder needs the tokenizer and preprocessor_config.json, no weights. Pixels are kept as SHA-256 of the float32 patches,
-little-endian, [patches, 3*14*14] in (channel, y, x) order.
+The folder needs the tokenizer and preprocessor_config.json, no weights. Pixels are kept as SHA-256 of the
+float32 patches, little-endian, [patches, 3*14*14] in (channel, y, x) order.
 """
 
 import hashlib
