@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32
 
 from kernels_pallas.paged_attention import PAGE
 from minicpmv46_jax.config import TextConfig
-from minicpmv46_jax.model.layer_kinds import LAYER_KINDS, GatedDeltaState, KeyValues  # noqa: F401
+from minicpmv46_jax.model.layer_kinds import LAYER_KINDS
 from minicpmv46_jax.model.layer_state import LayerState
 from minicpmv46_jax.trees import tree_dataclass
 

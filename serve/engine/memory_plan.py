@@ -5,6 +5,7 @@ import dataclasses
 from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import TextConfig, VisionConfig
 from minicpmv46_jax.generation.options import MAX_BIASED
+from minicpmv46_jax.model.state import page_bytes, slot_bytes
 from serve.engine.page_pool import num_pages
 
 GIB = 2**30
@@ -102,18 +103,6 @@ class MemoryPlan:
     def decode_rows(self) -> tuple[int, ...]:
         """Row counts of the decode programs, ascending."""
         return (*(rows for rows in self.buckets.decode_rows if rows < self.max_running), self.max_running)
-
-
-def page_bytes(text: TextConfig, itemsize: int) -> int:
-    """Returns the bytes of one page: keys and values of 64 tokens in all layers."""
-    return text.layer_types.count("full_attention") * 2 * PAGE * text.num_key_value_heads * text.head_dim * itemsize
-
-
-def slot_bytes(text: TextConfig, itemsize: int) -> int:
-    """Returns the bytes of one slot: recurrent state (always float32) and conv state of all layers."""
-    recurrent_state = text.linear_num_value_heads * text.linear_value_head_dim * text.linear_key_head_dim * 4
-    conv_state = (text.linear_conv_kernel_dim - 1) * text.linear_conv_dim * itemsize
-    return text.layer_types.count("linear_attention") * (recurrent_state + conv_state)
 
 
 def sampling_bytes(text: TextConfig) -> int:

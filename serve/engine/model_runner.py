@@ -75,7 +75,7 @@ class ModelRunner:
         store: ProgramStore | None = None,
     ):
         self.config, self.params, self.plan = config, params, plan
-        self.shapes = ProgramShapes(config, plan, params["text"]["embed"]["weight"].dtype)
+        self.shapes = ProgramShapes(config, plan, params["text"]["embed"]["weight"].dtype, backend)
         self._schema = model.schema(config, backend)
         self._all_allowed: dict[int, UInt32[Array, "Q W"]] = {}
         self._programs = ProgramCache(store)
@@ -189,7 +189,7 @@ class ModelRunner:
         for group, values in zip(page_groups([-1] * first_page + list(pages)), prefix.pages, strict=True):
             if (group >= 0).any():
                 self._decode_state = self._programs["restore pages", len(group)](self._decode_state, group, values)
-        self._decode_state = self._programs["restore state"](self._decode_state, np.int32(slot), prefix.recurrent_state)
+        self._decode_state = self._programs["restore state"](self._decode_state, np.int32(slot), prefix.slot)
 
     def block_until_ready(self) -> None:
         """Waits until the device has run all programs sent so far."""

@@ -7,15 +7,15 @@ Glossary: P pages of a group.
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
 from minicpmv46_jax.generation.decoding import DecodeState
-from minicpmv46_jax.model.batch import scatter_index
-from minicpmv46_jax.model.state import GatedDeltaState, KeyValues, Layers
+from minicpmv46_jax.model import state
+from minicpmv46_jax.model.state import Layers
 
 GROUP_SIZES = (8, 32)  # pages per copy program: 6 and 24 MB of the released model
 
@@ -25,22 +25,22 @@ class OffloadedPrefix:
     """A prefix on its way to host memory, or already there.
 
     Attributes:
-      pages: for each group of pages, the keys and values per layer.
-      recurrent_state: recurrent and conv state per layer, after the prefix's last token.
+      pages: for each group of pages, the copy per layer; None for layers without pages.
+      slot: the slot's copy per layer, after the prefix's last token; None for layers without slots.
     """
 
-    pages: list[list[KeyValues]]
-    recurrent_state: list[GatedDeltaState]
+    pages: list[list[Any]]
+    slot: list[Any]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves((self.pages, self.recurrent_state)))
+        return sum(x.nbytes for x in jax.tree.leaves((self.pages, self.slot)))
 
     def finish(self) -> None:
         """Waits until the copy is in host memory, then frees the device's arrays."""
-        jax.block_until_ready((self.pages, self.recurrent_state))
-        self.pages, self.recurrent_state = jax.tree.map(_to_host, (self.pages, self.recurrent_state))
+        jax.block_until_ready((self.pages, self.slot))
+        self.pages, self.slot = jax.tree.map(_to_host, (self.pages, self.slot))
 
 
 def page_groups(pages: Sequence[int]) -> list[Int32[np.ndarray, " P"]]:
@@ -51,43 +51,17 @@ def page_groups(pages: Sequence[int]) -> list[Int32[np.ndarray, " P"]]:
     return [np.array([*part, *[-1] * (size - len(part))], np.int32) for part, size in zip(parts, sizes, strict=True)]
 
 
-def offload_pages(layers: Layers, pages: Int32[Array, " P"]) -> list[KeyValues]:
-    """Returns keys and values of a group of pages per layer; entries for page -1 are undefined."""
-    sources = jnp.maximum(pages, 0)
-    return [KeyValues(layer.keys[sources], layer.values[sources]) for layer in layers if isinstance(layer, KeyValues)]
+def restore_pages(decode_state: DecodeState, pages: Int32[Array, " P"], values: list[Any]) -> DecodeState:
+    """Writes a copy made by `state.offload_pages` to these pages; skips page -1."""
+    return _with_layers(decode_state, state.restore_pages(decode_state.state.layers, pages, values))
 
 
-def offload_recurrent_state(layers: Layers, slot: Int32[Array, ""]) -> list[GatedDeltaState]:
-    """Returns a slot's recurrent and conv state per layer."""
-    return [
-        GatedDeltaState(layer.recurrent_state[slot], layer.conv_state[slot])
-        for layer in layers
-        if isinstance(layer, GatedDeltaState)
-    ]
+def restore_slot(decode_state: DecodeState, slot: Int32[Array, ""], values: list[Any]) -> DecodeState:
+    """Writes a copy made by `state.offload_slot` to a slot."""
+    return _with_layers(decode_state, state.restore_slot(decode_state.state.layers, slot, values))
 
 
-def restore_pages(decode_state: DecodeState, pages: Int32[Array, " P"], values: list[KeyValues]) -> DecodeState:
-    """Writes keys and values that `offload_pages` returned into these pages; skips page -1."""
-    layers = _layers(decode_state, KeyValues)
-    targets = scatter_index(pages, layers[0].keys.shape[0])
-    new = jax.tree.map(lambda x, value: x.at[targets].set(value, mode="drop"), layers, values)
-    return _with_layers(decode_state, KeyValues, new)
-
-
-def restore_recurrent_state(decode_state: DecodeState, slot: Int32[Array, ""], values: list[GatedDeltaState]) -> DecodeState:
-    """Writes the state that `offload_recurrent_state` returned into a slot."""
-    layers = _layers(decode_state, GatedDeltaState)
-    return _with_layers(decode_state, GatedDeltaState, jax.tree.map(lambda x, value: x.at[slot].set(value), layers, values))
-
-
-def _layers(decode_state: DecodeState, kind: type) -> list:
-    return [layer for layer in decode_state.state.layers if isinstance(layer, kind)]
-
-
-def _with_layers(decode_state: DecodeState, kind: type, new: list) -> DecodeState:
-    """Replaces the layers of one kind."""
-    rest = iter(new)
-    layers = tuple(next(rest) if isinstance(layer, kind) else layer for layer in decode_state.state.layers)
+def _with_layers(decode_state: DecodeState, layers: Layers) -> DecodeState:
     return dataclasses.replace(decode_state, state=dataclasses.replace(decode_state.state, layers=layers))
 
 

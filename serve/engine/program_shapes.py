@@ -34,7 +34,7 @@ from minicpmv46_jax.generation.sampling import SamplingMode, record_prompt
 from minicpmv46_jax.model import Params, PrefillInput, packing
 from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.packing import PackedView, PackedViews
-from minicpmv46_jax.model.state import empty_state
+from minicpmv46_jax.model.state import empty_state, offload_pages, offload_slot
 from serve.engine import offload
 from serve.engine.memory_plan import EncoderShape, MemoryPlan
 from serve.engine.page_pool import num_pages
@@ -83,11 +83,13 @@ class ProgramShapes:
       config: the model.
       plan: sizes of the state, and the buckets.
       dtype: of keys, values, conv state and encoder cache.
+      backend: implementation of sampling's kernels, see `model.schema`.
     """
 
     config: ModelConfig
     plan: MemoryPlan
     dtype: jnp.dtype
+    backend: str | None = None
 
     @property
     def max_pages(self) -> int:
@@ -176,14 +178,14 @@ class ProgramShapes:
             logits, begin = np.zeros((Q, self.config.text.vocab_size), np.float32), empty_first_tokens(Q)
             for mode in ("greedy", "full"):
                 allowed = () if mode == "greedy" else (all_allowed,)
-                run = functools.partial(sample_first, mode=mode)
+                run = functools.partial(sample_first, mode=mode, backend=self.backend)
                 programs.add(("sample first", Q, mode), run, arrays.decode_state, logits, begin, *allowed, donate=(0,))
 
     def _add_decode(self, programs: ProgramCache, schema: model.Schema, arrays: DeviceArrays) -> None:
         for rows in self.plan.decode_rows:
             for steps in {1, self.plan.buckets.decode_steps}:
                 for mode in self.modes(rows):
-                    run = functools.partial(decode, schema.text, steps=steps, mode=mode)
+                    run = functools.partial(decode, schema.text, steps=steps, mode=mode, backend=self.backend)
                     numbers = self.empty_decode(rows).arguments(steps, mode)
                     arguments = (arrays.params["text"], arrays.decode_state, *numbers)
                     programs.add(("decode", rows, steps, mode), run, *arguments, donate=(1,), autotune_group=("decode", rows))
@@ -210,7 +212,7 @@ class ProgramShapes:
         for rows in self.plan.decode_rows:
             arguments = np.full(rows, -1, np.int32), np.zeros((rows, self.mask_words), np.uint32)
             for mode in self.modes(rows)[1:]:
-                run = functools.partial(sample_held, mode=mode)
+                run = functools.partial(sample_held, mode=mode, backend=self.backend)
                 programs.add(("sample held", rows, mode), run, arrays.decode_state, *arguments, donate=(0,))
 
     def _add_offload(self, programs: ProgramCache, arrays: DeviceArrays) -> None:
@@ -218,12 +220,12 @@ class ProgramShapes:
         layers = state.state.layers
         for size in offload.GROUP_SIZES:
             group = np.full(size, -1, np.int32)
-            pages = jax.eval_shape(offload.offload_pages, layers, group)
-            programs.add(("offload pages", size), functools.partial(offload.offload_pages), layers, group)
+            pages = jax.eval_shape(offload_pages, layers, group)
+            programs.add(("offload pages", size), functools.partial(offload_pages), layers, group)
             programs.add(("restore pages", size), functools.partial(offload.restore_pages), state, group, pages, donate=(0,))
-        values = jax.eval_shape(offload.offload_recurrent_state, layers, slot)
-        programs.add("offload state", functools.partial(offload.offload_recurrent_state), layers, slot)
-        programs.add("restore state", functools.partial(offload.restore_recurrent_state), state, slot, values, donate=(0,))
+        values = jax.eval_shape(offload_slot, layers, slot)
+        programs.add("offload state", functools.partial(offload_slot), layers, slot)
+        programs.add("restore state", functools.partial(offload.restore_slot), state, slot, values, donate=(0,))
 
 
 def empty_first_tokens(rows: int) -> FirstTokenInput:

@@ -16,7 +16,8 @@ import serve.engine.engine
 from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.options import generation_options
-from minicpmv46_jax.model.state import GatedDeltaState, KeyValues
+from minicpmv46_jax.model.attention import KeyValues
+from minicpmv46_jax.model.gated_delta_net import GatedDeltaState
 from minicpmv46_jax.processing import Inputs, Video
 from serve.engine.engine import Engine
 from serve.engine.engine_client import Cancelled, EngineFull, EngineStopped, RequestRejected

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from kernels_pallas.page_size import PAGE
 from minicpmv46_jax.config import ModelConfig
-from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, EngineConfig, page_bytes, plan_memory, sampling_bytes, slot_bytes
+from minicpmv46_jax.model.state import page_bytes, slot_bytes
+from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, EngineConfig, plan_memory, sampling_bytes
 from serve.engine.page_pool import num_pages
 from tests.released import released_config
 
