@@ -74,7 +74,7 @@ class ModelRunner:
         backend: str | None = None,
         store: ProgramStore | None = None,
     ):
-        self.config, self.params, self.plan = config, params, plan
+        self.params, self.plan = params, plan
         self.shapes = ProgramShapes(config, plan, params["text"]["embed"]["weight"].dtype, backend)
         self._schema = model.schema(config, backend)
         self._all_allowed: dict[int, UInt32[Array, "Q W"]] = {}

@@ -27,7 +27,7 @@ DRAWN = {"temperature": 1.0, "top_p": 0.95}
 
 
 @pytest.fixture(scope="module")
-def compile(demo):
+def compile_grammar(demo):
     """Returns a function that compiles a constraint for the demo model."""
     tokenize = lambda words: demo.processor.tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
     stops = demo.generation_config.stop_token_ids
@@ -36,7 +36,7 @@ def compile(demo):
 
 
 @pytest.fixture(scope="module")
-def steered(demo, make, photos):
+def steered(demo, compile_grammar, photos):
     """Grammars, a thought before one, penalties, log probabilities, seeds, an image, biases."""
 
     def form(words, constraint, *parts, **options):
@@ -45,14 +45,14 @@ def steered(demo, make, photos):
 
     flower = {"type": "image", "image": photos[1].resize((120, 90))}
     return [
-        form("Words.", make(regex="[a-z ]{1,30}")),
-        form("Who?", make(schema=SCHEMA), **DRAWN, seed=3),
-        form("Yes?", make(choice=("yes", "no"))),
-        form("Think.", make(thinking=True, choice=("yes",)), max_new_tokens=12),
-        form("Letters.", make(grammar='start: ("a" | "b" | "cd"){20}'), repetition_penalty=1.5, frequency_penalty=0.7),
-        form("Digits.", make(regex="[0-9]{3,25}"), logprobs=3, **DRAWN, seed=4),
-        form("What?", make(schema=SCHEMA), flower, max_slice_nums=1),
-        form("Biased.", make(regex="[a-z]{12}"), logit_bias={demo.processor.tokenizer("q")["input_ids"][0]: 100}),
+        form("Words.", compile_grammar(regex="[a-z ]{1,30}")),
+        form("Who?", compile_grammar(schema=SCHEMA), **DRAWN, seed=3),
+        form("Yes?", compile_grammar(choice=("yes", "no"))),
+        form("Think.", compile_grammar(thinking=True, choice=("yes",)), max_new_tokens=12),
+        form("Letters.", compile_grammar(grammar='start: ("a" | "b" | "cd"){20}'), repetition_penalty=1.5, frequency_penalty=0.7),
+        form("Digits.", compile_grammar(regex="[0-9]{3,25}"), logprobs=3, **DRAWN, seed=4),
+        form("What?", compile_grammar(schema=SCHEMA), flower, max_slice_nums=1),
+        form("Biased.", compile_grammar(regex="[a-z]{12}"), logit_bias={demo.processor.tokenizer("q")["input_ids"][0]: 100}),
         request(demo, text("Bias alone."), logit_bias=dict.fromkeys(range(40, 90), 30), **DRAWN, seed=5),
     ]
 
@@ -126,11 +126,11 @@ def test_outputs_match_their_grammars(demo, steered, expected):
     assert all(40 <= token.id < 90 for token in expected[8][0])
 
 
-def test_preempted_requests_resume_with_the_same_output(demo, tight_engine, make, alone):
+def test_preempted_requests_resume_with_the_same_output(demo, tight_engine, compile_grammar, alone):
     """19 pages for requests that need 5 to 8 each: some are preempted while their logits are held."""
     options = {"ignore_eos": False, "max_new_tokens": 200, **DRAWN}
     long = [
-        request(demo, text(f"{i} " * 60), constraint=make(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
+        request(demo, text(f"{i} " * 60), constraint=compile_grammar(regex="[a-z]{500}"), presence_penalty=0.3, seed=i, **options)
         for i in range(4)
     ]
     requests = [*long, request(demo, text("free " * 30), max_new_tokens=200)]
@@ -156,7 +156,7 @@ class Fails:
         if self._left == 0 and self._where == "advance":
             raise RuntimeError("the parser gave up")
 
-    def fresh(self):
+    def copy_from_start(self):
         return self
 
 
@@ -220,7 +220,7 @@ def test_late_mask_delays_no_other_request(demo, demo_engine, alone, free, expec
     assert demo_engine.metrics.late_masks._value.get() > late
 
 
-def test_steps_are_sent_ahead_and_shared(demo, demo_engine, make, monkeypatch):
+def test_steps_are_sent_ahead_and_shared(demo, demo_engine, compile_grammar, monkeypatch):
     """Both a constrained and a free stream get a token from every dispatch, which is sent before the last
     tokens are read.
     """
@@ -233,7 +233,7 @@ def test_steps_are_sent_ahead_and_shared(demo, demo_engine, make, monkeypatch):
         call = getattr(engine, name)
         monkeypatch.setattr(engine, name, lambda what, c=call, n=name: (what and events.append((n, what)), c(what))[1])
     options = {"ignore_eos": False, "max_new_tokens": 40, "temperature": 0.0}
-    constrained = request(demo, text("a"), constraint=make(regex="[a-z]{100}"), **options)
+    constrained = request(demo, text("a"), constraint=compile_grammar(regex="[a-z]{100}"), **options)
     found = run(together(engine, [constrained, request(demo, text("b"), max_new_tokens=90)]))
     assert [len(tokens) for tokens, _ in found] == [40, 90]
 
