@@ -40,7 +40,7 @@ from serve.engine.memory_plan import EncoderShape, MemoryPlan
 from serve.engine.page_pool import num_pages
 from serve.runtime.program_cache import ProgramCache
 
-SNAPSHOTS_PER_PROMPT = 2  # per prefill step: at the end of the shared prefix, and after the last whole page
+SNAPSHOTS_PER_PROMPT = 2  # per prefill step: at the end of the shared prefix, and near the prompt's end
 HISTORY_TOKENS = 2048  # tokens recorded into a history per call
 ALL_ALLOWED = 0xFFFFFFFF  # a word of a grammar mask that allows all of its 32 tokens
 MODES: tuple[SamplingMode, ...] = ("greedy", "sampled", "filtered", "full")

@@ -304,14 +304,15 @@ class Scheduler(Generic[R]):
 
     def _snapshot_ends(self, request: R) -> tuple[int, ...]:
         """Returns where to take snapshots: where the prompt leaves the known prefix, and after its last whole
-        page.
+        page before its last token.
 
-        The next turn of a conversation starts from the second one.
+        The next turn of a conversation starts from the second one, and so does the same prompt again, which
+        must prefill one token at least.
         """
         if self.prefix_cache is None:
             return ()
         hit = request.prefix_hit
-        ends = {hit.num_known_blocks, len(request.block_hashes)}
+        ends = {hit.num_known_blocks, (request.num_prompt_tokens - 1) // PAGE}
         return tuple(sorted(num_blocks * PAGE for num_blocks in ends if num_blocks > hit.num_blocks))
 
     def _allocate_new_pages(self, num_steps: int) -> tuple[dict[int, tuple[int, int]], list[R]]:

@@ -337,6 +337,14 @@ def test_shared_prefix_is_prefilled_once():
     assert server.scheduler.cached_tokens == 384  # of the second; the third differs before the only snapshot, at the end
 
 
+def test_prompt_of_whole_pages_is_reused():
+    chats = [conversation(384, 390, arrives_at=30 * i) for i in range(3)]
+    server = Server(40, 4, 8)
+    server.serve(chats)
+    check_outputs(chats)
+    assert server.scheduler.cached_tokens == 2 * 320  # the last page is prefilled, for its logits
+
+
 def test_snapshot_is_taken_where_prompts_diverge():
     system = [5] * 200
     chats = [Chat(system + [i] * 100, 310, stop=-1, arrives_at=30 * i) for i in range(3)]
