@@ -7,12 +7,12 @@ import jax
 
 REFERENCE, HOPPER, TPU = "reference", "hopper", "tpu"
 ALIASES = {"gpu": HOPPER}  # accepted wherever a backend is given
-# The first words of the device kinds (jax.Device.device_kind) that each kernel backend serves.
-CHIPS = {
+# Prefixes of `jax.Device.device_kind`, by backend.
+DEVICE_KIND_PREFIXES = {
     HOPPER: ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200"),
     TPU: ("TPU v5", "TPU v6", "TPU7"),
 }
-MOSAIC_GPU = (0, 11)  # the first jax whose Mosaic GPU has the loads and layouts that the Hopper kernels use
+MIN_JAX_FOR_HOPPER = (0, 11)  # the first jax whose Mosaic GPU has the loads and layouts that the Hopper kernels use
 
 
 class Implementation(NamedTuple):
@@ -29,23 +29,23 @@ class Implementation(NamedTuple):
 
 def mosaic_unsupported_reason() -> str | None:
     """Returns why the installed jax cannot compile the Mosaic GPU kernels, or None if it can."""
-    if jax.__version_info__ < MOSAIC_GPU:
-        return f"jax is {jax.__version__}, and it takes {'.'.join(map(str, MOSAIC_GPU))} or newer"
+    if jax.__version_info__ < MIN_JAX_FOR_HOPPER:
+        return f"jax is {jax.__version__}, and the Hopper kernels need {'.'.join(map(str, MIN_JAX_FOR_HOPPER))} or newer"
     return None
 
 
 def device_kind() -> str:
-    """Returns the kind of the device being compiled for.
+    """Returns the device kind of the mesh in use, which may describe another machine.
 
-    A mesh in use decides, also if it describes devices of another machine; else the default device does.
+    Without a mesh, returns the default device's kind.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     return described.device_kind if described else jax.devices()[0].device_kind
 
 
-def kernel_backend(kind: str) -> str | None:
+def backend_of_device(kind: str) -> str | None:
     """Returns the name of the kernel backend for devices of this kind, or None if there is none."""
-    return next((backend for backend, kinds in CHIPS.items() if kind.startswith(kinds)), None)
+    return next((backend for backend, kinds in DEVICE_KIND_PREFIXES.items() if kind.startswith(kinds)), None)
 
 
 def dispatch(backend: str | None, implementations: Mapping[str, Implementation]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def dispatch(backend: str | None, implementations: Mapping[str, Implementation])
 def _select(backend: str | None, implementations: Mapping[str, Implementation]) -> str:
     kind = device_kind()
     if backend is None:
-        name = kernel_backend(kind)
+        name = backend_of_device(kind)
         served = name in implementations and implementations[name].unsupported_reason is None
         return name if served else REFERENCE
     name = ALIASES.get(backend, backend)
@@ -74,7 +74,7 @@ def _select(backend: str | None, implementations: Mapping[str, Implementation]) 
         raise ValueError(f"backend is {backend!r}, and this operation has {', '.join(map(repr, implementations))}")
     if (reason := implementations[name].unsupported_reason) is not None:
         raise NotImplementedError(f"backend {name!r}: {reason}; backend {REFERENCE!r} serves it")
-    if name != REFERENCE and not kind.startswith(CHIPS[name]):
-        chips = ", ".join(CHIPS[name])
+    if name != REFERENCE and not kind.startswith(DEVICE_KIND_PREFIXES[name]):
+        chips = ", ".join(DEVICE_KIND_PREFIXES[name])
         raise ValueError(f"backend {name!r} is for {chips}, and the device is {kind!r}; backend {REFERENCE!r} runs on it")
     return name

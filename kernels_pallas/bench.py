@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.backends import CHIPS, REFERENCE, kernel_backend
+from kernels_pallas.backends import DEVICE_KIND_PREFIXES, REFERENCE, backend_of_device
 from kernels_pallas.benchmarking import Benchmark, device_limits, device_microseconds
 from kernels_pallas.causal_attention import bench as causal_attention
 from kernels_pallas.gated_delta import bench as gated_delta
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     device = jax.devices()[0].device_kind
-    backend = kernel_backend(device)
+    backend = backend_of_device(device)
     if backend is None:
-        raise SystemExit(f"there are kernels for {' and '.join(CHIPS)}, and the device is {device!r}")
+        raise SystemExit(f"there are kernels for {' and '.join(DEVICE_KIND_PREFIXES)}, and the device is {device!r}")
     copy, product = device_limits()
     print(f"{device}, jax {jax.__version__}: copies {copy / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     rows = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.backends import CHIPS, kernel_backend
+from kernels_pallas.backends import DEVICE_KIND_PREFIXES, backend_of_device
 from kernels_pallas.bench import benchmarks
 from kernels_pallas.benchmarking import device_microseconds
 from kernels_pallas.gated_delta import shapes as gated_delta
@@ -31,9 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kernels whose names contain this")
     only, kind = parser.parse_args().only, jax.devices()[0].device_kind
-    backend = kernel_backend(kind)
+    backend = backend_of_device(kind)
     if backend is None:
-        raise SystemExit(f"there are kernels for {' and '.join(CHIPS)}, and the device is {kind!r}")
+        raise SystemExit(f"there are kernels for {' and '.join(DEVICE_KIND_PREFIXES)}, and the device is {kind!r}")
     table = read(FILE)
     for space in TUNING_SPACES:
         if space.backend == backend and only in space.kernel:

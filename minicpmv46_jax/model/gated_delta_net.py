@@ -33,15 +33,15 @@ class GatedDeltaState(LayerState):
     @classmethod
     def empty(cls, config: TextConfig, *, pages: int, slots: int, dtype: jnp.dtype) -> "GatedDeltaState":
         """Creates `slots` slots of zeros; the recurrent state is always float32."""
-        heads = (slots, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
-        conv_state = (slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
-        return cls(jnp.zeros(heads, jnp.float32), jnp.zeros(conv_state, dtype))
+        recurrent_shape = (slots, config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim)
+        conv_shape = (slots, config.linear_conv_kernel_dim - 1, config.linear_conv_dim)
+        return cls(jnp.zeros(recurrent_shape, jnp.float32), jnp.zeros(conv_shape, dtype))
 
     @classmethod
     def slot_bytes(cls, config: TextConfig, itemsize: int) -> int:
         """Returns the bytes of one slot; the recurrent state is always float32."""
-        recurrent_state = config.linear_num_value_heads * config.linear_value_head_dim * config.linear_key_head_dim * 4
-        return recurrent_state + (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
+        recurrent_bytes = config.linear_num_value_heads * config.linear_value_head_dim * config.linear_key_head_dim * 4
+        return recurrent_bytes + (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
 
     def offload_slot(self, slot: Int32[Array, ""]) -> "GatedDeltaState":
         """Returns a copy of a slot."""

@@ -24,6 +24,7 @@ UNNEEDED_FLAGS = {
     "--enable-auto-tool-choice": "tool calls need no flag here",
     "--tool-call-parser": "both formats of tool calls are recognised in the model's output",
     "--reasoning-parser": "reasoning needs no flag here",
+    "--enable-prefix-caching": "prefixes are always cached; --no-prefix-cache turns that off",
     "--trust-remote-code": "a checkpoint's code is never run",
     "--tokenizer": "the tokenizer is the checkpoint's",
     "--chat-template": "the chat template is the checkpoint's",

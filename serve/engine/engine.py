@@ -63,12 +63,12 @@ class QueuePolicy:
     Attributes:
       max_waiting: requests that may be prepared or waiting, beyond those that run.
       max_wait_s: seconds that a request may wait before it starts; None sets no limit.
-      host_bytes: host memory for prefixes evicted from the device.
+      prefix_host_bytes: host memory for prefixes evicted from the device.
     """
 
     max_waiting: int = MAX_WAITING
     max_wait_s: float | None = None
-    host_bytes: int = 0
+    prefix_host_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class InFlightStep:
     decoded: Sampled | None
 
     @property
-    def only_starts(self) -> bool:
+    def only_prefills(self) -> bool:
         """True if requests start in it and none decodes."""
         return self.first_tokens is not None and self.decoded is None
 
@@ -118,7 +118,7 @@ class Engine(EngineClient):
         self.pages, self.slots = PagePool(plan.num_pages), SlotPool(plan.max_running)
         self.snapshots = SlotPool(plan.num_snapshots, first=plan.max_running)
         self.prefix_cache = PrefixCache(self.pages, self.snapshots, self._offload) if plan.num_snapshots else None
-        self.host_cache = HostPrefixCache(self.policy.host_bytes)
+        self.host_cache = HostPrefixCache(self.policy.prefix_host_bytes)
         limits = StepLimits(*plan.buckets.prefill_shapes[-1], plan.buckets.decode_steps)
         host_cache = self.host_cache if plan.num_snapshots else None
         self.scheduler: Scheduler[RequestState] = Scheduler(limits, self.pages, self.slots, self.prefix_cache, host_cache)
@@ -239,7 +239,7 @@ class Engine(EngineClient):
         for state in self.scheduler.admit(time.monotonic()):
             self._finish(state, EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
         previous, self._in_flight, output = self._in_flight, None, None
-        if previous is not None and previous.only_starts and not self.scheduler.prefilling:
+        if previous is not None and previous.only_prefills and not self.scheduler.prefilling:
             # First tokens are delivered before the next step is sent: the device has no work queued that
             # would hide the wait.
             try:
@@ -254,7 +254,7 @@ class Engine(EngineClient):
             grammar_sample = self._sample_held()
             output = self.scheduler.schedule()
             for state in output.preempted:
-                state.unpin(self.encoder_cache, everything=True)
+                state.unpin(self.encoder_cache, all_items=True)
                 self._drop_held(state)
             self._in_flight = self._dispatch(output)
         except Exception as error:
@@ -278,7 +278,7 @@ class Engine(EngineClient):
         self._offloads = [offload for offload in self._offloads if not offload.done()]
         path = node.path()
         is_long = len(path) * PAGE >= self.scheduler.limits.max_tokens
-        if self.policy.host_bytes and is_long and len(self._offloads) < MAX_OFFLOADS:
+        if self.policy.prefix_host_bytes and is_long and len(self._offloads) < MAX_OFFLOADS:
             prefix = self._runner.offload([page.page for page in path], node.snapshot_slot)
             self.host_cache.put(node.block_hash, prefix)
             self._offloads.append(self._offload_thread.submit(prefix.finish))
@@ -295,7 +295,7 @@ class Engine(EngineClient):
         rows: list[np.ndarray] = []
         self._encoding = []
         for state in sorted(self.scheduler.prefilling, key=lambda state: state.rank):
-            for item in state.missing_items():
+            for item in state.unencoded_items():
                 entry = self.encoder_cache.find(item.mm_hash)
                 if entry is None and self._fits_call(items, item):
                     entry = self.encoder_cache.reserve(item.mm_hash, item.packed_view.num_tokens)
@@ -305,7 +305,7 @@ class Engine(EngineClient):
                         self._encoding.append(state)
                 if entry is None:
                     break
-                state.pin(item, entry)
+                state.attach(item, entry)
             state.update_ready_tokens()
         if items:
             self._runner.encode([item.packed_view for item in items], rows)
@@ -332,7 +332,7 @@ class Engine(EngineClient):
         sample = PendingGrammarSample(ready, self._runner.sample_held(slots, masks, _sampling_mode(ready)))
         for state in ready:
             self._drop_held(state)
-            self.scheduler.resume(state)
+            self.scheduler.mark_sampled(state)
         self._sampling = []
         return sample
 
@@ -349,7 +349,7 @@ class Engine(EngineClient):
             rows = [self._prefill_row(chunk) for chunk in chunks]
             first_tokens = self._runner.prefill(rows, _sampling_mode(chunk.request for chunk in chunks if chunk.is_last))
             for chunk in chunks:
-                chunk.request.unpin(self.encoder_cache, everything=False)
+                chunk.request.unpin(self.encoder_cache, all_items=False)
         if output.rows:
             decoded = self._runner.decode(output, _sampling_mode(output.rows))
             self._awaiting_mask += [row for row, awaits in zip(output.rows, output.awaiting_mask, strict=True) if awaits]
@@ -375,7 +375,7 @@ class Engine(EngineClient):
         """Delivers tokens sampled from held logits and starts their next masks. Waits for the device."""
         if sample is None:
             return
-        sampled = _as_column(jax.device_get(sample.sampled))
+        sampled = _add_step_axis(jax.device_get(sample.sampled))
         begun = time.perf_counter()
         self._emit_rows((sampled, i, state) for i, state in enumerate(sample.requests))
         self._submit_masks(sample.requests)
@@ -387,7 +387,7 @@ class Engine(EngineClient):
             return
         first_tokens, decoded = jax.device_get((step.first_tokens, step.decoded))
         begun, output = time.perf_counter(), step.output
-        first_tokens = _as_column(first_tokens)
+        first_tokens = _add_step_axis(first_tokens)
         started = [(first_tokens, i, chunk.request) for i, chunk in enumerate(output.prefill_chunks) if chunk.is_last]
         continued = [(decoded, i, row) for i, row in enumerate(output.rows) if not output.awaiting_mask[i]]
         self._emit_rows([*started, *continued])
@@ -416,7 +416,7 @@ class Engine(EngineClient):
 
     def _finish(self, state: RequestState, outcome: Delta | Exception) -> None:
         """Finishes a request and frees its slot, pages and encoder cache entries."""
-        state.unpin(self.encoder_cache, everything=True)
+        state.unpin(self.encoder_cache, all_items=True)
         self._drop_held(state)
         del self._states[state.handle]
         self.scheduler.finish(state)
@@ -440,7 +440,7 @@ class Engine(EngineClient):
             if state.stage is not Stage.FINISHED:
                 self._finish(state, error)
         for state in self._states.values():
-            state.unpin(self.encoder_cache, everything=True)
+            state.unpin(self.encoder_cache, all_items=True)
             if state.slot >= 0:
                 self.scheduler.preempt(state)
         self.scheduler.restores.clear()
@@ -458,6 +458,6 @@ def _sampling_mode(states: Iterable[RequestState]) -> SamplingMode:
     return max((state.mode for state in states), key=MODES.index, default=MODES[0])
 
 
-def _as_column(sampled: Sampled) -> Sampled:
+def _add_step_axis(sampled: Sampled) -> Sampled:
     """Adds a step axis: samples [B, ...] become [B, 1, ...]."""
     return jax.tree.map(lambda x: x[:, None], sampled)

@@ -18,7 +18,8 @@ from serve.engine.scheduler import Request
 class RequestState(Request):
     """The engine thread's record of a request; the scheduler works on the part that it inherits.
 
-    `mask` is the grammar mask of the next token, or None while `serve.engine.grammar_masks` computes it.
+    `mask` is the grammar mask of the next token. It is None without a grammar and while a
+    thread computes it.
 
     Args:
       handle: where the output goes.
@@ -68,27 +69,28 @@ class RequestState(Request):
                 rows[first - start : last - start] = entry.rows[first - item.start : last - item.start]
         return rows
 
-    def missing_items(self) -> Iterator[MultimodalItem]:
+    def unencoded_items(self) -> Iterator[MultimodalItem]:
         """Yields the items that are not prefilled yet and have no encoder cache entry."""
         for item in self.request.mm_items:
             if item.end > self.num_computed_tokens and item not in self._pinned:
                 yield item
 
-    def pin(self, item: MultimodalItem, entry: EncoderCacheEntry) -> None:
-        """Records the encoder cache entry of an item, already pinned."""
+    def attach(self, item: MultimodalItem, entry: EncoderCacheEntry) -> None:
+        """Records the entry of an item, which `EncoderCache` has pinned."""
         self._pinned[item] = entry
 
-    def unpin(self, cache: EncoderCache, *, everything: bool) -> None:
+    def unpin(self, cache: EncoderCache, *, all_items: bool) -> None:
         """Unpins the items that are prefilled, or all of them."""
-        for item in [p for p in self._pinned if everything or p.end <= self.num_computed_tokens]:
+        for item in [p for p in self._pinned if all_items or p.end <= self.num_computed_tokens]:
             cache.unpin(self._pinned.pop(item))
 
     def update_ready_tokens(self) -> None:
-        """Allows prefill up to the first missing item, and up to the last token only if the grammar mask is
-        there.
+        """Limits prefill to the first unencoded item.
+
+        Excludes the last token while its grammar mask is missing.
         """
         end = self.num_tokens - 1 if self.uses_grammar and self.mask is None else math.inf
-        self.num_ready_tokens = next((item.start for item in self.missing_items()), end)
+        self.num_ready_tokens = next((item.start for item in self.unencoded_items()), end)
 
     def add_tokens(self, tokens: list[Token]) -> Delta:
         """Appends sampled tokens to the output and returns the change; tokens after the end are dropped."""

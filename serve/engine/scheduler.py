@@ -3,14 +3,13 @@
 A request waits, is prefilled, decodes, and finishes. Prefill needs a slot and pages for the whole prompt;
 decode takes one more page every 64 tokens. When pages run out, the prefix cache evicts unused prefixes first.
 Then the lowest-ranked request is preempted: it waits, and later prefills its prompt and its output so far
-again.
+again. A smaller rank goes first.
 
 Requests are ranked once, by arrival time; a unit of priority counts as PRIORITY_S seconds. The highest-ranked
 request is never preempted and always fits into the pages alone, so every request finishes.
 
-The scheduler runs ahead of the device: it counts a step's tokens when it schedules the step. `finish`
-therefore comes one step after the request's last token was sampled, and the request's row of that step is
-unused.
+The scheduler counts a step's tokens when it schedules the step. `finish` arrives one step after the last
+token, so the request's row of that step is computed in vain.
 """
 
 import bisect
@@ -52,7 +51,7 @@ class Request:
       arrival_time, deadline: on the caller's clock; a request that has not started by its deadline expires.
       num_ready_tokens: tokens that may be prefilled now; the caller raises it as images are encoded.
       num_output_tokens: output tokens that the caller has received; counted by the caller.
-      uses_grammar: the row awaits a grammar mask after every step, until `resume`.
+      uses_grammar: the row awaits a grammar mask after every step, until `mark_sampled`.
     """
 
     num_prompt_tokens: int
@@ -113,7 +112,8 @@ class SchedulerOutput(Generic[R]):
       slots: int32 [rows].
       new_pages: int32 [rows, 2]: (index in the block table, page) that a row is given first; page -1 for
         none.
-      awaiting_mask: bool [rows]: the row's logits are held until the caller samples them and calls `resume`.
+      awaiting_mask: bool [rows]: the row's logits are held until the caller samples them and calls
+        `mark_sampled`.
       num_steps: decode steps.
       preempted: requests that were preempted for this step.
     """
@@ -210,7 +210,7 @@ class Scheduler(Generic[R]):
         self._release(request)
         self._wait(request)
 
-    def resume(self, request: R) -> None:
+    def mark_sampled(self, request: R) -> None:
         """Lets a row that awaited a grammar mask take part in the next step: its token has been sampled."""
         self._awaiting_mask[request.slot] = False
 
@@ -292,7 +292,8 @@ class Scheduler(Generic[R]):
         num_blocks = 0 if self.host_cache is None else self.host_cache.longest_match(hashes, hit.num_blocks)
         if not num_blocks:
             return
-        prefix = self.host_cache.get(hashes[num_blocks - 1])  # first: `add` may evict a snapshot to the host, and this prefix
+        # Fetched before `add`, because the copy that `add` offloads may evict this prefix from host memory.
+        prefix = self.host_cache.get(hashes[num_blocks - 1])
         node = self.prefix_cache.add(hashes[:num_blocks], request.pages[:num_blocks])
         if node is None:
             return

@@ -90,13 +90,13 @@ class ImageWorkerPool:
 def _process_in_pool(pool: ProcessPoolExecutor, job: MediaJob) -> tuple[SlicedImage, ...]:
     source = job.source
     with contextlib.ExitStack() as cleanup:
-        shared = os.memfd_create("image")
-        cleanup.callback(os.close, shared)
+        shared_fd = os.memfd_create("image")
+        cleanup.callback(os.close, shared_fd)
         if not isinstance(source, Path):
-            _write_all(shared, source.encode() if isinstance(source, str) else source)
+            _write_all(shared_fd, source.encode() if isinstance(source, str) else source)
             job = dataclasses.replace(job, source=type(source)())
         shapes = pool.submit(_process_in_worker, job, f"/proc/{os.getpid()}/fd/{shared}").result()
-        pixels = _read_all(shared)  # a copy, because a mapping would hold a descriptor while the image waits
+        pixels = _read_all(shared_fd)  # a copy, because a mapping would hold a descriptor while the image waits
     return tuple(_unpack_images(shapes, pixels))
 
 
@@ -110,31 +110,31 @@ def _unpack_images(shapes: PixelShapes, pixels: np.ndarray) -> Iterator[SlicedIm
         yield SlicedImage(tuple(slices), grid)
 
 
-def _process_in_worker(job: MediaJob, shared: str) -> PixelShapes:
+def _process_in_worker(job: MediaJob, shared_path: str) -> PixelShapes:
     """Replaces the media in the shared memory by the pixels of its slices, and returns their shapes."""
-    with open(shared, "r+b", buffering=0) as file:
+    with open(shared_path, "r+b", buffering=0) as file:
         if not isinstance(job.source, Path):
             data = file.read()
             job = dataclasses.replace(job, source=data.decode() if isinstance(job.source, str) else data)
         images = process_media(job)
         file.truncate(0)
         file.seek(0)
-        for slice_ in (slice_ for image in images for slice_ in image.slices):
-            _write_all(file.fileno(), slice_.pixels)
-    return [(image.grid, [(slice_.grid, slice_.pixels.shape) for slice_ in image.slices]) for image in images]
+        for image_slice in (image_slice for image in images for image_slice in image.slices):
+            _write_all(file.fileno(), image_slice.pixels)
+    return [(image.grid, [(image_slice.grid, image_slice.pixels.shape) for image_slice in image.slices]) for image in images]
 
 
-def _write_all(file: int, data: bytes | bytearray | np.ndarray) -> None:
+def _write_all(fd: int, data: bytes | bytearray | np.ndarray) -> None:
     rest = memoryview(data).cast("B")
     while rest:
-        rest = rest[os.write(file, rest) :]
+        rest = rest[os.write(fd, rest) :]
 
 
-def _read_all(file: int) -> np.ndarray:
-    content = np.empty(os.fstat(file).st_size, np.uint8)
+def _read_all(fd: int) -> np.ndarray:
+    content = np.empty(os.fstat(fd).st_size, np.uint8)
     rest = memoryview(content)
     while rest:
-        rest = rest[os.preadv(file, [rest], len(content) - len(rest)) :]
+        rest = rest[os.preadv(fd, [rest], len(content) - len(rest)) :]
     return content
 
 

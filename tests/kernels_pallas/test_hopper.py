@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import gated_delta
-from kernels_pallas.backends import CHIPS, device_kind
+from kernels_pallas.backends import DEVICE_KIND_PREFIXES, device_kind
 from kernels_pallas.causal_attention import causal_attention
 from kernels_pallas.gpu.export_cache import shared_lowering
 from kernels_pallas.packed_attention import packed_attention, window_attention
@@ -29,7 +29,9 @@ from tests.tolerances import GATED_DELTA, PACKED_ATTENTION, PAGED_ATTENTION, rel
 STEPS, BACKEND = 30, "hopper"  # of training runs
 SAME_CURVE = 0.05  # relative; on a CPU two devices were 0.017 from one in bfloat16, and runs of another shuffle 0.15
 
-pytestmark = pytest.mark.skipif(not device_kind().startswith(CHIPS["hopper"]), reason="there is no Hopper GPU here")
+pytestmark = pytest.mark.skipif(
+    not device_kind().startswith(DEVICE_KIND_PREFIXES["hopper"]), reason="there is no Hopper GPU here"
+)
 
 
 def normal(rng, *shape):

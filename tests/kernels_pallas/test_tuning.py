@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from kernels_pallas import tune, tuning
-from kernels_pallas.backends import CHIPS
+from kernels_pallas.backends import DEVICE_KIND_PREFIXES
 from kernels_pallas.bench import benchmarks
 from kernels_pallas.benchmarking import Benchmark
 from kernels_pallas.tuning import FILE, TuningSpace, read, tuned_config, write
@@ -18,7 +18,7 @@ KERNELS = {(space.backend, space.kernel): space for space in tune.TUNING_SPACES}
 def test_every_entry_is_a_candidate_of_its_kernel():
     for backend, kinds in read(FILE).items():
         for kind, kernels in kinds.items():
-            assert kind.startswith(CHIPS[backend])
+            assert kind.startswith(DEVICE_KIND_PREFIXES[backend])
             assert set(kernels) == {kernel for of, kernel in KERNELS if of == backend}
             for kernel, configs in kernels.items():
                 space = KERNELS[backend, kernel]

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from kernels_pallas.backends import HOPPER, MOSAIC_GPU, REFERENCE, TPU
+from kernels_pallas.backends import HOPPER, MIN_JAX_FOR_HOPPER, REFERENCE, TPU
 from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
 from minicpmv46_jax.train import bench, make_step, new_state
@@ -20,7 +20,7 @@ from minicpmv46_jax.train.settings import Settings
 from tests.released import released_config
 
 KERNELS = {"pallas_call", "core_map", "mpmd_map", "call_exported"}  # the primitives of Pallas kernels
-needs_mosaic = pytest.mark.skipif(jax.__version_info__ < MOSAIC_GPU, reason="the Hopper kernels need a newer Mosaic GPU")
+needs_mosaic = pytest.mark.skipif(jax.__version_info__ < MIN_JAX_FOR_HOPPER, reason="the Hopper kernels need a newer Mosaic GPU")
 H200 = {"device_kind": "NVIDIA H200", "num_cores": 132, "platform": "gpu"}
 V5E = {"device_kind": "TPU v5 lite", "num_cores": 1, "platform": "tpu"}
 

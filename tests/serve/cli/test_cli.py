@@ -161,7 +161,7 @@ def test_contradictory_flags_are_refused(capsys, tmp_path):
 
 
 def test_backend_names_are_those_of_the_kernels():
-    assert set(BACKENDS) == {backends.REFERENCE, *backends.CHIPS} and BACKEND_ALIASES == backends.ALIASES
+    assert set(BACKENDS) == {backends.REFERENCE, *backends.DEVICE_KIND_PREFIXES} and BACKEND_ALIASES == backends.ALIASES
     assert _parser().parse_args(["--backend", "gpu"]).backend == "hopper"
     assert _parser().parse_args([]).backend is None
 

@@ -203,7 +203,7 @@ class Server:
             if ready and request.stage is Stage.DECODE and request.slot in self.runner.held:
                 self.runner.held.remove(request.slot)
                 out.append((chat, [self.runner.sample(request.slot, chat)]))
-                self.scheduler.resume(request)
+                self.scheduler.mark_sampled(request)
         return out
 
     def submit(self, chat):
