@@ -160,7 +160,7 @@ def test_errors_name_the_setting_or_file(source, full, tmp_path, capsys):
 
 
 def test_settings_of_the_readme_are_valid():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "minicpmv46_jax/train/README.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
     found = Settings.from_dict(tomllib.loads(block))
     assert found.lora.scale == 2.0 and found.mesh.fsdp == 8 and found.batch.patches == 28416
