@@ -237,8 +237,13 @@ def test_causal_attention_and_its_gradients(rng, tokens):
 
 @pytest.mark.parametrize("decay", truth.DECAYS)
 def test_packed_rule_and_its_gradients(rng, decay):
-    """Kernels are as close to the rule in float32 as plain XLA with bfloat16 operands."""
-    rows, tokens = 2, 1024
+    """Kernels are as close to the rule in float32 as plain XLA with bfloat16 operands.
+
+    The gradients of `a_log` and `dt_bias` are sums over all tokens, one number a head. Their errors are
+    chance: for two heads the ratio of two such errors exceeds 1.5 in every third draw. For sixteen heads it
+    exceeds 3 once in 50,000. A loss of precision shows in the gradient of `a`, whose sums they are.
+    """
+    rows, tokens, heads = 2, 1024, 16
     case = truth.draw(rng, [rows * tokens], heads=heads, K=128, V=128, decay=decay, dtype=jnp.bfloat16, gaps=False)
     inputs = *(x.reshape(rows, tokens, -1) for x in (case.qkv, case.a, case.b)), case.layer
     segments, cotangent = sequences(rng, rows, tokens), normal(rng, rows, tokens, heads, 128)
