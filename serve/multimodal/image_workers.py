@@ -95,7 +95,7 @@ def _process_in_pool(pool: ProcessPoolExecutor, job: MediaJob) -> tuple[SlicedIm
         if not isinstance(source, Path):
             _write_all(shared_fd, source.encode() if isinstance(source, str) else source)
             job = dataclasses.replace(job, source=type(source)())
-        shapes = pool.submit(_process_in_worker, job, f"/proc/{os.getpid()}/fd/{shared}").result()
+        shapes = pool.submit(_process_in_worker, job, f"/proc/{os.getpid()}/fd/{shared_fd}").result()
         pixels = _read_all(shared_fd)  # a copy, because a mapping would hold a descriptor while the image waits
     return tuple(_unpack_images(shapes, pixels))
 
