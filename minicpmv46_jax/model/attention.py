@@ -84,8 +84,8 @@ class Attention(nnx.Module):
         if isinstance(batch, FullBatch):
             out = dense_attention(q, k, v, batch.query_lens.shape[0])
         elif isinstance(batch, PackedBatch):
-            rows = (x.reshape(*batch.segments.shape, *x.shape[1:]) for x in (q, k, v))
-            out = causal_attention(*rows, batch.segments, backend=self.backend).reshape(q.shape)
+            q_rows, k_rows, v_rows = (x.reshape(*batch.segments.shape, *x.shape[1:]) for x in (q, k, v))
+            out = causal_attention(q_rows, k_rows, v_rows, batch.segments, backend=self.backend).reshape(q.shape)
         else:
             state = write_pages(state, k, v, batch.cache_positions(T), batch.token_pages(T))
             out = self.attend_pages(q, state, batch)

@@ -13,7 +13,7 @@ Glossary: T tokens, S sequences, B rows, R feature rows, D width, V vocabulary.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from minicpmv46_jax.model.vision import VisionTower
 from minicpmv46_jax.trees import tree_dataclass
 
 Params = dict[str, Any]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class MiniCPMV46(nnx.Module):
@@ -43,8 +44,8 @@ class MiniCPMV46(nnx.Module):
 class Schema(NamedTuple):
     """Static graphs of the model's two parts, for `merge`."""
 
-    text: nnx.GraphDef
-    vision: nnx.GraphDef
+    text: nnx.GraphDef[TextModel]
+    vision: nnx.GraphDef[VisionTower]
 
 
 @tree_dataclass
@@ -98,7 +99,7 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
+def merge(graph: nnx.GraphDef[Module], params: Params) -> Module:
     """Returns the module with these parameters; for use while tracing."""
     return nnx.merge(graph, params)
 
@@ -119,7 +120,7 @@ class _SameKeyRngs(nnx.Rngs):
         return jax.random.key(0)
 
 
-def encode(graph: nnx.GraphDef, params: Params, views: PackedViews, taps: Taps | None = None) -> Float[Array, "R D"]:
+def encode(graph: nnx.GraphDef[VisionTower], params: Params, views: PackedViews, taps: Taps | None = None) -> Float[Array, "R D"]:
     """Encodes one pass of packed views with the vision tower.
 
     Returns the text embeddings of all views, one view after another; padding rows are at the end.
@@ -137,7 +138,7 @@ def embed(
 
 
 def prefill(
-    graph: nnx.GraphDef, params: Params, state: TextState, inputs: PrefillInput, features: Float[Array, "R D"]
+    graph: nnx.GraphDef[TextModel], params: Params, state: TextState, inputs: PrefillInput, features: Float[Array, "R D"]
 ) -> tuple[Float32[Array, "S V"], TextState]:
     """Runs the backbone over chunks of prompts.
 
@@ -154,7 +155,7 @@ def prefill(
 
 
 def decode_step(
-    graph: nnx.GraphDef, params: Params, layers: Layers, token_ids: Int32[Array, " S"], batch: DecodeBatch
+    graph: nnx.GraphDef[TextModel], params: Params, layers: Layers, token_ids: Int32[Array, " S"], batch: DecodeBatch
 ) -> tuple[Float32[Array, "S V"], Layers]:
     """Runs the backbone over one token of each sequence.
 
@@ -163,8 +164,9 @@ def decode_step(
     text = merge(graph, params)
     with jax.named_scope("embed"):
         x = text.embed(token_ids)
-    hidden, layers = text(x, layers, batch)
-    return text.logits(hidden), layers
+    hidden, new_layers = text(x, layers, batch)
+    assert new_layers is not None  # None only for `layers` = None
+    return text.logits(hidden), new_layers
 
 
 def forward(

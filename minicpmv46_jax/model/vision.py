@@ -200,5 +200,5 @@ def pixel_values(views: PackedViews) -> Float32[Array, "P patch_dim"]:
     They equal `processing.View.pixel_values` up to the last digit of float32.
     """
     P, channels = views.scale.shape
-    values = views.patches.reshape(P, channels, -1).astype(jnp.float32)
+    values = jnp.asarray(views.patches).reshape(P, channels, -1).astype(jnp.float32)
     return (values * views.scale[..., None] + views.offset[..., None]).reshape(P, -1)

@@ -26,6 +26,8 @@ from minicpmv46_jax import model
 from minicpmv46_jax.model import Params, Schema
 from minicpmv46_jax.model.batch import PackedBatch
 from minicpmv46_jax.model.packing import PackedViews
+from minicpmv46_jax.model.text import TextModel
+from minicpmv46_jax.model.vision import VisionTower
 from minicpmv46_jax.train.batch import TrainBatch
 from minicpmv46_jax.train.loss import summed_loss
 
@@ -74,12 +76,12 @@ def batch_loss(
     x = model.embed(table, batch.ids.reshape(-1), batch.feature_rows.reshape(-1), features)
     text = {"embed": table, "norm": gather(params["text"]["norm"], ("text", "norm")), "layers": params["text"]["layers"]}
     x = hidden_states(graph.text, text, x, PackedBatch(batch.segments), remat=remat, scan_layers=scan_layers, gather=gather)
-    total, *by_token = summed_loss(x, table["weight"], batch.labels.reshape(-1), batch.weights.reshape(-1), z_loss, chunk)
-    return total, *(value.reshape(batch.ids.shape) for value in by_token)
+    total, nll, lse = summed_loss(x, table["weight"], batch.labels.reshape(-1), batch.weights.reshape(-1), z_loss, chunk)
+    return total, nll.reshape(batch.ids.shape), lse.reshape(batch.ids.shape)
 
 
 def hidden_states(
-    graph: nnx.GraphDef,
+    graph: nnx.GraphDef[TextModel],
     params: Params,
     x: Float[Array, "T D"],
     batch: PackedBatch,
@@ -108,7 +110,7 @@ def hidden_states(
 
 
 def encode(
-    graph: nnx.GraphDef, params: Params, views: PackedViews, *, remat: str, scan_layers: bool = True, gather: Gather
+    graph: nnx.GraphDef[VisionTower], params: Params, views: PackedViews, *, remat: str, scan_layers: bool = True, gather: Gather
 ) -> Float[Array, "tokens E"]:
     """Computes `model.encode` with each layer rematerialised."""
     rest = {name: gather(part, ("vision", name)) for name, part in params.items() if name != "layers"}

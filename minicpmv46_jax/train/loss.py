@@ -45,7 +45,8 @@ def summed_loss(
     """
     T, V = hidden.shape[0], table.shape[0]
     chunks = -(-T // chunk) if chunk else max(round(T * V / CHUNK_LOGITS), 1)
-    total, nll, lse = _summed(hidden, table, labels, weights, z_loss, min(chunks, T))
+    # functools.partial hides the type that custom_vjp returns.
+    total, nll, lse = _summed(hidden, table, labels, weights, z_loss, min(chunks, T))  # pyright: ignore[reportGeneralTypeIssues]
     return total, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(lse)
 
 
