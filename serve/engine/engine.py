@@ -435,6 +435,7 @@ class Engine(EngineClient):
         try:
             self._collect_step(previous)
         except Exception:
+            assert previous is not None  # collecting no step cannot fail
             failed += previous.requests
         for state in dict.fromkeys(failed):
             if state.stage is not Stage.FINISHED:
@@ -455,7 +456,7 @@ class Engine(EngineClient):
 
 def _sampling_mode(states: Iterable[RequestState]) -> SamplingMode:
     """Returns the cheapest sampling mode that serves all of these requests."""
-    return max((state.mode for state in states), key=MODES.index, default=MODES[0])
+    return MODES[max((MODES.index(state.mode) for state in states), default=0)]
 
 
 def _add_step_axis(sampled: Sampled) -> Sampled:

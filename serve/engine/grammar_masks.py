@@ -46,6 +46,7 @@ def _compute_masks(states: Sequence[RequestState]) -> tuple[float, list[tuple[Re
     begun, failed = time.perf_counter(), []
     for state in states:
         constraint = state.request.options.constraint
+        assert constraint is not None  # only requests with a grammar are submitted
         try:
             constraint.advance(state.last_token_id)
             state.mask = constraint.mask()

@@ -13,11 +13,18 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from minicpmv46_jax import model
 from minicpmv46_jax.config import ModelConfig
-from minicpmv46_jax.generation.decoding import NUM_DEVICE_STOPS, FirstTokenInput, bias_row, device_stop_ids, sampling_params
+from minicpmv46_jax.generation.decoding import (
+    NUM_DEVICE_STOPS,
+    DecodeState,
+    FirstTokenInput,
+    bias_row,
+    device_stop_ids,
+    sampling_params,
+)
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.generation.sampling import Sampled, SamplingMode
 from minicpmv46_jax.model import Params, PrefillInput, packing
@@ -79,6 +86,8 @@ class ModelRunner:
         self._schema = model.schema(config, backend)
         self._all_allowed: dict[int, UInt32[Array, "Q W"]] = {}
         self._programs = ProgramCache(store)
+        self._decode_state: DecodeState  # both made by `reset`
+        self._encoder_cache: Float[Array, "R D"]
 
     @property
     def num_programs(self) -> int:
@@ -105,7 +114,8 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Replaces the state with an empty one."""
-        self._decode_state = self._encoder_cache = None  # freed first: the device has no room for two
+        if hasattr(self, "_decode_state"):
+            del self._decode_state, self._encoder_cache  # freed first: the device has no room for two
         self._decode_state, self._encoder_cache = self._programs["empty state"]()
 
     def encode(self, views: Sequence[PackedView], rows: Sequence[Int32[np.ndarray, " r"]]) -> None:

@@ -30,7 +30,7 @@ class Node:
 
     def path(self) -> "list[Node]":
         """Returns the nodes from the first page to this one."""
-        nodes = [self]
+        nodes: list[Node] = [self]
         while nodes[-1].parent is not None:
             nodes.append(nodes[-1].parent)
         return nodes[::-1]
@@ -104,6 +104,7 @@ class PrefixCache:
         node = None
         for block_hash, page in zip(block_hashes, pages, strict=True):
             node = self._nodes.get(block_hash) or self._add_node(block_hash, node, page)
+        assert node is not None  # there is at least one page
         node.snapshot_slot = self._slots.allocate()
         node.pins += 1
         self._snapshots[node] = None

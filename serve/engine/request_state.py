@@ -8,6 +8,7 @@ import numpy as np
 from minicpmv46_jax.generation.decoding import sampling_mode
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
+from minicpmv46_jax.generation.sampling import SamplingMode
 from minicpmv46_jax.library import Delta
 from serve.engine.encoder_cache import EncoderCache, EncoderCacheEntry
 from serve.engine.engine_client import RequestHandle
@@ -37,7 +38,8 @@ class RequestState(Request):
             arrival_time=handle.reserved_at,
             uses_grammar=request.options.constraint is not None,
         )
-        self.handle, self.request, self.mode = handle, request, sampling_mode(request.options)
+        self.handle, self.request = handle, request
+        self.mode: SamplingMode = sampling_mode(request.options)
         self.mask = request.mask
         self.last_token_time: float | None = None
         self._text_stream = detokenizer.stream(request.options.stop)

@@ -292,6 +292,7 @@ class Scheduler(Generic[R]):
         num_blocks = 0 if self.host_cache is None else self.host_cache.longest_match(hashes, hit.num_blocks)
         if not num_blocks:
             return
+        assert self.host_cache is not None and self.prefix_cache is not None  # a host cache extends a prefix cache
         # Fetched before `add`, because the copy that `add` offloads may evict this prefix from host memory.
         prefix = self.host_cache.get(hashes[num_blocks - 1])
         node = self.prefix_cache.add(hashes[:num_blocks], request.pages[:num_blocks])
@@ -375,11 +376,16 @@ class Scheduler(Generic[R]):
         return PrefillChunk(request, start, count, source_slot, self._take_snapshots(request, start), is_last)
 
     def _take_snapshots(self, request: R, start: int) -> tuple[tuple[int, int], ...]:
-        ends = (end // PAGE for end in request.snapshot_ends if start < end <= request.num_computed_tokens)
-        nodes = [(blocks, self.prefix_cache.add(request.block_hashes[:blocks], request.pages[:blocks])) for blocks in ends]
-        new = [(blocks, node) for blocks, node in nodes if node is not None]
-        self._new_snapshots += [node for _, node in new]
-        return tuple((blocks - start // PAGE, node.snapshot_slot) for blocks, node in new)
+        if self.prefix_cache is None:
+            return ()
+        snapshots = []
+        for blocks in (end // PAGE for end in request.snapshot_ends if start < end <= request.num_computed_tokens):
+            node = self.prefix_cache.add(request.block_hashes[:blocks], request.pages[:blocks])
+            if node is not None:
+                assert node.snapshot_slot is not None  # `add` has reserved it
+                self._new_snapshots.append(node)
+                snapshots.append((blocks - start // PAGE, node.snapshot_slot))
+        return tuple(snapshots)
 
     def _start_decode(self, request: R) -> None:
         self.prefilling.remove(request)
