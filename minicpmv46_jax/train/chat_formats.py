@@ -154,6 +154,8 @@ def _calls(content: Any) -> list[dict[str, Any]]:
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
     try:
-        return (json.loads(tools) if isinstance(tools, str) and tools.strip() else tools) or None
+        if isinstance(tools, str):
+            tools = json.loads(tools) if tools.strip() else None
     except ValueError as error:
         raise ValueError(f"tools: not valid JSON: {error}") from None
+    return tools or None
