@@ -151,7 +151,7 @@ def print_kernel_times(title: str, run: Callable[[], object], parts: int) -> Non
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--model", type=Path, required=True, help="checkpoint folder; without --load only its config.json is read"
     )

@@ -306,7 +306,7 @@ def _local(args: argparse.Namespace) -> Answerer:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.evaluate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("questions", type=Path, metavar="FILE", help="JSONL file of one question a line")
     parser.add_argument("--model", metavar="FOLDER_OR_ID", help="checkpoint folder or hub id that the plain generator runs")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the weights (default: the checkpoint's)")

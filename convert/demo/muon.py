@@ -30,7 +30,7 @@ def is_matrix(path: TreePath, leaf: Array) -> bool:
 
     Tables and convolution filters are not. Neither is the patch embedding, because its inputs are correlated.
     """
-    return leaf.ndim == 2 and min(leaf.shape) >= MIN_SIDE and "embed" not in path[-2]
+    return leaf.ndim == 2 and min(leaf.shape) >= MIN_SIDE and "embed" not in str(path[-2])
 
 
 def orthogonalise(x: Float[Array, "n rows columns"]) -> Float[Array, "n rows columns"]:

@@ -108,7 +108,7 @@ def _values(random: np.random.Generator, path: names.TreePath, shape: names.Shap
         return np.log(random.uniform(0.01, 16.0, shape))  # the gated delta net's initialisation
     if len(shape) == 1:
         return vector_mean(path) + VECTOR_SPREAD * random.standard_normal(shape)
-    spread = EMBEDDING_SPREAD if "embed" in path[-2] and path[-2] != "patch_embed" else shape[-1] ** -0.5
+    spread = EMBEDDING_SPREAD if "embed" in str(path[-2]) and path[-2] != "patch_embed" else shape[-1] ** -0.5
     return spread * random.standard_normal(shape)
 
 

@@ -378,6 +378,7 @@ class Trainer:
         step = sum_steps = 0
         while self.elapsed < limit and (self.settings.steps is None or step < self.settings.steps):
             batch = batches.next_batch()
+            assert batch.views is not None  # every conversation of the recipe has a picture
             program = programs[batch.views.downsample_mode]
             if not program.done():
                 time.sleep(0.05)  # only at the start, while the second mode's step is compiling
@@ -426,7 +427,7 @@ class Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m convert.train_demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m convert.train_demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, the scores and the log")
     parser.add_argument("--minutes", type=float, default=8.0, help="duration of the whole run (default: %(default)s)")
     parser.add_argument(

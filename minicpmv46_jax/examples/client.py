@@ -43,7 +43,7 @@ def stream(client: OpenAI, model: str, messages: list[Any]) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the server's base URL (default: %(default)s)")
     parser.add_argument("--key", default="none", help="API key, for a server with --api-key")
     parser.add_argument("--picture", help="path or URL of a picture (default: two drawn shapes)")

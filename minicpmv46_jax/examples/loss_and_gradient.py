@@ -38,7 +38,7 @@ def loss_and_gradient(vlm: MiniCPMV, question: str) -> tuple[Float32[Array, ""],
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", default=demo.FOLDER, help="checkpoint folder or hub id (default: the demo model)")
     parser.add_argument("--question", default="What do you see?", help="the question (default: %(default)s)")
     args = parser.parse_args(arguments)

@@ -300,6 +300,8 @@ def row_tokens(sampled: Sampled, row: int, logprobs: int | None) -> list[Token]:
     ids = sampled.ids[row].tolist()
     if logprobs is None:
         return [Token(i) for i in ids]
+    # Requests for log probabilities are sampled in mode "full", which returns all three.
+    assert sampled.logprob is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
     tops = zip(sampled.top_ids[row, :, :logprobs].tolist(), sampled.top_logprobs[row, :, :logprobs].tolist(), strict=True)
     own = sampled.logprob[row].tolist()
     return [Token(i, p, tuple(zip(*top, strict=True))) for i, p, top in zip(ids, own, tops, strict=True)]

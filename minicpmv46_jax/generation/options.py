@@ -148,6 +148,7 @@ def _optional_integer(name: str, value: object, low: int, high: int | None) -> i
         return None
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected {expected}")
+    value = int(value)
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} is {value}, expected {expected}")
-    return int(value)
+    return value

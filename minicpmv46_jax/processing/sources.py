@@ -56,7 +56,7 @@ def fetch(url: str, *, timeout_s: float | int = 30.0, max_bytes: int = 512 * 2**
         return _download(url, timeout_s, max_bytes)
     if scheme == "file":
         return Path(url2pathname(urlsplit(url).path))
-    if scheme and url[match.end() :].startswith("//"):
+    if match and url[match.end() :].startswith("//"):
         raise ValueError(f"{describe(url)}: unsupported scheme {scheme!r}; supported are http, https, file and data")
     return Path(url)
 

@@ -31,6 +31,10 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.stream import VideoStream
 from PIL import Image
 
 from minicpmv46_jax.processing.images import MAX_PIXELS, SlicedImage, check_size, load_rgb, slice_image
@@ -254,7 +258,7 @@ def load_video(
     data = read(source, fetch)
     try:
         return _slice_file(data, options, slice_frame, max_pixels, name, limits)
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise ValueError(f"{name}: not a video, or a broken one ({error.strerror})") from None
 
 
@@ -264,7 +268,7 @@ def _slice_decoded(
     name, fps = "Video", video.fps
     if not isinstance(video.frames, (np.ndarray, list, tuple)):
         raise ValueError(f"{name}: frames must be an array or a list, got {type(video.frames).__name__}")
-    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
+    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or fps <= 0 or not fps < math.inf:
         raise ValueError(f"{name}: fps must be a number above 0, got {fps!r}")
     if isinstance(video.frames, np.ndarray) and (video.frames.ndim != 4 or video.frames.dtype != np.uint8):
         shape, dtype = video.frames.shape, video.frames.dtype
@@ -316,23 +320,23 @@ def _slice_file(
     return tuple(images)
 
 
-def _open(data: bytes | Path) -> av.container.InputContainer:
+def _open(data: bytes | Path) -> InputContainer:
     """Opens a video file.
 
     Playlists, session descriptions and image sequences are refused, because they name other files or hosts.
     """
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file" if isinstance(data, Path) else ""}
-    return av.open(data if isinstance(data, Path) else io.BytesIO(data), options=options)
+    return av.open(data if isinstance(data, Path) else io.BytesIO(data), mode="r", options=options)
 
 
-def _stream(container: av.container.InputContainer, name: str) -> av.video.stream.VideoStream:
+def _stream(container: InputContainer, name: str) -> VideoStream:
     """Returns the first video stream that is not a cover image.
 
     Raises:
         ValueError: there is no such stream, or no decoder for it.
     """
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
+        if not stream.disposition & Disposition.attached_pic:
             if stream.codec_context is None:
                 raise ValueError(f"{name}: no decoder for its video stream")
             stream.thread_type = "AUTO"

@@ -56,7 +56,7 @@ def _save(medium: Picture | Clip, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.scenes", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.scenes", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for pictures and questions.jsonl")
     parser.add_argument("--count", type=int, default=100, help="number of scenes (default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="draw from the held-out split, which training never uses")

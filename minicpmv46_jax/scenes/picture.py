@@ -107,7 +107,9 @@ class Clip:
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """Returns Pillow's own font in a size."""
-    return ImageFont.load_default(size)
+    default = ImageFont.load_default(size)
+    assert isinstance(default, ImageFont.FreeTypeFont)  # given a size, Pillow returns no other kind
+    return default
 
 
 def text_width(text: str, size: int) -> int:

@@ -3,7 +3,7 @@
 import random
 import string
 
-from minicpmv46_jax.scenes.picture import COLOURS, INK, SHAPES, Colour, Picture, Rule, Shape, Text, text_width
+from minicpmv46_jax.scenes.picture import COLOURS, INK, SHAPES, Colour, Mark, Picture, Rule, Shape, Text, text_width
 from minicpmv46_jax.scenes.scene import Scene, Turn, article, sentence
 from minicpmv46_jax.scenes.shapes import CELLS, SIZES, light_ground, sometimes_larger
 from minicpmv46_jax.scenes.words import number, word
@@ -95,7 +95,7 @@ def signs_scene(rng: random.Random, held_out: bool) -> Scene:
     width, height = 224, 224
     number_of = rng.choice((2, 2, 3))
     colours, on_shapes = rng.sample(DARK, number_of), rng.random() < 0.5
-    marks: list[Shape | Text] = []
+    marks: list[Mark] = []
     turns, seen = [], []
     for band, colour in zip(sorted(rng.sample(range(3), number_of)), colours, strict=True):
         text, size = word(rng, held_out, 2, 4 if on_shapes else 6), rng.randint(24, 34)
@@ -133,9 +133,8 @@ def table_scene(rng: random.Random, held_out: bool) -> Scene:
     values = _distinct(lambda: str(rng.randint(1, 999)), rows)
     step, top = height // rows, rng.randint(0, 8)
     ground = light_ground(rng)
-    marks: list[Text | Rule] = [Rule(140, 4, 140, height - 4, INK)] + [
-        Rule(4, i * step, width - 4, i * step, INK) for i in range(1, rows)
-    ]
+    marks: list[Mark] = [Rule(140, 4, 140, height - 4, INK)]
+    marks += [Rule(4, i * step, width - 4, i * step, INK) for i in range(1, rows)]
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         y = i * step + step // 2 + top - 4
         marks += [Text(name, "", 72, y, size)._replace(colour=INK), Text(value, "", 182, y, size)._replace(colour=INK)]

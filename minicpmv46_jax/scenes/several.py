@@ -118,9 +118,9 @@ def clip_scene(rng: random.Random, held_out: bool) -> Scene:
         place_shape(rng, cell, SIDE, SIDE, name)
         for cell, name in zip(rng.sample(off_path, len(names) - 1), names[1:], strict=True)
     ]
-    ends = [place_shape(rng, row * 3 + column, SIDE, SIDE, names[0]) for row, column in (path[0], path[-1])]
-    radius = min(end.radius for end in ends)
-    moving = [_between(*ends, i / (frames - 1))._replace(radius=radius) for i in range(frames)]
+    start, end = (place_shape(rng, row * 3 + column, SIDE, SIDE, names[0]) for row, column in (path[0], path[-1]))
+    radius = min(start.radius, end.radius)
+    moving = [_between(start, end, i / (frames - 1))._replace(radius=radius) for i in range(frames)]
     what = rng.choice(("moves", "moves", "moves", "rests", "comes", "goes"))
     shown = {
         "moves": moving,

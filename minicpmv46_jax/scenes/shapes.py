@@ -31,7 +31,9 @@ def sometimes_larger(rng: random.Random, picture: Picture) -> Picture:
 
 def light_ground(rng: random.Random) -> Colour:
     """Returns white or a light colour, on which every colour has contrast."""
-    return (255, 255, 255) if rng.random() < 0.4 else tuple(rng.randint(222, 255) for _ in range(3))
+    if rng.random() < 0.4:
+        return 255, 255, 255
+    return rng.randint(222, 255), rng.randint(222, 255), rng.randint(222, 255)
 
 
 def scatter(rng: random.Random, number: int, width: int, height: int) -> list[Shape]:
@@ -65,7 +67,8 @@ def questions(rng: random.Random, shapes: list[Shape], width: int, height: int) 
     if sole:
         turns.append(_where(rng, rng.choice(sole), cells))
     if len(sole) > 1:
-        turns += _relations(rng, *rng.sample(sole, 2), cells)
+        first, second = rng.sample(sole, 2)
+        turns += _relations(rng, first, second, cells)
     return turns
 
 

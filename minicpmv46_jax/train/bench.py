@@ -186,6 +186,7 @@ def measure(
     if kernels:
         print_kernel_times("a step", run, 1)
     memory = compiled.memory_analysis()
+    assert memory is not None  # only backends without memory statistics return None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return {"compile": compiling, "seconds": float(np.median(times[1:])), "loss": loss, "bytes": held}
 
@@ -228,7 +229,7 @@ def report(
 
 def main(arguments: Sequence[str] | None = None, compiler_options: dict[str, Any] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.train.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m minicpmv46_jax.train.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder; only its config.json is read")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one to warm up (default: %(default)s)")

@@ -59,7 +59,7 @@ class OptimizerConfig:
 
 def part(path: TreePath) -> str:
     """Returns the one of `PARTS` that the parameter at `path` belongs to."""
-    return "merger" if path[:2] == ("vision", "merger") else path[0]
+    return "merger" if path[:2] == ("vision", "merger") else str(path[0])
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

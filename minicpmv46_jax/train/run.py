@@ -22,7 +22,7 @@ from minicpmv46_jax.processing import Processor
 from minicpmv46_jax.train import lora
 from minicpmv46_jax.train.batch import TrainBatch
 from minicpmv46_jax.train.checkpoints import Checkpoints
-from minicpmv46_jax.train.data import Batches, RowProcessor, batches
+from minicpmv46_jax.train.data import Batches, BatchIterator, RowProcessor, batches
 from minicpmv46_jax.train.log import MetricsLog
 from minicpmv46_jax.train.loss_mask import AnswerMarkers
 from minicpmv46_jax.train.optimizer import make_optimizer, make_schedule
@@ -164,7 +164,7 @@ def train(
 def _loop(
     run: Run,
     state: TrainState,
-    data: Iterator[TrainBatch],
+    data: BatchIterator,
     checkpoints: Checkpoints,
     log: MetricsLog | None,
     stop: Callable[[int], bool],
@@ -180,6 +180,7 @@ def _loop(
             batch = None if stop_requested() or stop(step) else next(data, None)
             if not sharding.all_true(batch is not None):
                 break
+            assert batch is not None
             tokens += int(np.count_nonzero(batch.segments)) * jax.process_count()
             state, metrics = run.step(state, batch if run.mesh is None else sharding.place_batch(batch, run.mesh))
             step, position = step + 1, data.get_state()

@@ -80,7 +80,7 @@ def join(trained: Any, frozen: Any, scale: float = 1.0) -> Params:
     An adapter (`lora.Adapter`) beside a frozen matrix gives frozen + scale b a.
     """
 
-    def leaf(frozen: Array | None, trained: Any) -> Array:
+    def leaf(frozen: Array | None, trained: Any) -> Array | None:
         if trained is None:
             return frozen
         return trained if frozen is None else lora.merge_adapter(frozen, trained, scale)

@@ -150,7 +150,7 @@ def _engine_counters(address: str) -> tuple[float, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table. Returns status 1 if a server did not start or a request failed."""
-    parser = argparse.ArgumentParser(prog="python -m serve.table", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m serve.table", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--share", type=float, default=1.0, help="of the requests to send (default: %(default)s)")
     parser.add_argument("--only", default="", help="run only workloads whose names contain this")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds that a start may take (default: %(default)s)")

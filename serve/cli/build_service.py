@@ -84,8 +84,8 @@ def build_cors(args: argparse.Namespace) -> "Cors | None":
 
     if not args.allowed_origins:
         return None
-    lists = (args.allowed_origins, args.allowed_methods, args.allowed_headers)
-    return Cors(*map(tuple, lists), args.allow_credentials)
+    origins, methods, headers = map(tuple, (args.allowed_origins, args.allowed_methods, args.allowed_headers))
+    return Cors(origins, methods, headers, args.allow_credentials)
 
 
 def build_media_fetcher(args: argparse.Namespace) -> "MediaFetcher":

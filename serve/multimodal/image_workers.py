@@ -142,7 +142,9 @@ def _init_worker() -> None:
     """Makes a worker process end with the server, even if the server is killed."""
 
     def exit_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # None only in the server itself
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -97,7 +97,8 @@ def enable_compilation_cache(device_config: DeviceConfig) -> None:
     On other devices `program_cache.ProgramStore` stores whole programs, and jax would store each a second
     time.
     """
-    if device_config.platform == "cpu" and jax.config.jax_compilation_cache_dir is None:
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # defined at run time
+    if device_config.platform == "cpu" and configured is None:
         jax.config.update("jax_compilation_cache_dir", str(device_config.cache_folder / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # the default 1.0 skips most of a small model's
 

@@ -142,6 +142,7 @@ class ActiveRequest:
         if options.seed is not None and index:
             options = dataclasses.replace(options, seed=(options.seed + index + 2**63) % 2**64 - 2**63)
         if options.constraint is not None and index:
+            assert isinstance(options.constraint, GrammarConstraint)
             options = dataclasses.replace(options, constraint=options.constraint.copy_from_start())
         handle.submit(prepared.inputs, options)
         if budget is None:

@@ -15,6 +15,7 @@ from minicpmv46_jax.processing import Inputs
 from serve.api.common.prompt import append_tokens
 from serve.engine.engine_client import RequestHandle
 from serve.parsers.reasoning import CLOSE, ReasoningParser
+from serve.structured_output.grammar import GrammarConstraint
 
 END_OF_REASONING = f"\n{CLOSE}\n\n"
 
@@ -80,7 +81,10 @@ class ThinkingBudget:
         full = len(inputs.token_ids) >= self._model.config.text.max_position_embeddings
         yield Delta(END_OF_REASONING, (), "length" if full or tokens_left == 0 else None)
         if not full and tokens_left != 0:
-            constraint = self._options.constraint and self._options.constraint.copy_from_start(thinking=False)
+            constraint = self._options.constraint
+            if constraint is not None:
+                assert isinstance(constraint, GrammarConstraint)
+                constraint = constraint.copy_from_start(thinking=False)
             handle.submit(inputs, dataclasses.replace(self._options, max_new_tokens=tokens_left, constraint=constraint))
             async for delta in handle.deltas():
                 yield delta
