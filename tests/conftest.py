@@ -124,7 +124,7 @@ def demo_engine(demo):
     from serve.engine.engine import Engine, QueuePolicy
     from tests.serve.engine.small_engine import SMALL_PLAN, make_runner
 
-    with Engine(demo, make_runner(demo, SMALL_PLAN), QueuePolicy(host_bytes=64 * 2**20)) as engine:
+    with Engine(demo, make_runner(demo, SMALL_PLAN), QueuePolicy(prefix_host_bytes=64 * 2**20)) as engine:
         yield engine
 
 
