@@ -277,7 +277,7 @@ def gradients(
             tiles(2, L, L),  # matrices to be transposed
             tiles(L, WIDTH, dtype=jnp.dtype(jnp.float32)),  # the second warpgroup's summand of the keys' gradient
             plgpu.SMEM((2, 2, L), jnp.float32),
-            *(plgpu.Barrier(num_arrivals=9), plgpu.Barrier()),
+            *(plgpu.Barrier(num_arrivals=9), plgpu.Barrier(), plgpu.Barrier()),
         ],
         compiler_params=params(approximate=True),
         kernel_name="gated_delta_gradients",
@@ -289,10 +289,12 @@ def _gradients(*refs, N):
     """Computes one chunk's gradients with two warpgroups.
 
     One propagates through the system to values and keys, the other through the attention and the state.
+    Sums over rows cross warps through a scratch buffer that both warpgroups share. Hence the second one sums
+    its columns first, and `summed` keeps the first one waiting until then.
     """
     channels, d_out, g, beta, segment, incoming_segment, *refs = refs
     matrices, (out, out_beta, out_shares, out_fade), scratch = refs[:5], refs[5:9], refs[9:]
-    q_s, k_s, v_s, o_s, m_s, state_s, after_s, n_s, d_s, t_s, share_s, vectors_s, ready, shared = scratch
+    q_s, k_s, v_s, o_s, m_s, state_s, after_s, n_s, d_s, t_s, share_s, vectors_s, ready, shared, summed = scratch
     chunk, head, group = (lax.axis_index(name) for name in ("chunk", "head", "group"))
     rows = pl.ds(chunk * L, L)
 
@@ -322,6 +324,7 @@ def _gradients(*refs, N):
         share = d_overlap * product(k_s, k_s.transpose(TRANSPOSE)) * along_rows(f.k_norm, L) * along_columns(f.k_norm_col, L)
         d_beta += jnp.sum(share, axis=1)
         share = share * along_rows(strength, L)
+        plgpu.barrier_wait(summed)
         of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
         d_overlap = d_overlap * along_rows(strength, L)
         store_shared(d_overlap * along_rows(f.k_norm, L), t_s.at[0])
@@ -330,7 +333,8 @@ def _gradients(*refs, N):
         d_k = product(dr, state_s) * _along_width(-f.incoming)
         read_k = _row_dot(d_k, _float32(k_s)) * f.k_norm
         out_beta[head, chunk] = d_beta + read_k
-        _store_gate_shares(f, of_row + strength * read_k, None, of_column, out_shares.at[pl.ds(0, 2), head, chunk])
+        row_shares = of_row + strength * read_k
+        _store_gate_shares(f, row_shares, None, of_column, vectors_s.at[0], out_shares.at[pl.ds(0, 2), head, chunk])
         d_k = accumulate(d_k * _along_width(strength), d_overlap, k_s)
         d_k = accumulate(d_k, t_s.at[0].transpose(TRANSPOSE), k_s)
         plgpu.barrier_wait(shared)  # the other warpgroup has read the keys
@@ -347,6 +351,7 @@ def _gradients(*refs, N):
         share = d_attention * product(q_s, k_s.transpose(TRANSPOSE)) * along_rows(f.q_norm, L) * along_columns(f.k_norm_col, L)
         share = jnp.where(f.i > f.j, share, 0.0)  # the diagonal's decay is 1 for any gates
         of_row, of_column = jnp.sum(share, axis=1), jnp.sum(share, axis=0)
+        plgpu.barrier_arrive(summed)
         store_shared(d_attention * along_rows(f.q_norm, L), t_s.at[1])
         d_attention = (d_attention * along_columns(f.k_norm_col, L)).astype(q_s.dtype)
         d_k = product(n_s.transpose(TRANSPOSE), after_s) * _along_width(f.outgoing)
@@ -358,7 +363,7 @@ def _gradients(*refs, N):
         d_q = accumulate(d_q, d_attention, k_s)
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared)
-        _store_gate_shares(f, of_row, of_rest, of_column, out_shares.at[pl.ds(2, 2), head, chunk])
+        _store_gate_shares(f, of_row, of_rest, of_column, vectors_s.at[1], out_shares.at[pl.ds(2, 2), head, chunk])
         q_s[...] = _norm_backward(d_q, _float32(q_s), f.q_norm, WIDTH**0.5).astype(q_s.dtype)
         store_part(q_s, 0)
         plgpu.wait_smem_to_gmem(0)
@@ -376,14 +381,18 @@ def _float32(ref):
     return ref[...].astype(jnp.float32)
 
 
-def _store_gate_shares(f, of_row, of_rest, of_column, out):
+def _store_gate_shares(f, of_row, of_rest, of_column, vectors_s, out):
     """Stores the summands of the gates' gradients.
 
     A token's gate is part of the decay of that token and all later ones, with the sign flipped for columns.
-    It is also part of the remaining decay of all earlier tokens.
+    It is also part of the remaining decay of all earlier tokens. The vectors of rows pass through shared
+    memory and are summed as columns, because a sum over rows crosses warps.
     """
-    rest = 0.0 if of_rest is None else along_rows(of_rest, L)
-    out[0] = jnp.sum(jnp.where(f.i >= f.j, along_rows(of_row, L), rest), axis=0)
+    vectors_s[0] = of_row
+    if of_rest is not None:
+        vectors_s[1] = of_rest
+    later, *rest = (along_columns(load(vectors_s.at[n], COL), L) for n in range(1 if of_rest is None else 2))
+    out[0] = jnp.sum(jnp.where(f.j >= f.i, later, *(rest or [0.0])), axis=1)
     out[1] = -jnp.sum(jnp.where(f.j >= f.i, along_columns(of_column, L), 0.0), axis=1)
 
 
