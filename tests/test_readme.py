@@ -15,9 +15,7 @@ import pytest
 from tests import ROOT
 
 READMES = sorted(
-    path.relative_to(ROOT)
-    for path in ROOT.rglob("*.md")
-    if not {".venv", ".venv-newer", "demo_model", ".pytest_cache"} & set(path.parts)
+    path.relative_to(ROOT) for path in ROOT.rglob("*.md") if not {".venv", ".venv-newer", ".pytest_cache"} & set(path.parts)
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MODEL, ADDRESS, IMAGE = "openbmb/MiniCPM-V-4.6", "http://127.0.0.1:8000", "https://.../photo.jpg"

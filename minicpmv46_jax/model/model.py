@@ -87,7 +87,9 @@ def schema(config: ModelConfig, backend: str | None = None) -> Schema:
 
 def parameter_shapes(config: ModelConfig) -> Params:
     """Returns every parameter's shape, as a plain tree of `jax.ShapeDtypeStruct` (float32)."""
-    return nnx.to_pure_dict(nnx.split(_abstract_model(config, None))[1])
+    shapes = nnx.to_pure_dict(nnx.split(_abstract_model(config, None))[1])
+    # Without the sharding of a mesh in use: the abstract module is made once, for all meshes.
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> Params:

@@ -25,10 +25,13 @@ H200 = {"device_kind": "NVIDIA H200", "num_cores": 132, "platform": "gpu"}
 V5E = {"device_kind": "TPU v5 lite", "num_cores": 1, "platform": "tpu"}
 
 
+@contextlib.contextmanager
 def described(description):
-    """Returns a context in which programs are traced for a device of another machine."""
+    """Traces programs for a device of another machine, and forgets the traces."""
     device = jax.sharding.AbstractDevice(**description)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -362,7 +362,7 @@ def test_damaged_checkpoint_ends_the_start_during_compilation(demo_folder, tmp_p
     compile_and_store, over, late = ProgramCache._compile_and_store, threading.Event(), []
 
     def slow(self, key, *rest):
-        if key != "new" and not over.wait(60):
+        if key != "empty state" and not over.wait(60):
             late.append(key)
         return compile_and_store(self, key, *rest)
 
