@@ -459,6 +459,6 @@ def _sampling_mode(states: Iterable[RequestState]) -> SamplingMode:
     return MODES[max((MODES.index(state.mode) for state in states), default=0)]
 
 
-def _add_step_axis(sampled: Sampled) -> Sampled:
+def _add_step_axis(sampled: Sampled | None) -> Sampled | None:
     """Adds a step axis: samples [B, ...] become [B, 1, ...]."""
     return jax.tree.map(lambda x: x[:, None], sampled)

@@ -6,9 +6,10 @@ found by the block hash of its last page. The least recently used copies are evi
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class HostPrefix(Protocol):
     """A prefix's copy, made and read by the model runner."""
 

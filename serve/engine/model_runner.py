@@ -118,7 +118,7 @@ class ModelRunner:
             del self._decode_state, self._encoder_cache  # freed first: the device has no room for two
         self._decode_state, self._encoder_cache = self._programs["empty state"]()
 
-    def encode(self, views: Sequence[PackedView], rows: Sequence[Int32[np.ndarray, " r"]]) -> None:
+    def encode(self, views: Sequence[PackedView], rows: Sequence[Int32[np.ndarray, " _"]]) -> None:
         """Encodes views of one downsample mode into these rows of the encoder cache."""
         shape = self.shapes.encoder_shape([len(view.patches) for view in views])
         assert shape is not None
