@@ -43,6 +43,12 @@ def test_python_runs(path, code, request, demo_folder, photos, tmp_path, monkeyp
 
         address = request.getfixturevalue("demo_address")
         code = code.replace(ADDRESS, address).replace(IMAGE, data_url(Path("photo.jpg"))).replace(MODEL, NAME)
+    if "Offline(" in code:  # the session's engine, which stays open, in place of one that fills the memory
+        from serve.offline import Offline
+
+        engine = request.getfixturevalue("demo_engine")
+        monkeypatch.setattr(Offline, "_make_engine", lambda *_: engine)
+        monkeypatch.setattr(engine, "close", lambda: None)
     names = {}
     exec(compile(code.replace(MODEL, str(demo_folder)), str(path), "exec"), names)
     if "logits" in names:
