@@ -19,11 +19,13 @@ from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Generator, Token
 from minicpmv46_jax.generation.options import GenerationOptions, generation_options
 from minicpmv46_jax.model import Params
-from minicpmv46_jax.processing import FetchMedia, Inputs, Processor, fetch
+from minicpmv46_jax.processing import FetchMedia, Inputs, Processor, PromptPlan, fetch
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
-_PROCESS_OPTIONS = frozenset(inspect.signature(Processor.__call__).parameters) - {"self", "messages"} | {"enable_thinking"}
+_PROCESS_OPTIONS = frozenset(inspect.signature(Processor.plan).parameters) - {"self", "messages", "max_tokens"} | {
+    "enable_thinking"
+}
 _GENERATION_OPTIONS = frozenset(inspect.signature(generation_options).parameters) - {"defaults"}
 
 
@@ -106,16 +108,22 @@ class MiniCPMV:
         Args:
           messages: role and content, in the format of transformers and OpenAI's API.
           enable_thinking: the template's variable; None leaves it to the template.
-          **options: `tools`, `downsample_mode`, `max_slice_nums`, ...: see `processing.Processor.__call__`.
+          **options: `tools`, `downsample_mode`, `max_slice_nums`, ...: see `processing.Processor.plan`.
 
         Raises:
           ValueError: an option, message or image is invalid; the message names it.
         """
-        _refuse_unknown(options, _PROCESS_OPTIONS)
-        if enable_thinking is not None:
-            variables = {**(options.get("chat_template_kwargs") or {}), "enable_thinking": enable_thinking}
-            options = {**options, "chat_template_kwargs": variables}
-        return self.processor(messages, **options)
+        return self.processor(messages, **_process_options(enable_thinking, options))
+
+    def plan(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        enable_thinking: bool | None = None,
+        max_tokens: int | None = None,
+        **options: Any,
+    ) -> PromptPlan:
+        """Renders and tokenises a conversation and opens none of its images; see `Processor.plan`."""
+        return self.processor.plan(messages, max_tokens=max_tokens, **_process_options(enable_thinking, options))
 
     def options(self, **options: Any) -> GenerationOptions:
         """Returns generation options with the checkpoint's defaults: see `options.generation_options`."""
@@ -208,6 +216,15 @@ class ModelLoader:
         self.check()
         parts = self._params.result(), self._processor.result()
         return MiniCPMV(self.config, self._generation_config, *parts, self._folder, backend)
+
+
+def _process_options(enable_thinking: bool | None, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the processor's options; `enable_thinking` becomes a variable of the template."""
+    _refuse_unknown(options, _PROCESS_OPTIONS)
+    if enable_thinking is None:
+        return options
+    variables = {**(options.get("chat_template_kwargs") or {}), "enable_thinking": enable_thinking}
+    return {**options, "chat_template_kwargs": variables}
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: frozenset[str]) -> None:

@@ -4,10 +4,10 @@
     parts = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
     inputs = processor([{"role": "user", "content": parts}])
 
-- chat.py: messages -> prompt -> `Inputs`. `Processor` is the one entry point.
+- chat.py: messages -> `PromptPlan` -> `Inputs`. `Processor` is the one entry point.
 - messages.py: checks messages and collects their media parts.
 - options.py: settings of a checkpoint (`MediaConfig`) and options of a request (`MediaOptions`).
-- media_job.py: `MediaJob`, one image or video to open and slice.
+- media_job.py: `MediaJob`, one image or video to measure and to slice.
 - images.py, video.py: sources -> RGB pixels -> `SlicedImage`s of patches. resize.py: torch's uint8 bicubic
   kernel.
 - slicing.py: sizes and slice grids. Arithmetic only.
@@ -23,10 +23,21 @@ Glossary:
   placeholder: a token that one feature of the vision tower replaces.
 """
 
-from minicpmv46_jax.processing.chat import Processor
+from minicpmv46_jax.processing.chat import Processor, PromptPlan, PromptTooLong
 from minicpmv46_jax.processing.inputs import Inputs, View
 from minicpmv46_jax.processing.options import MediaConfig, MediaOptions
 from minicpmv46_jax.processing.sources import FetchMedia, fetch
 from minicpmv46_jax.processing.video import Video
 
-__all__ = ["FetchMedia", "Inputs", "MediaConfig", "MediaOptions", "Processor", "Video", "View", "fetch"]
+__all__ = [
+    "FetchMedia",
+    "Inputs",
+    "MediaConfig",
+    "MediaOptions",
+    "Processor",
+    "PromptPlan",
+    "PromptTooLong",
+    "Video",
+    "View",
+    "fetch",
+]

@@ -29,6 +29,10 @@ from minicpmv46_jax.processing.threads import num_threads, pixel_pool
 
 # Pillow warns above this size, and refuses an image of twice this size.
 MAX_PIXELS = 89_478_485
+# Each scan of a JPEG passes over all pixels, and a scan may have no data. Encoders write about ten.
+MAX_JPEG_SCANS = 100
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+_ORIENTATION = 0x0112  # EXIF's tag
 MIN_BANDED_PIXELS = 100_000  # below this output size, starting threads costs more than they save
 
 # Formats that contain pixels. Pillow reads more, but EPS and WMF are drawing programs and others are rare.
@@ -69,6 +73,31 @@ class SlicedImage(NamedTuple):
     grid: tuple[int, int]
 
 
+class SliceLayout(NamedTuple):
+    """Sizes of an image's views, known before its pixels are.
+
+    Attributes:
+        grid: (rows, columns) of the slices; (0, 0) without slices.
+        view: (height, width) of the source view in pixels.
+        sliced: (height, width) in pixels of the resized image that `grid` splits into slices; (0, 0) without
+            slices.
+    """
+
+    grid: tuple[int, int]
+    view: tuple[int, int]
+    sliced: tuple[int, int]
+
+    @property
+    def num_views(self) -> int:
+        """Number of views: the source view and the slices."""
+        return 1 + self.grid[0] * self.grid[1]
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of all views; each takes three bytes in `ImageSlice`."""
+        return self.view[0] * self.view[1] + self.sliced[0] * self.sliced[1]
+
+
 def check_size(height: int, width: int, max_pixels: int, name: str) -> None:
     """Raises ValueError for an image without pixels or with more than `max_pixels`."""
     if height < 1 or width < 1:
@@ -100,8 +129,60 @@ def load_rgb(source: Any, fetch: FetchMedia, max_pixels: int = MAX_PIXELS, name:
         raise ValueError(f"{name}: not an image source; known are str, Path, bytes, PIL.Image.Image and uint8 arrays")
     data = read(source, fetch)
     with _open(data, name) as image:
-        check_size(image.height, image.width, max_pixels, name)
+        _check_header(image, data, max_pixels, name)
         return _decode_pixels(_decode_file_image, image, name)
+
+
+def measure_image(source: str | bytes | bytearray | Path, fetch: FetchMedia, max_pixels: int, name: str) -> tuple[int, int]:
+    """Returns an image file's (height, width) after its EXIF rotation, from its header alone.
+
+    A PNG whose EXIF data follows its pixels counts as not rotated.
+
+    Args:
+        source, fetch, max_pixels, name: see `load_rgb`.
+    Raises:
+        ValueError: the source is not an image, or its header has a size that `load_rgb` refuses.
+    """
+    data = read(source, fetch)
+    with _open(data, name) as image:
+        _check_header(image, data, max_pixels, name)
+        return (image.width, image.height) if _orientation(image) in _TRANSPOSED else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> Any:
+    if image.format == "PNG" and "exif" not in image.info:  # `getexif` would decode the pixels to look behind them
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF data; decoding reports it
+        return 1
+
+
+def _check_header(image: Image.Image, data: bytes | Path, max_pixels: int, name: str) -> None:
+    """Raises ValueError for an opened image that is too large, or whose decoding would take too long."""
+    check_size(image.height, image.width, max_pixels, name)
+    try:
+        if image.format == "JPEG":
+            _check_scans(data, name)
+        elif image.format == "ICO":
+            _check_icons(image, max_pixels, name)
+    except OSError as error:
+        raise ValueError(f"{name}: the image cannot be opened ({error})") from None
+
+
+def _check_scans(data: bytes | Path, name: str) -> None:
+    scans = (data.read_bytes() if isinstance(data, Path) else data).count(b"\xff\xda")  # this marker never occurs inside a scan
+    if scans > MAX_JPEG_SCANS:
+        raise ValueError(f"{name}: a JPEG of {scans} scans, more than the {MAX_JPEG_SCANS} allowed")
+
+
+def _check_icons(image: Any, max_pixels: int, name: str) -> None:
+    """Checks the PNG images in an icon, whose sizes may differ from those in the icon's directory."""
+    for entry in image.ico.entry:
+        image.ico.buf.seek(entry.offset)
+        header = image.ico.buf.read(24)
+        if header.startswith(b"\x89PNG") and len(header) == 24:
+            check_size(int.from_bytes(header[20:]), int.from_bytes(header[16:20]), max_pixels, name)
 
 
 def _rgb_from_array(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
@@ -198,18 +279,25 @@ def slice_image(image: np.ndarray, config: MediaConfig, options: MediaOptions, r
         resize: bicubic resize of the reference: `resize_pillow` for images, `resize.resize_bicubic` for video
             frames.
     """
-    height, width, _ = image.shape
-    patch, resolution = config.patch_size, config.scale_resolution
-    multiple = patch * options.merge_factor
+    layout, patch = slice_layout(image.shape[0], image.shape[1], config, options), config.patch_size
+    if layout.grid == (0, 0):
+        return SlicedImage((patchify(resize(image, *layout.view), patch),), layout.grid)
+    rows, columns = layout.grid
+    with ThreadPoolExecutor(1) as thread:
+        source_view = thread.submit(lambda: patchify(resize(image, *layout.view), patch))
+        bands = np.split(resize(image, *layout.sliced), rows, axis=0)
+        slices = [patchify(part, patch) for band in bands for part in np.split(band, columns, axis=1)]
+    return SlicedImage((source_view.result(), *slices), layout.grid)
+
+
+def slice_layout(height: int, width: int, config: MediaConfig, options: MediaOptions) -> SliceLayout:
+    """Returns the sizes of the views of an image of this size. Arithmetic only."""
+    resolution, multiple = config.scale_resolution, config.patch_size * options.merge_factor
     grid = slice_grid(height, width, options.max_slice_nums, resolution) if config.slice_mode else None
     view = view_size(height, width, resolution, multiple, enlarge=grid is None)
     if grid is None:
-        return SlicedImage((patchify(resize(image, *view), patch),), (0, 0))
-    with ThreadPoolExecutor(1) as thread:
-        source_view = thread.submit(lambda: patchify(resize(image, *view), patch))
-        rows = np.split(resize(image, *sliced_size(height, width, grid, resolution, multiple)), grid[0], axis=0)
-        slices = [patchify(part, patch) for row in rows for part in np.split(row, grid[1], axis=1)]
-    return SlicedImage((source_view.result(), *slices), grid)
+        return SliceLayout((0, 0), view, (0, 0))
+    return SliceLayout(grid, view, sliced_size(height, width, grid, resolution, multiple))
 
 
 def image_lookup_table(config: MediaConfig) -> np.ndarray:

@@ -1,16 +1,36 @@
-"""`MediaJob`: one fetched image or video of a conversation, to open and slice, here or in another process."""
+"""`MediaJob`: one fetched image or video of a conversation, to measure and to slice in any process."""
 
-import dataclasses
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from minicpmv46_jax.processing.images import SlicedImage, load_rgb, resize_pillow, slice_image
+from minicpmv46_jax.processing.images import (
+    SlicedImage,
+    SliceLayout,
+    load_rgb,
+    measure_image,
+    resize_pillow,
+    slice_image,
+    slice_layout,
+)
 from minicpmv46_jax.processing.options import MediaConfig, MediaOptions
 from minicpmv46_jax.processing.sources import describe
-from minicpmv46_jax.processing.video import VideoLimits, load_video
+from minicpmv46_jax.processing.video import VideoLimits, VideoMetadata, load_video, measure_video
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class MediaMeasure:
+    """The sizes of a job's result, before anything is decoded.
+
+    Attributes:
+        layouts: of the image, or of each frame and composite of a video.
+        metadata: a video's; None for an image.
+    """
+
+    layouts: tuple[SliceLayout, ...]
+    metadata: VideoMetadata | None = None
+
+
+@dataclass(frozen=True)
 class MediaJob:
     """An image or video to open and slice, with its settings.
 
@@ -23,6 +43,7 @@ class MediaJob:
         options: the request's options.
         max_pixels: most pixels of an image, or of a video's frame.
         limits: limits of decoding a video.
+        measure: the sizes, if they have been read.
     """
 
     kind: str
@@ -32,20 +53,31 @@ class MediaJob:
     options: MediaOptions
     max_pixels: int
     limits: VideoLimits
+    measure: MediaMeasure | None = None
 
 
-MediaWorker = Callable[[MediaJob], tuple[SlicedImage, ...]]
-"""Function that runs a job: one `SlicedImage` for an image, one per frame or composite for a video.
-
-Raises ValueError for a source that is broken or too large.
-"""
+def measure_media(job: MediaJob) -> MediaMeasure:
+    """Reads the header of the job's file. Raises ValueError for a size that `process_media` refuses."""
+    source, options, name, metadata = job.source, job.options, job.name, None
+    if job.kind == "video":
+        metadata, sizes = measure_video(source, options, _refuse_fetch, job.max_pixels, job.limits, name)
+    else:
+        sizes = [measure_image(source, _refuse_fetch, job.max_pixels, name)]
+    return MediaMeasure(tuple(slice_layout(*size, job.config, options) for size in sizes), metadata)
 
 
 def process_media(job: MediaJob) -> tuple[SlicedImage, ...]:
-    """Opens and slices the job's image or video in the calling thread. A `MediaWorker`."""
+    """Opens and slices the job's image or video in the calling thread.
+
+    Returns:
+        One `SlicedImage` for an image, one per frame or composite for a video.
+    Raises:
+        ValueError: the source is broken or too large.
+    """
     source, config, options, name = job.source, job.config, job.options, job.name
     if job.kind == "video":
-        return load_video(source, config, options, _refuse_fetch, job.max_pixels, job.limits, name)
+        metadata = None if job.measure is None else job.measure.metadata
+        return load_video(source, config, options, _refuse_fetch, job.max_pixels, job.limits, name, metadata)
     return (slice_image(load_rgb(source, _refuse_fetch, job.max_pixels, name), config, options, resize_pillow),)
 
 

@@ -14,6 +14,11 @@ DOWNSAMPLE_MODES = ("16x", "4x")
 # Frames of one second are joined into one canvas, so an unlimited number would make an unlimited canvas. The
 # reference has no limit; the released model was trained with up to 5.
 MAX_STACK_FRAMES = 16
+# Upper bounds of the other numbers, far above use: a photograph of 89 megapixels has 445 slices, and 65,536
+# frames are 18 hours of video.
+MAX_SLICE_NUMS = 4096
+MAX_NUM_FRAMES = 65_536
+_UPPER_BOUNDS = {"max_slice_nums": MAX_SLICE_NUMS, "max_num_frames": MAX_NUM_FRAMES, "stack_frames": MAX_STACK_FRAMES}
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,10 @@ class MediaOptions:
     """Media options of one request, or of one message.
 
     Attributes:
-        max_slice_nums: most slices of an image, >= 1; with 1, images are not sliced.
+        max_slice_nums: most slices of an image, 1 to 4096; with 1, images are not sliced.
         use_image_id: write `<image_id>0</image_id>` before each image or video.
         downsample_mode: "16x" (a token per 16 patches) or "4x" (a token per 4).
-        max_num_frames: most main frames sampled from a video, >= 1.
+        max_num_frames: most main frames sampled from a video, 1 to 65,536.
         stack_frames: frames sampled per second, 1 to 16; those after the first are joined into one composite
             image.
     """
@@ -73,7 +78,7 @@ def check_option(name: str, value: Any, prefix: str = "") -> None:
         if not isinstance(value, bool):
             raise ValueError(f"{prefix}{name} must be True or False, got {value!r}")
     else:
-        _check_int(prefix + name, value, 1, MAX_STACK_FRAMES if name == "stack_frames" else None)
+        _check_int(prefix + name, value, 1, _UPPER_BOUNDS[name])
 
 
 @dataclass(frozen=True)

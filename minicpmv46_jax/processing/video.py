@@ -24,7 +24,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,12 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoMetadata:
-    """Number of frames and frame rate (frames per second) of a video."""
+    """Number of frames, frame rate (frames per second) and frame size (0 if not known) of a video."""
 
     num_frames: int
     rate: float | int | Fraction
+    height: int = 0
+    width: int = 0
 
     @property
     def fps(self) -> float:
@@ -100,13 +102,22 @@ class VideoLimits:
     max_seconds: float = math.inf
     max_images: float = math.inf
 
-    def check(self, metadata: "VideoMetadata", groups: list[FrameGroup], name: str) -> None:
-        """Raises ValueError for a video that is too long, before it is decoded."""
+    def frame_groups(self, metadata: "VideoMetadata", options: MediaOptions, name: str) -> list[FrameGroup]:
+        """Returns the video's frame groups. Raises ValueError for a video that is too long.
+
+        The main frames are counted by arithmetic first: a header may state any duration.
+        """
         if metadata.num_frames > self.max_frames:
             raise ValueError(f"{name}: the video has {metadata.num_frames} frames, more than the {self.max_frames} allowed")
-        if len(groups) > self.max_images:
+        self._check_images(min(math.ceil(metadata.duration), options.max_num_frames), name)
+        groups = plan_frame_groups(metadata, options)
+        self._check_images(len(groups), name)
+        return groups
+
+    def _check_images(self, number: int, name: str) -> None:
+        if number > self.max_images:
             raise ValueError(
-                f"{name}: {len(groups)} frames would be shown, more than the {self.max_images} allowed; lower max_num_frames"
+                f"{name}: {number} frames would be shown, more than the {self.max_images} allowed; lower max_num_frames"
             )
 
     def enforce(self, frames: Iterable[Any], name: str) -> Iterator[Any]:
@@ -228,6 +239,7 @@ def load_video(
     max_pixels: int = MAX_PIXELS,
     limits: VideoLimits = NO_VIDEO_LIMITS,
     name: str | None = None,
+    metadata: VideoMetadata | None = None,
 ) -> tuple[SlicedImage, ...]:
     """Samples a video's frames and slices each frame and composite.
 
@@ -239,6 +251,7 @@ def load_video(
         max_pixels: frames and composites larger than this are refused.
         limits: limits of a file. They do not apply to a `Video`, which its caller has decoded.
         name: the source's name in error messages; by default derived from the source.
+        metadata: a file's metadata if `measure_video` has read it.
     Returns:
         One sliced image per frame and composite, in prompt order.
     Raises:
@@ -257,9 +270,46 @@ def load_video(
         raise ValueError(f"{name}: frames alone have no frame rate, pass Video(frames, fps); or a str, Path or bytes")
     data = read(source, fetch)
     try:
-        return _slice_file(data, options, slice_frame, max_pixels, name, limits)
+        return _slice_file(
+            data, options, slice_frame, metadata or probe(data, max_pixels, name, limits), max_pixels, name, limits
+        )
     except FFmpegError as error:
-        raise ValueError(f"{name}: not a video, or a broken one ({error.strerror})") from None
+        raise _broken(error, name) from None
+
+
+def measure_video(
+    source: str | bytes | bytearray | Path,
+    options: MediaOptions,
+    fetch: FetchMedia,
+    max_pixels: int,
+    limits: VideoLimits,
+    name: str,
+) -> tuple[VideoMetadata, list[tuple[int, int]]]:
+    """Returns a video file's metadata, and (height, width) of each frame and composite that would be shown.
+
+    The container's header is read. Frames are decoded only to count them where it lacks their number.
+
+    Args:
+        source, options, fetch, max_pixels, limits, name: see `load_video`.
+    Raises:
+        ValueError: the source is not a video, or `load_video` would refuse its size or its length.
+    """
+    data = read(source, fetch)
+    try:
+        metadata = probe(data, max_pixels, name, limits)
+    except FFmpegError as error:
+        raise _broken(error, name) from None
+    sizes = []
+    for group in limits.frame_groups(metadata, options, name):
+        rows, columns = _composite_layout(len(group), metadata.height, metadata.width) if len(group) > 1 else (1, 1)
+        height, width = rows * (metadata.height + SEAM) - SEAM, columns * (metadata.width + SEAM) - SEAM
+        check_size(height, width, max_pixels, name)
+        sizes.append((height, width))
+    return metadata, sizes
+
+
+def _broken(error: FFmpegError, name: str) -> ValueError:
+    return ValueError(f"{name}: not a video, or a broken one ({error.strerror})")
 
 
 def _slice_decoded(
@@ -300,22 +350,21 @@ def _slice_file(
     data: bytes | Path,
     options: MediaOptions,
     slice_frame: Callable[[np.ndarray], SlicedImage],
+    metadata: VideoMetadata,
     max_pixels: int,
     name: str,
     limits: VideoLimits,
 ) -> tuple[SlicedImage, ...]:
     def slice_all(metadata: VideoMetadata) -> tuple[list[FrameGroup], list[SlicedImage]]:
-        groups = plan_frame_groups(metadata, options)
-        limits.check(metadata, groups, name)
-        frames = _check_frame_sizes(decode_frames(data, groups, name, limits), name)
+        groups = limits.frame_groups(metadata, options, name)
+        frames = _check_frame_sizes(decode_frames(data, groups, name, limits, max_pixels), name)
         return groups, slice_frame_groups(frames, groups, slice_frame)
 
-    metadata = probe(data, max_pixels, name, limits)
     groups, images = slice_all(metadata)
     if len(images) < len(groups):
         # The container's number of frames is too high (because of an edit list, for example), so the frames
         # are counted.
-        groups, images = slice_all(_count_frames(data, metadata.rate, name, limits))
+        groups, images = slice_all(_count_frames(data, metadata, max_pixels, name, limits))
     assert len(images) == len(groups)
     return tuple(images)
 
@@ -329,8 +378,11 @@ def _open(data: bytes | Path) -> InputContainer:
     return av.open(data if isinstance(data, Path) else io.BytesIO(data), mode="r", options=options)
 
 
-def _stream(container: InputContainer, name: str) -> VideoStream:
+def _stream(container: InputContainer, max_pixels: int, name: str) -> VideoStream:
     """Returns the first video stream that is not a cover image.
+
+    Its decoder refuses frames of more than twice `max_pixels`, because a frame may be larger than the
+    container says. Coded frames are rounded up to whole blocks.
 
     Raises:
         ValueError: there is no such stream, or no decoder for it.
@@ -339,6 +391,7 @@ def _stream(container: InputContainer, name: str) -> VideoStream:
         if not stream.disposition & Disposition.attached_pic:
             if stream.codec_context is None:
                 raise ValueError(f"{name}: no decoder for its video stream")
+            stream.codec_context.options = {"max_pixels": str(2 * max_pixels)}
             stream.thread_type = "AUTO"
             return stream
     raise ValueError(f"{name}: it has no video stream")
@@ -351,31 +404,37 @@ def probe(data: bytes | Path, max_pixels: int, name: str, limits: VideoLimits = 
     Source: transformers' video_utils.py, `read_video_pyav`.
     """
     with _open(data) as container:
-        stream = _stream(container, name)
+        stream = _stream(container, max_pixels, name)
         check_size(stream.height, stream.width, max_pixels, name)
-        rate, frames = stream.average_rate, stream.frames
+        rate, frames, height, width = stream.average_rate, stream.frames, stream.height, stream.width
     if not rate or rate < 0:
         raise ValueError(f"{name}: the video has no frame rate")
     rate = Fraction(rate.numerator, rate.denominator)  # some versions of PyAV have their own rational type
-    return VideoMetadata(frames, rate) if frames > 0 else _count_frames(data, rate, name, limits)
+    metadata = VideoMetadata(frames, rate, height, width)
+    return metadata if frames > 0 else _count_frames(data, metadata, max_pixels, name, limits)
 
 
-def _count_frames(data: bytes | Path, rate: Fraction, name: str, limits: VideoLimits) -> VideoMetadata:
+def _count_frames(data: bytes | Path, metadata: VideoMetadata, max_pixels: int, name: str, limits: VideoLimits) -> VideoMetadata:
+    """Returns the metadata with the number of frames that the file has."""
     with _open(data) as container:
-        frames = sum(1 for _ in limits.enforce(container.decode(_stream(container, name)), name))
+        frames = sum(1 for _ in limits.enforce(container.decode(_stream(container, max_pixels, name)), name))
     if not frames:
         raise ValueError(f"{name}: the video has no frames")
-    return VideoMetadata(frames, rate)
+    return replace(metadata, num_frames=frames)
 
 
 def decode_frames(
-    data: bytes | Path, groups: list[FrameGroup], name: str, limits: VideoLimits = NO_VIDEO_LIMITS
+    data: bytes | Path,
+    groups: list[FrameGroup],
+    name: str,
+    limits: VideoLimits = NO_VIDEO_LIMITS,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the groups' frames as (index, uint8 [height, width, 3]); stops decoding at the last one."""
     needed = {frame for group in groups for frame in group}
     last = max(needed)
     with _open(data) as container:
-        for i, frame in enumerate(limits.enforce(container.decode(_stream(container, name)), name)):
+        for i, frame in enumerate(limits.enforce(container.decode(_stream(container, max_pixels, name)), name)):
             if i in needed:
                 yield i, frame.to_ndarray(format="rgb24")
             if i == last:

@@ -267,7 +267,21 @@ def _add_media_flags(group: argparse._ArgumentGroup) -> None:
         "--picture-processes",
         metavar="N",
         type=non_negative_int,
-        help="image worker processes, 0 for the server's own threads (default: half the cores, at most 8; on a CPU 0)",
+        help="image worker processes, 0 for the server's own threads, unbounded (default: half the cores, at most 8)",
+    )
+    add(
+        "--max-image-seconds",
+        metavar="S",
+        type=positive_float,
+        default=20.0,
+        help="processor time to decode an image (default: %(default)s)",
+    )
+    add(
+        "--request-memory-gib",
+        metavar="G",
+        type=positive_float,
+        default=8.0,
+        help="host memory for bodies, downloads and decoded images of all requests (default: %(default)s)",
     )
     add("--max-video-frames", metavar="N", type=positive_int, default=36_000, help="decoded per video (default: %(default)s)")
     add(

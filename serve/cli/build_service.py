@@ -37,13 +37,12 @@ def build_service(args: argparse.Namespace, **fields: Any) -> "Service":
     """
     from minicpmv46_jax import demo
     from minicpmv46_jax.library import ModelLoader
-    from minicpmv46_jax.processing.media_job import process_media
     from minicpmv46_jax.processing.video import VideoLimits
     from serve.api import Service
     from serve.api.common.service import MEDIA_LIMITS
     from serve.engine.engine import QueuePolicy
     from serve.engine.memory_plan import EngineConfig
-    from serve.multimodal.image_workers import ImageWorkerPool, default_workers
+    from serve.multimodal.image_workers import ImageThreads, ImageWorkerPool, default_workers
     from serve.runtime import startup
     from serve.runtime.cache_dir import cache_folder
 
@@ -56,23 +55,23 @@ def build_service(args: argparse.Namespace, **fields: Any) -> "Service":
     dtype = args.dtype or ("float32" if platform == "cpu" else "bfloat16")
     engine_config = EngineConfig(args.max_running, args.max_model_len, not args.no_prefix_cache)
     policy = QueuePolicy(args.max_waiting, args.max_wait, int(args.prefix_host_gib * 2**30))
-    num_workers = default_workers(platform != "cpu") if args.picture_processes is None else args.picture_processes
-    image_workers = ImageWorkerPool(num_workers) if num_workers else None
+    num_workers = default_workers() if args.picture_processes is None else args.picture_processes
+    media_workers = ImageWorkerPool(num_workers, args.max_image_seconds) if num_workers else ImageThreads()
+    fetcher = build_media_fetcher(args)
     with contextlib.ExitStack() as on_failure:
-        if image_workers is not None:
-            on_failure.callback(image_workers.close)
-        with ModelLoader(source, dtype, args.revision, build_media_fetcher(args), progress=True) as loader:
+        on_failure.callback(media_workers.close)
+        with ModelLoader(source, dtype, args.revision, fetcher, progress=True) as loader:
             model, engine = startup.load_engine(loader, device_config, engine_config, policy)
         on_failure.pop_all()
-    model.processor.media_worker = image_workers or process_media
     model.processor.max_pixels = args.max_pixels
     model.processor.video_limits = VideoLimits(args.max_video_frames, args.max_video_seconds, args.max_video_pictures)
     name, *aliases = args.served_model_name or [default_model_name(args.model, startup.DEMO_NAME)]
-    media_limits = {**MEDIA_LIMITS, **args.limit_mm_per_prompt}
     fields |= {
-        "media_limits": media_limits,
+        "media_limits": {**MEDIA_LIMITS, **args.limit_mm_per_prompt},
         "restore_newlines": args.restore_newlines,
-        "image_workers": image_workers,
+        "fetcher": fetcher,
+        "media_workers": media_workers,
+        "memory_bytes": int(args.request_memory_gib * 2**30),
         "demo": args.model is None,
     }
     return Service(model, engine, name, tuple(aliases), **fields)

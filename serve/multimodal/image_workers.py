@@ -1,103 +1,154 @@
-"""Worker processes that decode, resize and slice images and videos outside of the server's GIL.
+"""Worker processes that measure, decode, resize and slice images and videos.
 
-Decoding and resizing release the GIL. Between them an image is copied several times while the GIL is held,
-and a photograph's copies take as long as an engine step. Media and pixels pass through shared memory (memfd,
-Linux), because a pipe takes 64 KB at a time and the GIL for each. A decoder that crashes ends its worker
-process, not the server.
+Decoding and resizing release Python's lock. Between them an image is copied several times while the lock is
+held, and a photograph's copies take as long as an engine step. Media and pixels pass through shared memory
+(memfd, Linux), because a pipe takes 64 KB at a time and the lock for each. Processor time, elapsed time and
+memory of each image or video are bounded (`WorkerPool`): a few hundred kilobytes can take hours to decode.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from minicpmv46_jax.processing.images import ImageSlice, SlicedImage
-from minicpmv46_jax.processing.media_job import MediaJob, process_media
+from minicpmv46_jax.processing.media_job import MediaJob, MediaMeasure, measure_media, process_media
+from serve.runtime.worker_pool import Call, WorkerCrashed, WorkerFailed, WorkerPool
 
 log = logging.getLogger("serve")
 
 MAX_WORKERS = 8  # one photograph takes some 40 ms
+MEMORY_BYTES = 4 * 2**30  # of a process; the largest image allowed takes 1 GiB
+MAX_IMAGE_SECONDS = 20.0  # of processor time; the largest photograph allowed takes some 4
+MAX_SECONDS = 24 * 3600.0  # of a video without a limit
+SPARE_S = 30.0  # elapsed time beyond the processor time, on a busy machine
+THREADS = 4  # of `ImageThreads`
 
+T = TypeVar("T")
 Grid = tuple[int, int]
 PixelShapes = list[tuple[Grid, list[tuple[Grid, tuple[int, int]]]]]
 """Grid of each image, and grid and pixel shape of each of its slices, in the order of the shared memory."""
 
 
-def default_workers(accelerator: bool) -> int:
-    """Returns half the CPU cores beside an accelerator, and 0 beside a model that runs on the CPU.
+def default_workers() -> int:
+    """Returns half the CPU cores, at least 1; 0 where there is no anonymous shared memory.
 
     A worker takes about 100 MB of memory.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores // 2) if accelerator and hasattr(os, "memfd_create") else 0
+    return max(1, min(MAX_WORKERS, cores // 2)) if hasattr(os, "memfd_create") else 0
+
+
+@runtime_checkable
+class MediaWorkers(Protocol):
+    """Measures and slices the images and videos of requests."""
+
+    async def measure(self, job: MediaJob) -> MediaMeasure:
+        """Runs `media_job.measure_media`."""
+        ...
+
+    async def process(self, job: MediaJob) -> tuple[SlicedImage, ...]:
+        """Runs `media_job.process_media`."""
+        ...
+
+    def close(self) -> None:
+        """Ends the threads or processes."""
+        ...
+
+
+class ImageThreads:
+    """Media workers in threads of this process. A job that has begun runs to its end, whatever it costs."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="image")
+
+    async def measure(self, job: MediaJob) -> MediaMeasure:
+        """Runs `media_job.measure_media` in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, measure_media, job)
+
+    async def process(self, job: MediaJob) -> tuple[SlicedImage, ...]:
+        """Runs `media_job.process_media` in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, process_media, job)
+
+    def close(self) -> None:
+        """Drops jobs that have not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ImageWorkerPool:
-    """A `processing.media_job.MediaWorker` that runs jobs in worker processes. `close` it.
+    """Media workers in processes. `close` it.
 
-    The processes start at once and are ready after about a second.
+    The processes start at once and are ready after about a second. A job whose process crashes is tried once
+    more in a new process, because something else may have killed the first.
 
-    Raises ValueError on platforms without anonymous shared memory.
+    Args:
+      num_workers: number of processes.
+      max_image_seconds: processor time of an image. A video has the time of its limits on each core.
+
+    Raises:
+      ValueError: the platform has no anonymous shared memory.
     """
 
-    def __init__(self, num_workers: int):
+    def __init__(self, num_workers: int, max_image_seconds: float | int = MAX_IMAGE_SECONDS):
         if not hasattr(os, "memfd_create"):
             raise ValueError(
                 f"--picture-processes is {num_workers}, which needs Linux; 0 prepares images in the server's threads"
             )
-        self._num_workers = num_workers
-        self._restart_lock = threading.Lock()
-        self._pool = self._start_pool()
+        self._max_image_seconds = max_image_seconds
+        self.pool = WorkerPool(num_workers, "image-worker", MEMORY_BYTES)
 
-    def __call__(self, job: MediaJob) -> tuple[SlicedImage, ...]:
-        """Runs a job in a worker process and waits for its result."""
-        if not isinstance(job.source, (str, bytes, bytearray, Path)):
-            return process_media(job)  # decoded already
-        pool = self._pool
-        try:
-            return _process_in_pool(pool, job)
-        except BrokenProcessPool:
-            log.warning("an image worker process has died; the pool restarts")
-            with self._restart_lock:
-                if self._pool is pool:
-                    self._pool = self._start_pool()
-        return _process_in_pool(self._pool, job)  # retries once: another image may have crashed the worker
+    async def measure(self, job: MediaJob) -> MediaMeasure:
+        """Runs `media_job.measure_media` in a worker process.
+
+        Raises:
+          ValueError: as that; or the job exceeds a bound, or crashes its process twice.
+        """
+        measure, _ = await self.pool.run(lambda call: self._run(call, job, _measure_in_worker))
+        return measure
+
+    async def process(self, job: MediaJob) -> tuple[SlicedImage, ...]:
+        """Runs `media_job.process_media` in a worker process. Raises ValueError like `measure`."""
+        shapes, pixels = await self.pool.run(lambda call: self._run(call, job, _process_in_worker))
+        return tuple(_unpack_images(shapes, pixels))
 
     def close(self) -> None:
         """Ends the worker processes."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.close()
 
-    def _start_pool(self) -> ProcessPoolExecutor:
-        pool = ProcessPoolExecutor(self._num_workers, multiprocessing.get_context("spawn"), initializer=_init_worker)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for the server
+    def _run(self, call: Call, job: MediaJob, function: Callable[[MediaJob, str], T]) -> tuple[T, np.ndarray]:
+        """Returns a function's result in a worker process, and what it has written to the shared memory."""
         try:
-            for _ in range(self._num_workers):
-                pool.submit(int)  # each submission starts a process
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return pool
+            try:
+                return self._run_once(call, job, function)
+            except WorkerCrashed as error:
+                log.warning("an image worker process %s; its image is tried once more", error)
+                return self._run_once(call, job, function)
+        except MemoryError:
+            raise ValueError(f"{job.name}: decoding the {job.kind} takes more than {MEMORY_BYTES >> 30} GiB of memory") from None
+        except WorkerFailed as error:
+            raise ValueError(f"{job.name}: decoding the {job.kind} {error}") from None
 
-
-def _process_in_pool(pool: ProcessPoolExecutor, job: MediaJob) -> tuple[SlicedImage, ...]:
-    source = job.source
-    with contextlib.ExitStack() as cleanup:
-        shared_fd = os.memfd_create("image")
-        cleanup.callback(os.close, shared_fd)
-        if not isinstance(source, Path):
-            _write_all(shared_fd, source.encode() if isinstance(source, str) else source)
-            job = dataclasses.replace(job, source=type(source)())
-        shapes = pool.submit(_process_in_worker, job, f"/proc/{os.getpid()}/fd/{shared_fd}").result()
-        pixels = _read_all(shared_fd)  # a copy, because a mapping would hold a descriptor while the image waits
-    return tuple(_unpack_images(shapes, pixels))
+    def _run_once(self, call: Call, job: MediaJob, function: Callable[[MediaJob, str], T]) -> tuple[T, np.ndarray]:
+        source, seconds = job.source, self._max_image_seconds
+        cores = 1
+        if job.kind == "video":
+            seconds, cores = min(job.limits.max_seconds, MAX_SECONDS), os.cpu_count() or 1
+        with contextlib.ExitStack() as cleanup:
+            shared_fd = os.memfd_create("image")
+            cleanup.callback(os.close, shared_fd)
+            if not isinstance(source, Path):
+                _write_all(shared_fd, source.encode() if isinstance(source, str) else source)
+                job = dataclasses.replace(job, source=type(source)())
+            path = f"/proc/{os.getpid()}/fd/{shared_fd}"
+            result = call(function, job, path, cpu_s=seconds * cores, timeout_s=seconds + SPARE_S)
+            return result, _read_all(shared_fd)  # a copy, because a mapping would hold a descriptor while the image waits
 
 
 def _unpack_images(shapes: PixelShapes, pixels: np.ndarray) -> Iterator[SlicedImage]:
@@ -110,18 +161,29 @@ def _unpack_images(shapes: PixelShapes, pixels: np.ndarray) -> Iterator[SlicedIm
         yield SlicedImage(tuple(slices), grid)
 
 
+def _measure_in_worker(job: MediaJob, shared_path: str) -> MediaMeasure:
+    with open(shared_path, "r+b", buffering=0) as file:
+        measure = measure_media(_with_source(job, file.read()))
+        file.truncate(0)
+    return measure
+
+
 def _process_in_worker(job: MediaJob, shared_path: str) -> PixelShapes:
     """Replaces the media in the shared memory by the pixels of its slices, and returns their shapes."""
     with open(shared_path, "r+b", buffering=0) as file:
-        if not isinstance(job.source, Path):
-            data = file.read()
-            job = dataclasses.replace(job, source=data.decode() if isinstance(job.source, str) else data)
-        images = process_media(job)
+        images = process_media(_with_source(job, file.read()))
         file.truncate(0)
         file.seek(0)
         for image_slice in (image_slice for image in images for image_slice in image.slices):
             _write_all(file.fileno(), image_slice.pixels)
     return [(image.grid, [(image_slice.grid, image_slice.pixels.shape) for image_slice in image.slices]) for image in images]
+
+
+def _with_source(job: MediaJob, data: bytes) -> MediaJob:
+    """Returns the job with the media that the shared memory holds in place of its empty source."""
+    if isinstance(job.source, Path):
+        return job
+    return dataclasses.replace(job, source=data.decode() if isinstance(job.source, str) else data)
 
 
 def _write_all(fd: int, data: bytes | bytearray | np.ndarray) -> None:
@@ -136,15 +198,3 @@ def _read_all(fd: int) -> np.ndarray:
     while rest:
         rest = rest[os.preadv(fd, [rest], len(content) - len(rest)) :]
     return content
-
-
-def _init_worker() -> None:
-    """Makes a worker process end with the server, even if the server is killed."""
-
-    def exit_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None  # None only in the server itself
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()

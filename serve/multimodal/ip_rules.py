@@ -6,9 +6,11 @@ checked as their IPv4 address, and the others are refused.
 """
 
 import asyncio
+import functools
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -18,9 +20,18 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv6-only networks reach IPv4 addresses through it (RFC 6052)
 
 
+RESOLVER_THREADS = 32  # a name server that does not answer keeps a thread for half a minute
+
+
+@functools.cache
+def _resolver_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="resolve")
+
+
 async def resolve(host: str, port: int) -> list[str]:
     """Returns a host's addresses from the system's resolver, without duplicates. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_resolver_pool(), look_up)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -65,8 +65,18 @@ class NetworkPolicy:
     resolve: Resolver = resolve
 
 
+Hold = Callable[[int], None]
+"""Counts the bytes of a download as they arrive; may raise any error to end it."""
+
+
+def _hold_nothing(size: int) -> None:
+    """Counts nothing."""
+
+
 class MediaFetcher:
-    """A `processing.FetchMedia` with the server's rules; safe to call from several threads at once.
+    """Fetches media under the server's rules: a `processing.FetchMedia`, and `fetch` for an event loop.
+
+    Threads may share it.
 
     Args:
       allowed_folder: local files under it may be read; None refuses all local files.
@@ -86,16 +96,29 @@ class MediaFetcher:
 
     def __call__(self, url: str) -> bytes | Path:
         """Returns a URL's bytes, or a local file's path. Raises ValueError that names the source."""
+        return asyncio.run(self.fetch(url))  # asyncio, because only its timeouts bound a download as a whole
+
+    async def fetch(self, url: str, hold: Hold = _hold_nothing) -> bytes | Path:
+        """Returns a URL's bytes, or a local file's path.
+
+        Args:
+          url: as in a request.
+          hold: called with the size of each part of a download.
+
+        Raises:
+          ValueError: the source is refused or not available; the message names it.
+          Exception: any error of `hold`.
+        """
         if not url:
             raise ValueError("the URL is empty")
         match = _SCHEME.match(url)
         scheme = match[1].lower() if match else None
         if scheme in ("http", "https"):
-            return asyncio.run(self._download(url))  # asyncio, because only its timeouts bound a download as a whole
+            return await self._download(url, hold)
         if scheme == "file":
             return self._local_file(_path_of_file_url(url), url)
         if scheme is not None:
-            raise ValueError(f"{describe(url)}: unsupported scheme {scheme!r}; supported are data, http, https and file")
+            raise ValueError(f"{describe(url)}: unsupported scheme {scheme[:20]!r}; supported are data, http, https and file")
         return self._local_file(url, url)
 
     def _local_file(self, path: str, url: str) -> Path:
@@ -110,21 +133,21 @@ class MediaFetcher:
             raise ValueError(f"{describe(url)}: not under the folder that {LOCAL_PATH_FLAG} allows")
         return real
 
-    async def _download(self, url: str) -> bytes:
+    async def _download(self, url: str, hold: Hold) -> bytes:
         limits, name = self._limits, describe(url)
         try:
             async with asyncio.timeout(limits.total_s), self._client() as client:
-                return await self._follow_redirects(client, httpx.URL(url), name)
+                return await self._follow_redirects(client, httpx.URL(url), hold, name)
         except (TimeoutError, httpx.TimeoutException):
             raise ValueError(f"{name}: not complete in time (at most {limits.total_s:g} seconds in all)") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise ValueError(f"{name}: {error or type(error).__name__}") from None
 
-    async def _follow_redirects(self, client: httpx.AsyncClient, url: httpx.URL, name: str) -> bytes:
+    async def _follow_redirects(self, client: httpx.AsyncClient, url: httpx.URL, hold: Hold, name: str) -> bytes:
         for _ in range(self._limits.max_redirects + 1):
             async with self._send(client, url, name) as response:
                 if not response.has_redirect_location:
-                    return await _read_body(response, self._limits.max_bytes, name)
+                    return await _read_body(response, self._limits.max_bytes, hold, name)
                 url = url.join(response.headers["Location"])
         raise ValueError(f"{name}: more than the {self._limits.max_redirects} redirects allowed")
 
@@ -133,6 +156,8 @@ class MediaFetcher:
         """Sends a GET request to the checked address under the URL's host name, and yields the response."""
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"{name}: it leads to {describe(str(url))}; only http and https URLs with a host are followed")
+        if url.port is not None and not 0 < url.port < 2**16:
+            raise ValueError(f"{name}: the port is {url.port}, expected 1 to 65535")
         address = await self._checked_address(url, name)
         request = client.build_request(
             "GET",
@@ -153,8 +178,10 @@ class MediaFetcher:
             raise ValueError(f"{name}: the host {host!r} is none of those that {DOMAINS_FLAG} allows")
         try:
             addresses = await self._network_policy.resolve(host, url.port or (443 if url.scheme == "https" else 80))
-        except OSError as error:
-            raise ValueError(f"{name}: the host {host!r} has no address ({error.strerror or error})") from None
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label of more than 63 characters
+            raise ValueError(f"{name}: the host {host!r} has no address ({getattr(error, 'strerror', None) or error})") from None
+        if not addresses:
+            raise ValueError(f"{name}: the host {host!r} has no address")
         for address in addresses:
             if not is_allowed(address, self._network_policy.networks):
                 raise ValueError(
@@ -179,7 +206,7 @@ def _path_of_file_url(url: str) -> str:
     return url2pathname(parts.path)
 
 
-async def _read_body(response: httpx.Response, max_bytes: int, name: str) -> bytes:
+async def _read_body(response: httpx.Response, max_bytes: int, hold: Hold, name: str) -> bytes:
     if response.status_code != 200:
         raise ValueError(f"{name}: HTTP status {response.status_code}")
     announced = response.headers.get("Content-Length", "")
@@ -187,6 +214,7 @@ async def _read_body(response: httpx.Response, max_bytes: int, name: str) -> byt
         raise ValueError(f"{name}: {announced} bytes, more than the {max_bytes} bytes allowed")
     body = bytearray()
     async for chunk in response.aiter_bytes():
+        hold(len(chunk))
         body += chunk
         if len(body) > max_bytes:
             raise ValueError(f"{name}: more than the {max_bytes} bytes allowed")

@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
             print(f'ready: {socket_url(listener, self._scheme)}/v1 serves "{self._service.name}"', flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(DRAIN_S, self._service.engine.stop)
+        asyncio.get_running_loop().call_later(DRAIN_S, self._service.stop)
         await super().shutdown(sockets)
 
 

@@ -40,10 +40,10 @@ def test_prints_loss_and_gradient_of_both_parts(capsys):
 class TextModel(FakeModel):
     """A fake model that answers the text of a message with pictures."""
 
-    def process(self, messages, **options):
+    def plan(self, messages, **options):
         picture, text = messages[-1]["content"]
         assert picture["image_url"]["url"].startswith("data:image/png;base64,")
-        return super().process([{"role": "user", "content": text["text"]}], **options)
+        return super().plan([{"role": "user", "content": text["text"]}], **options)
 
 
 def test_client_prints_the_whole_and_the_streamed_answer(capsys):

@@ -19,7 +19,8 @@ from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.generation.options import generation_options
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.processing import Inputs, PromptPlan
+from minicpmv46_jax.processing.chat import check_characters
 from serve.api import Service, create_app
 from tests.serve.engine.serial_engine import SerialEngine
 
@@ -45,6 +46,21 @@ class FakeTokenizer:
         return {"input_ids": list(text.encode())}
 
 
+class FakeProcessor:
+    """The matching processor. Prompts have no media."""
+
+    tokenizer = FakeTokenizer()
+
+    def tokenize(self, text, max_tokens=None):
+        if max_tokens is not None:
+            check_characters(text, max_tokens)
+        return self.tokenizer(text)["input_ids"]
+
+    def assemble(self, plan, media):
+        assert not media
+        return Inputs(plan.token_ids, ())
+
+
 class FakeModel:
     """A model with the methods of MiniCPMV that the server calls, and switches for tests.
 
@@ -53,7 +69,7 @@ class FakeModel:
       fault: if not None, raised by the third step.
       opening: text that the template appends to the last message.
       say: returns the answer's text for a prompt's text.
-      calls: the options of each call of `process`.
+      calls: the options of each call of `plan`.
       started, ended: prompts whose generation has started and ended, in order; `changed` guards them.
     """
 
@@ -61,21 +77,21 @@ class FakeModel:
         self.config = SimpleNamespace(text=SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=256))
         self.generation_config = GenerationConfig(stop_token_ids=(0,))
         self.detokenizer = FakeDetokenizer()
-        self.processor = SimpleNamespace(tokenizer=FakeTokenizer())
+        self.processor = FakeProcessor()
         self.opening, self.say = "", str.upper
         self.gate: threading.Semaphore | None = None
         self.fault: Exception | None = None
-        self.process_fault: Exception | None = None
+        self.plan_fault: Exception | None = None
         self.calls, self.started, self.ended = [], [], []
         self.changed = threading.Condition()
 
-    def process(self, messages, **options):
-        if self.process_fault is not None:
-            raise self.process_fault
+    def plan(self, messages, max_tokens=None, **options):
+        if self.plan_fault is not None:
+            raise self.plan_fault
         self.calls.append(options)
         if not messages:
             raise ValueError("messages is empty")
-        return prompt(messages[-1]["content"] + self.opening)
+        return PromptPlan(prompt(messages[-1]["content"] + self.opening).token_ids)
 
     def options(self, **options):
         return generation_options(self.generation_config, **options)

@@ -35,7 +35,7 @@ class PageModel(FakeModel):
     def __init__(self, demo):
         super().__init__()
         self.config, self.processor, self.detokenizer = demo.config, demo.processor, demo.detokenizer
-        self.process, self.answer = demo.process, ANSWER
+        self.plan, self.answer = demo.plan, ANSWER
         self.prompts = []
 
     def generate(self, inputs, options):

@@ -3,20 +3,32 @@
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from minicpmv46_jax.processing import PromptPlan
 from serve.api.anthropic.messages_request import parse_message
-from serve.api.common.field_names import renamed
-from serve.api.common.middleware import read_body, request_record
-from serve.api.common.request_pipeline import ActiveRequest, check_model, make_prompt, prepare_chat
+from serve.api.common.middleware import request_record
+from serve.api.common.request_pipeline import (
+    ActiveRequest,
+    ParsedRequest,
+    PreparedRequest,
+    check_model,
+    client_errors,
+    measure_prompt,
+    plan_prompt,
+    prepare_body,
+    prepare_chat,
+)
 from serve.api.common.respond import respond
 from serve.api.common.service import Service
 from serve.api.common.sse import ANTHROPIC
 from serve.api.common.typed_events import BlockBuilder, Event, TypedStream
 from serve.parsers import ToolCall
+from serve.runtime.budget import RequestMemory
 
 router = APIRouter()
 
@@ -26,24 +38,34 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 @router.post("/messages")
 async def messages(request: Request) -> Response:
     """Generates the next message of a conversation, as one object or as named events."""
-    return await respond(request, lambda service, body: prepare_chat(service, parse_message(body)), MessageStream, ANTHROPIC)
+    return await respond(request, _prepare, MessageStream, ANTHROPIC)
+
+
+async def _prepare(service: Service, body: bytes, memory: RequestMemory) -> PreparedRequest:
+    return await prepare_chat(service, parse_message, body, memory)
 
 
 @router.post("/messages/count_tokens")
 async def count_tokens(request: Request) -> dict[str, int]:
-    """Counts the tokens of a prompt, images included."""
-    service = request.app.state.service
-    body = await read_body(request, service.max_body_bytes)
-    number = await service.run_in_thread(_count_tokens, service, body)
+    """Counts the tokens of a prompt, images included. Images are measured and not decoded."""
+    async with AsyncExitStack() as cleanup:
+        number, _ = await prepare_body(request, cleanup, _count_tokens)
     request_record(request).prompt_tokens = number
     return {"input_tokens": number}
 
 
-def _count_tokens(service: Service, body: bytes) -> int:
+async def _count_tokens(service: Service, body: bytes, memory: RequestMemory) -> int:
+    parsed, plan = await service.run_in_thread(_plan, service, body, size=len(body))
+    with client_errors(parsed):
+        _, number = await measure_prompt(service, plan, memory, check=lambda number: None)
+    return number
+
+
+def _plan(service: Service, body: bytes) -> tuple[ParsedRequest, PromptPlan]:
     parsed = parse_message(body, counting=True)
-    with renamed(parsed.names):
+    with client_errors(parsed):
         check_model(service, parsed.request.model)
-        return len(make_prompt(service, parsed.request).token_ids)
+        return parsed, plan_prompt(service, parsed.request)
 
 
 class MessageStream(TypedStream):

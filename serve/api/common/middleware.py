@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.common.errors import ApiError, internal_error
 from serve.engine.engine_client import Cancelled
+from serve.runtime.budget import RequestMemory
 
 log = logging.getLogger("serve")
 
@@ -81,14 +82,20 @@ class RequestMiddleware:
             await internal_error().response(scope["path"])(scope, receive, send)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Reads the whole body. Raises ApiError 413 as soon as its length exceeds `max_bytes`."""
+async def read_body(request: Request, max_bytes: int, memory: RequestMemory) -> bytes:
+    """Reads the whole body.
+
+    Raises:
+      ApiError: 413 as soon as its length exceeds `max_bytes`.
+      EngineFull: the bodies of all requests together are too long for `memory`.
+    """
     too_long = ApiError(413, f"the body is longer than the {max_bytes} bytes allowed", code="request_too_large")
     content_length = request.headers.get("Content-Length", "")
     if content_length.isdigit() and int(content_length) > max_bytes:
         raise too_long
     body = bytearray()
     async for chunk in request.stream():
+        memory.hold_source(len(chunk))
         body += chunk
         if len(body) > max_bytes:
             raise too_long

@@ -1,22 +1,24 @@
 """The pipeline of all generating routes: body -> `ParsedRequest` -> `PreparedRequest` -> `ActiveRequest` ->
 deltas or steps.
 
-Every error of a request is found before its first token, so that it gets its own HTTP status. Preparation
-(JSON, images, tokens) runs in threads; generation runs in the engine's thread.
+Every error of a request is found before its first token, so that it gets its own HTTP status. JSON, template
+and tokenizer run in threads, media in tasks and worker processes, generation in the engine's thread. What is
+cheap to check is checked first: the text's tokens before any download, sizes of media before any is decoded.
 """
 
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
-from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.processing import Inputs, PromptPlan, PromptTooLong
+from minicpmv46_jax.processing.media_job import MediaJob
 from minicpmv46_jax.processing.messages import check_overrides
 from serve.api.common.errors import ApiError, value_errors_as_400
 from serve.api.common.field_names import Names, renamed
@@ -27,12 +29,18 @@ from serve.api.common.prompt import opens_thinking
 from serve.api.common.schema import CHAT_FIELDS, ChatRequest, GenerationRequest, StreamOptions
 from serve.api.common.service import Service
 from serve.api.common.thinking import ThinkingBudget
-from serve.engine.engine_client import RequestHandle
+from serve.engine.engine_client import Cancelled, EngineStopped, RequestHandle
+from serve.multimodal.media_loader import layouts
 from serve.parsers import OutputParser
+from serve.runtime.budget import RequestMemory
 from serve.structured_output.grammar import GrammarConstraint
 from serve.structured_output.request import StructuredOutputError, compile_constraint
 
 log = logging.getLogger("serve")
+
+T = TypeVar("T")
+Prepare = Callable[[Service, bytes, RequestMemory], Awaitable[T]]
+"""Prepares a request from its body. Raises ApiError."""
 
 GENERATION_FIELDS = (  # same names in requests and in `minicpmv46_jax.generation.options`
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop stop_token_ids ignore_eos"
@@ -167,29 +175,56 @@ class ActiveRequest:
         self._handles[index].close()  # aborts a choice that the parser has ended before the engine
 
 
-async def submit_request(
-    http: Request, cleanup: AsyncExitStack, prepare: Callable[[Service, bytes], PreparedRequest]
-) -> ActiveRequest:
+async def submit_request(http: Request, cleanup: AsyncExitStack, prepare: Prepare[PreparedRequest]) -> ActiveRequest:
     """Reserves capacity, prepares a request and submits it.
 
     Args:
       http: the HTTP request, its body not read yet.
       cleanup: closes the reserved handles.
-      prepare: returns the prepared request from the service and the body; runs in a thread. Raises ApiError.
+      prepare: returns the prepared request.
     """
     service, record = http.app.state.service, request_record(http)
-    body = await read_body(http, service.max_body_bytes)
-    handles: list[RequestHandle] = []
-    _reserve(service, cleanup, handles, 1)
-    cleanup.callback(_cancel_on_disconnect(http, handles).cancel)
-    prepared = await service.run_in_thread(prepare, service, body)
-    del body  # generation may take far longer than the body's images are needed
+    prepared, handles = await prepare_body(http, cleanup, prepare)
     _reserve(service, cleanup, handles, prepared.output.num_handles)
     record.prompt_tokens = len(prepared.inputs.token_ids)
     if service.log_prompts:
         prompt = service.model.detokenizer.decode(prepared.inputs.token_ids.tolist(), skip_special_tokens=False)
         log.info("%s prompt %r", record.id, prompt, extra={"fields": {"request_id": record.id, "prompt": prompt}})
     return ActiveRequest(service, record, prepared, handles)
+
+
+async def prepare_body(http: Request, cleanup: AsyncExitStack, prepare: Prepare[T]) -> tuple[T, list[RequestHandle]]:
+    """Reads a request's body, reserves capacity and runs `prepare`, which ends if the client disconnects.
+
+    Args:
+      http: the HTTP request, its body not read yet.
+      cleanup: frees the capacity and the memory.
+      prepare: takes the service, the body and the request's memory.
+
+    Returns:
+      The result, and a list of one reserved handle.
+    """
+    service = http.app.state.service
+    memory = service.request_memory()
+    cleanup.callback(memory.close)
+    body = await read_body(http, service.max_body_bytes, memory)
+    handles: list[RequestHandle] = []
+    _reserve(service, cleanup, handles, 1)
+    preparing = asyncio.ensure_future(prepare(service, body, memory))
+    service.preparing.add(preparing)
+    preparing.add_done_callback(service.preparing.discard)
+    cleanup.callback(_cancel_on_disconnect(http, handles, preparing).cancel)
+    del body  # generation may take far longer than the body's images are needed
+    try:
+        prepared = await preparing
+    except asyncio.CancelledError:
+        if handles[0].cancelled:
+            raise Cancelled from None
+        if service.engine.stopping:
+            raise EngineStopped from None
+        raise
+    memory.drop_sources()
+    return prepared, handles
 
 
 def _reserve(service: Service, cleanup: AsyncExitStack, handles: list[RequestHandle], number: int) -> None:
@@ -199,41 +234,79 @@ def _reserve(service: Service, cleanup: AsyncExitStack, handles: list[RequestHan
         cleanup.callback(handles[-1].close)
 
 
-def _cancel_on_disconnect(request: Request, handles: list[RequestHandle]) -> asyncio.Task:
-    """Starts a task that cancels the handles on disconnect. After the body, the connection receives nothing
-    else."""
+def _cancel_on_disconnect(request: Request, handles: list[RequestHandle], preparing: asyncio.Future) -> asyncio.Task:
+    """Starts a task that cancels the preparation and the handles on disconnect. After the body, the
+    connection receives nothing else."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         for handle in handles:
             handle.cancel()
+        preparing.cancel()
 
     return asyncio.create_task(watch())
 
 
-def prepare_chat(service: Service, parsed: ParsedRequest) -> PreparedRequest:
-    """Prepares a chat request for the engine. Raises ApiError for errors of the client."""
+async def prepare_chat(
+    service: Service, parse: Callable[[bytes], ParsedRequest], body: bytes, memory: RequestMemory
+) -> PreparedRequest:
+    """Prepares a chat request for the engine. Raises ApiError for errors of the client.
+
+    Args:
+      service: the service.
+      parse: checks the body; runs in a thread.
+      body: the body.
+      memory: counts the request's media.
+    """
+    parsed, options, plan = await service.run_in_thread(_plan_chat, service, parse, body, size=len(body))
+    del body
+    request = parsed.request
+    with client_errors(parsed):
+        inputs = await build_inputs(service, plan, memory, lambda number: _check_room(service, request, number))
+        options, thinking = await service.run_in_thread(_constrain, service, request, options, inputs)
+    return PreparedRequest(OutputOptions.from_chat(request, service.restore_newlines), inputs, options, thinking)
+
+
+def _plan_chat(
+    service: Service, parse: Callable[[bytes], ParsedRequest], body: bytes
+) -> tuple[ParsedRequest, GenerationOptions, PromptPlan]:
+    parsed = parse(body)
+    request = parsed.request
+    with client_errors(parsed):
+        check_model(service, request.model)
+        with value_errors_as_400(CHAT_FIELDS):
+            check_overrides(request.mm_processor_kwargs, "mm_processor_kwargs")
+        options = make_options(service, request)
+        plan = plan_prompt(service, request)
+        _check_room(service, request, len(plan.token_ids))
+    return parsed, options, plan
+
+
+@contextmanager
+def client_errors(parsed: ParsedRequest) -> Iterator[None]:
+    """Names the client's fields in errors. Nesting that JSON accepts may be too deep for a template."""
     with renamed(parsed.names):
         try:
-            return _prepare_chat(service, parsed.request)
-        except RecursionError:  # raised by a template or schema on nesting that JSON itself still accepts
+            yield
+        except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
 
 
-def _prepare_chat(service: Service, request: ChatRequest) -> PreparedRequest:
-    check_model(service, request.model)
-    with value_errors_as_400(CHAT_FIELDS):
-        check_overrides(request.mm_processor_kwargs, "mm_processor_kwargs")
-    options = make_options(service, request)
-    inputs = make_prompt(service, request)
-    check_prompt_length(len(inputs.token_ids), service.max_model_len)
+def _check_room(service: Service, request: ChatRequest, num_prompt_tokens: int) -> None:
+    """Raises ApiError 400 if the prompt and its answer exceed the context."""
+    check_prompt_length(num_prompt_tokens, service.max_model_len)
     if (limit := request.max_new_tokens) is not None:
         name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        check_context(len(inputs.token_ids), limit, service.max_model_len, name, param=name)
+        check_context(num_prompt_tokens, limit, service.max_model_len, name, param=name)
+
+
+def _constrain(
+    service: Service, request: ChatRequest, options: GenerationOptions, inputs: Inputs
+) -> tuple[GenerationOptions, bool]:
+    """Returns the options with the request's constraint, and whether the prompt ends inside `<think>`."""
     thinking = opens_thinking(service.model, inputs)
-    options = dataclasses.replace(options, constraint=_constraint(service, request, thinking))
-    return PreparedRequest(OutputOptions.from_chat(request, service.restore_newlines), inputs, options, thinking)
+    return dataclasses.replace(options, constraint=_constraint(service, request, thinking)), thinking
 
 
 def _constraint(service: Service, request: ChatRequest, thinking: bool) -> GrammarConstraint | None:
@@ -250,11 +323,55 @@ def check_model(service: Service, name: str) -> None:
         raise ApiError(404, message, "model", "model_not_found")
 
 
-def make_prompt(service: Service, request: ChatRequest) -> Inputs:
-    """Returns a conversation's tokens and images. Raises ApiError for errors of the client."""
+def plan_prompt(service: Service, request: ChatRequest) -> PromptPlan:
+    """Renders and tokenises a conversation. Raises ApiError for errors of the client."""
     check_media(request.messages, service.media_limits)
     with value_errors_as_400(CHAT_FIELDS, "messages"):
-        return service.model.process(_template_messages(request.messages), **prompt_kwargs(request))
+        try:
+            options = {**prompt_kwargs(request), "max_tokens": service.max_model_len}
+            return service.model.plan(_template_messages(request.messages), **options)
+        except PromptTooLong as error:
+            raise context_exceeded(service, str(error), "messages") from None
+
+
+async def measure_prompt(
+    service: Service, plan: PromptPlan, memory: RequestMemory, check: Callable[[int], None]
+) -> tuple[list[MediaJob], int]:
+    """Fetches and measures a prompt's media. Raises ApiError for errors of the client.
+
+    Args:
+      service: the service.
+      plan: the prompt.
+      memory: counts the downloads.
+      check: raises ApiError if it has too many tokens; takes their number, images included.
+
+    Returns:
+      The jobs of its media, and the number of tokens.
+    """
+    processor = service.model.processor
+    if not plan.media:
+        return [], len(plan.token_ids)
+    with value_errors_as_400(CHAT_FIELDS, "messages"):
+        jobs = await service.media.measure(processor, plan, memory)
+        num_tokens = await service.run_in_thread(processor.count_tokens, plan, [layouts(job) for job in jobs])
+    check(num_tokens)
+    return jobs, num_tokens
+
+
+async def build_inputs(
+    service: Service, plan: PromptPlan, memory: RequestMemory, check: Callable[[int], None] = lambda number: None
+) -> Inputs:
+    """Loads a prompt's media and returns the model's inputs. Raises ApiError; see `measure_prompt`."""
+    processor = service.model.processor
+    if not plan.media:
+        return processor.assemble(plan, [])
+    jobs, _ = await measure_prompt(service, plan, memory, check)
+    with value_errors_as_400(CHAT_FIELDS, "messages"):
+        images = await service.media.process(plan, jobs, memory)
+    del jobs  # their sources are no longer needed
+    inputs = await service.run_in_thread(processor.assemble, plan, images)
+    check(len(inputs.token_ids))  # a video may have other frames than its header states
+    return inputs
 
 
 def _template_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -307,6 +424,12 @@ def check_prompt_length(num_prompt_tokens: int, max_model_len: int) -> None:
         fault = f"your prompt has {num_prompt_tokens} tokens, images included, which leaves no room for an answer"
         message = f"the context holds {max_model_len} tokens, but {fault}"
         raise ApiError(400, message, "messages", "context_length_exceeded")
+
+
+def context_exceeded(service: Service, fault: str, param: str) -> ApiError:
+    """Returns status 400 for a text that is too long to be tokenised."""
+    message = f"the context holds {service.max_model_len} tokens, but {fault}"
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
 def check_context(num_prompt_tokens: int, max_new_tokens: int, max_model_len: int, limit_name: str, param: str) -> None:

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from serve.api.common.request_pipeline import ActiveRequest, PreparedRequest, submit_request
-from serve.api.common.service import Service
+from serve.api.common.request_pipeline import ActiveRequest, Prepare, PreparedRequest, submit_request
 from serve.api.common.sse import CHAT, Dialect, EventStream
 
 
@@ -26,7 +25,7 @@ class OutputStream(Protocol):
 
 async def respond(
     http: Request,
-    prepare: Callable[[Service, bytes], PreparedRequest],
+    prepare: Prepare[PreparedRequest],
     open_stream: Callable[[ActiveRequest], OutputStream],
     dialect: Dialect = CHAT,
 ) -> Response:
@@ -37,7 +36,7 @@ async def respond(
 
     Args:
       http: the HTTP request, its body not read yet.
-      prepare: returns the prepared request from the service and the body; runs in a thread. Raises ApiError.
+      prepare: returns the prepared request.
       open_stream: returns the output stream of the submitted request.
       dialect: event format of the API.
     """

@@ -10,12 +10,18 @@ from typing import TypeVar
 
 from minicpmv46_jax import MiniCPMV
 from serve.engine.engine import Engine
-from serve.multimodal.image_workers import ImageWorkerPool
+from serve.multimodal.image_workers import ImageThreads, MediaWorkers
+from serve.multimodal.media_fetcher import MediaFetcher
+from serve.multimodal.media_loader import MediaLoader
+from serve.runtime.budget import Budget, RequestMemory
 from serve.structured_output.grammar import GrammarCompiler
 
 MAX_BODY_BYTES = 128 * 2**20  # holds 96 MiB of images or video in base64
 MEDIA_LIMITS = {"image": 128, "video": 16}  # per request
-PREPARE_THREADS = 8  # image decoding releases the GIL; a slow URL occupies one thread
+REQUEST_MEMORY_BYTES = 8 * 2**30
+LARGE_BYTES = 2**18  # a body with a photograph, or the text of some 60,000 tokens
+LARGE_PREPARE_THREADS = 4
+PREPARE_THREADS = 8  # the tokenizer releases the GIL
 
 T = TypeVar("T")
 
@@ -30,12 +36,12 @@ class Cors:
     allow_credentials: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Service:
     """A served model.
 
     Attributes:
-      model: prepares requests, in threads of `pool`.
+      model: prepares requests, in threads.
       engine: runs requests.
       name: the model's name in responses.
       aliases: further names that requests may use.
@@ -48,8 +54,10 @@ class Service:
         about.
       log_prompts: True to log the text of prompts, which is private.
       created: start of the service, in seconds since 1970.
-      pool: threads that prepare requests, off the event loop.
-      image_workers: processes in which the model's processor decodes images, if any; closed with the service.
+      fetcher: the rules for URLs and paths of media.
+      media_workers: measure and decode media; closed with the service.
+      memory_bytes: host memory of all requests together: half of it for bodies and downloads, half for
+        decoded images.
     """
 
     model: MiniCPMV
@@ -64,10 +72,16 @@ class Service:
     demo: bool = False
     log_prompts: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    pool: ThreadPoolExecutor = dataclasses.field(
-        default_factory=lambda: ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
-    )
-    image_workers: ImageWorkerPool | None = None
+    fetcher: MediaFetcher = dataclasses.field(default_factory=MediaFetcher)
+    media_workers: MediaWorkers = dataclasses.field(default_factory=ImageThreads)
+    memory_bytes: int = REQUEST_MEMORY_BYTES
+
+    def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
+        self._large_threads = ThreadPoolExecutor(LARGE_PREPARE_THREADS, thread_name_prefix="prepare-large")
+        self._sources, self._pixels = Budget(self.memory_bytes // 2), Budget(self.memory_bytes // 2)
+        self.preparing: set[asyncio.Future] = set()  # of requests that the engine does not have yet
+        self.media = MediaLoader(self.fetcher, self.media_workers, self.run_in_thread)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,13 +108,30 @@ class Service:
         """Returns a text's token ids, without special tokens."""
         return self.model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    async def run_in_thread(self, function: Callable[..., T], *args) -> T:
-        """Runs a slow function in a thread of `pool`, so that the event loop stays responsive."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+    def request_memory(self) -> RequestMemory:
+        """Returns the record of a new request's host memory."""
+        return RequestMemory(self._sources, self._pixels)
+
+    async def run_in_thread(self, function: Callable[..., T], *args, size: int = 0) -> T:
+        """Runs a slow function in a thread, so that the event loop stays responsive.
+
+        Args:
+          function: the function.
+          *args: its arguments.
+          size: bytes that it works on. Large ones have threads of their own, so that they delay no small one.
+        """
+        threads = self._threads if size <= LARGE_BYTES else self._large_threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+    def stop(self) -> None:
+        """Gives up all requests with status 503, those in preparation too. Called in the event loop."""
+        self.engine.stop()
+        for future in self.preparing:
+            future.cancel()
 
     def close(self) -> None:
         """Stops the engine and cancels waiting preparations."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.image_workers is not None:
-            self.image_workers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._large_threads.shutdown(wait=False, cancel_futures=True)
+        self.media.close()
         self.engine.close()

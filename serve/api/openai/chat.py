@@ -16,6 +16,7 @@ from serve.api.common.schema import parse_chat
 from serve.api.common.service import Service
 from serve.api.openai.chat_response import Header, deltas_of, logprobs, usage
 from serve.parsers import ToolCall
+from serve.runtime.budget import RequestMemory
 
 router = APIRouter()
 
@@ -26,8 +27,8 @@ async def chat_completions(request: Request) -> Response:
     return await respond(request, _prepare, ChatStream)
 
 
-def _prepare(service: Service, body: bytes) -> PreparedRequest:
-    return prepare_chat(service, ParsedRequest(parse_chat(body)))
+async def _prepare(service: Service, body: bytes, memory: RequestMemory) -> PreparedRequest:
+    return await prepare_chat(service, lambda body: ParsedRequest(parse_chat(body)), body, memory)
 
 
 class ChatStream:

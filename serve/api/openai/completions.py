@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
 from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
-from minicpmv46_jax.processing import Inputs
+from minicpmv46_jax.processing import Inputs, PromptTooLong
 from serve.api.common.errors import ApiError
 from serve.api.common.output_stream import merged
 from serve.api.common.request_pipeline import (
@@ -27,12 +27,14 @@ from serve.api.common.request_pipeline import (
     PreparedRequest,
     check_context,
     check_model,
+    context_exceeded,
     make_options,
 )
 from serve.api.common.respond import respond
 from serve.api.common.schema import SINGLE_VALUE_FIELDS, GenerationRequest, checked, json_object
 from serve.api.common.service import Service
 from serve.api.openai.chat_response import LOWEST_LOGPROB, usage
+from serve.runtime.budget import RequestMemory
 
 router = APIRouter()
 
@@ -67,7 +69,11 @@ class CompletionRequest(GenerationRequest):
 @router.post("/completions")
 async def completions(request: Request) -> Response:
     """Continues a prompt, as one object or as a stream of chunks."""
-    return await respond(request, prepare_completion, CompletionStream)
+    return await respond(request, _prepare, CompletionStream)
+
+
+async def _prepare(service: Service, body: bytes, memory: RequestMemory) -> PreparedRequest:
+    return await service.run_in_thread(prepare_completion, service, body, size=len(body))
 
 
 def prepare_completion(service: Service, body: bytes) -> PreparedRequest:
@@ -92,7 +98,10 @@ def parse_completion(body: bytes) -> CompletionRequest:
 def prompt_token_ids(service: Service, prompt: str | list[int]) -> np.ndarray:
     """Returns the prompt's token ids, int32. Raises ApiError for ids beyond the vocabulary."""
     if isinstance(prompt, str):
-        return np.array(service.tokenize(prompt), np.int32)
+        try:
+            return np.array(service.model.processor.tokenize(prompt, service.max_model_len), np.int32)
+        except PromptTooLong as error:
+            raise context_exceeded(service, str(error), "prompt") from None
     if (highest := max(prompt)) >= service.vocab_size:
         raise ApiError(400, f"prompt has token {highest}, but the vocabulary ends at {service.vocab_size - 1}", "prompt")
     return np.array(prompt, np.int32)

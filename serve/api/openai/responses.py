@@ -8,13 +8,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve.api.common.request_pipeline import ActiveRequest, PreparedRequest, prepare_chat
+from serve.api.common.request_pipeline import ActiveRequest, ParsedRequest, PreparedRequest, prepare_chat
 from serve.api.common.respond import respond
 from serve.api.common.service import Service
 from serve.api.common.sse import TYPED
 from serve.api.common.typed_events import BlockBuilder, Event, TypedStream
 from serve.api.openai.responses_request import parse_response
 from serve.parsers import ToolCall
+from serve.runtime.budget import RequestMemory
 
 router = APIRouter()
 
@@ -37,10 +38,13 @@ async def responses(request: Request) -> Response:
     """Generates the response to a conversation, as one object or as typed events."""
     echoed: dict[str, Any] = {}
 
-    def prepare(service: Service, body: bytes) -> PreparedRequest:
+    def parse(body: bytes) -> ParsedRequest:
         parsed, raw = parse_response(body)
         echoed.update({name: raw[name] for name in _ECHOED if name in raw})
-        return prepare_chat(service, parsed)
+        return parsed
+
+    async def prepare(service: Service, body: bytes, memory: RequestMemory) -> PreparedRequest:
+        return await prepare_chat(service, parse, body, memory)
 
     return await respond(request, prepare, lambda active: ResponseStream(active, echoed), TYPED)
 

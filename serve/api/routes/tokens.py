@@ -1,16 +1,26 @@
 """POST /tokenize and /detokenize, as in vLLM."""
 
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from minicpmv46_jax.processing import PromptTooLong
+from minicpmv46_jax.processing.chat import check_characters
 from serve.api.common.errors import ApiError
 from serve.api.common.media_limits import media_costs
-from serve.api.common.middleware import read_body
-from serve.api.common.request_pipeline import check_model, make_prompt
+from serve.api.common.request_pipeline import (
+    ParsedRequest,
+    build_inputs,
+    check_model,
+    client_errors,
+    plan_prompt,
+    prepare_body,
+)
 from serve.api.common.schema import ChatRequest, Strict, TokenId, checked, json_object, validated
 from serve.api.common.service import Service
+from serve.runtime.budget import RequestMemory
 
 router = APIRouter()
 
@@ -34,34 +44,56 @@ class DetokenizeRequest(Strict):
 @router.post("/tokenize")
 async def tokenize(request: Request) -> dict[str, Any]:
     """Returns the tokens of a text, or of a conversation's whole prompt, images included."""
-    service = request.app.state.service
-    return await service.run_in_thread(_tokenize, service, await read_body(request, service.max_body_bytes))
+    async with AsyncExitStack() as cleanup:
+        result, _ = await prepare_body(request, cleanup, _tokenize)
+        return result
 
 
-def _tokenize(service: Service, body: bytes) -> dict[str, Any]:
-    raw = json_object(body)
-    if "messages" in raw:
-        with_strings = raw.pop("return_token_strs", False)
-        raw.pop("add_special_tokens", None)
-        chat = checked({"model": service.name, **raw}, ChatRequest)
-        check_model(service, chat.model)
-        inputs = make_prompt(service, chat)
-        ids, media = inputs.token_ids.tolist(), media_costs(chat.messages, inputs)
+async def _tokenize(service: Service, body: bytes, memory: RequestMemory) -> dict[str, Any]:
+    with_strings, chat, tokens = await service.run_in_thread(_parse, service, body, size=len(body))
+    if chat is None:
+        ids, media = tokens, []
     else:
+        inputs = await build_inputs(service, tokens, memory)
+        ids, media = inputs.token_ids.tolist(), media_costs(chat.messages, inputs)
+    strings = await service.run_in_thread(_token_texts, service, ids, size=4 * len(ids)) if with_strings else None
+    return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": strings, "media": media}
+
+
+def _parse(service: Service, body: bytes) -> tuple[bool, ChatRequest | None, Any]:
+    """Returns whether token texts are wanted, and a text's (None, token ids) or messages' (fields, plan)."""
+    raw = json_object(body)
+    if "messages" not in raw:
         text = validated(TokenizeRequest, raw)
         check_model(service, text.model or service.name)
-        with_strings = text.return_token_strs
+        try:
+            check_characters(text.prompt, service.max_model_len)
+        except PromptTooLong as error:
+            raise ApiError(400, str(error), "prompt", "context_length_exceeded") from None
         tokenizer = service.model.processor.tokenizer
-        ids, media = tokenizer(text.prompt, add_special_tokens=text.add_special_tokens)["input_ids"], []
-    strings = [service.model.detokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if with_strings else None
-    return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": strings, "media": media}
+        return text.return_token_strs, None, tokenizer(text.prompt, add_special_tokens=text.add_special_tokens)["input_ids"]
+    with_strings = raw.pop("return_token_strs", False)
+    raw.pop("add_special_tokens", None)
+    chat = checked({"model": service.name, **raw}, ChatRequest)
+    with client_errors(ParsedRequest(chat)):
+        check_model(service, chat.model)
+        return with_strings, chat, plan_prompt(service, chat)
+
+
+def _token_texts(service: Service, ids: list[int]) -> list[str]:
+    return [service.model.detokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request) -> dict[str, str]:
     """Returns the text of tokens."""
-    service = request.app.state.service
-    return await service.run_in_thread(_detokenize, service, await read_body(request, service.max_body_bytes))
+    async with AsyncExitStack() as cleanup:
+        result, _ = await prepare_body(request, cleanup, _prepare_detokenize)
+        return result
+
+
+async def _prepare_detokenize(service: Service, body: bytes, memory: RequestMemory) -> dict[str, str]:
+    return await service.run_in_thread(_detokenize, service, body, size=len(body))
 
 
 def _detokenize(service: Service, body: bytes) -> dict[str, str]:

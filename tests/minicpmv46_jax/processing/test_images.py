@@ -368,7 +368,7 @@ def test_config_saved_by_transformers_is_read(tmp_path):
         ({"size": {"height": 3}}, r"size = \{'height': 3\} is not supported, only null"),
         ({"image_std": [0.5, 0.0, 0.5]}, "image_std must not be zero"),
         ({"image_std": [0.5, 0.5]}, "image_std must be a number or a list of three"),
-        ({"max_slice_nums": 0}, "max_slice_nums must be an integer >= 1, got 0"),
+        ({"max_slice_nums": 0}, "max_slice_nums must be an integer from 1 to 4096, got 0"),
         ({"patch_size": "14"}, "patch_size must be an integer >= 1, got '14'"),
         ({"slice_mode": 1}, "slice_mode must be true or false, got 1"),
         ({"rescale_factor": 0}, "rescale_factor must be a number above 0, got 0"),

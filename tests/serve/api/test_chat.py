@@ -181,14 +181,14 @@ def test_health_and_models_answer_while_the_model_is_busy(service, model):
 
 def test_health_and_models_answer_while_a_request_is_prepared(service, model):
     entered, leave = threading.Event(), threading.Event()
-    prepare = model.process
+    prepare = model.plan
 
     def slow(messages, **options):
         entered.set()
         assert leave.wait(20)
         return prepare(messages, **options)
 
-    model.process = slow
+    model.plan = slow
 
     async def scenario():
         async with client(service) as http:

@@ -29,12 +29,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(demo, demo_engine, folder):
-    service = Service(demo, demo_engine, NAME, api_keys=("secret",))
-    before, demo.processor.fetch = demo.processor.fetch, MediaFetcher(folder)
+    service = Service(demo, demo_engine, NAME, api_keys=("secret",), fetcher=MediaFetcher(folder))
     with live(service) as address:
         yield f"{address}/v1"
-    service.pool.shutdown()
-    demo.processor.fetch = before
+    service.media.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minicpmv46_jax.processing import PromptPlan
 from serve.api.common.errors import ApiError
 from serve.api.common.request_pipeline import generation_kwargs
 from serve.api.common.schema import CHAT_FIELDS, SINGLE_VALUE_FIELDS, parse_chat
@@ -18,7 +19,7 @@ from tests.serve.support import CONTEXT, NAME, FakeModel, ask, body, client, con
 def service(model):
     with serving(model) as service:
         yield service
-        model.fault = model.process_fault = model.gate = None
+        model.fault = model.plan_fault = model.gate = None
         assert ask(service).json()["choices"][0]["message"]["content"] == "HELLO"  # it still serves
         assert service.engine.num_reserved == 0
 
@@ -157,7 +158,7 @@ def test_media_limits(model):
         parts = [{"type": "image_url", "image_url": {"url": "data:,"}}] * images
         return [*parts, *[{"type": "video_url", "video_url": {"url": "data:,"}}] * videos]
 
-    model.process = lambda messages, **_: prompt("hello")
+    model.plan = lambda messages, **_: PromptPlan(prompt("hello").token_ids)
     with serving(model, media_limits={"image": 2, "video": 0}) as service:
         first = {"role": "user", "content": content(1, 0)}
         assert ask(service, messages=[first, {"role": "user", "content": content(1, 0)}]).status_code == 200
@@ -198,9 +199,9 @@ def test_bodies_too_deep_for_the_template(service, model):
     def deep(messages, **_):
         raise RecursionError
 
-    ours, model.process = model.process, deep
+    ours, model.plan = model.plan, deep
     assert "nested too deeply" in error(ask(service), 400)["message"]
-    model.process = ours
+    model.plan = ours
     schema = {}
     for _ in range(900):
         schema = {"type": "array", "items": schema}
@@ -304,7 +305,7 @@ def test_stopping_server(model):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_internal_error_while_preparing(service, model, stream, caplog):
-    model.process_fault = RuntimeError("an internal detail")
+    model.plan_fault = RuntimeError("an internal detail")
     answer = ask(service, stream=stream)
     assert "internal detail" not in error(answer, 500)["message"]
     assert "an internal detail" in caplog.text and "Traceback" in caplog.text

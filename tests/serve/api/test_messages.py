@@ -35,9 +35,9 @@ def http(service):
 def plain(model):
     model.opening, model.say = "", str.upper
     model.seen = []
-    model.process = lambda messages, **options: (
+    model.plan = lambda messages, **options: (
         model.seen.append(messages),
-        FakeModel.process(model, [{"content": "hello"}], **options),
+        FakeModel.plan(model, [{"content": "hello"}], **options),
     )[1]
 
 
@@ -185,6 +185,6 @@ def test_errors_name_the_clients_fields(service, model):
     def fault(messages, **_):
         raise ValueError("messages[1].content[0]: not an image")
 
-    model.process = fault
+    model.plan = fault
     message = post(service, system="x").json()["error"]["message"]
     assert message == "messages[0].content[0]: not an image"

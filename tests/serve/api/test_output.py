@@ -190,8 +190,8 @@ def test_reasoning_effort_sets_enable_thinking(service, model, fields, variables
 
 
 def test_developer_role_and_reasoning_field(service, model):
-    seen, make = [], model.process
-    model.process = lambda messages, **options: seen.append(messages) or make(messages, **options)
+    seen, make = [], model.plan
+    model.plan = lambda messages, **options: seen.append(messages) or make(messages, **options)
     messages = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]
     ask(service, messages=messages)
     assert seen[0][0]["role"] == "system" and seen[0][1]["reasoning_content"] == "c"

@@ -39,9 +39,9 @@ def http(service):
 def plain(model):
     model.opening, model.say = "", str.upper
     model.seen = []
-    model.process = lambda messages, **options: (
+    model.plan = lambda messages, **options: (
         model.seen.append(messages),
-        FakeModel.process(model, [{"content": "hello"}], **options),
+        FakeModel.plan(model, [{"content": "hello"}], **options),
     )[1]
 
 
@@ -162,7 +162,7 @@ def test_errors_name_the_clients_fields(http, model):
     def fault(messages, **_):
         raise ValueError("messages[1].content[0]: not an image")
 
-    model.process = fault
+    model.plan = fault
     with pytest.raises(openai.BadRequestError) as caught:
         http.responses.create(model=NAME, instructions="x", input=[{"role": "user", "content": "hello"}])
     assert caught.value.param == "input[0].content[0]" and "input[0].content[0]: not an image" in caught.value.message

@@ -174,7 +174,7 @@ def test_openapi_document_describes_every_route(service):
 @pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.full)])
 def test_requests_generated_from_the_openapi_document(model, examples):
 
-    model.process = lambda messages, **options: FakeModel.process(model, [{"content": "hello"}] if messages else [], **options)
+    model.plan = lambda messages, **options: FakeModel.plan(model, [{"content": "hello"}] if messages else [], **options)
     model.say = lambda text: "ok"
     with serving(model) as service:
         app = create_app(service)

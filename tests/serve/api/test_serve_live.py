@@ -88,19 +88,19 @@ def test_disconnect_while_waiting(address, model, cancelled):
 
 def test_disconnect_while_preparing(address, model, cancelled):
     entered, leave = threading.Event(), threading.Event()
-    prepare = model.process
+    prepare = model.plan
 
     def slow(messages, **options):
         entered.set()
         assert leave.wait(PATIENCE_S)
         return prepare(messages, **options)
 
-    model.process = slow
+    model.plan = slow
     with connect(address, text="gone"):
         assert entered.wait(PATIENCE_S)
     assert cancelled.wait(PATIENCE_S)
     leave.set()
-    model.process = prepare
+    model.plan = prepare
     model.gate.release(100)
     answer = httpx.post(f"{address}/v1/chat/completions", json=body("next"), timeout=PATIENCE_S)
     assert answer.json()["choices"][0]["message"]["content"] == "NEXT"
