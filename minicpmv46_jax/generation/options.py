@@ -11,6 +11,11 @@ from jaxtyping import UInt32
 
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
+from minicpmv46_jax.short_repr import short_repr
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # the device computes in float32, where 1e39 is infinite
+# A logit times or divided by the penalty, then divided by a temperature of 1e-6, stays finite.
+MIN_PENALTY, MAX_PENALTY = 1e-6, 1e6
 
 
 @typing.runtime_checkable
@@ -93,22 +98,21 @@ def generation_options(
     default_temperature = defaults.temperature if defaults.do_sample else 0.0
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
-        raise ValueError(f"stop is {stop!r}, expected texts of at least one character")
+        raise ValueError(f"stop is {short_repr(stop)}, expected texts of at least one character")
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in stop_token_ids):
-        raise ValueError(f"stop_token_ids is {stop_token_ids!r}, expected token ids")
+        raise ValueError(f"stop_token_ids is {short_repr(stop_token_ids)}, expected token ids")
     own_stops = () if ignore_eos else defaults.stop_token_ids
     return GenerationOptions(
         max_new_tokens=_optional_integer("max_new_tokens", max_new_tokens, 1, None),
-        temperature=_number("temperature", default_temperature if temperature is None else temperature, 0.0, None),
+        temperature=_number("temperature", default_temperature if temperature is None else temperature, 0.0, FLOAT32_MAX),
         top_k=max(_optional_integer("top_k", defaults.top_k if top_k is None else top_k, -1, None), 0),
         top_p=_number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, above=True),
         min_p=_number("min_p", defaults.min_p if min_p is None else min_p, 0.0, 1.0),
         repetition_penalty=_number(
             "repetition_penalty",
             defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
-            0.0,
-            None,
-            above=True,
+            MIN_PENALTY,
+            MAX_PENALTY,
         ),
         presence_penalty=_number("presence_penalty", presence_penalty, -2.0, 2.0),
         frequency_penalty=_number("frequency_penalty", frequency_penalty, -2.0, 2.0),
@@ -127,19 +131,21 @@ def _biases(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
         raise ValueError(f"logit_bias has {len(biases)} tokens, at most {MAX_BIASED} may have one")
     for token in biases:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-            raise ValueError(f"logit_bias is for {token!r}, expected token ids")
+            raise ValueError(f"logit_bias is for {short_repr(token)}, expected token ids")
     return tuple((token, _number(f"logit_bias[{token}]", bias, -100.0, 100.0)) for token, bias in biases.items())
 
 
-def _number(name: str, value: object, low: float, high: float | None, above: bool = False) -> float:
-    expected = f"{'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}")
+def _number(name: str, value: object, low: float, high: float, above: bool = False) -> float:
+    expected = f"{'above' if above else 'at least'} {low} and at most {high}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, expected a number {expected}")
-    value = float(value)
-    inside = (value > low if above else value >= low) and (high is None or value <= high) and value < float("inf")
-    if not inside:
-        raise ValueError(f"{name} is {value}, expected {expected}")
-    return value
+        raise ValueError(f"{name} is {short_repr(value)}, expected a number {expected}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        number = float("inf")
+    if not ((number > low if above else number >= low) and number <= high):
+        raise ValueError(f"{name} is {number}, expected {expected}")
+    return number
 
 
 def _optional_integer(name: str, value: object, low: int, high: int | None) -> int | None:
@@ -147,8 +153,8 @@ def _optional_integer(name: str, value: object, low: int, high: int | None) -> i
     if value is None:
         return None
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, expected {expected}")
+        raise ValueError(f"{name} is {short_repr(value)}, expected {expected}")
     value = int(value)
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}, expected {expected}")
+        raise ValueError(f"{name} is {short_repr(value)}, expected {expected}")
     return value

@@ -5,11 +5,12 @@ image_url, video or video_url. The released template supports neither "video_url
 text, so both are converted.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from minicpmv46_jax.processing.options import MediaOptions
+from minicpmv46_jax.short_repr import short_repr
+from minicpmv46_jax.strict_json import parse_json
 
 # Part type -> (media kind, keys of the part that may hold its source).
 _SOURCES = {
@@ -50,18 +51,19 @@ def normalise_messages(messages: Any, reserved: Iterable[str]) -> tuple[list[dic
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
         raise ValueError(f"messages must be a list of messages, got {type(messages).__name__}")
-    plain, media = [], []
+    plain, media, placeholders = [], [], tuple(reserved)
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
             raise ValueError(f"{where}: expected a mapping, got {type(message).__name__}")
         copy = {key: value for key, value in message.items() if value is not None}
         if not isinstance(copy.get("role"), str):
-            raise ValueError(f"{where}: role must be a string, got {copy.get('role')!r}")
+            raise ValueError(f"{where}: role must be a string, got {short_repr(copy.get('role'))}")
         overrides = copy.pop("mm_processor_kwargs", {})
-        check_overrides(overrides, f"{where}.mm_processor_kwargs")
+        if overrides != {}:  # the check takes microseconds, and there may be a hundred thousand messages
+            check_overrides(overrides, f"{where}.mm_processor_kwargs")
         if "content" in copy:
-            copy["content"], found = _content(copy["content"], overrides, where, tuple(reserved))
+            copy["content"], found = _content(copy["content"], overrides, where, placeholders)
             media += found
         if "tool_calls" in copy:
             copy["tool_calls"] = _tool_calls(copy["tool_calls"], f"{where}.tool_calls")
@@ -93,11 +95,11 @@ def _content(
                 raise ValueError(f"{at}: text must be a string, got {type(part.get('text')).__name__}")
             _check_text(part["text"], at, reserved)
             parts.append({"type": "text", "text": part["text"]})
-        elif kind in _SOURCES:
+        elif isinstance(kind, str) and kind in _SOURCES:
             media.append(_media_part(part, kind, overrides, at))
             parts.append({"type": media[-1].kind})
         else:
-            raise ValueError(f"{at}: type must be one of text, {', '.join(_SOURCES)}, got {kind!r}")
+            raise ValueError(f"{at}: type must be one of text, {', '.join(_SOURCES)}, got {short_repr(kind)}")
     return parts, media
 
 
@@ -142,9 +144,9 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 def _arguments(arguments: Any, where: str) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = parse_json(arguments)
         except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{where}: expected a mapping, got {type(arguments).__name__}")
     return arguments

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from minicpmv46_jax.short_repr import short_repr
+
 DOWNSAMPLE_MODES = ("16x", "4x")
 # Frames of one second are joined into one canvas, so an unlimited number would make an unlimited canvas. The
 # reference has no limit; the released model was trained with up to 5.
@@ -59,7 +61,7 @@ class MediaOptions:
         if not isinstance(overrides, Mapping):
             raise ValueError(f"{where}: expected a mapping of options, got {type(overrides).__name__}")
         if unknown := [name for name in overrides if name not in OPTION_NAMES]:
-            raise ValueError(f"{where}: unknown option {unknown[0]!r}; known are {', '.join(OPTION_NAMES)}")
+            raise ValueError(f"{where}: unknown option {short_repr(unknown[0])}; known are {', '.join(OPTION_NAMES)}")
         chosen = {name: value for name, value in overrides.items() if value is not None}
         for name, value in chosen.items():
             check_option(name, value, f"{where}: ")
@@ -73,10 +75,10 @@ def check_option(name: str, value: Any, prefix: str = "") -> None:
     """Raises ValueError if the option cannot have this value."""
     if name == "downsample_mode":
         if value not in DOWNSAMPLE_MODES:
-            raise ValueError(f"{prefix}{name} must be one of {', '.join(DOWNSAMPLE_MODES)}, got {value!r}")
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(DOWNSAMPLE_MODES)}, got {short_repr(value)}")
     elif name == "use_image_id":
         if not isinstance(value, bool):
-            raise ValueError(f"{prefix}{name} must be True or False, got {value!r}")
+            raise ValueError(f"{prefix}{name} must be True or False, got {short_repr(value)}")
     else:
         _check_int(prefix + name, value, 1, _UPPER_BOUNDS[name])
 
@@ -172,7 +174,7 @@ def _check_field(name: str, value: Any, where: str) -> None:
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {short_repr(value)}")
 
 
 def _is_number(value: Any) -> bool:

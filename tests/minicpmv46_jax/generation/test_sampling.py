@@ -238,7 +238,11 @@ def test_logprobs_are_of_unmodified_logits():
         ({"min_p": 2}, "min_p is 2.0, expected at least 0.0 and at most 1.0"),
         ({"top_k": 1.5}, "top_k is 1.5, expected an integer"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected an integer of at least 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0.0, expected above 0.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0, expected at least 1e-06 and at most 1000000.0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40"),  # a logit divided by it is infinite
+        ({"repetition_penalty": 1e38}, "repetition_penalty is 1e+38"),
+        ({"temperature": 1e39}, "temperature is 1e+39, expected at least 0.0 and at most 3.4"),  # infinite in float32
+        ({"temperature": 10**400}, "temperature is inf"),
         ({"presence_penalty": 3}, "presence_penalty is 3.0, expected at least -2.0 and at most 2.0"),
         ({"logprobs": 21}, "logprobs is 21, expected an integer of at least 0 and at most 20"),
         ({"stop": ""}, "stop is ''"),

@@ -364,6 +364,9 @@ def test_bad_options(processor, overrides, message):
         ),
         ([{"role": "user", "content": 3}], r"messages\[0\].content: expected a string or a list of parts, got int"),
         ([user("a")], r"content\[0\]: type must be one of text, image, image_url, video, video_url, got None"),
+        ([user({"type": []})], r"content\[0\]: type must be one of .*, got \[\]"),
+        ([user({"type": {}})], r"content\[0\]: type must be one of .*, got \{\}"),
+        ([user({"type": "x" * 10**6})], r"got 'x{50,99}\.\.\.x{50,99}'\Z"),
         ([user({"type": "audio", "audio": "a.wav"})], r"messages\[0\].content\[0\]: type must be one of .*, got 'audio'"),
         ([user({"type": "text"})], r"content\[0\]: text must be a string, got NoneType"),
         ([user({"type": "image"})], r"content\[0\]: a part of type image needs exactly one of image, url, path, got \[\]"),
@@ -392,7 +395,17 @@ def test_bad_conversations(processor, messages, message):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [("{'a'}", "not valid JSON"), ("", "not valid JSON"), ("[1]", "expected a mapping, got list")]
+    "arguments, message",
+    [
+        ("{'a'}", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1]", "expected a mapping, got list"),
+        ('{"a": NaN}', "not valid JSON: NaN is not JSON"),
+        ('{"a": 1e999}', "not valid JSON: the number 1e999 is beyond"),
+        (r'{"a": "\ud800"}', "not Unicode text: it has half a character"),
+        ("[" * 300 + "]" * 300, "nested too deeply"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
 )
 def test_bad_tool_arguments(processor, arguments, message):
     call = {"function": {"name": "f", "arguments": arguments}}
