@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from minicpmv46_jax.strict_json import parse_json, replace_surrogates
 from serve.parsers.parts import ToolCall
 from serve.parsers.typed import convert_argument
 
@@ -51,18 +52,14 @@ def parse_call(text: str, tools: Tools) -> ToolCall | None:
 
 def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
     try:
-        call = json.loads(text, parse_constant=_refuse_constant)
+        call = parse_json(text, allow_surrogates=True)
         arguments = call.get("arguments", {})
-        arguments = json.loads(arguments, parse_constant=_refuse_constant) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
+        arguments = parse_json(arguments, allow_surrogates=True) if isinstance(arguments, str) else arguments
+    except ValueError:
         return None
     if not isinstance(call.get("name"), str) or not isinstance(arguments, dict) or call.keys() - {"name", "arguments", "id"}:
         return None
     return call["name"], arguments
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _xml_call(text: str) -> tuple[str, dict[str, Any]] | None:
@@ -90,4 +87,4 @@ def _convert_arguments(arguments: Mapping[str, Any], schema: Mapping[str, Any]) 
 
 
 def _encode(arguments: dict[str, Any]) -> str:
-    return json.dumps(arguments, ensure_ascii=False)
+    return replace_surrogates(json.dumps(arguments, ensure_ascii=False, allow_nan=False))

@@ -3,13 +3,13 @@
 Text that matches none of the types stays text, so the client still receives it.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from minicpmv46_jax.strict_json import parse_json
+
 # "True" and "None" occur because templates print Python's values.
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
-MAX_REFERENCES = 8  # a schema may refer to itself in a circle
 
 
 def convert_argument(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
@@ -20,7 +20,7 @@ def convert_argument(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
       schema: the argument's own schema.
       root: the schema that `$ref`s are resolved in.
     """
-    types = list(_types(schema, root, MAX_REFERENCES))
+    types = list(dict.fromkeys(_types(schema, root)))
     for type_ in types:
         matches, value = _read(text, type_)
         if matches and (type_ != "null" or "string" not in types or text.strip().lower() == "null"):
@@ -28,17 +28,27 @@ def convert_argument(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
     return text
 
 
-def _types(schema: Any, root: Mapping[str, Any], references_left: int) -> Iterator[str]:
-    """Yields every type that a schema allows, alternatives and references included."""
-    if not isinstance(schema, Mapping) or references_left == 0:
-        return
+def _types(schema: Any, root: Mapping[str, Any]) -> Iterator[str]:
+    """Yields every type that a schema allows, references and alternatives included.
+
+    Visits each subschema once, because references may form circles, and many may lead to one subschema.
+    """
+    pending, seen = [schema], set()
+    while pending:
+        schema = pending.pop()
+        if isinstance(schema, Mapping) and id(schema) not in seen:
+            seen.add(id(schema))
+            types = schema.get("type") or list(_types_of_values(schema))
+            yield from (type_ for type_ in (types if isinstance(types, list) else [types]) if isinstance(type_, str))
+            pending += reversed(list(_subschemas(schema, root)))
+
+
+def _subschemas(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Any]:
     if isinstance(reference := schema.get("$ref"), str):
-        yield from _types(_resolve(reference, root), root, references_left - 1)
-    types = schema.get("type")
-    yield from (types if isinstance(types, list) else [types]) if types else _types_of_values(schema)
+        yield _resolve(reference, root)
     for keyword in ("anyOf", "oneOf", "allOf"):
-        for alternative in schema.get(keyword) or () if isinstance(schema.get(keyword), list) else ():
-            yield from _types(alternative, root, references_left - 1)
+        if isinstance(alternatives := schema.get(keyword), list):
+            yield from alternatives
 
 
 def _types_of_values(schema: Mapping[str, Any]) -> Iterator[str]:
@@ -65,11 +75,7 @@ def _read(text: str, type_: Any) -> tuple[bool, Any]:
     if kinds is None:
         return False, None
     try:
-        value = json.loads(word, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):  # ValueError: not JSON, or an integer of thousands of digits
+        value = parse_json(word, allow_surrogates=True)
+    except ValueError:
         return False, None
     return isinstance(value, kinds) and not isinstance(value, bool), value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

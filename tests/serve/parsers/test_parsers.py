@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -303,3 +304,34 @@ def test_xml_arguments_round_trip(arguments):
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
     (call,) = parsed([f"<tool_call>\n<function=now>\n{body}</function>\n</tool_call>"], tools=TOOLS)
     assert json.loads(call.arguments) == arguments
+
+
+@pytest.mark.parametrize(
+    "value, written",
+    [(r'"\ud800x"', {"x": "\ufffdx"}), (r'"\ud83d\ude00"', {"x": "\U0001f600"}), (r'{"\udfff": 1}', {"x": {"\ufffd": 1}})],
+)
+def test_surrogates_in_arguments_are_replaced(value, written):
+    (call,) = parsed([f'<tool_call>{{"name": "now", "arguments": {{"x": {value}}}}}</tool_call>'], tools=TOOLS)
+    assert json.loads(call.arguments.encode()) == written
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "9" * 5000, "[" * 300 + "]" * 300, "[" * 100_000])
+def test_arguments_without_json_stay_text(value):
+    text = f'<tool_call>{{"name": "now", "arguments": {{"x": {value}}}}}</tool_call>'
+    assert parsed([text], tools=TOOLS) == content(text)
+    assert convert_argument(value, {"type": ["number", "integer", "array"]}, {}) == value
+
+
+@pytest.mark.parametrize("type_", [[], {}, [[]], [{}], 1, [None], True])
+def test_odd_types_of_a_schema_match_nothing(type_):
+    assert convert_argument("1", {"type": type_}, {}) == "1"
+    assert convert_argument("1", {"type": type_, "anyOf": [{"type": "integer"}]}, {}) == 1
+
+
+def test_references_to_many_references_are_followed_once():
+    root = {"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}] * 50 + [{"type": "integer"}]}}}
+    chain = {"$defs": {f"r{i}": {"$ref": f"#/$defs/r{i + 1}"} for i in range(3000)} | {"r3000": {"type": "integer"}}}
+    begun = time.process_time()
+    assert convert_argument("7", root["properties"]["x"], root) == 7
+    assert convert_argument("7", {"$ref": "#/$defs/r0"}, chain) == 7
+    assert time.process_time() - begun < 2  # all paths of the first are 50 to the fourth
