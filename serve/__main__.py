@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError for mistakes that can be found before anything slow starts."""
     check_model_args(args)
+    if "*" in (args.allowed_origins or ()) and args.allow_credentials:
+        raise ValueError(
+            "--allow-credentials with --allowed-origins '*' would let every page use a visitor's cookies: name the origins"
+        )
     if args.ssl_certfile is None and args.ssl_keyfile is not None:
         raise ValueError("--ssl-keyfile needs an --ssl-certfile, and there is none")
     if args.ssl_certfile is not None:

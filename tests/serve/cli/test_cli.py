@@ -156,6 +156,8 @@ def test_port_taken_while_loading_is_refused():
 
 def test_contradictory_flags_are_refused(capsys, tmp_path):
     assert "--revision" in startup_error(capsys, "--revision", "main")
+    every = ["--allowed-origins", '["*"]', "--allow-credentials"]
+    assert "--allowed-origins '*' would let every page" in startup_error(capsys, *every)
     assert "--api-key is empty" in startup_error(capsys, "--api-key", "")
     assert f"{tmp_path / 'none'}, which is not a folder" in startup_error(capsys, "--allowed-local-media-path", tmp_path / "none")
 
