@@ -9,6 +9,7 @@ import minicpmv46_jax
 from serve.api.anthropic import messages
 from serve.api.common import errors
 from serve.api.common.auth import require_key
+from serve.api.common.json_encoding import JsonResponse
 from serve.api.common.middleware import RequestMiddleware
 from serve.api.common.service import Service
 from serve.api.openai import chat, completions, responses
@@ -17,7 +18,9 @@ from serve.api.routes import docs, health, home, metrics, models, scene, tokens
 
 def create_app(service: Service) -> FastAPI:
     """Returns the application of all routes over a service. The caller closes the service."""
-    app = FastAPI(title="MiniCPM-V 4.6 in JAX", version=minicpmv46_jax.__version__, redoc_url=None)
+    app = FastAPI(
+        title="MiniCPM-V 4.6 in JAX", version=minicpmv46_jax.__version__, redoc_url=None, default_response_class=JsonResponse
+    )
     app.state.service = service
     app.add_middleware(RequestMiddleware)
     if service.cors is not None:  # outermost, so that pages can read errors too

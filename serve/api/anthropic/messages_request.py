@@ -130,6 +130,7 @@ class _MessageConversation(Conversation):
 
     def _read_assistant(self, blocks: list[tuple[dict[str, Any], str]], path: str) -> None:
         message: dict[str, Any] = {"role": "assistant", "content": []}
+        reasoning = []
         for block, block_path in blocks:
             kind = block.get("type")
             if kind == "tool_use":
@@ -137,10 +138,11 @@ class _MessageConversation(Conversation):
                 call = tool_call(block.get("id"), block.get("name"), arguments, block_path)
                 message.setdefault("tool_calls", []).append(call)
             elif kind == "thinking":
-                text = expect_text(block.get("thinking"), f"{block_path}.thinking")
-                message["reasoning_content"] = message.get("reasoning_content", "") + text
+                reasoning.append(expect_text(block.get("thinking"), f"{block_path}.thinking"))
             elif kind != "redacted_thinking":
                 message["content"].append(self.content_part(block, block_path))
+        if reasoning:
+            message["reasoning_content"] = "".join(reasoning)
         self.add(message, path)
 
     def media_url(self, medium: str, part: dict[str, Any], path: str) -> str:

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from minicpmv46_jax.short_repr import short_repr
 from serve.api.common.errors import ApiError
 
 Names = Mapping[str, str]
 """Fields of a chat request (`max_tokens`, `messages[2]`) to the client's fields."""
+
+_FIELD = re.compile(r"(?<![\w.])(\w+)(\[\d+\])?(?!\w)")  # max_tokens, messages[2]
 
 
 @contextmanager
@@ -31,16 +34,21 @@ def renamed(names: Names) -> Iterator[None]:
 
 
 def rename(text: str, names: Names) -> str:
-    """Returns the text with the client's names for fields."""
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = "|".join(rf"(?<![\w.]){re.escape(name)}(?!\w)" for name in longest_first)
-    return re.sub(pattern, lambda match: names[match[0]], text)
+    """Returns the text with the client's names for fields.
+
+    Looks up only the names that occur in the text, because a request may have a hundred thousand messages.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        return names.get(match[0]) or names.get(match[1], match[1]) + (match[2] or "")
+
+    return _FIELD.sub(replace, text)
 
 
 def wrong_value(path: str, value: Any, expected: str) -> ApiError:
     """Returns status 400 that names the field, its value and the expected values."""
-    shown = repr(value) if not isinstance(value, (dict, list)) else type(value).__name__
-    return ApiError(400, f"{path} is {shown[:200]}, expected {expected}", path)
+    shown = short_repr(value) if not isinstance(value, (dict, list)) else type(value).__name__
+    return ApiError(400, f"{path} is {shown}, expected {expected}", path)
 
 
 def expect_list(value: Any, path: str) -> list[Any]:
@@ -73,4 +81,4 @@ def refuse_fields(raw: Mapping[str, Any], fields: frozenset[str]) -> None:
     """Raises ApiError for a field of another API."""
     for name in raw:
         if name in fields:
-            raise ApiError(400, f"{name!r} is not a field that this route serves", name, "unsupported_parameter")
+            raise ApiError(400, f"{short_repr(name)} is not a field that this route serves", name, "unsupported_parameter")

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from minicpmv46_jax.short_repr import shortened
 from serve.api.common.errors import ApiError, internal_error
 from serve.engine.engine_client import Cancelled
 from serve.runtime.budget import RequestMemory
@@ -23,6 +24,7 @@ from serve.runtime.budget import RequestMemory
 log = logging.getLogger("serve")
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only the log shows it
+_LENGTH = re.compile("[0-9]{1,20}")
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -91,7 +93,7 @@ async def read_body(request: Request, max_bytes: int, memory: RequestMemory) -> 
     """
     too_long = ApiError(413, f"the body is longer than the {max_bytes} bytes allowed", code="request_too_large")
     content_length = request.headers.get("Content-Length", "")
-    if content_length.isdigit() and int(content_length) > max_bytes:
+    if _LENGTH.fullmatch(content_length) and int(content_length) > max_bytes:
         raise too_long
     body = bytearray()
     async for chunk in request.stream():
@@ -125,7 +127,7 @@ def _log_request(scope: Scope, record: RequestRecord, seconds: float) -> None:
     fields = {
         "request_id": record.id,
         "method": scope["method"],
-        "path": scope["path"],
+        "path": shortened(scope["path"]),
         "status": CLIENT_CLOSED_REQUEST if record.client_gone else record.status,
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.completion_tokens,

@@ -5,8 +5,9 @@ from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from serve.api.common.json_encoding import JsonResponse
 from serve.api.common.request_pipeline import ActiveRequest, Prepare, PreparedRequest, submit_request
 from serve.api.common.sse import CHAT, Dialect, EventStream
 
@@ -44,7 +45,7 @@ async def respond(
         request = await submit_request(http, cleanup, prepare)
         stream = open_stream(request)
         if not request.output.stream:
-            return JSONResponse(await stream.collect())
+            return JsonResponse(await stream.collect())
         events = stream.events()
         cleanup.push_async_callback(events.aclose)
         return EventStream(await anext(events), events, cleanup.pop_all(), dialect)

@@ -5,9 +5,6 @@ as absent.
 """
 
 import difflib
-import json
-import re
-import reprlib
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -21,8 +18,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
+from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
+from minicpmv46_jax.short_repr import short_repr, shortened
+from minicpmv46_jax.strict_json import parse_json
 from serve.api.common.errors import ApiError
 
 # Bookkeeping fields of OpenAI's and vLLM's clients, which no answer depends on.
@@ -42,8 +42,10 @@ SINGLE_VALUE_FIELDS: dict[str, Any] = {
     "include_stop_str_in_output": False,
 }
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
+# Counted before parsing, because an empty object of two bytes becomes 72 in memory.
+MAX_VALUES = 2**20
+MAX_SUGGESTED = 64  # characters of an unknown field for which a similar one is looked up
+MAX_TOKEN_DIGITS = 10  # of a token id in a text
 MAX_CHOICES = 16  # answers to one request; each takes one unit of the engine's capacity
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]  # OpenAI's
 NO_THINKING = ("none", "minimal")  # efforts that disable thinking
@@ -56,8 +58,18 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _few_biases(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASED:
+        raise ValueError(f"it has {len(value)} tokens, at most {MAX_BIASED} may have one")
+    return value
+
+
+# A list of a million wrong entries is one error, not a million.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 StopTexts = Annotated[
     list[str],
+    Field(fail_fast=True),
     BeforeValidator(_as_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
@@ -67,6 +79,15 @@ class Strict(BaseModel):
     """A model without type conversion that refuses unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, fields: Any) -> Any:
+        """Raises an error for the first unknown field. pydantic would make one for each of a million."""
+        unknown = next((name for name in fields if name not in cls.model_fields), None) if isinstance(fields, dict) else None
+        if unknown is not None:
+            raise PydanticCustomError("extra_forbidden", "not a field that this server serves", {"name": unknown})
+        return fields
 
 
 class StreamOptions(Strict):
@@ -93,21 +114,21 @@ class GenerationRequest(Strict):
     seed: int | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stop: StopTexts = []
-    logit_bias: dict[str, float] = {}
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few_biases)] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[TokenId] = []
+    stop_token_ids: TokenIds = []
     ignore_eos: bool = False
 
     @field_validator("logit_bias")
     @classmethod
     def _token_ids(cls, biases: dict[str, float]) -> dict[str, float]:
         for token in biases:
-            if not (token.isascii() and token.isdigit()):
-                raise ValueError(f"{token[:50]!r} is not a token id")
+            if not (token.isascii() and token.isdigit() and len(token) <= MAX_TOKEN_DIGITS):
+                raise ValueError(f"{short_repr(token)} is not a token id")
         return biases
 
     @property
@@ -124,11 +145,11 @@ class GenerationRequest(Strict):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions: OpenAI's fields, and vLLM's additional ones."""
 
-    messages: list[dict[str, Any]]
+    messages: Objects
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     reasoning_effort: ReasoningEffort | None = None
@@ -155,7 +176,7 @@ class ChatRequest(GenerationRequest):
                 raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
             if not isinstance(function.get("parameters") or {}, dict):
                 raise ValueError(
-                    f"tools[{i}].function.parameters must be a JSON schema, got {reprlib.repr(function['parameters'])}"
+                    f"tools[{i}].function.parameters must be a JSON schema, got {short_repr(function['parameters'])}"
                 )
         return tools
 
@@ -254,29 +275,23 @@ def _check_unserved(name: str, value: Any, known: Collection[str], single_value_
     if name in single_value_fields:
         served = single_value_fields[name]
         if type(value) is not type(served) or value != served:
-            raise ApiError(400, f"{name} is {reprlib.repr(value)}, but only {served!r} is served", name, "unsupported_value")
+            raise ApiError(400, f"{name} is {short_repr(value)}, but only {served!r} is served", name, "unsupported_value")
         return
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1) if len(name) <= MAX_SUGGESTED else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ApiError(400, f"{reprlib.repr(name)} is not a field that this server serves{hint}", name[:64], "unsupported_parameter")
+    raise ApiError(400, f"{short_repr(name)} is not a field that this server serves{hint}", name, "unsupported_parameter")
 
 
 def _json(body: bytes) -> Any:
+    if (number := sum(map(body.count, (b"[", b"{", b",")))) > MAX_VALUES:
+        message = f"the body has {number} brackets, braces and commas, and at most {MAX_VALUES} may be in a request"
+        raise ApiError(400, message)
     try:
-        raw = json.loads(body.decode(), parse_constant=_refuse_constant)
-        if _SURROGATE.search(body):
-            json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8 encoding, thus no tokens
-        return raw
-    except UnicodeEncodeError:
-        raise ApiError(400, "the body has half a character in it: a \\ud800 to \\udfff escape without its partner") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        return parse_json(body.decode())
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error.reason} at byte {error.start}, expected UTF-8") from None
     except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+        raise ApiError(400, f"the body is {error}") from None
 
 
 def _json_type(value: Any) -> str:
@@ -287,15 +302,15 @@ def _json_type(value: Any) -> str:
 def _validation_error(error: ValidationError) -> ApiError:
     """Returns the first error with the field, its value and the expected values."""
     first = error.errors(include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
+    path, reason = _path(first["loc"]), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        path = _path((*first["loc"], first.get("ctx", {})["name"]))
+        return ApiError(400, f"{short_repr(path)} is not a field that this server serves", path, "unsupported_parameter")
+    if not path:
         return ApiError(400, reason, reason.split()[0])
-    path = _path(first["loc"])
     if first["type"] == "missing":
         return ApiError(400, f"{path} is missing", path)
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{path} is not a field that this server serves", path, "unsupported_parameter")
-    return ApiError(400, f"{path} is {reprlib.repr(first['input'])}: {reason}", path)
+    return ApiError(400, f"{shortened(path)} is {short_repr(first['input'])}: {reason}", path)
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -1,7 +1,6 @@
 """Responses as server-sent events, one JSON object per event."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -11,12 +10,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api.common.errors import ApiError, anthropic_content, internal_error, stopped_error
+from serve.api.common.json_encoding import encode_json
 from serve.engine.engine_client import Cancelled, EngineStopped
 
 log = logging.getLogger("serve")
-_dumps = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":")
-).encode  # reused: `json.dumps` builds one a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +74,13 @@ class EventStream(Response):
                 await self._send(send, event)
         except (Cancelled, OSError):  # some servers raise OSError after a disconnect
             raise Cancelled from None
-        except EngineStopped:
-            await self._send(send, self._dialect.error(stopped_error()))
+        except EngineStopped as error:
+            await self._send(send, self._dialect.error(stopped_error(error)))
         except Exception:
             log.exception("%s failed while streaming", request_id)
             await self._send(send, self._dialect.error(internal_error()))
         await send({"type": "http.response.body", "body": self._dialect.end, "more_body": True})
 
     async def _send(self, send: Send, event: dict[str, Any]) -> None:
-        name = f"event: {event['type']}\n" if self._dialect.named else ""
-        await send({"type": "http.response.body", "body": f"{name}data: {_dumps(event)}\n\n".encode(), "more_body": True})
+        name = f"event: {event['type']}\n".encode() if self._dialect.named else b""
+        await send({"type": "http.response.body", "body": b"%bdata: %b\n\n" % (name, encode_json(event)), "more_body": True})

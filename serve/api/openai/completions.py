@@ -44,7 +44,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions: OpenAI's fields, and vLLM's additional ones."""
 
-    prompt: str | list[Annotated[int, Field(ge=0)]]
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=1)
     best_of: int | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

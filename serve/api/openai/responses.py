@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from serve.api.common.errors import ApiError
+from serve.api.common.json_encoding import encode_json
 from serve.api.common.request_pipeline import ActiveRequest, ParsedRequest, PreparedRequest, prepare_chat
 from serve.api.common.respond import respond
 from serve.api.common.service import Service
@@ -31,6 +33,7 @@ _ECHOED = (
     "top_p",
     "user",
 )
+MAX_ECHOED_BYTES = 2**20
 
 
 @router.post("/responses")
@@ -40,13 +43,28 @@ async def responses(request: Request) -> Response:
 
     def parse(body: bytes) -> ParsedRequest:
         parsed, raw = parse_response(body)
-        echoed.update({name: raw[name] for name in _ECHOED if name in raw})
+        echoed.update(echoed_fields(raw))
         return parsed
 
     async def prepare(service: Service, body: bytes, memory: RequestMemory) -> PreparedRequest:
         return await prepare_chat(service, parse, body, memory)
 
     return await respond(request, prepare, lambda active: ResponseStream(active, echoed), TYPED)
+
+
+def echoed_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the client's fields that the response repeats.
+
+    Raises ApiError if they are long: they are kept during generation, and a stream repeats them three times.
+    """
+    echoed = {name: raw[name] for name in _ECHOED if name in raw}
+    if (size := len(encode_json(echoed))) > MAX_ECHOED_BYTES:
+        longest = max(echoed, key=lambda name: len(encode_json(echoed[name])))
+        message = (
+            f"{longest} is too long: the fields that a response repeats have {size} bytes, at most {MAX_ECHOED_BYTES} may be"
+        )
+        raise ApiError(400, message, longest)
+    return echoed
 
 
 class ResponseStream(TypedStream):

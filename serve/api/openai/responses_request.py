@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from minicpmv46_jax.short_repr import short_repr
 from serve.api.common.conversation import (
     Conversation,
     client_fields,
@@ -41,7 +42,7 @@ def parse_response(body: bytes) -> tuple[ParsedRequest, dict[str, Any]]:
             raise ApiError(400, f"{name} is not served: this server keeps no answers; send the whole conversation as input", name)
     for name, value in _SINGLE_VALUE_FIELDS.items():
         if raw.get(name, value) != value:
-            raise ApiError(400, f"{name} is {raw[name]!r}, but only {value!r} is served", name, "unsupported_value")
+            raise ApiError(400, f"{name} is {short_repr(raw[name])}, but only {value!r} is served", name, "unsupported_value")
     for i, included in enumerate(expect_list(raw.pop("include", []), "include")):
         if included not in _INCLUDED:
             raise wrong_value(f"include[{i}]", included, f"one of {', '.join(_INCLUDED)}")
@@ -102,7 +103,9 @@ class _ItemConversation(Conversation):
 
     def __init__(self):
         super().__init__()
-        self._reasoning = ""  # of items whose message has not come yet
+        # Texts are joined once, at the end: a request may have a hundred thousand items.
+        self._reasoning: list[str] = []  # of items whose message has not come yet
+        self._system: list[tuple[dict[str, Any], list[str]]] = []  # system messages of several items, and their texts
 
     def read(self, entries: Any, path: str) -> None:
         """Converts a request's input: a text, or a list of items."""
@@ -110,6 +113,8 @@ class _ItemConversation(Conversation):
             self.add({"role": "user", "content": entries}, path)
         else:
             super().read(entries, path)
+        for message, texts in self._system:
+            message["content"] = "\n\n".join(texts)
 
     def read_entry(self, entry: dict[str, Any], path: str) -> None:
         """Converts one item."""
@@ -125,7 +130,7 @@ class _ItemConversation(Conversation):
         elif kind == "reasoning":
             for name in ("content", "summary"):
                 for part, part_path in expect_objects(entry.get(name) or [], f"{path}.{name}"):
-                    self._reasoning += expect_text(part.get("text"), f"{part_path}.text")
+                    self._reasoning.append(expect_text(part.get("text"), f"{part_path}.text"))
         else:
             raise wrong_value(f"{path}.type", kind, "'message', 'function_call', 'function_call_output' or 'reasoning'")
 
@@ -143,7 +148,9 @@ class _ItemConversation(Conversation):
         """Appends to the system message, because the template takes one: instructions and developer messages
         share it."""
         system = self.messages[-1]
-        system["content"] = "\n\n".join(map(_as_text, (system["content"], content)))
+        if not self._system or self._system[-1][0] is not system:
+            self._system.append((system, [_as_text(system["content"])]))
+        self._system[-1][1].append(_as_text(content))
         self.names[f"messages[{len(self.messages) - 1}]"] = path
 
     def _assistant_message(self, path: str) -> dict[str, Any]:
@@ -153,7 +160,7 @@ class _ItemConversation(Conversation):
             return last
         message = self.add({"role": "assistant", "content": None}, path)
         if self._reasoning:
-            message["reasoning_content"], self._reasoning = self._reasoning, ""
+            message["reasoning_content"], self._reasoning = "".join(self._reasoning), []
         return message
 
     def media_url(self, medium: str, part: dict[str, Any], path: str) -> str:

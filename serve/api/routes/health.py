@@ -1,26 +1,26 @@
 """GET /health, /ready and /version, without an API key."""
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 
 import minicpmv46_jax
+from serve.api.common.json_encoding import JsonResponse
 
 router = APIRouter()
 
 
 @router.get("/health")
-async def health(request: Request) -> JSONResponse:
+async def health(request: Request) -> JsonResponse:
     """Returns 200 while the engine runs, 503 once it has stopped."""
     alive = request.app.state.service.engine.alive
-    return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+    return JsonResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
 
 @router.get("/ready")
-async def ready(request: Request) -> JSONResponse:
+async def ready(request: Request) -> JsonResponse:
     """Returns 200 if a new request would be accepted, 503 if the queue is full or the engine has stopped."""
     engine = request.app.state.service.engine
     state = "stopped" if not engine.alive else "full" if engine.full else "ready"
-    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+    return JsonResponse({"status": state}, 200 if state == "ready" else 503)
 
 
 @router.get("/version")
