@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import socket
 import sys
@@ -10,6 +11,7 @@ import uvicorn
 
 from serve.api import Service, create_app
 from serve.runtime import logs
+from serve.runtime.http_protocol import BoundedHttpProtocol, descriptors_for_connections
 
 DRAIN_S = 20  # for running requests after a signal; a second Ctrl-C ends them at once
 DISCONNECT_S = 25  # after a signal, when clients that do not read are disconnected
@@ -40,6 +42,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
+                http=functools.partial(BoundedHttpProtocol, max_connections=descriptors_for_connections()),
+                ws="none",
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=DISCONNECT_S,

@@ -22,6 +22,7 @@ from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs, PromptPlan
 from minicpmv46_jax.processing.chat import check_characters
 from serve.api import Service, create_app
+from serve.runtime.http_protocol import BoundedHttpProtocol
 from tests.serve.engine.serial_engine import SerialEngine
 
 NAME = "fake"
@@ -209,7 +210,9 @@ def live(service):
     """Yields the address of a real server on a loopback port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            create_app(service), http=BoundedHttpProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
         server = _ReadyServer(config)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
