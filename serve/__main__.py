@@ -9,6 +9,7 @@ from pathlib import Path
 
 from serve.cli.args import FlexibleArgumentParser, add_client_flags, add_engine_flags, add_log_flags, add_model_flags, port
 from serve.cli.build_service import build_cors, build_service, check_model_args
+from serve.runtime.exit_watchdog import GRACE_S, exit_after
 
 EXIT_INTERRUPTED = 130  # a shell's status for a process that Ctrl-C ended
 
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM.
 
     Returns:
-      The exit status: 0, 1 for a user's mistake (one line on stderr), 130 if stopped before it served.
+      The exit status: 0, 1 for a user's mistake (one line on stderr) or a failed engine, 130 if stopped
+      before it served.
     """
     args = _parser().parse_args(argv)
     try:
@@ -35,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from serve.runtime.server import TlsConfig, run  # imports jax: seconds, which --help and argument errors do not need
 
     tls = None if args.ssl_certfile is None else TlsConfig(args.ssl_certfile, args.ssl_keyfile, args.ssl_keyfile_password)
-    run(service, listener, tls, args.log_format)
-    return 0
+    return run(service, listener, tls, args.log_format)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -117,4 +118,6 @@ def _parser() -> FlexibleArgumentParser:
 if __name__ == "__main__":
     # SIGTERM works as Ctrl-C, also while loading. Not set in main(), because tests and programs call it too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    exit_after(GRACE_S, status)
+    sys.exit(status)

@@ -333,7 +333,7 @@ def test_first_start_answers_correctly_and_stops_cleanly(tmp_path):
 def test_objects_of_the_start_are_frozen_before_serving(monkeypatch):
     """A garbage collection over all of them would stall every stream for 0.2 s."""
     frozen, interval = [], sys.getswitchinterval()
-    served = SimpleNamespace(run=lambda sockets: frozen.append(gc.get_freeze_count()))
+    served = SimpleNamespace(status=0, run=lambda sockets: frozen.append(gc.get_freeze_count()))
     monkeypatch.setattr(server_module, "Server", lambda *_: served)
     monkeypatch.setattr(server_module.logs, "configure", lambda _: None)
     try:
