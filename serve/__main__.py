@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         check_args(args)
         api_keys = read_api_keys(args.api_key, args.api_key_file)
         listener = bind(args.host, args.port)
-        service = build_service(args, api_keys=api_keys, cors=build_cors(args), log_prompts=args.log_requests)
+        fields = {"api_keys": api_keys, "cors": build_cors(args), "allowed_hosts": tuple(args.allowed_hosts)}
+        service = build_service(args, log_prompts=args.log_requests, **fields)
         listen(listener)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from serve.api.anthropic import messages
 from serve.api.common import errors
 from serve.api.common.auth import require_key
 from serve.api.common.json_encoding import JsonResponse
-from serve.api.common.middleware import RequestMiddleware
+from serve.api.common.middleware import HostMiddleware, RequestMiddleware
 from serve.api.common.service import Service
 from serve.api.openai import chat, completions, responses
 from serve.api.routes import docs, health, home, metrics, models, scene, tokens
@@ -25,6 +25,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestMiddleware)
     if service.cors is not None:  # outermost, so that pages can read errors too
         app.add_middleware(CORSMiddleware, **dataclasses.asdict(service.cors), expose_headers=["X-Request-Id"])
+    if service.allowed_hosts:
+        app.add_middleware(HostMiddleware, allowed_hosts=service.allowed_hosts)
     errors.install(app)
     app.include_router(home.router)
     app.include_router(health.router)

@@ -211,6 +211,13 @@ def add_client_flags(group: argparse._ArgumentGroup) -> None:
     )
     add("--api-key-file", metavar="FILE", type=Path, help="more keys, one a line; lines that begin with # are comments")
     add(
+        "--allowed-hosts",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="host names that requests may be sent to, such as localhost 127.0.0.1 *.example.com (default: all)",
+    )
+    add(
         "--allowed-origins",
         metavar="JSON",
         type=json_list,

@@ -6,6 +6,8 @@ from collections import deque
 
 from serve.engine.engine_client import EngineFull
 
+UNCOUNTED_BYTES = 2**16  # of each request, so that requests of text are never refused for others' images
+
 
 class Budget:
     """An amount that requests share. Waiting requests are served in the order of their arrival.
@@ -90,13 +92,16 @@ class RequestMemory:
     def __init__(self, sources: Budget, pixels: Budget):
         self._sources, self._pixels = sources, pixels
         self._source_bytes = self._pixel_bytes = 0
+        self._uncounted = UNCOUNTED_BYTES
 
     def hold_source(self, size: int) -> None:
         """Counts a part of the body or of a download. Raises EngineFull if all requests hold too much."""
-        if not self._sources.try_acquire(size):
+        self._uncounted -= size
+        new, self._uncounted = max(-self._uncounted, 0), max(self._uncounted, 0)
+        if not self._sources.try_acquire(new):
             limit, used = self._sources.limit, self._sources.used
             raise EngineFull(f"bodies and downloads of all requests hold {used} bytes, and {limit} are allowed")
-        self._source_bytes += size
+        self._source_bytes += new
 
     def drop_sources(self) -> None:
         """Gives back the bytes of body and downloads."""

@@ -1,5 +1,6 @@
 """Field names of APIs that are converted to chat requests: an error names the field that the client sent."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from serve.api.common.errors import ApiError
 Names = Mapping[str, str]
 """Fields of a chat request (`max_tokens`, `messages[2]`) to the client's fields."""
 
+MAX_ENTRIES = 2**15  # of a list of messages, items, parts or tools: no context holds as many
 _FIELD = re.compile(r"(?<![\w.])(\w+)(\[\d+\])?(?!\w)")  # max_tokens, messages[2]
 
 
@@ -52,9 +54,11 @@ def wrong_value(path: str, value: Any, expected: str) -> ApiError:
 
 
 def expect_list(value: Any, path: str) -> list[Any]:
-    """Returns the value if it is a list. Raises ApiError otherwise."""
+    """Returns the value if it is a list of at most MAX_ENTRIES. Raises ApiError otherwise."""
     if not isinstance(value, list):
         raise wrong_value(path, value, "a list")
+    if len(value) > MAX_ENTRIES:
+        raise ApiError(400, f"{path} has {len(value)} entries, at most {MAX_ENTRIES} may be in a list", path)
     return value
 
 
@@ -74,7 +78,8 @@ def expect_text(value: Any, path: str) -> str:
 
 def expect_objects(value: Any, path: str) -> list[tuple[dict[str, Any], str]]:
     """Returns (object, its path) for each entry of a list of objects. Raises ApiError otherwise."""
-    return [(expect_object(entry, f"{path}[{i}]"), f"{path}[{i}]") for i, entry in enumerate(expect_list(value, path))]
+    paths = (f"{path}[{i}]" for i in itertools.count())
+    return [(expect_object(entry, at), at) for entry, at in zip(expect_list(value, path), paths, strict=False)]
 
 
 def refuse_fields(raw: Mapping[str, Any], fields: frozenset[str]) -> None:

@@ -1,5 +1,5 @@
-"""Middleware of every request: a request id, a log line, a limit on the body, and status 500 for unexpected
-errors.
+"""Middleware of every request: the Host header, a request id, a log line, limits on bodies, and status 500
+for unexpected errors.
 
 The log has durations and token counts. It has prompts only with the option `log_prompts`, because they are
 private.
@@ -10,13 +10,15 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minicpmv46_jax.short_repr import shortened
+from minicpmv46_jax.short_repr import short_repr, shortened
 from serve.api.common.errors import ApiError, internal_error
 from serve.engine.engine_client import Cancelled
 from serve.runtime.budget import RequestMemory
@@ -82,6 +84,37 @@ class RequestMiddleware:
             if record.status is not None:
                 raise  # part of the response has been sent, so the server must break the connection
             await internal_error().response(scope["path"])(scope, receive, send)
+
+
+class HostMiddleware:
+    """ASGI middleware that answers only requests for the server's own names.
+
+    A page of another site whose name has been pointed at this server ("DNS rebinding") sends its own name.
+
+    Args:
+      app: the application.
+      allowed_hosts: host names without ports; `*.example.com` stands for all below example.com.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str]):
+        self.app = app
+        self._names = {name.lower() for name in allowed_hosts}
+        self._suffixes = tuple(name[1:] for name in self._names if name.startswith("*."))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("Host", "") if scope["type"] == "http" else None
+        if host is None or self._is_allowed(host):
+            await self.app(scope, receive, send)
+            return
+        message = f"the header Host is {short_repr(host)}, expected one of --allowed-hosts"
+        await ApiError(400, message, "Host", "invalid_host").response(scope["path"])(scope, receive, send)
+
+    def _is_allowed(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self._names or name.endswith(self._suffixes)
 
 
 async def read_body(request: Request, max_bytes: int, memory: RequestMemory) -> bytes:

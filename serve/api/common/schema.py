@@ -24,6 +24,7 @@ from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
 from minicpmv46_jax.short_repr import short_repr, shortened
 from minicpmv46_jax.strict_json import parse_json
 from serve.api.common.errors import ApiError
+from serve.api.common.field_names import MAX_ENTRIES
 
 # Bookkeeping fields of OpenAI's and vLLM's clients, which no answer depends on.
 IGNORED_FIELDS = frozenset(
@@ -58,6 +59,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _few_entries(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"it has {len(value)} entries, at most {MAX_ENTRIES} may be in a list")
+    return value
+
+
 def _few_biases(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASED:
         raise ValueError(f"it has {len(value)} tokens, at most {MAX_BIASED} may have one")
@@ -66,7 +73,7 @@ def _few_biases(value: Any) -> Any:
 
 # A list of a million wrong entries is one error, not a million.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True), BeforeValidator(_few_entries)]
 StopTexts = Annotated[
     list[str],
     Field(fail_fast=True),

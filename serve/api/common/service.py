@@ -48,6 +48,7 @@ class Service:
       api_keys: accepted API keys (`Authorization: Bearer KEY`); none disables authentication.
       max_body_bytes: maximum length of a request's body.
       media_limits: maximum number of images and of videos per request.
+      allowed_hosts: host names that requests may be sent to; none allows all.
       cors: options for pages of other origins; None refuses them.
       restore_newlines: default of the request field `restore_newlines`.
       demo: True for the package's own demo model; the page then offers scenes that the model can answer
@@ -67,6 +68,7 @@ class Service:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     media_limits: Mapping[str, int] = dataclasses.field(default_factory=lambda: MEDIA_LIMITS)
+    allowed_hosts: tuple[str, ...] = ()
     cors: Cors | None = None
     restore_newlines: bool = False
     demo: bool = False

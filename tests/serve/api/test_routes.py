@@ -13,8 +13,8 @@ from PIL import Image
 
 from serve.api import create_app
 from serve.api.common.service import Cors
-from serve.runtime import logs
-from tests.serve.support import CONTEXT, NAME, FakeModel, ask, client, serving
+from serve.runtime import budget, logs
+from tests.serve.support import CONTEXT, NAME, FakeModel, ask, body, client, serving
 
 
 def get(service, path, **headers):
@@ -194,3 +194,57 @@ def test_requests_generated_from_the_openapi_document(model, examples):
 
             run()
         assert {200, 400} <= statuses
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("[::1]:8000", 200),
+        ("a.example.com", 200),
+        ("example.com", 400),
+        ("evil.test", 400),
+        ("localhost.evil.test", 400),
+        ("[::1", 400),
+        ("", 400),
+    ],
+)
+def test_only_allowed_hosts_are_answered(model, host, status):
+    with serving(model, allowed_hosts=("localhost", "::1", "*.example.com")) as service:
+        answer = get(service, "/v1/models", Host=host)
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "invalid_host"
+
+
+def test_all_hosts_are_answered_without_the_flag(service):
+    assert get(service, "/v1/models", Host="evil.test").status_code == 200
+
+
+def test_bodies_being_received_are_bounded_together(model, monkeypatch):
+    monkeypatch.setattr(budget, "UNCOUNTED_BYTES", 500)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow():
+        yield json.dumps(body()).encode().ljust(1400)
+        begun.set()
+        await go_on.wait()
+        yield b" "
+
+    async def scenario():
+        async with client(service) as http:
+            first = asyncio.create_task(http.post("/v1/chat/completions", content=slow()))
+            await begun.wait()
+            small = await http.post("/v1/chat/completions", json=body())
+            large = await http.post("/v1/chat/completions", content=json.dumps(body()).ljust(700))
+            go_on.set()
+            return (
+                (await first).status_code,
+                small.status_code,
+                large.status_code,
+                await http.post("/v1/chat/completions", content=json.dumps(body()).ljust(700)),
+            )
+
+    with serving(model, memory_bytes=2000) as service:
+        *statuses, later = asyncio.run(scenario())
+    assert statuses == [200, 200, 429] and later.status_code == 200

@@ -303,26 +303,6 @@ def test_decoded_images_of_all_requests_are_bounded(service, monkeypatch):
     assert 1_000_000 < max(most) <= 2_000_000 and held.used == 0
 
 
-def test_bodies_of_all_requests_are_bounded(service):
-    service._sources.limit = 100_000
-
-    async def run():
-        async with client(service) as http:
-
-            async def body():
-                yield b'{"model": "'
-                for _ in range(20):
-                    yield b"x" * 10_000
-                    await asyncio.sleep(0.01)
-
-            return await asyncio.gather(*(http.post("/v1/chat/completions", content=body()) for _ in range(3)))
-
-    answers = asyncio.run(run())
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused and all("100000 are allowed" in answer.json()["error"]["message"] for answer in refused)
-    assert refused[0].headers["Retry-After"] and service._sources.used == 0
-
-
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/", "http://127.0.0.1:0/"])
 def test_a_port_that_does_not_exist(service, url):
     refusal(ask(service, image(url)), "the port is")
