@@ -285,7 +285,7 @@ def _plan_chat(
 
 @contextmanager
 def client_errors(parsed: ParsedRequest) -> Iterator[None]:
-    """Names the client's fields in errors. Nesting that JSON accepts may be too deep for a template."""
+    """Puts the client's field names into errors. Nesting that JSON accepts may be too deep for a template."""
     with renamed(parsed.names):
         try:
             yield

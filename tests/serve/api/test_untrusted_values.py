@@ -81,11 +81,11 @@ def test_logit_bias_of_many_digits_is_400(service, key):
 
 @pytest.mark.parametrize("error", [TypeError("odd"), OverflowError("big"), RecursionError(), UnicodeError("half")])
 def test_errors_of_a_clients_values_are_400_with_the_field(service, model, error):
-    model.process_fault = error
+    model.plan_fault = error
     answer = ask(service)
     message_of(answer)
     assert answer.json()["error"]["param"] == "messages"
-    model.process_fault = None
+    model.plan_fault = None
 
 
 @pytest.mark.parametrize("kind", [[], {}, 1, None])

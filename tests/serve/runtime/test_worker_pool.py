@@ -100,7 +100,7 @@ def test_killed_while_idle_they_are_replaced(pool):
         call(pool, len, b"")
         for pid in pool.pids:
             os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until it has ended
         jobs = [pool.submit(lambda call: call(len, b"123", **BOUNDS)) for _ in range(8)]
         assert [job.future.result(60) for job in jobs] == [3] * 8
 
