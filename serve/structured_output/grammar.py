@@ -19,6 +19,7 @@ from jaxtyping import UInt32
 
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from serve.parsers.reasoning import ReasoningParser
+from serve.structured_output.vocabulary import Vocabulary
 
 # White space between the parts of a document: enough to lay it out, too little to fill an answer with.
 _LAYOUT = {"whitespace_pattern": r"[ \n\t]{0,20}"}
@@ -132,27 +133,8 @@ class GrammarCompiler:
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
         """The vocabulary as llguidance's tokenizer, built on first use."""
-        special = self._detokenizer.special | set(self._stop_token_ids)
-        # Special tokens get bytes that never occur in UTF-8, so that no text matches their names.
-        tokens = [
-            b"\xff" + str(i).encode() if i in special else self._detokenizer.token_bytes(i) for i in range(self._vocab_size)
-        ]
-        vocabulary = _Vocabulary(tokens, sorted(special), self._stop_token_ids[0], self._tokenize)
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), eos_token=list(self._stop_token_ids))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    """The tokenizer interface that llguidance expects."""
-
-    tokens: list[bytes]
-    special_token_ids: list[int]
-    eos_token_id: int
-    tokenize: Callable[[str], list[int]]
-    bos_token_id: None = None
-
-    def __call__(self, text: str) -> list[int]:
-        return self.tokenize(text)
+        vocabulary = Vocabulary.of(self._detokenizer, self._vocab_size, self._stop_token_ids)
+        return vocabulary.tokenizer(self._tokenize)
 
 
 class GrammarConstraint:
