@@ -4,7 +4,9 @@ Required tool calls are constrained to the JSON notation, because a schema descr
 completely.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from serve.structured_output.grammar import GrammarCompiler, GrammarConstraint, GrammarSpec
@@ -43,7 +45,7 @@ class StructuredOutputError(ValueError):
 
 
 def compile_constraint(request: StructuredRequest, compiler: GrammarCompiler, thinking: bool) -> GrammarConstraint | None:
-    """Compiles the request's constraint; returns None for unconstrained answers.
+    """Compiles the request's constraint in this process; returns None for unconstrained answers.
 
     Args:
       request: a checked request.
@@ -53,20 +55,49 @@ def compile_constraint(request: StructuredRequest, compiler: GrammarCompiler, th
     Raises:
       StructuredOutputError: a field is invalid or contradicts another.
     """
+    field, spec = _requested_spec(request)
+    if spec is None:
+        return None
+    with _errors_of(field):
+        return _named(compiler.compile(spec, thinking), field)
+
+
+async def compile_constraint_bounded(
+    request: StructuredRequest, compiler: GrammarCompiler, thinking: bool
+) -> GrammarConstraint | None:
+    """Does the same as `compile_constraint`, after a trial in a worker process."""
+    field, spec = _requested_spec(request)
+    if spec is None:
+        return None
+    with _errors_of(field):
+        return _named(await compiler.compile_bounded(spec, thinking), field)
+
+
+def _requested_spec(request: StructuredRequest) -> tuple[str, GrammarSpec | None]:
+    """Returns the path of the field that sets the format, and the format; None for unconstrained answers."""
     specs = _specs_by_field(request)
     if len(specs) > 1:
         first, second = list(specs)[:2]
         raise StructuredOutputError(f"{first} and {second} both set the format of the answer; leave one out", second)
     field = next(iter(specs), "tool_choice")
     spec = _with_tool_calls(next(iter(specs.values()), None), request)
-    if spec is None:
-        return None
-    if request.ignore_eos:
+    if spec is not None and request.ignore_eos:
         raise StructuredOutputError(f"ignore_eos is True, but {field} decides where the answer ends", "ignore_eos")
+    return field, spec
+
+
+@contextlib.contextmanager
+def _errors_of(field: str) -> Iterator[None]:
+    """Attributes the compiler's errors to a field."""
     try:
-        return compiler.compile(spec, thinking)
+        yield
     except ValueError as error:
         raise StructuredOutputError(f"{field} cannot be compiled: {error}", field) from None
+
+
+def _named(constraint: GrammarConstraint, field: str) -> GrammarConstraint:
+    constraint.field = field
+    return constraint
 
 
 def _specs_by_field(request: StructuredRequest) -> dict[str, GrammarSpec]:
