@@ -58,13 +58,8 @@ def export_converted(folder: str | Path, out: str | Path) -> Path:
     folder = Path(folder)
     if not checkpoint.is_converted(folder):
         raise ValueError(f"{folder} is not a converted folder: it has no {manifest.FILE} from `convert`")
-    records = manifest.Manifest.read(folder).tensors
-    tensors = {}
-    for spec, tensor in checkpoint.read_tensors(folder, checkpoint.param_specs(ModelConfig.from_folder(folder))):
-        if records.get(spec.dotted) != manifest.tensor_record(spec, tensor):
-            raise ValueError(f"{folder}: tensor {spec.dotted} does not match its record in {manifest.FILE}: convert again")
-        tensors[spec] = tensor
-    return _write(tensors, folder, Path(out))
+    specs = checkpoint.param_specs(ModelConfig.from_folder(folder))
+    return _write(dict(checkpoint.read_tensors(folder, specs)), folder, Path(out))
 
 
 def export_run(folder: str | Path, out: str | Path) -> Path:

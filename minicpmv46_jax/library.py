@@ -83,6 +83,7 @@ class MiniCPMV:
         fetch: FetchMedia = fetch,
         progress: bool = False,
         backend: str | None = None,
+        verify_checksums: bool = True,
     ) -> "MiniCPMV":
         """Loads a Hugging Face or a converted folder, or a model from the hub.
 
@@ -94,12 +95,14 @@ class MiniCPMV:
           progress: show a progress bar on a terminal while parameters are loaded.
           backend: implementation of the kernels: "reference", "hopper", "tpu", or None for the fastest that
             supports this device and model.
+          verify_checksums: compare a converted folder with the checksums in its manifest. A Hugging Face
+            folder has none, so a changed value in it is not detected.
 
         Raises:
           ValueError: a file, field or parameter is missing, unknown or broken; the message names it in one
             line.
         """
-        with ModelLoader(source, dtype, revision, fetch, progress) as loading:
+        with ModelLoader(source, dtype, revision, fetch, progress, verify_checksums) as loading:
             return loading.model(backend)
 
     def process(self, messages: Sequence[Mapping[str, Any]], enable_thinking: bool | None = None, **options: Any) -> Inputs:
@@ -183,6 +186,7 @@ class ModelLoader:
         revision: str | None = None,
         fetch: FetchMedia = fetch,
         progress: bool = False,
+        verify_checksums: bool = True,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -195,7 +199,9 @@ class ModelLoader:
         to_dtype = None if dtype is None else DTYPES[dtype]
         self._processor = threads.submit(Processor.from_folder, folder, fetch=fetch)
         model.parameter_shapes(self.config)  # fills a cache, which two threads must not fill at once
-        self._params = threads.submit(checkpoint.load_params, folder, self.config, to_dtype, progress, self._stopped)
+        self._params = threads.submit(
+            checkpoint.load_params, folder, self.config, to_dtype, progress, self._stopped, verify_checksums
+        )
         threads.shutdown(wait=False)
 
     def __enter__(self) -> "ModelLoader":

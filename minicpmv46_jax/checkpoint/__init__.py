@@ -24,7 +24,7 @@ import tqdm
 from jax.typing import DTypeLike
 
 from minicpmv46_jax import model
-from minicpmv46_jax.checkpoint import hf_folder, manifest
+from minicpmv46_jax.checkpoint import checksums, hf_folder, manifest
 from minicpmv46_jax.checkpoint.names import ParamSpec, param_specs
 from minicpmv46_jax.checkpoint.source import SIDE_FILES, resolve
 from minicpmv46_jax.config import ModelConfig, read_json
@@ -47,11 +47,12 @@ def load_params(
     dtype: DTypeLike | None = None,
     progress: bool = False,
     cancelled: threading.Event | None = None,
+    verify_checksums: bool = True,
 ) -> Params:
     """Loads every parameter of a released or converted folder to jax's default device.
 
     Peak memory is about the parameters and one tensor (in a converted folder: one group of
-    `orbax_folder.GROUP_BYTES`).
+    `orbax_folder.GROUP_BYTES`, and at most `checksums.MAX_PENDING_BYTES` that wait for their checksum).
 
     Args:
       folder: a released folder (model.safetensors, or shards and their index) or a converted folder.
@@ -59,6 +60,8 @@ def load_params(
       dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's dtype.
       progress: draw a progress bar if stderr is a terminal.
       cancelled: an event that cancels the load when it is set.
+      verify_checksums: compare each tensor of a converted folder with the sha256 in its manifest. A released
+        folder has no checksums, so nothing detects a changed value in it.
 
     Returns:
       A tree with the structure of `model.parameter_shapes(config)`.
@@ -69,7 +72,7 @@ def load_params(
       CancelledError: `cancelled` was set.
     """
     wanted = param_specs(config)
-    tensors = read_tensors(Path(folder), wanted, dtype)
+    tensors = read_tensors(Path(folder), wanted, dtype, verify_checksums)
     leaves = []
     for _, tensor in tqdm.tqdm(tensors, total=len(wanted), unit=" tensors", leave=False, disable=None if progress else True):
         if cancelled is not None and cancelled.is_set():
@@ -79,7 +82,7 @@ def load_params(
 
 
 def read_tensors(
-    folder: Path, wanted: tuple[ParamSpec, ...], dtype: DTypeLike | None = None
+    folder: Path, wanted: tuple[ParamSpec, ...], dtype: DTypeLike | None = None, verify_checksums: bool = True
 ) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     """Checks a folder against `wanted` at once, then reads one tensor at a time, in the order of `wanted`.
 
@@ -87,12 +90,13 @@ def read_tensors(
       folder: a released or converted folder.
       wanted: the model's parameter specs.
       dtype: float32, bfloat16 or float16 for every tensor; None keeps each tensor's dtype.
+      verify_checksums: see `load_params`. A mismatch is raised at the latest after the last tensor.
 
     Raises:
       ValueError: see `load_params`.
     """
     if is_converted(folder):
-        tensors = _converted_tensors(folder, wanted)
+        tensors = _converted_tensors(folder, wanted, verify_checksums)
     else:
         found = hf_folder.read_tensor_infos(folder)
         hf_folder.check_tensors(folder, found, wanted)
@@ -107,14 +111,20 @@ def _cast(tensors: Iterator[tuple[ParamSpec, np.ndarray]], dtype: np.dtype) -> I
         del tensor  # freed before the next tensor is read
 
 
-def _converted_tensors(folder: Path, wanted: tuple[ParamSpec, ...]) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+def _converted_tensors(
+    folder: Path, wanted: tuple[ParamSpec, ...], verify_checksums: bool
+) -> Iterator[tuple[ParamSpec, np.ndarray]]:
     # Imported here, because Orbax takes a second to import and a released folder does not need it.
     from minicpmv46_jax.checkpoint import orbax_folder
 
-    manifest.Manifest.read(folder)
+    held = manifest.Manifest.read(folder)
     found = orbax_folder.read_metadata(folder / PARAMS)
     hf_folder.raise_mismatches(folder, hf_folder.find_mismatches(found, {spec.dotted: spec.shape for spec in wanted}))
-    return orbax_folder.read(folder / PARAMS, wanted, found)
+    tensors = orbax_folder.read(folder / PARAMS, wanted, found)
+    if not verify_checksums:
+        return tensors
+    checksums.check_vocabulary(folder, held.files)
+    return checksums.verified(tensors, folder, held.tensors)
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype:

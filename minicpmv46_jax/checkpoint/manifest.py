@@ -66,6 +66,9 @@ class Manifest:
         wrong = fields ^ (set(raw) - {"format", "version"})
         if wrong:
             raise ValueError(f"{path}: fields missing or unknown: {', '.join(sorted(wrong))}")
+        for name in ("files", "tensors"):
+            if not isinstance(raw[name], dict):
+                raise ValueError(f"{path}: field {name!r} is a {type(raw[name]).__name__}, expected an object")
         return cls(**{name: raw[name] for name in fields})
 
 

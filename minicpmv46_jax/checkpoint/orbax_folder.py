@@ -62,11 +62,12 @@ def read_metadata(path: Path) -> dict[str, tuple[Shape, str]]:
     """Returns shape and dtype of every tensor by dotted path.
 
     Raises:
-      ValueError: `path` is not an Orbax checkpoint.
+      ValueError: `path` is not an Orbax checkpoint, or its metadata is damaged.
     """
     if not (path / TREE_FILE).is_file():
         raise ValueError(f"{path} is not an Orbax checkpoint: {TREE_FILE} is missing")
-    tree = ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
+    with _one_line_errors(path):
+        tree = ocp.PyTreeCheckpointHandler().metadata(path.absolute()).tree
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in _leaves(tree)}
 
 
@@ -136,10 +137,17 @@ def _group_by_bytes(wanted: list[ParamSpec], metadata: dict[str, tuple[Shape, st
 def _restore(path: Path, group: list[ParamSpec]) -> Any:
     item = _nest(dict.fromkeys(group, 0))
     restore_args = _nest(dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray)))
-    try:
+    with _one_line_errors(path):
         return ocp.PyTreeCheckpointHandler().restore(
             path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         )
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Raises ValueError of one line that names the checkpoint for any error of the block."""
+    try:
+        yield
     except Exception as error:  # tensorstore and Orbax raise many types for a missing or damaged file
         first = str(error).strip().splitlines()
         raise ValueError(f"{path} cannot be read: {first[0] if first else type(error).__name__}") from error

@@ -157,6 +157,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="released or converted folder, or hub id (default: this package's small demo model)",
     )
     parser.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
+    parser.add_argument(
+        "--skip-checksums",
+        action="store_true",
+        help="load a converted folder without comparing it with its checksums (a released folder has none)",
+    )
     platform = parser.add_mutually_exclusive_group()
     for name in ("cpu", "gpu", "tpu"):
         platform.add_argument(f"--{name}", dest="platform", action="store_const", const=name, help=f"run on the {name.upper()}")

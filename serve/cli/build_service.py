@@ -60,7 +60,7 @@ def build_service(args: argparse.Namespace, **fields: Any) -> "Service":
     fetcher = build_media_fetcher(args)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(media_workers.close)
-        with ModelLoader(source, dtype, args.revision, fetcher, progress=True) as loader:
+        with ModelLoader(source, dtype, args.revision, fetcher, True, not args.skip_checksums) as loader:
             model, engine = startup.load_engine(loader, device_config, engine_config, policy)
         on_failure.pop_all()
     model.processor.max_pixels = args.max_pixels

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,8 +26,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, MiniCPMV4_6
 from convert import convert, export_converted, export_hf, folder
 from convert.__main__ import main
 from convert.convert import default_out
-from minicpmv46_jax import checkpoint
-from minicpmv46_jax.checkpoint import manifest, orbax_folder
+from minicpmv46_jax import MiniCPMV, checkpoint
+from minicpmv46_jax.checkpoint import checksums, manifest, orbax_folder
 from minicpmv46_jax.config import ModelConfig
 from tests import ROOT
 
@@ -372,8 +373,83 @@ def test_export_detects_changed_values(damaged, tmp_path):
     raw = json.loads((damaged / "manifest.json").read_text())
     raw["tensors"]["text.norm.weight"]["sha256"] = "0" * 64
     (damaged / "manifest.json").write_text(json.dumps(raw))
-    assert "tensor text.norm.weight does not match its record" in refusal(export_converted, damaged, tmp_path / "back")
+    message = refusal(export_converted, damaged, tmp_path / "back")
+    assert "tensor text.norm.weight has sha256" in message and "manifest.json records 000000000000" in message
     assert no_leftovers(tmp_path, "damaged")
+
+
+def flip_byte(path, at=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def places(converted, demo_folder):
+    """The data files that contain tensors: each one's path, a tensor's name and where its values begin."""
+    weights = safetensors.numpy.load_file(demo_folder / "model.safetensors")
+    specs = checkpoint.param_specs(ModelConfig.from_folder(converted))
+    found = []
+    for file in (converted / "params").glob("ocdbt.process_*/d/*"):
+        data = file.read_bytes()
+        held = {spec.dotted: data.find(weights[spec.hf_name].tobytes()) for spec in specs if weights[spec.hf_name].any()}
+        found += [(file.relative_to(converted), name, at) for name, at in held.items() if at >= 0][:1]
+    assert len(found) > 1
+    return found
+
+
+def test_flipped_byte_of_a_tensor_is_refused_with_its_name(converted, places, tmp_path):
+    for i, (file, name, at) in enumerate(places):
+        folder = shutil.copytree(converted, tmp_path / str(i))
+        flip_byte(folder / file, at)
+        found = re.fullmatch(
+            r".*: tensor (\S+) has sha256 (\w{12}), but manifest.json records (\w{12}): .*", refusal(load, folder)
+        )
+        assert found and found[1] == name and found[2] != found[3]
+
+
+def test_unverified_load_takes_a_flipped_byte(damaged, places):
+    file, _, at = places[0]
+    flip_byte(damaged / file, at)
+    with pytest.raises(ValueError, match=r"tensor .* has sha256"):
+        MiniCPMV.from_pretrained(damaged)
+    MiniCPMV.from_pretrained(damaged, verify_checksums=False)
+
+
+def test_any_flipped_byte_is_refused_or_harmless(converted, tmp_path):
+    whole = jax.tree.leaves(load(converted))
+    for i, path in enumerate(path for path in sorted((converted / "params").rglob("*")) if path.is_file()):
+        folder = shutil.copytree(converted, tmp_path / str(i))
+        flip_byte(folder / path.relative_to(converted))
+        try:
+            leaves = jax.tree.leaves(load(folder))
+        except ValueError as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(whole, leaves, strict=True))
+
+
+def test_flipped_byte_in_the_vocabulary_is_refused(damaged):
+    flip_byte(damaged / "tokenizer.json")
+    assert f"{damaged / 'tokenizer.json'} has sha256" in refusal(load, damaged)
+
+
+def test_edited_settings_load(damaged):
+    (damaged / "generation_config.json").write_text("{}")
+    load(damaged)
+
+
+def test_tensor_without_a_record_is_refused(damaged):
+    raw = json.loads((damaged / "manifest.json").read_text())
+    del raw["tensors"]["text.norm.weight"]
+    (damaged / "manifest.json").write_text(json.dumps(raw))
+    assert "manifest.json has no record of tensor text.norm.weight" in refusal(load, damaged)
+
+
+def test_few_bytes_wait_for_their_checksum(converted, monkeypatch):
+    """Loads equal values with a bound so small that every tensor waits for its own checksum."""
+    monkeypatch.setattr(checksums, "MAX_PENDING_BYTES", 0)
+    assert len(jax.tree.leaves(load(converted))) == len(manifest.Manifest.read(converted).tensors)
 
 
 def test_tensors_of_another_model_than_config_json(damaged):
@@ -384,7 +460,13 @@ def test_tensors_of_another_model_than_config_json(damaged):
 
 
 @pytest.mark.parametrize(
-    "change, words", [({"version": 2}, "format version is 2"), ({"extra": 1}, "extra"), ({"format": "x"}, "format")]
+    "change, words",
+    [
+        ({"version": 2}, "format version is 2"),
+        ({"extra": 1}, "extra"),
+        ({"format": "x"}, "format"),
+        ({"tensors": []}, "field 'tensors' is a list"),
+    ],
 )
 def test_manifest_of_another_format(damaged, change, words):
     raw = json.loads((damaged / "manifest.json").read_text()) | change

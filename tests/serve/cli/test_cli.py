@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import inspect
 import os
 import shutil
 import signal
@@ -19,11 +20,12 @@ import httpx
 import pytest
 
 from kernels_pallas import backends
-from minicpmv46_jax import demo
+from minicpmv46_jax import demo, library
 from minicpmv46_jax.evaluate import read_questions
 from minicpmv46_jax.library import ModelLoader
 from minicpmv46_jax.scenes.__main__ import write
 from serve.__main__ import _parser, bind, check_tls, listen, main, read_api_keys
+from serve.cli import batch
 from serve.cli.args import BACKEND_ALIASES, BACKENDS, media_limits
 from serve.cli.build_service import build_cors, build_media_fetcher, build_service, default_model_name
 from serve.engine.engine import QueuePolicy
@@ -268,6 +270,23 @@ def test_restore_newlines_flag_reaches_the_service(monkeypatch, demo_folder, res
     service = build_service(_parser().parse_args(["--model", str(demo_folder), *["--restore-newlines"] * restore]))
     assert service.restore_newlines == restore
     service.close()
+
+
+@pytest.mark.parametrize("parser", [_parser, batch._parser])
+@pytest.mark.parametrize("skip", [False, True])
+def test_skip_checksums_flag_reaches_the_loader(monkeypatch, demo_folder, parser, skip):
+    passed = []
+
+    class Loader(ModelLoader):
+        def __init__(self, *arguments):
+            passed.append(inspect.signature(ModelLoader).bind(*arguments).arguments["verify_checksums"])
+            raise ValueError("that is all")
+
+    monkeypatch.setattr(library, "ModelLoader", Loader)
+    positional = ["in", "out"] if parser is batch._parser else []
+    with pytest.raises(ValueError, match="that is all"):
+        build_service(parser().parse_args([*positional, "--model", str(demo_folder), *["--skip-checksums"] * skip]))
+    assert passed == [not skip]
 
 
 def test_cors_flags():
