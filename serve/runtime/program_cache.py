@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kernels_pallas import tuning
 from kernels_pallas.gpu.export_cache import shared_lowering
 from serve.runtime import xla_autotune_cache
+from serve.runtime.cache_dir import UntrustedCache, check_owner, make_private
 
 log = logging.getLogger("serve")
 
@@ -28,6 +29,7 @@ THREADS = max(8, os.cpu_count() or 1)  # XLA releases the GIL while it compiles
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # jax's name for every compilation, cached on disk or not
 CHECK_INTERVAL_S = 0.5  # between two calls of `check` during compilation
 MAX_UNUSED_S = 30 * 24 * 3600  # unused folders are deleted after it: 170 MB for each version and size of the model
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 SOURCE_PACKAGES = ("kernels_pallas", "minicpmv46_jax", "serve")  # their code decides the programs,
 DATA_FILES = (tuning.FILE, xla_autotune_cache.BUNDLED_FILE)  # and these decide tile sizes and products
 
@@ -37,7 +39,8 @@ class ProgramStore:
 
     Loading one skips tracing and lowering, which took most of a second start.
 
-    Its files are unpickled and run, so the folder must belong to the user.
+    Its files are unpickled and run, so a folder that another user may have written is not used. Each file
+    begins with the sha256 of the rest, so a damaged one is never unpickled.
 
     Args:
       folder: has one subfolder for each set of sources, settings and device; created on the first save.
@@ -58,8 +61,18 @@ class ProgramStore:
         for path in (*sorted(code), *DATA_FILES):
             digest.update(path.read_bytes())
         self._folder = folder / digest.hexdigest()[:16]
+        try:
+            check_owner(folder)
+            self._trusted = True
+            self._delete_unused(folder)
+        except (UntrustedCache, OSError) as error:
+            log.warning("stored programs are not used: %s", error)
+            self._trusted = False
+
+    def _delete_unused(self, folder: Path) -> None:
+        """Marks this store's subfolder as used, and deletes those that were unused for long."""
         if self._folder.is_dir():
-            os.utime(self._folder)  # marks it as used
+            os.utime(self._folder)
         for other in folder.iterdir() if folder.is_dir() else ():
             if time.time() - other.stat().st_mtime > MAX_UNUSED_S:
                 shutil.rmtree(other, ignore_errors=True)
@@ -67,8 +80,10 @@ class ProgramStore:
     def load(self, key: Hashable) -> Callable | None:
         """Returns the stored function of a key, or None if it is missing or cannot be loaded."""
         path = self._path(key)
+        if not self._trusted:
+            return None
         try:
-            serialized, arguments, results = pickle.loads(path.read_bytes())
+            serialized, arguments, results = pickle.loads(_verified(path.read_bytes()))
             trees = jax.tree.structure(arguments), jax.tree.structure(results)
             return serialize_executable.deserialize_and_load(serialized, *trees, execution_devices=jax.devices()[:1])
         except FileNotFoundError:
@@ -79,14 +94,18 @@ class ProgramStore:
 
     def save(self, key: Hashable, compiled: jax.stages.Compiled) -> None:
         """Stores a function. A failure logs a warning, and the next start compiles the function again."""
+        if not self._trusted:
+            return
         try:
             serialized, *trees = serialize_executable.serialize(compiled)
             # Tree structures cannot be pickled, so trees of numbers with the same structures are.
             examples = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
             with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
                 written = Path(temporary, "program")
-                written.write_bytes(pickle.dumps((serialized, *examples)))
+                written.touch(mode=0o600)
+                data = pickle.dumps((serialized, *examples))
+                written.write_bytes(hashlib.sha256(data).digest() + data)
                 os.replace(written, self._path(key))
         except (
             ValueError,
@@ -97,7 +116,15 @@ class ProgramStore:
             log.warning("%s is not stored: %s", key, error)
 
     def _path(self, key: Hashable) -> Path:
-        return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pickle"
+        return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.program"
+
+
+def _verified(content: bytes) -> memoryview:
+    """Returns a stored file's data after its checksum. Raises ValueError if they do not match."""
+    data = memoryview(content)[CHECKSUM_BYTES:]
+    if hashlib.sha256(data).digest() != content[:CHECKSUM_BYTES]:
+        raise ValueError("its checksum does not match")
+    return data
 
 
 class ProgramCache:

@@ -6,6 +6,7 @@ looks for devices.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -25,7 +26,10 @@ from serve.engine.engine import Engine, QueuePolicy
 from serve.engine.memory_plan import ACCELERATOR, CPU, GIB, MAX_RUNNING, MAX_RUNNING_CPU, EngineConfig, plan_memory, working_bytes
 from serve.engine.model_runner import ModelRunner
 from serve.runtime import xla_autotune_cache
+from serve.runtime.cache_dir import UntrustedCache, check_owner, make_private
 from serve.runtime.program_cache import ProgramStore
+
+log = logging.getLogger("serve")
 
 MEMORY_FRACTION = 0.9  # of a device's memory
 CPU_STATE_BYTES = 2 * 2**30  # for the state of requests on a CPU, because other programs use its memory too
@@ -99,7 +103,15 @@ def enable_compilation_cache(device_config: DeviceConfig) -> None:
     """
     configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # defined at run time
     if device_config.platform == "cpu" and configured is None:
-        jax.config.update("jax_compilation_cache_dir", str(device_config.cache_folder / "jax"))
+        folder = device_config.cache_folder / "jax"
+        try:
+            check_owner(folder)
+        except UntrustedCache as error:
+            log.warning("jax's compilation cache is not used: %s", error)
+            return
+        with contextlib.suppress(OSError):  # jax warns about a folder that it cannot write
+            make_private(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # the default 1.0 skips most of a small model's
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from serve.runtime.cache_dir import cache_folder
+from serve.runtime.cache_dir import UntrustedCache, cache_folder, check_owner, make_private
 
 log = logging.getLogger("serve")
 
@@ -27,16 +27,21 @@ CACHE_DIR_OPTION, CACHE_MODE_OPTION = "xla_gpu_per_fusion_autotune_cache_dir", "
 def compiler_options(folder: Path, bundled: Path = BUNDLED_FILE) -> dict[str, str]:
     """Writes the bundled results for this device into `folder`, and returns XLA's options for using it.
 
-    An unwritable folder is used read-only, and a missing one that cannot be created is not used; both log a
-    warning.
+    An unwritable folder is used read-only. A folder that cannot be created, or that another user may have
+    written, is not used. Each logs a warning.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        check_owner(folder)
+        make_private(folder)
         for name, content in json.loads(bundled.read_text()).get(_device_key(), {}).items():
             path = folder / name
             if not path.exists():
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                path.touch(mode=0o600)
                 path.write_bytes(base64.b64decode(content))
+    except UntrustedCache as error:
+        log.warning("XLA's autotuning results are not used: %s", error)
+        return {}
     except OSError as error:
         log.warning("XLA's autotuning results are not kept: %s", error)
         if not folder.is_dir():

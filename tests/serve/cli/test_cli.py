@@ -372,6 +372,20 @@ def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
     assert cache_dir.cache_folder() == tmp_path / ".cache" / "minicpmv46-jax"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache_dir.cache_folder() == tmp_path / "Library" / "Caches" / "minicpmv46-jax"
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {0o700}
+
+
+def test_compilation_cache_that_others_may_write_is_not_used(tmp_path, monkeypatch, caplog):
+    chosen = {}
+    monkeypatch.setattr(startup.jax, "config", SimpleNamespace(jax_compilation_cache_dir=None, update=chosen.__setitem__))
+    (tmp_path / "cache" / "jax").mkdir(parents=True)
+    (tmp_path / "cache" / "jax").chmod(0o777)
+    (tmp_path / "cache").chmod(0o755)
+    startup.enable_compilation_cache(DeviceConfig("cpu", 0.9, tmp_path / "cache"))
+    assert chosen == {} and "jax's compilation cache is not used" in caplog.text
+    (tmp_path / "cache").chmod(0o700)
+    startup.enable_compilation_cache(DeviceConfig("cpu", 0.9, tmp_path / "cache"))
+    assert chosen["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "jax")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minicpmv46_jax.trees import tree_dataclass
+from serve.runtime import program_cache
 from serve.runtime.program_cache import CompilationCounter, ProgramCache, ProgramStore
 
 
@@ -67,20 +68,69 @@ def test_store_options_apply_to_compilation_only(tmp_path):
     assert programs(ProgramStore(tmp_path / "kept", options={"xla_unheard_of": "1"}))[1] == 0  # loaded, not compiled
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a pickle", None])
-def test_damaged_program_is_compiled_again(tmp_path, caplog, damage):
+def flipped(content):
+    return content[:-200] + bytes([content[-200] ^ 1]) + content[-199:]
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"short", lambda content: content[:-200], flipped])
+def test_damaged_program_is_compiled_again_and_not_unpickled(tmp_path, caplog, monkeypatch, damage):
     programs(ProgramStore(tmp_path))
-    (file,) = tmp_path.rglob("*.pickle")
-    file.write_bytes(file.read_bytes()[:-200] if damage is None else damage)
+    (file,) = tmp_path.rglob("*.program")
+    file.write_bytes(damage(file.read_bytes()))
+    monkeypatch.setattr(program_cache.pickle, "loads", None)
     with caplog.at_level(logging.WARNING):
         assert programs(ProgramStore(tmp_path))[1] == 1
-    assert f"{file} cannot be loaded and is compiled again" in caplog.text
+    assert f"{file} cannot be loaded and is compiled again: its checksum does not match" in caplog.text
+    monkeypatch.undo()
     assert programs(ProgramStore(tmp_path))[1] == 0
 
 
 def test_save_leaves_no_temporary_files(tmp_path):
     programs(ProgramStore(tmp_path))
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".pickle"]
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".program"]
+
+
+@pytest.fixture
+def store_folder(tmp_path):
+    """A store's folder whose parent other users may enter, with one program in it."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o755)
+    programs(ProgramStore(tmp_path / "cache" / "programs"))
+    return tmp_path / "cache" / "programs"
+
+
+def test_new_folders_and_files_are_private(store_folder):
+    modes = {path.stat().st_mode & 0o777 for path in (store_folder, *store_folder.rglob("*"))}
+    assert modes == {0o700, 0o600}
+    assert programs(ProgramStore(store_folder))[1] == 0
+
+
+@pytest.mark.parametrize("target", ["..", ".", "*", "*/*"])
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_folder_that_others_may_write_is_not_used(store_folder, caplog, target, mode):
+    (path,) = [store_folder / ".."] if target == ".." else [store_folder] if target == "." else store_folder.glob(target)
+    path.chmod(mode)
+    before = {path: path.read_bytes() for path in store_folder.rglob("*.program")}
+    with caplog.at_level(logging.WARNING):
+        assert programs(ProgramStore(store_folder))[1] == 1
+        assert programs(ProgramStore(store_folder, "another model"))[1] == 1  # neither loaded nor stored
+    assert f"has mode 0{mode:o}, so other users may write to it: remove {store_folder}" in caplog.text
+    assert {path: path.read_bytes() for path in store_folder.rglob("*.program")} == before
+
+
+def test_folder_of_another_user_is_not_used(store_folder, caplog, monkeypatch):
+    for path in (store_folder.parent, store_folder, *store_folder.rglob("*")):
+        os.chown(path, 12345, -1) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with caplog.at_level(logging.WARNING):
+        assert programs(ProgramStore(store_folder))[1] == 1
+    assert "stored programs are not used" in caplog.text and "belongs to user" in caplog.text
+
+
+def test_private_parent_protects_what_is_inside(store_folder):
+    (path,) = store_folder.rglob("*.program")
+    path.chmod(0o664)  # as a umask of 002 makes it
+    store_folder.parent.chmod(0o700)
+    assert programs(ProgramStore(store_folder))[1] == 0
 
 
 def test_unwritable_folder_does_not_stop_the_start(tmp_path, caplog):

@@ -79,9 +79,27 @@ def test_unwritable_folder_is_used_read_only(tmp_path, device, monkeypatch, capl
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(xla_autotune_cache.Path, "mkdir", refused)
+    monkeypatch.setattr(xla_autotune_cache.Path, "write_bytes", refused)
+    (folder / "ab12" / "first.pb").unlink()
     assert xla_autotune_cache.compiler_options(folder, bundled) == read_only
     assert xla_autotune_cache.compiler_options(tmp_path / "none", bundled) == {}
     assert caplog.text.count("XLA's autotuning results are not kept: [Errno 13] Permission denied") == 2
+
+
+def test_folder_that_others_may_write_is_not_used(tmp_path, device, caplog):
+    bundled, folder = tmp_path / "autotuned.json", tmp_path / "cache" / "autotuned"
+    bundled.write_text(json.dumps({"H200": {"ab12/first.pb": "AA=="}}))
+    folder.parent.mkdir(0o755)
+    options = xla_autotune_cache.compiler_options(folder, bundled)
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))} == {0o700, 0o600}
+    assert options and xla_autotune_cache.compiler_options(folder, bundled) == options
+    for path in (folder / "ab12" / "first.pb", folder):
+        mode = path.stat().st_mode
+        path.chmod(0o777)
+        assert xla_autotune_cache.compiler_options(folder, bundled) == {}
+        assert f"{path} has mode 0777, so other users may write to it: remove {folder}" in caplog.text
+        path.chmod(mode)
+    assert xla_autotune_cache.compiler_options(folder, bundled) == options
 
 
 def test_other_devices_get_no_results(tmp_path, device):
