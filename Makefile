@@ -1,6 +1,7 @@
 # make serve   set up .venv, make sure there is a model, serve it      MODEL=<folder or hub id>  ARGS="--port 9000"
 # make test    set up .venv and run the whole test suite
 # make test-fast  the tests that compile nothing, in under two minutes
+# make fuzz    tens of thousands of odd requests to a small server       REQUESTS=30000 MEDIA=5000 SCHEMAS=5000
 # make setup   .venv alone                                              EXTRA=gpu or EXTRA=tpu
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,12 +12,15 @@ ARGS ?=
 ORACLE ?= oracle
 # LINT= runs the tests alone.
 LINT ?= lint
+REQUESTS ?= 30000
+MEDIA ?= 5000
+SCHEMAS ?= 5000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 comma := ,
 
-.PHONY: setup serve test test-fast test-full lint clean
+.PHONY: setup serve test test-fast test-full fuzz lint clean
 
 setup: $(VENV)/.setup$(EXTRA)
 
@@ -42,6 +46,11 @@ test-fast: $(VENV)/.test$(ORACLE)
 # CHECKPOINT=<folder in the released format> takes the place of the random one that the tests make.
 test-full: $(VENV)/.test$(ORACLE)
 	MINICPMV46_CHECKPOINT=$(CHECKPOINT) $(BIN)/python -m pytest -m full --quiet -s $(ARGS)
+
+# MINICPMV46_SEED=<number> repeats a run; python -m tests.fuzz --help fuzzes a server that runs.
+fuzz: $(VENV)/.test$(ORACLE)
+	MINICPMV46_FUZZ_REQUESTS=$(REQUESTS) MINICPMV46_FUZZ_MEDIA=$(MEDIA) MINICPMV46_FUZZ_SCHEMAS=$(SCHEMAS) \
+		$(BIN)/python -m pytest --quiet -s $(ARGS) tests/fuzz
 
 lint: $(VENV)/.test$(ORACLE)
 	$(BIN)/ruff check --quiet .
