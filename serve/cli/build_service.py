@@ -6,6 +6,7 @@ need none of them.
 
 import argparse
 import contextlib
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def build_service(args: argparse.Namespace, **fields: Any) -> "Service":
     from serve.multimodal.image_workers import ImageThreads, ImageWorkerPool, default_workers
     from serve.runtime import startup
     from serve.runtime.cache_dir import cache_folder
+    from serve.structured_output.trial import start_trial_workers
+    from serve.structured_output.vocabulary import Vocabulary
 
     platform = startup.choose_platform(args.platform, args.memory_fraction)
     startup.check_backend(args.backend)
@@ -74,7 +77,10 @@ def build_service(args: argparse.Namespace, **fields: Any) -> "Service":
         "memory_bytes": int(args.request_memory_gib * 2**30),
         "demo": args.model is None,
     }
-    return Service(model, engine, name, tuple(aliases), **fields)
+    vocabulary = Vocabulary.of(model.detokenizer, model.config.text.vocab_size, model.generation_config.stop_token_ids)
+    service = Service(model, engine, name, tuple(aliases), trial_workers=start_trial_workers(vocabulary), **fields)
+    threading.Thread(target=service.grammar_compiler.warm_up, name="warm-up", daemon=True).start()  # takes seconds
+    return service
 
 
 def build_cors(args: argparse.Namespace) -> "Cors | None":

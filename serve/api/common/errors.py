@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from minicpmv46_jax.short_repr import shortened
 from serve.api.common.json_encoding import JsonResponse
 from serve.engine.engine_client import EngineFull, EngineStopped, RequestRejected
+from serve.structured_output.grammar import ConstraintFailed
 
 log = logging.getLogger("serve")
 
@@ -77,6 +78,11 @@ def stopped_error(error: EngineStopped) -> ApiError:
     return ApiError(503, str(error), code=getattr(error, "code", "shutting_down"), type_="server_error")
 
 
+def constraint_error(error: ConstraintFailed) -> ApiError:
+    """Returns status 400 that names the field, for a format that could not be followed to its end."""
+    return ApiError(400, f"{error.field or 'the format'}: {error}", error.field)
+
+
 @contextmanager
 def value_errors_as_400(fields: Collection[str], param: str | None = None) -> Iterator[None]:
     """Converts the errors that a client's values cause in the library to ApiError 400.
@@ -115,6 +121,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(EngineStopped)
     async def engine_stopped(request: Request, error: EngineStopped) -> JsonResponse:
         return stopped_error(error).response(request.url.path)
+
+    @app.exception_handler(ConstraintFailed)
+    async def constraint_failed(request: Request, error: ConstraintFailed) -> JsonResponse:
+        return constraint_error(error).response(request.url.path)
 
     @app.exception_handler(RequestRejected)
     async def request_rejected(request: Request, error: RequestRejected) -> JsonResponse:

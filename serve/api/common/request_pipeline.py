@@ -21,7 +21,7 @@ from minicpmv46_jax.processing import Inputs, PromptPlan, PromptTooLong
 from minicpmv46_jax.processing.media_job import MediaJob
 from minicpmv46_jax.processing.messages import check_overrides
 from serve.api.common.errors import ApiError, value_errors_as_400
-from serve.api.common.field_names import Names, renamed
+from serve.api.common.field_names import Names, rename, renamed
 from serve.api.common.media_limits import check_media
 from serve.api.common.middleware import RequestRecord, read_body, request_record
 from serve.api.common.output_stream import OutputStep, output_steps
@@ -34,7 +34,7 @@ from serve.multimodal.media_loader import layouts
 from serve.parsers import OutputParser
 from serve.runtime.budget import RequestMemory
 from serve.structured_output.grammar import GrammarConstraint
-from serve.structured_output.request import StructuredOutputError, compile_constraint
+from serve.structured_output.request import StructuredOutputError, compile_constraint_bounded
 
 log = logging.getLogger("serve")
 
@@ -264,7 +264,8 @@ async def prepare_chat(
     request = parsed.request
     with client_errors(parsed):
         inputs = await build_inputs(service, plan, memory, lambda number: _check_room(service, request, number))
-        options, thinking = await service.run_in_thread(_constrain, service, request, options, inputs)
+        thinking = await service.run_in_thread(opens_thinking, service.model, inputs)
+        options = dataclasses.replace(options, constraint=await _constraint(service, parsed, thinking))
     return PreparedRequest(OutputOptions.from_chat(request, service.restore_newlines), inputs, options, thinking)
 
 
@@ -301,19 +302,15 @@ def _check_room(service: Service, request: ChatRequest, num_prompt_tokens: int) 
         check_context(num_prompt_tokens, limit, service.max_model_len, name, param=name)
 
 
-def _constrain(
-    service: Service, request: ChatRequest, options: GenerationOptions, inputs: Inputs
-) -> tuple[GenerationOptions, bool]:
-    """Returns the options with the request's constraint, and whether the prompt ends inside `<think>`."""
-    thinking = opens_thinking(service.model, inputs)
-    return dataclasses.replace(options, constraint=_constraint(service, request, thinking)), thinking
-
-
-def _constraint(service: Service, request: ChatRequest, thinking: bool) -> GrammarConstraint | None:
+async def _constraint(service: Service, parsed: ParsedRequest, thinking: bool) -> GrammarConstraint | None:
+    """Returns the request's constraint, whose errors name the client's field."""
     try:
-        return compile_constraint(request, service.grammar_compiler, thinking)
+        constraint = await compile_constraint_bounded(parsed.request, service.grammar_compiler, thinking)
     except StructuredOutputError as error:
         raise ApiError(400, str(error), error.field, error.code) from None
+    if constraint is not None and constraint.field is not None:
+        constraint.field = rename(constraint.field, parsed.names)
+    return constraint
 
 
 def check_model(service: Service, name: str) -> None:

@@ -14,6 +14,7 @@ from serve.multimodal.image_workers import ImageThreads, MediaWorkers
 from serve.multimodal.media_fetcher import MediaFetcher
 from serve.multimodal.media_loader import MediaLoader
 from serve.runtime.budget import Budget, RequestMemory
+from serve.runtime.worker_pool import WorkerPool
 from serve.structured_output.grammar import GrammarCompiler
 
 MAX_BODY_BYTES = 128 * 2**20  # holds 96 MiB of images or video in base64
@@ -59,6 +60,8 @@ class Service:
       media_workers: measure and decode media; closed with the service.
       memory_bytes: host memory of all requests together: half of it for bodies and downloads, half for
         decoded images.
+      trial_workers: processes in which grammars are tried, from `start_trial_workers`; closed with the
+        service. None tries none.
     """
 
     model: MiniCPMV
@@ -77,6 +80,7 @@ class Service:
     fetcher: MediaFetcher = dataclasses.field(default_factory=MediaFetcher)
     media_workers: MediaWorkers = dataclasses.field(default_factory=ImageThreads)
     memory_bytes: int = REQUEST_MEMORY_BYTES
+    trial_workers: WorkerPool | None = None
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
@@ -104,7 +108,8 @@ class Service:
     def grammar_compiler(self) -> GrammarCompiler:
         """Compiler of structured-output grammars."""
         model = self.model
-        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocab_size, model.generation_config.stop_token_ids)
+        stops = model.generation_config.stop_token_ids
+        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocab_size, stops, self.trial_workers)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns a text's token ids, without special tokens."""
@@ -136,4 +141,6 @@ class Service:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._large_threads.shutdown(wait=False, cancel_futures=True)
         self.media.close()
+        if self.trial_workers is not None:
+            self.trial_workers.close()
         self.engine.close()

@@ -9,9 +9,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.api.common.errors import ApiError, anthropic_content, internal_error, stopped_error
+from serve.api.common.errors import ApiError, anthropic_content, constraint_error, internal_error, stopped_error
 from serve.api.common.json_encoding import encode_json
 from serve.engine.engine_client import Cancelled, EngineStopped
+from serve.structured_output.grammar import ConstraintFailed
 
 log = logging.getLogger("serve")
 
@@ -76,6 +77,8 @@ class EventStream(Response):
             raise Cancelled from None
         except EngineStopped as error:
             await self._send(send, self._dialect.error(stopped_error(error)))
+        except ConstraintFailed as error:
+            await self._send(send, self._dialect.error(constraint_error(error)))
         except Exception:
             log.exception("%s failed while streaming", request_id)
             await self._send(send, self._dialect.error(internal_error()))
