@@ -13,7 +13,9 @@ from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
 from minicpmv46_jax.short_repr import short_repr
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)  # the device computes in float32, where 1e39 is infinite
+# A larger temperature draws uniformly too. The reciprocal of one near float32's largest number is flushed to
+# zero on the device, and a token that a grammar mask excludes, of score -inf, would have the score NaN.
+MAX_TEMPERATURE = 1e6
 # A logit times or divided by the penalty, then divided by a temperature of 1e-6, stays finite.
 MIN_PENALTY, MAX_PENALTY = 1e-6, 1e6
 
@@ -104,7 +106,7 @@ def generation_options(
     own_stops = () if ignore_eos else defaults.stop_token_ids
     return GenerationOptions(
         max_new_tokens=_optional_integer("max_new_tokens", max_new_tokens, 1, None),
-        temperature=_number("temperature", default_temperature if temperature is None else temperature, 0.0, FLOAT32_MAX),
+        temperature=_number("temperature", default_temperature if temperature is None else temperature, 0.0, MAX_TEMPERATURE),
         top_k=max(_optional_integer("top_k", defaults.top_k if top_k is None else top_k, -1, None), 0),
         top_p=_number("top_p", defaults.top_p if top_p is None else top_p, 0.0, 1.0, above=True),
         min_p=_number("min_p", defaults.min_p if min_p is None else min_p, 0.0, 1.0),

@@ -9,7 +9,10 @@ import threading
 import pytest
 
 from serve.api import Service
+from serve.multimodal.image_workers import ImageWorkerPool
 from serve.runtime.server import Server
+from serve.structured_output.trial import start_trial_workers
+from serve.structured_output.vocabulary import Vocabulary
 from tests.fuzz import http, media, schemas
 from tests.fuzz.run import Answer, Case, Fuzzer, Report, chunks, parse_answer, send
 from tests.serve.support import NAME, PATIENCE_S
@@ -35,7 +38,9 @@ class ReadyServer(Server):
 @pytest.fixture(scope="module")
 def url(demo, demo_engine):
     """The address of the product's server over the small model."""
-    service = Service(demo, demo_engine, NAME)
+    stops = demo.generation_config.stop_token_ids
+    trials = start_trial_workers(Vocabulary.of(demo.detokenizer, demo.config.text.vocab_size, stops))
+    service = Service(demo, demo_engine, NAME, media_workers=ImageWorkerPool(1), trial_workers=trials)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = ReadyServer(service)
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -44,7 +49,8 @@ def url(demo, demo_engine):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join(PATIENCE_S)
-    service.pool.shutdown()
+    service.media.close()
+    trials.close()
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))

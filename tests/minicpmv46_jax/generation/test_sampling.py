@@ -19,7 +19,7 @@ from transformers import (
 
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.decoding import sampling_mode, sampling_params
-from minicpmv46_jax.generation.options import generation_options
+from minicpmv46_jax.generation.options import MAX_TEMPERATURE, generation_options
 from minicpmv46_jax.generation.sampling import (
     MAX_LOGPROBS,
     Bias,
@@ -180,6 +180,8 @@ def test_mask_excludes_tokens_and_bias_shifts_scores():
         own = run_sample(logits(seed), params(seed=seed))
         assert int(run_sample(logits(seed), params(seed=seed), allowed=two).ids[0]) in (1, 3)
         assert int(run_sample(logits(seed), params(seed=seed), allowed=high).ids[0]) == 49
+        hottest = run_sample(logits(seed), params(seed=seed, temperature=MAX_TEMPERATURE), allowed=two)
+        assert int(hottest.ids[0]) in (1, 3)
         greedy = run_sample(logits(seed), params(temperature=0.0), allowed=two)
         assert int(greedy.ids[0]) == max((1, 3), key=lambda i: logits(seed)[0, i])
         for allowed in (None, two):
@@ -241,7 +243,8 @@ def test_logprobs_are_of_unmodified_logits():
         ({"repetition_penalty": 0}, "repetition_penalty is 0.0, expected at least 1e-06 and at most 1000000.0"),
         ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40"),  # a logit divided by it is infinite
         ({"repetition_penalty": 1e38}, "repetition_penalty is 1e+38"),
-        ({"temperature": 1e39}, "temperature is 1e+39, expected at least 0.0 and at most 3.4"),  # infinite in float32
+        ({"temperature": 3.4e38}, "temperature is 3.4e+38"),
+        ({"temperature": 1e39}, "temperature is 1e+39, expected at least 0.0 and at most 1000000.0"),  # infinite in float32
         ({"temperature": 10**400}, "temperature is inf"),
         ({"presence_penalty": 3}, "presence_penalty is 3.0, expected at least -2.0 and at most 2.0"),
         ({"logprobs": 21}, "logprobs is 21, expected an integer of at least 0 and at most 20"),
