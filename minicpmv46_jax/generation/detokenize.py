@@ -5,7 +5,10 @@ The tokenizer is byte-level (GPT-2's table): a token is a run of bytes. A charac
 
 import codecs
 import functools
+from collections.abc import Iterable
 from typing import Any
+
+from minicpmv46_jax.generation.stop_texts import StopTexts
 
 
 class Detokenizer:
@@ -32,9 +35,9 @@ class Detokenizer:
             found = self._bytes[token_id] = bytes(character_bytes()[c] for c in token)
         return found
 
-    def stream(self, stop: tuple[str, ...] = (), skip_special_tokens: bool = True) -> "TextStream":
+    def stream(self, stop: Iterable[str] = (), skip_special_tokens: bool = True) -> "TextStream":
         """Returns a stream for one output that ends before any of the texts in `stop`."""
-        return TextStream(self, stop, skip_special_tokens)
+        return TextStream(self, stop if isinstance(stop, StopTexts) else StopTexts(stop), skip_special_tokens)
 
     def decode(self, token_ids, skip_special_tokens: bool = True) -> str:
         """Decodes token ids to text at once; invalid UTF-8 becomes U+FFFD."""
@@ -49,11 +52,11 @@ class TextStream:
       stopped: True after a stop text.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...], skip_special_tokens: bool):
+    def __init__(self, detokenizer: Detokenizer, stop: StopTexts, skip_special_tokens: bool):
         self._detokenizer, self._stop = detokenizer, stop
         self._skip = detokenizer.special if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._pending = ""
+        self._held, self._state = "", 0  # the text that may begin a stop text, and the automaton's state after it
         self.stopped = False
 
     def push(self, token_id: int) -> str:
@@ -64,28 +67,32 @@ class TextStream:
         if self.stopped or token_id in self._skip:
             return ""
         text = self._utf8.decode(self._detokenizer.token_bytes(token_id))
-        return self._release(text, final=False) if self._stop else text
+        return self._release(text) if self._stop else text
 
     def finish(self) -> str:
         """Returns the text held back so far; an incomplete character becomes U+FFFD."""
-        return "" if self.stopped else self._release(self._utf8.decode(b"", final=True), final=True)
+        if self.stopped:
+            return ""
+        text = self._release(self._utf8.decode(b"", final=True))
+        return text if self.stopped else text + self._held
 
-    def _release(self, text: str, final: bool) -> str:
-        self._pending += text
-        found = [at for at in (self._pending.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+    def _release(self, text: str) -> str:
+        """Appends text, and returns the text before a stop text, or else all that can begin none.
+
+        If the appended text completes several stop texts, the one that begins first counts.
+        """
+        stop, state, start, first = self._stop, self._state, len(self._held), None
+        for end, character in enumerate(text, start + 1):
+            state = stop.step(state, character)
+            if length := stop.match[state]:
+                first = end - length if first is None else min(first, end - length)
+        pending = self._held + text
+        if first is not None:
             self.stopped = True
-            out, self._pending = self._pending[: min(found)], ""
-            return out
-        keep = 0 if final else max((_overlap_length(self._pending, stop) for stop in self._stop), default=0)
-        cut = len(self._pending) - keep
-        out, self._pending = self._pending[:cut], self._pending[cut:]
-        return out
-
-
-def _overlap_length(text: str, stop: str) -> int:
-    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+            return pending[:first]
+        cut = len(pending) - stop.depth[state]
+        self._held, self._state = pending[cut:], state
+        return pending[:cut]
 
 
 @functools.cache

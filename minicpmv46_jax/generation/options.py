@@ -4,15 +4,20 @@ import dataclasses
 import numbers
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt32
 
 from minicpmv46_jax.config import GenerationConfig
 from minicpmv46_jax.generation.sampling import MAX_BIASED, MAX_LOGPROBS
+from minicpmv46_jax.generation.stop_texts import StopTexts
 from minicpmv46_jax.short_repr import short_repr
 
+# OpenAI allows 4 texts. A character of theirs takes 0.25 KB of host memory until its request ends.
+MAX_STOP_TEXTS = 256
+MAX_STOP_CHARACTERS = 4096  # of all stop texts together
+MAX_STOP_TOKEN_IDS = 1024
 # A larger temperature draws uniformly too. The reciprocal of one near float32's largest number is flushed to
 # zero on the device, and a token that a grammar mask excludes, of score -inf, would have the score NaN.
 MAX_TEMPERATURE = 1e6
@@ -39,7 +44,6 @@ class GenerationOptions:
 
     `generation_options` makes it and takes defaults from generation_config.json.
 
-
     Attributes:
       max_new_tokens: maximum number of output tokens; None for the rest of the context.
       temperature: 0 is greedy.
@@ -48,7 +52,7 @@ class GenerationOptions:
       presence_penalty, frequency_penalty: over the output; 0 is off.
       seed: the same seed, prompt and options give the same output; None draws a random seed.
       stop_token_ids: tokens that end the output and are not part of its text.
-      stop: texts that end the output and are not part of it.
+      stop: texts that end the output and are not part of it; at most MAX_STOP_TEXTS, of MAX_STOP_CHARACTERS.
       ignore_eos: do not stop at the checkpoint's own end tokens (for load tests).
       logprobs: number of alternatives (0 to 20) to report with each token's log probability, or None.
       logit_bias: (token id, bias); added to the logit after penalties and before temperature.
@@ -65,7 +69,7 @@ class GenerationOptions:
     frequency_penalty: float
     seed: int | None
     stop_token_ids: tuple[int, ...]
-    stop: tuple[str, ...]
+    stop: StopTexts
     ignore_eos: bool
     logprobs: int | None
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -98,11 +102,7 @@ def generation_options(
       ValueError: an option is out of range; the message has its name, value and range.
     """
     default_temperature = defaults.temperature if defaults.do_sample else 0.0
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(text, str) and text for text in stops):
-        raise ValueError(f"stop is {short_repr(stop)}, expected texts of at least one character")
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in stop_token_ids):
-        raise ValueError(f"stop_token_ids is {short_repr(stop_token_ids)}, expected token ids")
+    _check_stop_token_ids(stop_token_ids)
     own_stops = () if ignore_eos else defaults.stop_token_ids
     return GenerationOptions(
         max_new_tokens=_optional_integer("max_new_tokens", max_new_tokens, 1, None),
@@ -120,12 +120,32 @@ def generation_options(
         frequency_penalty=_number("frequency_penalty", frequency_penalty, -2.0, 2.0),
         seed=_optional_integer("seed", seed, -(2**63), 2**63 - 1),
         stop_token_ids=tuple(dict.fromkeys((*own_stops, *stop_token_ids))),
-        stop=stops,
+        stop=_stop_texts(stop),
         ignore_eos=bool(ignore_eos),
         logprobs=_optional_integer("logprobs", logprobs, 0, MAX_LOGPROBS),
         logit_bias=_biases(logit_bias or {}),
         constraint=constraint,
     )
+
+
+def _stop_texts(stop: Sequence[Any]) -> StopTexts:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(texts) > MAX_STOP_TEXTS:
+        raise ValueError(f"stop has {len(texts)} texts, expected at most {MAX_STOP_TEXTS}")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop is {short_repr(stop)}, expected texts of at least one character")
+    total = sum(map(len, texts))
+    if total > MAX_STOP_CHARACTERS:
+        raise ValueError(f"stop has {total} characters in all, expected at most {MAX_STOP_CHARACTERS}")
+    return StopTexts(texts)
+
+
+def _check_stop_token_ids(token_ids: Sequence[Any]) -> None:
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"stop_token_ids has {len(token_ids)} tokens, expected at most {MAX_STOP_TOKEN_IDS}")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in token_ids):
+        raise ValueError(f"stop_token_ids is {short_repr(token_ids)}, expected token ids")
 
 
 def _biases(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

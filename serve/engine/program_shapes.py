@@ -31,6 +31,7 @@ from minicpmv46_jax.generation.decoding import (
 )
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.generation.sampling import SamplingMode, record_prompt
+from minicpmv46_jax.generation.stop_texts import StopTexts
 from minicpmv46_jax.model import Params, PrefillInput, packing
 from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.packing import PackedView, PackedViews
@@ -44,7 +45,7 @@ SNAPSHOTS_PER_PROMPT = 2  # per prefill step: at the end of the shared prefix, a
 HISTORY_TOKENS = 2048  # tokens recorded into a history per call
 ALL_ALLOWED = 0xFFFFFFFF  # a word of a grammar mask that allows all of its 32 tokens
 MODES: tuple[SamplingMode, ...] = ("greedy", "sampled", "filtered", "full")
-_GREEDY = GenerationOptions(None, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), (), False, None)
+_GREEDY = GenerationOptions(None, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), StopTexts(), False, None)
 
 
 class DeviceArrays(NamedTuple):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicpmv46_jax.generation.detokenize import Detokenizer
+from minicpmv46_jax.generation.stop_texts import StopTexts
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,64 @@ def test_stop_text_ends_output_at_any_token_boundary(detokenizer, text, stops):
         end = min(text.find(stop) + len(stop) for stop in stops if stop in text)
         first = min(text[:end].find(stop) for stop in stops if stop in text[:end])
         assert out == text[:first] and stream.stopped
+
+
+class Pieces(Detokenizer):
+    """A detokenizer whose tokens are whole pieces of a text."""
+
+    def __init__(self, pieces):
+        self.special, self._pieces = frozenset(), pieces
+
+    def token_bytes(self, token_id):
+        return self._pieces[token_id].encode()
+
+
+def naive_release(held, piece, stops):
+    """Returns (released text, text still held; None after a stop text), by searching for each stop text."""
+    text = held + piece
+    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    if found:
+        return text[: min(found)], None
+    keep = max(n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - keep], text[len(text) - keep :]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    pieces=st.lists(st.text("abcé", max_size=6), max_size=12),
+    stops=st.lists(st.text("abcé", min_size=1, max_size=7), min_size=1, max_size=12),
+)
+def test_stop_texts_are_found_as_by_naive_search(pieces, stops):
+    """Overlapping and nested stop texts, and tokens that complete several at once."""
+    stream, held = Pieces(pieces).stream(stops), ""
+    for i, piece in enumerate(pieces):
+        released, held = naive_release(held, piece, stops)
+        assert stream.push(i) == released and stream.stopped == (held is None)
+        if held is None:
+            return
+    assert stream.finish() == held
+
+
+def test_steps_of_a_character_do_not_grow_with_the_number_of_stop_texts():
+    text = "ab" * 500
+
+    def work(number):
+        """Returns how often the automaton looks up a character."""
+        lookups, stops = 0, StopTexts("ab" * i + "#" for i in range(1, number + 1))
+
+        class Counted(dict):
+            def __contains__(self, character):
+                nonlocal lookups
+                lookups += 1
+                return super().__contains__(character)
+
+        stops._children = [Counted(children) for children in stops._children]
+        state = 0
+        for character in text:
+            state = stops.step(state, character)
+        return lookups
+
+    assert work(60) <= 2 * len(text)
 
 
 @settings(max_examples=200, deadline=None)
