@@ -7,14 +7,20 @@ this order. This bounds the time between two tokens of a stream, whatever else a
 For rows with structured output, a dispatch only computes logits, which need no grammar mask. Meanwhile
 threads compute the masks. Then the held logits are sampled, and the next dispatch is sent before the host
 reads that token. A step waits for masks a millisecond at most; a row whose mask is late skips the step.
+
+Errors are contained in three rings. An error of one row on the host fails that request, and all else goes on.
+An error of a call to the device fails the requests of that call; all state is made anew, and the others
+prefill again. Only if new state cannot be made does the engine end, with EngineFailed for all requests.
 """
 
 import dataclasses
-import itertools
+import functools
 import logging
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -32,7 +38,6 @@ from serve.engine.engine_client import (
     Cancelled,
     EngineClient,
     EngineFull,
-    EngineStopped,
     RequestHandle,
     RequestRejected,
     notify_readers,
@@ -41,8 +46,9 @@ from serve.engine.grammar_masks import GrammarMasks
 from serve.engine.host_prefix_cache import HostPrefixCache
 from serve.engine.metrics import Metrics
 from serve.engine.model_runner import ModelRunner, PrefillRow
+from serve.engine.offload import OffloadedPrefix
 from serve.engine.page_pool import PagePool, SlotPool
-from serve.engine.prefix_cache import Node, PrefixCache
+from serve.engine.prefix_cache import EvictedPrefix, PrefixCache
 from serve.engine.program_shapes import MODES
 from serve.engine.request import EngineRequest, MultimodalItem, prepare_request
 from serve.engine.request_state import RequestState
@@ -51,9 +57,12 @@ from serve.runtime.program_cache import CompilationCounter
 
 log = logging.getLogger("serve")
 
+T = TypeVar("T")
+
 MAX_WAITING = 512  # requests
 PREPARE_THREADS = 4  # hashing and packing release the GIL
 MAX_OFFLOADS = 8  # prefixes on their way to the host at once; each holds 43 MB or more of device memory until it arrives
+RESET_PAUSES_S = (0.1, 1.0)  # between attempts to make new state; programs still running may hold the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +100,15 @@ class InFlightStep:
 
 
 @dataclasses.dataclass(frozen=True)
+class PendingOffload:
+    """A prefix on its way to host memory."""
+
+    block_hash: bytes
+    prefix: OffloadedPrefix
+    finished: Future
+
+
+@dataclasses.dataclass(frozen=True)
 class PendingGrammarSample:
     """Tokens sampled from held logits, on their way to the host."""
 
@@ -124,15 +142,14 @@ class Engine(EngineClient):
         self.scheduler: Scheduler[RequestState] = Scheduler(limits, self.pages, self.slots, self.prefix_cache, host_cache)
         self.metrics = Metrics(self)
         self._states: dict[RequestHandle, RequestState] = {}
-        self._inbox: list[tuple[RequestHandle, EngineRequest]] = []
-        self._aborted: list[RequestHandle] = []
+        self._inbox: deque[tuple[RequestHandle, EngineRequest]] = deque()
+        self._aborted: deque[RequestHandle] = deque()
         self._in_flight: InFlightStep | None = None
-        # Requests of a call that is being sent; they fail if it raises.
-        self._encoding: list[RequestState] = []
-        self._sampling: list[RequestState] = []
+        # The requests that fail if the current call raises; None if no call is known to be at fault.
+        self._concerned: Sequence[RequestState] | None = None
         self._awaiting_mask: list[RequestState] = []  # the device holds logits of these
         self.masks = GrammarMasks()
-        self._offloads: list[Future] = []
+        self._offloads: list[PendingOffload] = []
         self._prepare_pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
         self._offload_thread = ThreadPoolExecutor(1, thread_name_prefix="offload")  # waits for the device
         self.start()
@@ -159,8 +176,10 @@ class Engine(EngineClient):
         self._check(inputs)
         with self.changed:
             if self.stopping:
-                raise EngineStopped
-        self._prepare_pool.submit(self._prepare, handle, inputs, options)
+                raise self.stopped_error()
+        side = self._model.config.vision.positions_per_side
+        preparation = self._prepare_pool.submit(prepare_request, inputs, options, side)
+        preparation.add_done_callback(functools.partial(self._add_prepared, handle))
 
     def abort_request(self, handle: RequestHandle) -> None:
         """Aborts a submitted request at the next step."""
@@ -180,111 +199,136 @@ class Engine(EngineClient):
                 h, w = view.grid
                 raise RequestRejected(f"a picture has a view of {h} x {w} patches, and this server encodes {longest} at most")
 
-    def _prepare(self, handle: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
-        try:
-            request = prepare_request(inputs, options, self._model.config.vision.positions_per_side)
-        except Exception as error:
-            self.finish_request(handle, error)
-            return
-        with self.changed:
-            if not self.stopping:
-                self._inbox.append((handle, request))
-                self.changed.notify_all()
-                return
-        self.finish_request(handle, EngineStopped())
+    def _add_prepared(self, handle: RequestHandle, preparation: Future) -> None:
+        """Passes a prepared request to the engine's thread, or finishes it if its preparation failed."""
+        error = self.stopped_error() if preparation.cancelled() else preparation.exception()
+        if error is None:
+            with self.changed:
+                if not self.stopping:
+                    self._inbox.append((handle, preparation.result()))
+                    self.changed.notify_all()
+                    return
+            error = self.stopped_error()
+        self.finish_request(handle, error)
 
     def run(self) -> None:
-        """Runs steps until the engine stops; then finishes all requests."""
-        outcome: Exception = EngineStopped()
-        try:
-            while self._drain_inbox():
+        """Runs steps until the engine stops."""
+        while self._wait_for_work():
+            self._concerned = None
+            try:
+                self._drain_inbox()
                 self._step()
-        except Exception as error:  # `_step` could not recover, so no request can be served any more
-            log.exception("the engine has failed")
-            outcome = error
-        with self.changed:
-            self.stopping = True
-            handles = [*self._states, *(handle for handle, _ in self._inbox)]
-        for handle in handles:
-            self.finish_request(handle, outcome)
+            except BaseException as error:
+                self._recover(error)
 
-    def _drain_inbox(self) -> bool:
-        """Waits for work and takes over new and aborted requests; returns False when the engine stops."""
+    def _wait_for_work(self) -> bool:
+        """Waits until there is something to do; returns False when the engine stops."""
         with self.changed:
             self.changed.wait_for(lambda: self._inbox or self._aborted or self._states or self._in_flight or self.stopping)
-            if self.stopping:
-                return False
-            (inbox, self._inbox), (aborted, self._aborted) = (self._inbox, []), (self._aborted, [])
-        for handle, request in inbox:
-            if handle.cancelled:
-                self.finish_request(handle, Cancelled())
-            else:
-                self._start(handle, request)
-        for handle in aborted:
-            if handle in self._states:  # else it has finished, or is still being prepared
-                self._finish(self._states[handle], Cancelled())
-        return True
+            return not self.stopping
+
+    def _drain_inbox(self) -> None:
+        """Takes over new and aborted requests."""
+        while self._inbox:
+            self._start(*self._inbox.popleft())
+        while self._aborted:
+            state = self._states.get(self._aborted.popleft())
+            if state is not None:  # else it has finished, or is still being prepared
+                self._finish(state, Cancelled())
 
     def _start(self, handle: RequestHandle, request: EngineRequest) -> None:
-        state = RequestState(handle, request, self.max_model_len, self._model.detokenizer)
-        if self.policy.max_wait_s is not None:
-            state.deadline = handle.reserved_at + self.policy.max_wait_s
-        self._states[handle] = state
-        self.metrics.prompt_tokens.inc(len(request.token_ids))
-        self.scheduler.add(state)
+        """Adds a request to the scheduler; an error fails this request alone."""
+        if handle.cancelled:
+            self.finish_request(handle, Cancelled())
+            return
+        try:
+            state = RequestState(handle, request, self.max_model_len, self._model.detokenizer)
+            if self.policy.max_wait_s is not None:
+                state.deadline = handle.reserved_at + self.policy.max_wait_s
+            self._states[handle] = state
+            self.scheduler.add(state)
+        except BaseException as error:
+            log.error("a request cannot be started", exc_info=error)
+            if handle in self._states:
+                self._finish(self._states[handle], error)
+            else:
+                self.finish_request(handle, error)
+            return
+        self.metrics.accepted(len(request.token_ids))
 
     def _step(self) -> None:
         """Sends one step and delivers the tokens of the one before."""
         begun = time.perf_counter()
-        for state in self.scheduler.admit(time.monotonic()):
-            self._finish(state, EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
-        previous, self._in_flight, output = self._in_flight, None, None
-        if previous is not None and previous.only_prefills and not self.scheduler.prefilling:
+        self._keep_offloaded()
+        self._admit()
+        if self._in_flight is not None and self._in_flight.only_prefills and not self.scheduler.prefilling:
             # First tokens are delivered before the next step is sent: the device has no work queued that
             # would hide the wait.
-            try:
-                self._collect_step(previous)
-            except Exception as error:
-                self._recover(error, previous.requests, None)
-                return
-            previous = None
-        try:
-            self._restore()
-            self._encode()
-            grammar_sample = self._sample_held()
-            output = self.scheduler.schedule()
-            for state in output.preempted:
-                state.unpin(self.encoder_cache, all_items=True)
-                self._drop_held(state)
-            self._in_flight = self._dispatch(output)
-        except Exception as error:
-            unscheduled = self._encoding or self._sampling or self.scheduler.prefilling
-            self._recover(error, unscheduled if output is None else InFlightStep(output, None, None).requests, previous)
-            return
-        self.metrics.host.inc(time.perf_counter() - begun)
-        try:
-            self._collect_samples(grammar_sample)
-            self._collect_step(previous)
-        except Exception as error:
-            sent = [step.requests for step in (previous, grammar_sample) if step is not None]
-            self._recover(error, list(itertools.chain.from_iterable(sent)), None)
+            self._collect_in_flight()
+        self._restore()
+        self._encode()
+        grammar_sample = self._sample_held()
+        sent = self._dispatch(self._schedule())
+        self.metrics.worked(time.perf_counter() - begun)
+        self._collect_samples(grammar_sample)
+        self._collect_in_flight()
+        self._in_flight = sent
 
-    def _offload(self, node: Node) -> None:
-        """Copies a prefix to the host before its snapshot is evicted, if that is worth it.
+    def _admit(self) -> None:
+        """Starts waiting requests that fit, and finishes those that have expired."""
+        for state in self._call_scheduler(self.scheduler.admit, time.monotonic()):
+            self._finish(state, EngineFull(f"it waited {self.policy.max_wait_s:g} seconds without beginning"))
+
+    def _call_scheduler(self, method: Callable[..., T], *args: Any) -> T:
+        """Calls a method of the scheduler; an error concerns the request that it worked on, if any."""
+        self._concerned = None
+        try:
+            return method(*args)
+        except BaseException:
+            if self.scheduler.current is not None:
+                self._concerned = [self.scheduler.current]
+            raise
+
+    def _schedule(self) -> SchedulerOutput[RequestState]:
+        output = self._call_scheduler(self.scheduler.schedule)
+        for state in output.preempted:
+            state.unpin(self.encoder_cache, all_items=True)
+            self._drop_held(state)
+        return output
+
+    def _offload(self, evicted: EvictedPrefix) -> None:
+        """Starts copying an evicted prefix to the host, if that is worth it; an error only loses the prefix.
 
         A prefix that one step can prefill is dropped: prefill is faster than a copy to the host and back. On
         an H200 the prefill of 512 tokens takes 3.3 ms, and copying 26 MB takes 4.5 ms and 5.3 ms.
         """
-        self._offloads = [offload for offload in self._offloads if not offload.done()]
-        path = node.path()
-        is_long = len(path) * PAGE >= self.scheduler.limits.max_tokens
-        if self.policy.prefix_host_bytes and is_long and len(self._offloads) < MAX_OFFLOADS:
-            prefix = self._runner.offload([page.page for page in path], node.snapshot_slot)
-            self.host_cache.put(node.block_hash, prefix)
-            self._offloads.append(self._offload_thread.submit(prefix.finish))
+        is_long = len(evicted.pages) * PAGE >= self.scheduler.limits.max_tokens
+        if not self.policy.prefix_host_bytes or not is_long or len(self._offloads) >= MAX_OFFLOADS:
+            return
+        try:
+            prefix = self._runner.offload(evicted.pages, evicted.snapshot_slot)
+            self._offloads.append(PendingOffload(evicted.block_hash, prefix, self._offload_thread.submit(prefix.finish)))
+        except BaseException as error:
+            log.warning("an evicted prefix is not kept in host memory", exc_info=error)
+
+    def _keep_offloaded(self) -> None:
+        """Adds prefixes that have arrived in host memory to its cache; drops those whose copy failed."""
+        arrived = [offload for offload in self._offloads if offload.finished.done()]
+        if not arrived:
+            return
+        self._offloads = [offload for offload in self._offloads if offload not in arrived]
+        for offload in arrived:
+            if (error := offload.finished.exception()) is None:
+                self.host_cache.put(offload.block_hash, offload.prefix)
+            else:
+                log.warning("an evicted prefix is not kept in host memory", exc_info=error)
 
     def _restore(self) -> None:
-        """Sends the copies of prefixes that newly admitted requests start from."""
+        """Sends the copies of prefixes that newly admitted requests start from.
+
+        An error fails no request: without the lost prefixes they prefill all of their prompts.
+        """
+        self._concerned = ()
         restores, self.scheduler.restores = self.scheduler.restores, []
         for restore in restores:
             self._runner.restore(restore.prefix, restore.first_page, restore.pages, restore.snapshot_slot)
@@ -293,8 +337,9 @@ class Engine(EngineClient):
         """Sends one call of the vision tower for the items needed first; all have one downsample mode."""
         items: list[MultimodalItem] = []
         rows: list[np.ndarray] = []
-        self._encoding = []
+        encoding: list[RequestState] = []
         for state in sorted(self.scheduler.prefilling, key=lambda state: state.rank):
+            self._concerned = [state]
             for item in state.unencoded_items():
                 entry = self.encoder_cache.find(item.mm_hash)
                 if entry is None and self._fits_call(items, item):
@@ -302,15 +347,15 @@ class Engine(EngineClient):
                     if entry is not None:
                         items.append(item)
                         rows.append(entry.rows)
-                        self._encoding.append(state)
+                        encoding.append(state)
                 if entry is None:
                     break
                 state.attach(item, entry)
             state.update_ready_tokens()
         if items:
+            self._concerned = encoding
             self._runner.encode([item.packed_view for item in items], rows)
-            self.metrics.encoded.inc(len(items))
-        self._encoding = []
+            self.metrics.encoded_views(len(items))
 
     def _fits_call(self, items: list[MultimodalItem], item: MultimodalItem) -> bool:
         """Returns whether the item may join the call of the vision tower."""
@@ -320,20 +365,20 @@ class Engine(EngineClient):
 
     def _sample_held(self) -> PendingGrammarSample | None:
         """Samples the held logits whose grammar mask is ready."""
+        self._concerned = None
         for state, error in self.masks.collect():
             if state.stage is not Stage.FINISHED:
                 self._finish(state, error)
         ready = [state for state in self._awaiting_mask if state.mask is not None]
-        self.metrics.late_masks.inc(len(self._awaiting_mask) - len(ready))
+        self.metrics.missed_masks(len(self._awaiting_mask) - len(ready))
         if not ready:
             return None
-        self._sampling = ready
+        self._concerned = ready
         slots, masks = [state.slot for state in ready], [state.mask for state in ready]
         sample = PendingGrammarSample(ready, self._runner.sample_held(slots, masks, _sampling_mode(ready)))
         for state in ready:
             self._drop_held(state)
             self.scheduler.mark_sampled(state)
-        self._sampling = []
         return sample
 
     def _drop_held(self, state: RequestState) -> None:
@@ -347,16 +392,19 @@ class Engine(EngineClient):
         first_tokens = decoded = None
         if chunks := output.prefill_chunks:
             rows = [self._prefill_row(chunk) for chunk in chunks]
+            self._concerned = [chunk.request for chunk in chunks]
             first_tokens = self._runner.prefill(rows, _sampling_mode(chunk.request for chunk in chunks if chunk.is_last))
             for chunk in chunks:
                 chunk.request.unpin(self.encoder_cache, all_items=False)
         if output.rows:
+            self._concerned = output.rows
             decoded = self._runner.decode(output, _sampling_mode(output.rows))
             self._awaiting_mask += [row for row, awaits in zip(output.rows, output.awaiting_mask, strict=True) if awaits]
         return InFlightStep(output, first_tokens, decoded)
 
     def _prefill_row(self, chunk: PrefillChunk[RequestState]) -> PrefillRow:
         state, end = chunk.request, chunk.start + chunk.num_tokens
+        self._concerned = [state]
         if chunk.source_slot != state.slot:  # the request's first chunk
             self._set_sampling_state(state)
         token_ids, rows = state.token_ids(chunk.start, end), state.encoder_rows(chunk.start, end)
@@ -375,16 +423,21 @@ class Engine(EngineClient):
         """Delivers tokens sampled from held logits and starts their next masks. Waits for the device."""
         if sample is None:
             return
+        self._concerned = sample.requests
         sampled = _add_step_axis(jax.device_get(sample.sampled))
         begun = time.perf_counter()
         self._emit_rows((sampled, i, state) for i, state in enumerate(sample.requests))
         self._submit_masks(sample.requests)
-        self.metrics.host.inc(time.perf_counter() - begun)
+        self.metrics.worked(time.perf_counter() - begun)
 
-    def _collect_step(self, step: InFlightStep | None) -> None:
-        """Delivers the tokens of a step. Waits for the device."""
-        if step is None:
-            return
+    def _collect_in_flight(self) -> None:
+        """Delivers the tokens of the step in flight, if there is one. Waits for the device."""
+        step, self._in_flight = self._in_flight, None
+        if step is not None:
+            self._collect_step(step)
+
+    def _collect_step(self, step: InFlightStep) -> None:
+        self._concerned = step.requests
         first_tokens, decoded = jax.device_get((step.first_tokens, step.decoded))
         begun, output = time.perf_counter(), step.output
         first_tokens = _add_step_axis(first_tokens)
@@ -392,65 +445,95 @@ class Engine(EngineClient):
         continued = [(decoded, i, row) for i, row in enumerate(output.rows) if not output.awaiting_mask[i]]
         self._emit_rows([*started, *continued])
         self._submit_masks(state for _, _, state in started)
-        self.metrics.steps.inc()
-        self.metrics.host.inc(time.perf_counter() - begun)
+        self.metrics.stepped(time.perf_counter() - begun)
 
     def _emit_rows(self, rows: Iterable[tuple[Sampled, int, RequestState]]) -> None:
         """Delivers the tokens of rows and wakes their readers."""
         notify_readers([handle for row in rows if (handle := self._emit_tokens(*row)) is not None])
 
     def _submit_masks(self, states: Iterable[RequestState]) -> None:
-        """Starts the next grammar masks of the requests that need one."""
-        self.masks.submit([state for state in states if state.uses_grammar and state.stage is not Stage.FINISHED])
+        """Starts the next grammar masks of the requests that need one; an error fails these alone."""
+        states = [state for state in states if state.uses_grammar and state.stage is not Stage.FINISHED]
+        try:
+            self.masks.submit(states)
+        except BaseException as error:
+            log.error("grammar masks of %d requests failed", len(states), exc_info=error)
+            for state in states:
+                self._finish(state, error)
 
     def _emit_tokens(self, sampled: Sampled, row: int, state: RequestState) -> RequestHandle | None:
-        """Delivers a row's tokens; returns the handle if its reader must be woken."""
+        """Delivers a row's tokens; returns the handle if its reader must be woken.
+
+        An error fails this request alone.
+        """
         if state.stage is Stage.FINISHED:  # it finished while this step was under way
             return None
-        delta = state.add_tokens(row_tokens(sampled, row, state.request.options.logprobs))
-        self.metrics.delivered(state, len(delta.tokens))
-        if delta.finish_reason is not None:
-            self._finish(state, delta)
-            return None
-        return state.handle if state.handle.deliver(delta) else None
-
-    def _finish(self, state: RequestState, outcome: Delta | Exception) -> None:
-        """Finishes a request and frees its slot, pages and encoder cache entries."""
-        state.unpin(self.encoder_cache, all_items=True)
-        self._drop_held(state)
-        del self._states[state.handle]
-        self.scheduler.finish(state)
-        self.metrics.ended(outcome)
-        self.finish_request(state.handle, outcome)
-
-    def _recover(self, error: Exception, requests: list[RequestState], previous: InFlightStep | None) -> None:
-        """Fails the requests of a failed step; all others prefill again, because the state is lost.
-
-        `previous` is the step before it, whose tokens are still delivered unless that fails too.
-        """
-        failed = list(requests)
-        if not failed:
-            raise error
-        log.error("a step of %d requests failed", len(failed), exc_info=error)
         try:
-            self._collect_step(previous)
-        except Exception:
-            assert previous is not None  # collecting no step cannot fail
-            failed += previous.requests
-        for state in dict.fromkeys(failed):
-            if state.stage is not Stage.FINISHED:
-                self._finish(state, error)
-        for state in self._states.values():
+            delta = state.add_tokens(row_tokens(sampled, row, state.request.options.logprobs))
+            self.metrics.delivered(state, len(delta.tokens))
+            if delta.finish_reason is None:
+                return state.handle if state.handle.deliver(delta) else None
+        except BaseException as error:
+            log.error("the output of a request failed", exc_info=error)
+            delta = error
+        self._finish(state, delta)
+        return None
+
+    def _finish(self, state: RequestState, outcome: Delta | BaseException) -> None:
+        """Finishes a request and frees its slot, pages and encoder cache entries."""
+        del self._states[state.handle]
+        try:
             state.unpin(self.encoder_cache, all_items=True)
-            if state.slot >= 0:
-                self.scheduler.preempt(state)
-        self.scheduler.restores.clear()
-        self.host_cache.clear()
-        if self.prefix_cache is not None:
-            self.prefix_cache.clear()
+            self._drop_held(state)
+            self.scheduler.finish(state)
+        finally:
+            self.metrics.ended(outcome)
+            self.finish_request(state.handle, outcome)
+
+    def _recover(self, error: BaseException) -> None:
+        """Fails the requests of a failed call; all others prefill again, because the state is lost.
+
+        Without a call at fault, the error fails all running requests, or all requests if none runs: an error
+        that fails none might come again for ever. A failed restore fails none, because the prefixes that it
+        needs are dropped.
+        """
+        failed = self._requests_at_fault()
+        log.error("a step of %d requests failed", len(failed), exc_info=error)
+        step = self._in_flight
+        try:
+            self._collect_in_flight()  # tokens of the step before it are still delivered
+        except BaseException:
+            assert step is not None  # collecting no step cannot fail
+            failed += step.requests
+        failed = [state for state in dict.fromkeys(failed) if self._states.pop(state.handle, None) is not None]
+        for state in failed:
+            state.stage = Stage.FINISHED
+        for state in self._states.values():
+            state.forget_items()
+        self._awaiting_mask = []
+        self.scheduler.reset(self._states.values())
         self.encoder_cache.clear()
-        self._in_flight = None
-        self._encoding, self._sampling, self._awaiting_mask = [], [], []
+        self._reset_device()
+        for state in failed:
+            self.metrics.ended(error)
+            self.finish_request(state.handle, error)
+
+    def _requests_at_fault(self) -> list[RequestState]:
+        """Returns the requests that fail because of an error in the current step."""
+        if self._concerned is not None:
+            return list(self._concerned)
+        states = list(self._states.values())
+        return [state for state in states if state.slot >= 0] or states
+
+    def _reset_device(self) -> None:
+        """Makes new device state, after pauses if that fails at first."""
+        for pause_s in RESET_PAUSES_S:
+            try:
+                self._runner.reset()
+                return
+            except BaseException:
+                log.exception("new state cannot be made; trying again in %g s", pause_s)
+            time.sleep(pause_s)
         self._runner.reset()
 
 

@@ -11,18 +11,24 @@
 Capacity is held from `reserve` until the request has finished or, before it was submitted, until `close`.
 This bounds the number of requests that are prepared, waiting or running, even if clients read slowly. Deltas
 that a client has not read are buffered, at most one output per request.
+
+Every submitted request finishes, whatever fails. An error that `run` cannot handle ends the engine for good:
+all requests, and later ones, get EngineFailed.
 """
 
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.library import Delta
 from minicpmv46_jax.processing import Inputs
+
+log = logging.getLogger("serve")
 
 
 class EngineFull(Exception):
@@ -40,8 +46,18 @@ class Cancelled(Exception):
 class EngineStopped(Exception):
     """The engine was stopped before the output was complete."""
 
+    message = "the server is shutting down"
+    code = "shutting_down"
+
     def __init__(self):
-        super().__init__("the server is shutting down")
+        super().__init__(self.message)
+
+
+class EngineFailed(EngineStopped):
+    """The engine has ended because of an error, before the output was complete."""
+
+    message = "the engine has failed; the server must be restarted"
+    code = "engine_failed"
 
 
 class EngineClient:
@@ -51,14 +67,19 @@ class EngineClient:
 
     Args:
       capacity: requests that may be prepared, waiting or running at once.
+
+    Attributes:
+      failed: the error that ended the engine for good; None while there is none.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.num_reserved = 0
         self.stopping = False
+        self.failed: BaseException | None = None
         self.changed = threading.Condition()  # guards all fields; notified when the thread has something to do
-        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self._reserved: set[RequestHandle] = set()
+        self._failure_callbacks: list[Callable[[BaseException], None]] = []
+        self._thread = threading.Thread(target=self._run_and_finish, name="engine", daemon=True)
 
     def __enter__(self) -> "EngineClient":
         return self
@@ -72,19 +93,40 @@ class EngineClient:
         return self._thread.is_alive() and not self.stopping
 
     @property
+    def num_reserved(self) -> int:
+        """Number of requests that hold capacity."""
+        return len(self._reserved)
+
+    @property
     def full(self) -> bool:
         """True if `reserve` would raise EngineFull."""
         return self.num_reserved == self.capacity
 
     def reserve(self) -> "RequestHandle":
         """Reserves capacity for a request of the running event loop. Raises EngineFull or EngineStopped."""
+        handle = RequestHandle(self, asyncio.get_running_loop())
         with self.changed:
             if self.stopping:
-                raise EngineStopped
-            if self.num_reserved == self.capacity:
+                raise self.stopped_error()
+            if self.full:
                 raise EngineFull(f"{self.capacity} requests are being worked on or wait, and no more may")
-            self.num_reserved += 1
-        return RequestHandle(self, asyncio.get_running_loop())
+            self._reserved.add(handle)
+        return handle
+
+    def stopped_error(self) -> EngineStopped:
+        """Returns the error of a request that a stopping engine gives up."""
+        return EngineStopped() if self.failed is None else EngineFailed()
+
+    def on_failure(self, callback: Callable[[BaseException], None]) -> None:
+        """Registers a function that is called with `failed`, in the engine's thread.
+
+        It is called at once if the engine has failed already.
+        """
+        with self.changed:
+            if self.failed is None:
+                self._failure_callbacks.append(callback)
+                return
+        callback(self.failed)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -101,15 +143,44 @@ class EngineClient:
         self.stop()
         self._thread.join(timeout_s)
 
-    def finish_request(self, handle: "RequestHandle", outcome: "Delta | Exception") -> None:
-        """Finishes a submitted request.
+    def finish_request(self, handle: "RequestHandle", outcome: Delta | BaseException) -> None:
+        """Finishes a submitted request; has no effect the second time.
 
         Frees the request's capacity before delivering the final delta, so a client may send its next request
         at once.
         """
+        if self.free_capacity(handle):
+            handle.finish(outcome)
+
+    def free_capacity(self, handle: "RequestHandle") -> bool:
+        """Frees a request's capacity; returns False if it was freed before."""
         with self.changed:
-            self.num_reserved -= 1
-        handle.finish(outcome)
+            held = handle in self._reserved
+            self._reserved.discard(handle)
+        return held
+
+    def _run_and_finish(self) -> None:
+        """Runs the engine in its thread, and finishes all requests when it ends."""
+        try:
+            self.run()
+        except BaseException as error:
+            self._fail(error)
+        with self.changed:
+            self.stopping = True
+            submitted = [handle for handle in self._reserved if handle.submitted]
+        for handle in submitted:
+            self.finish_request(handle, self.stopped_error())
+
+    def _fail(self, error: BaseException) -> None:
+        log.critical("the engine has failed; no request can be served any more", exc_info=error)
+        with self.changed:
+            self.failed, self.stopping = error, True
+            callbacks = self._failure_callbacks
+        for callback in callbacks:
+            try:
+                callback(error)
+            except Exception:
+                log.exception("a callback of the engine's failure failed")
 
     @property
     def max_model_len(self) -> int:
@@ -156,8 +227,12 @@ class RequestHandle:
         """
         if self.cancelled:
             raise Cancelled
-        self._engine.add_request(self, inputs, options)
-        self.submitted = True  # not before: `close` frees the capacity of a request that was refused
+        self.submitted = True  # before the call, because the engine may finish the request, or end, during it
+        try:
+            self._engine.add_request(self, inputs, options)
+        except BaseException:
+            self.submitted = False  # `close` frees the capacity
+            raise
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Yields the output as it arrives; the last delta has a finish_reason.
@@ -200,8 +275,7 @@ class RequestHandle:
             self._closed = True
             self.cancel()
             if not self.submitted:
-                with self._engine.changed:
-                    self._engine.num_reserved -= 1
+                self._engine.free_capacity(self)
 
     def deliver(self, delta: Delta) -> bool:
         """Buffers a delta; called in the engine's thread.
@@ -212,8 +286,15 @@ class RequestHandle:
             self._pending.append(delta)
             return len(self._pending) == 1
 
-    def finish(self, outcome: Delta | Exception) -> None:
-        """Sets the final delta or the error and wakes the reader; the engine thread's last call."""
+    def finish(self, outcome: Delta | BaseException) -> None:
+        """Sets the final delta or the error and wakes the reader; the engine thread's last call.
+
+        An error that is no Exception, such as a panic of a Rust library, is raised as RuntimeError, because
+        servers take it for a request to exit.
+        """
+        if not isinstance(outcome, Delta | Exception):
+            cause, outcome = outcome, RuntimeError(f"{type(outcome).__name__}: {outcome}")
+            outcome.__cause__ = cause
         with self._lock:
             self._outcome = outcome
         notify_readers([self])

@@ -3,8 +3,10 @@
 Numbers that other objects hold are read when the metrics are collected.
 """
 
+import functools
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,17 +14,38 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from minicpmv46_jax.library import Delta
 from serve.engine.engine_client import Cancelled, EngineFull, EngineStopped
 
+log = logging.getLogger("serve")
+
 PREFIX = "minicpmv46_"
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 60)
 OUTPUT_TOKEN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
 
 
+def _never_fails(method: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a method of `Metrics`: an error in it is logged and loses the count, nothing else.
+
+    Only a method's first error is logged, because some methods run for each row of each step.
+    """
+
+    @functools.wraps(method)
+    def guarded(self: "Metrics", *args) -> None:
+        try:
+            method(self, *args)
+        except BaseException as error:
+            if method not in self._failing:
+                self._failing.add(method)
+                log.error("a metric cannot be counted", exc_info=error)
+
+    return guarded
+
+
 class Metrics:
-    """Metrics of one engine."""
+    """Metrics of one engine. Methods that count never raise."""
 
     def __init__(self, engine):
         self.registry = CollectorRegistry()
         self._engine = engine
+        self._failing: set[Callable] = set()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, labels, registry=self.registry)
@@ -49,6 +72,33 @@ class Metrics:
         """Returns all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
+    @_never_fails
+    def accepted(self, num_prompt_tokens: int) -> None:
+        """Counts the prompt of a request that the engine has taken over."""
+        self.prompt_tokens.inc(num_prompt_tokens)
+
+    @_never_fails
+    def encoded_views(self, number: int) -> None:
+        """Counts views sent to the vision tower."""
+        self.encoded.inc(number)
+
+    @_never_fails
+    def missed_masks(self, number: int) -> None:
+        """Counts rows that skip a step because their grammar mask is not ready."""
+        self.late_masks.inc(number)
+
+    @_never_fails
+    def worked(self, seconds: float) -> None:
+        """Counts time of the engine's thread."""
+        self.host.inc(seconds)
+
+    @_never_fails
+    def stepped(self, seconds: float) -> None:
+        """Counts a step whose tokens were delivered, and the time that this took."""
+        self.steps.inc()
+        self.host.inc(seconds)
+
+    @_never_fails
     def delivered(self, state, num_tokens: int) -> None:
         """Counts output tokens delivered to a request (`RequestState`)."""
         now, before = time.monotonic(), state.last_token_time
@@ -59,7 +109,8 @@ class Metrics:
             self.each.observe((now - before) / num_tokens)
         state.last_token_time = now
 
-    def ended(self, outcome: Delta | Exception) -> None:
+    @_never_fails
+    def ended(self, outcome: Delta | BaseException) -> None:
         """Counts a finished request."""
         names = {Cancelled: "cancelled", EngineFull: "expired", EngineStopped: "stopped"}
         name = outcome.finish_reason if isinstance(outcome, Delta) else names.get(type(outcome), "failed")

@@ -115,7 +115,12 @@ class ModelRunner:
     def reset(self) -> None:
         """Replaces the state with an empty one."""
         if hasattr(self, "_decode_state"):
-            del self._decode_state, self._encoder_cache  # freed first: the device has no room for two
+            # Freed first, because the device has no room for two. An error's traceback may still refer to the
+            # arrays, so they are deleted explicitly.
+            for array in jax.tree.leaves((self._decode_state, self._encoder_cache)):
+                if not array.is_deleted():  # else a call that failed had taken it
+                    array.delete()
+            del self._decode_state, self._encoder_cache
         self._decode_state, self._encoder_cache = self._programs["empty state"]()
 
     def encode(self, views: Sequence[PackedView], rows: Sequence[Int32[np.ndarray, " _"]]) -> None:

@@ -14,8 +14,12 @@ class PagePool:
 
     def __init__(self, count: int):
         self.count = count
-        self._free = list(range(count - 1, -1, -1))
-        self._ref_counts = [0] * count
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes all references."""
+        self._free = list(range(self.count - 1, -1, -1))
+        self._ref_counts = [0] * self.count
 
     @property
     def num_free(self) -> int:
@@ -53,8 +57,12 @@ class SlotPool:
     """Slots `first` to `first + count - 1`, each free or allocated."""
 
     def __init__(self, count: int, first: int = 0):
-        self.count = count
-        self._free = list(range(first + count - 1, first - 1, -1))
+        self.count, self._first = count, first
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees all slots."""
+        self._free = list(range(self._first + self.count - 1, self._first - 1, -1))
 
     @property
     def num_free(self) -> int:

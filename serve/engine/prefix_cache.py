@@ -55,17 +55,36 @@ class PrefixHit(NamedTuple):
 NO_HIT = PrefixHit(None, 0, (), 0)
 
 
+class EvictedPrefix(NamedTuple):
+    """A prefix that has just been evicted.
+
+    Attributes:
+      block_hash: of its last page.
+      pages: its pages, in order.
+      snapshot_slot: slot of the state after them.
+    """
+
+    block_hash: bytes
+    pages: tuple[int, ...]
+    snapshot_slot: int
+
+
 class PrefixCache:
     """Snapshots in `slots`, and paths to them in `pages`.
 
     Args:
       pages: of keys and values.
       slots: of snapshots.
-      on_evict: called with a node just before its snapshot is evicted.
+      on_evict: called after an eviction, before the pages and the slot are allocated again.
     """
 
-    def __init__(self, pages: PagePool, slots: SlotPool, on_evict: Callable[[Node], None] | None = None):
+    def __init__(self, pages: PagePool, slots: SlotPool, on_evict: Callable[[EvictedPrefix], None] | None = None):
         self._pages, self._slots, self._on_evict = pages, slots, on_evict
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops everything and frees all slots; the caller clears the pages. Does not call `on_evict`."""
+        self._slots.clear()
         self._nodes: dict[bytes, Node] = {}
         self._snapshots: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, least recently used first
 
@@ -117,14 +136,6 @@ class PrefixCache:
                 return False
         return True
 
-    def clear(self) -> None:
-        """Drops everything without calling `on_evict`."""
-        for node in self._snapshots:
-            self._slots.free(node.snapshot_slot)
-        self._pages.free(node.page for node in self._nodes.values())
-        self._nodes.clear()
-        self._snapshots.clear()
-
     def _add_node(self, block_hash: bytes, parent: Node | None, page: int) -> Node:
         self._pages.incref([page])
         if parent is not None:
@@ -139,12 +150,13 @@ class PrefixCache:
         victim = next((node for node in self._snapshots if not node.pins and evictable(node)), None)
         if victim is None:
             return False
-        if self._on_evict is not None:
-            self._on_evict(victim)
+        evicted = EvictedPrefix(victim.block_hash, tuple(node.page for node in victim.path()), victim.snapshot_slot)
         del self._snapshots[victim]
         self._slots.free(victim.snapshot_slot)
         victim.snapshot_slot = None
         self._prune(victim)
+        if self._on_evict is not None:
+            self._on_evict(evicted)  # last, so an error in it leaves the cache consistent
         return True
 
     def _prune(self, node: Node | None) -> None:

@@ -86,6 +86,10 @@ class RequestState(Request):
         for item in [p for p in self._pinned if all_items or p.end <= self.num_computed_tokens]:
             cache.unpin(self._pinned.pop(item))
 
+    def forget_items(self) -> None:
+        """Forgets the entries of all items: the encoder cache has been cleared."""
+        self._pinned.clear()
+
     def update_ready_tokens(self) -> None:
         """Limits prefill to the first unencoded item.
 

@@ -17,7 +17,7 @@ import dataclasses
 import enum
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -78,6 +78,10 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens to prefill before decode: the prompt, and after a preemption the output so far."""
         return self.num_prompt_tokens + self.num_output_tokens
+
+    def forget_resources(self) -> None:
+        """Forgets slot, pages and prefix, which the scheduler has freed."""
+        self.slot, self.pages, self.num_computed_tokens, self.prefix_hit = -1, [], 0, NO_HIT
 
 
 R = TypeVar("R", bound=Request)
@@ -174,17 +178,35 @@ class Scheduler(Generic[R]):
         assert limits.max_tokens % PAGE == 0 and limits.max_decode_steps <= PAGE
         self.limits, self.pages, self.slots = limits, pages, slots
         self.prefix_cache, self.host_cache = prefix_cache, host_cache
+        self.preemptions = self.cached_tokens = self.restored_tokens = self.prompt_tokens = 0
+        self._arrivals = itertools.count()
+        self.reset(())
+
+    def reset(self, requests: Iterable[R]) -> None:
+        """Frees all slots and pages and drops all prefixes, in whatever state an error has left them.
+
+        These requests wait, with their output so far; all others are forgotten.
+        """
+        self.pages.clear()
+        self.slots.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        if self.host_cache is not None:
+            self.host_cache.clear()
         self.waiting: list[R] = []
         self.prefilling: list[R] = []
+        # The request that `admit` or `schedule` works on; after an error in them, the one at fault, if any.
+        self.current: R | None = None
         self.restores: list[Restore] = []  # run and cleared by the caller between `admit` and `schedule`
-        self.preemptions = self.cached_tokens = self.restored_tokens = self.prompt_tokens = 0
         self._new_snapshots: list[Node] = []  # written by the newest step
         self._samples_first_tokens = False  # the newest step completes a prefill
-        self._arrivals = itertools.count()
-        self._by_slot: list[R | None] = [None] * slots.count
-        self._decoding, self._uses_grammar, self._awaiting_mask = np.zeros((3, slots.count), bool)
+        self._by_slot: list[R | None] = [None] * self.slots.count
+        self._decoding, self._uses_grammar, self._awaiting_mask = np.zeros((3, self.slots.count), bool)
         # Tokens in the state, their largest number (max_total_tokens - 1), and pages, of each decoding slot.
-        self._num_tokens, self._max_tokens, self._num_pages = np.zeros((3, slots.count), np.int64)
+        self._num_tokens, self._max_tokens, self._num_pages = np.zeros((3, self.slots.count), np.int64)
+        for request in requests:
+            request.forget_resources()
+            self._wait(request)
 
     @property
     def num_decoding(self) -> int:
@@ -198,9 +220,12 @@ class Scheduler(Generic[R]):
         self._wait(request)
 
     def finish(self, request: R) -> None:
-        """Finishes a request in any stage and frees its slot and pages; has no effect the second time."""
+        """Finishes a request in any stage and frees its slot and pages.
+
+        Has no effect the second time, or if `add` failed.
+        """
         if request.stage is Stage.WAITING:
-            self.waiting.remove(request)
+            self.waiting = [other for other in self.waiting if other is not request]
         elif request.stage is not Stage.FINISHED:
             self._release(request)
         request.stage = Stage.FINISHED
@@ -248,16 +273,17 @@ class Scheduler(Generic[R]):
     def _admit_waiting(self) -> None:
         """Moves waiting requests to prefill, by rank, as long as slots and pages last."""
         while self.waiting and self.slots.num_free:
-            request = self.waiting[0]
+            request = self.current = self.waiting[0]
             hit = self._find_prefix(request)
             self.pages.incref(hit.pages)  # before room is made, so that they are not evicted
             need = num_pages(request.num_tokens) - hit.num_blocks
             reserve = self.slots.count - self.slots.num_free  # a page for each running request, to avoid an early preemption
             if not self._make_room(need + reserve):
                 self._drop_hit(hit)
-                return
+                break
             self.waiting.pop(0)
             self._start_prefill(request, hit, [*hit.pages, *self.pages.allocate(need)])
+        self.current = None
 
     def _find_prefix(self, request: R) -> PrefixHit:
         if self.prefix_cache is None:
@@ -293,7 +319,7 @@ class Scheduler(Generic[R]):
         if not num_blocks:
             return
         assert self.host_cache is not None and self.prefix_cache is not None  # a host cache extends a prefix cache
-        # Fetched before `add`, because the copy that `add` offloads may evict this prefix from host memory.
+        # Fetched before `add`, because the eviction in it may change the host cache.
         prefix = self.host_cache.get(hashes[num_blocks - 1])
         node = self.prefix_cache.add(hashes[:num_blocks], request.pages[:num_blocks])
         if node is None:
@@ -328,6 +354,7 @@ class Scheduler(Generic[R]):
         after = np.minimum(self._num_tokens[slots] + num_steps, self._max_tokens[slots])
         short = slots[num_pages(after) > self._num_pages[slots]]
         for request in sorted((self._by_slot[slot] for slot in short), key=lambda request: request.rank):
+            self.current = request
             while request.stage is Stage.DECODE and not self._make_room(1):
                 victim = max((other for other in self._by_slot if other is not None), key=lambda other: other.rank)
                 self.preempt(victim)
@@ -337,6 +364,7 @@ class Scheduler(Generic[R]):
                 grown[request.slot] = (len(request.pages), page)
                 request.pages.append(page)
                 self._num_pages[request.slot] += 1
+        self.current = None
         self.preemptions += len(preempted)
         return grown, preempted
 
@@ -356,7 +384,9 @@ class Scheduler(Generic[R]):
             left = budget - reserved - sum(counts.values())
             counts[request] = self._chunk_end(request, left) - request.num_computed_tokens
         counts[first] = self._chunk_end(first, budget - sum(counts.values())) - first.num_computed_tokens
-        return [self._prefill_chunk(request, count) for request, count in counts.items() if count]
+        chunks = [self._prefill_chunk(request, count) for request, count in counts.items() if count]
+        self.current = None
+        return chunks
 
     def _chunk_end(self, request: R, budget: int) -> int:
         """Returns where a chunk of at most `budget` tokens ends: the end of the prompt, or of a page."""
@@ -364,6 +394,7 @@ class Scheduler(Generic[R]):
         return request.num_tokens if end == request.num_tokens else max(int(end) // PAGE * PAGE, request.num_computed_tokens)
 
     def _prefill_chunk(self, request: R, count: int) -> PrefillChunk[R]:
+        self.current = request
         start, request.num_computed_tokens = request.num_computed_tokens, request.num_computed_tokens + count
         hit, request.prefix_hit = request.prefix_hit, request.prefix_hit._replace(node=None)
         source_slot = request.slot if start else -1
@@ -418,4 +449,4 @@ class Scheduler(Generic[R]):
         self._by_slot[request.slot] = None
         for flags in (self._decoding, self._uses_grammar, self._awaiting_mask):
             flags[request.slot] = False
-        request.slot, request.pages, request.num_computed_tokens, request.prefix_hit = -1, [], 0, NO_HIT
+        request.forget_resources()

@@ -75,7 +75,7 @@ def internal_error() -> ApiError:
 
 def stopped_error(error: EngineStopped) -> ApiError:
     """Returns status 503, for requests that a stopping or failed engine gives up."""
-    return ApiError(503, str(error), code=getattr(error, "code", "shutting_down"), type_="server_error")
+    return ApiError(503, str(error), code=error.code, type_="server_error")
 
 
 def constraint_error(error: ConstraintFailed) -> ApiError:

@@ -10,9 +10,10 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> JsonResponse:
-    """Returns 200 while the engine runs, 503 once it has stopped."""
-    alive = request.app.state.service.engine.alive
-    return JsonResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+    """Returns 200 while the engine runs, 503 once it has stopped or failed."""
+    engine = request.app.state.service.engine
+    status = "ok" if engine.alive else "stopped" if engine.failed is None else "failed"
+    return JsonResponse({"status": status}, 200 if engine.alive else 503)
 
 
 @router.get("/ready")

@@ -26,7 +26,7 @@ class SerialEngine(EngineClient):
     def add_request(self, handle, inputs, options):
         with self.changed:
             if self.stopping:
-                raise EngineStopped
+                raise self.stopped_error()
             self._waiting.append((handle, inputs, options))
             self.changed.notify_all()
 
@@ -46,8 +46,6 @@ class SerialEngine(EngineClient):
                     break
                 handle, inputs, options = self._waiting.popleft()
             self.finish_request(handle, self._generate(handle, inputs, options))
-        for handle, *_ in self._waiting:
-            self.finish_request(handle, EngineStopped())
 
     def _generate(self, handle, inputs, options):
         try:

@@ -26,6 +26,7 @@ from serve.engine.offload import OffloadedPrefix
 from serve.engine.request import prepare_request
 from tests.serve.engine.engine_client import GREEDY, generate_ids, request, run, submitted, text, wait_until
 from tests.serve.engine.small_engine import BUCKETS, FEW_PAGES, SMALL_PLAN, make_runner
+from tests.serve.engine.workload import assert_all_free, clear_caches
 
 GREEDY_OPTIONS = generation_options(GenerationConfig())
 
@@ -50,13 +51,7 @@ def alone(demo):
 def everything_is_free(engine):
     """Checks the engine after each test."""
     yield
-    wait_until(lambda: engine.num_reserved == 0)
-    assert engine.slots.num_free == engine.slots.count
-    assert not engine.scheduler.waiting and not engine.scheduler.prefilling
-    cached = len(engine.prefix_cache._nodes)
-    assert engine.pages.num_free == engine.pages.count - cached
-    assert engine.snapshots.num_free == engine.snapshots.count - engine.prefix_cache.num_snapshots
-    assert all(not entry.pins for entry in engine.encoder_cache._entries.values())
+    assert_all_free(engine)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +175,7 @@ def test_eviction_does_not_wait_for_slow_offloads(demo, engine, monkeypatch):
     for i in range(SMALL_PLAN.num_snapshots + 4):
         run(generate_ids(engine, *request(demo, text(f"{i}!" * 200), max_new_tokens=1)))
     gate.set()
-    wait_until(lambda: all(offload.done() for offload in engine._offloads))
+    wait_until(lambda: all(offload.finished.done() for offload in engine._offloads))
     assert len(finished) == 2
 
 
@@ -334,7 +329,7 @@ def test_slow_reader_delays_no_other_request(demo, engine, alone):
     assert run(scenario()) == alone(*slow)
 
 
-@pytest.mark.parametrize(("step", "call"), [("prefill", 3), ("decode", 3), ("encode", 1), ("restore", 1)])
+@pytest.mark.parametrize(("step", "call"), [("prefill", 3), ("decode", 3), ("encode", 1)])
 def test_failed_step_fails_only_its_own_requests(demo, engine, mixed, expected, monkeypatch, caplog, step, call):
     original, calls = getattr(engine._runner, step), []
 
@@ -349,10 +344,6 @@ def test_failed_step_fails_only_its_own_requests(demo, engine, mixed, expected, 
 
     if step == "encode":
         clear_caches(engine)
-    if step == "restore":  # the long prompt is offloaded, and then requested again
-        run(generate_ids(engine, *mixed[0]))
-        for i in range(SMALL_PLAN.num_snapshots):
-            run(generate_ids(engine, *request(demo, text(f"{i}" * 200), max_new_tokens=1)))
     monkeypatch.setattr(engine._runner, step, failing)
     answers = run(scenario())
     failed = [answer for answer in answers if isinstance(answer, Exception)]
@@ -362,13 +353,6 @@ def test_failed_step_fails_only_its_own_requests(demo, engine, mixed, expected, 
         assert isinstance(answer, RuntimeError) or answer[0] == right
     assert "device on fire" in caplog.text
     assert [run(generate_ids(engine, *one))[0] for one in mixed[:3]] == expected[:3]
-
-
-def clear_caches(engine):
-    """Clears the caches of an idle engine."""
-    engine.prefix_cache.clear()
-    engine.host_cache.clear()
-    engine.encoder_cache.clear()
 
 
 def test_unreadable_samples_fail_their_requests(demo, engine, mixed, expected, monkeypatch):

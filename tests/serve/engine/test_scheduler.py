@@ -100,11 +100,11 @@ class FakeRunner:
                 out.append((chat, [self.decode(slot, chat) for _ in range(step.num_steps)]))
         return out
 
-    def offload(self, node):
+    def offload(self, evicted):
         """Returns a whole prefix: its state and its pages, which must agree."""
-        pages = [self.pages[page.page].copy() for page in node.path()]
-        assert tuple(np.concatenate(pages).tolist()) == self.state[node.snapshot_slot]
-        return SimpleNamespace(nbytes=len(pages), pages=pages, state=self.state[node.snapshot_slot])
+        pages = [self.pages[page].copy() for page in evicted.pages]
+        assert tuple(np.concatenate(pages).tolist()) == self.state[evicted.snapshot_slot]
+        return SimpleNamespace(nbytes=len(pages), pages=pages, state=self.state[evicted.snapshot_slot])
 
     def restore(self, restore):
         self.state[restore.snapshot_slot] = restore.prefix.state
@@ -165,7 +165,7 @@ class Server:
     def __init__(self, pages, slots, snapshots, host=0):
         self.pages, self.slots, self.snapshots = PagePool(pages), SlotPool(slots), SlotPool(snapshots, first=slots)
         self.runner, self.host_cache = FakeRunner(pages, slots), HostPrefixCache(host)
-        offload = lambda node: self.host_cache.put(node.block_hash, self.runner.offload(node))  # noqa: E731
+        offload = lambda evicted: self.host_cache.put(evicted.block_hash, self.runner.offload(evicted))  # noqa: E731
         self.prefix_cache = PrefixCache(self.pages, self.snapshots, offload) if snapshots else None
         host_cache = self.host_cache if snapshots else None
         self.scheduler = Scheduler(LIMITS, self.pages, self.slots, self.prefix_cache, host_cache)
@@ -235,7 +235,7 @@ class Server:
         self.scheduler.admit(float(self.now))  # the last step has run
         if self.prefix_cache is not None:
             assert not any(node.pins for node in self.prefix_cache._nodes.values())
-            self.prefix_cache.clear()
+            assert self.prefix_cache.evict_until_free(self.pages.count)
             assert self.snapshots.num_free == self.snapshots.count
         assert self.pages.num_free == self.pages.count
 
