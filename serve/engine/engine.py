@@ -166,7 +166,7 @@ class Engine(EngineClient):
         self._offload_thread.shutdown(wait=False, cancel_futures=True)
         self.masks.close()
 
-    def add_request(self, handle: RequestHandle, inputs: Inputs, options: GenerationOptions) -> None:
+    def add_request(self, handle: RequestHandle, inputs: Inputs, options: GenerationOptions, cache_salt: str) -> None:
         """Takes over a request: checks it now and prepares it in a thread pool.
 
         Raises:
@@ -178,7 +178,7 @@ class Engine(EngineClient):
             if self.stopping:
                 raise self.stopped_error()
         side = self._model.config.vision.positions_per_side
-        preparation = self._prepare_pool.submit(prepare_request, inputs, options, side)
+        preparation = self._prepare_pool.submit(prepare_request, inputs, options, side, cache_salt)
         preparation.add_done_callback(functools.partial(self._add_prepared, handle))
 
     def abort_request(self, handle: RequestHandle) -> None:

@@ -191,7 +191,7 @@ class EngineClient:
         """Runs requests until the engine stops; called in the thread."""
         raise NotImplementedError
 
-    def add_request(self, handle: "RequestHandle", inputs: Inputs, options: GenerationOptions) -> None:
+    def add_request(self, handle: "RequestHandle", inputs: Inputs, options: GenerationOptions, cache_salt: str) -> None:
         """Takes over a submitted request and its capacity, or raises."""
         raise NotImplementedError
 
@@ -217,8 +217,18 @@ class RequestHandle:
         self._outcome: Delta | Exception | None = None
         self._updated = asyncio.Event()
 
-    def submit(self, inputs: Inputs, options: GenerationOptions) -> None:
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its output may have."""
+        return self._engine.max_model_len
+
+    def submit(self, inputs: Inputs, options: GenerationOptions, cache_salt: str = "") -> None:
         """Adds the request to the engine's queue.
+
+        Args:
+          inputs: the prompt.
+          options: of generation.
+          cache_salt: cached prefixes and images are shared only among requests with the same salt.
 
         Raises:
           Cancelled: `cancel` was called before.
@@ -229,7 +239,7 @@ class RequestHandle:
             raise Cancelled
         self.submitted = True  # before the call, because the engine may finish the request, or end, during it
         try:
-            self._engine.add_request(self, inputs, options)
+            self._engine.add_request(self, inputs, options, cache_salt)
         except BaseException:
             self.submitted = False  # `close` frees the capacity
             raise

@@ -57,33 +57,46 @@ class EngineRequest:
     mask: np.ndarray | None = None
 
 
-def prepare_request(inputs: Inputs, options: GenerationOptions, positions_per_side: int) -> EngineRequest:
+def prepare_request(inputs: Inputs, options: GenerationOptions, positions_per_side: int, cache_salt: str = "") -> EngineRequest:
     """Packs and hashes a request, some milliseconds per picture.
+
+    Args:
+      inputs: the prompt.
+      options: of generation.
+      positions_per_side: of the vision tower.
+      cache_salt: requests with different salts share no hash, and so nothing that is cached.
 
     Raises:
       Exception: any error of the constraint's first mask.
     """
 
+    key = salt_key(cache_salt)
+
     def item(view: View) -> MultimodalItem:
-        return MultimodalItem(mm_hash(view), packing.pack_view(view, positions_per_side), view.start)
+        return MultimodalItem(mm_hash(view, key), packing.pack_view(view, positions_per_side), view.start)
 
     items = tuple(pixel_pool().map(item, inputs.views))
     seed = secrets.randbits(63) if options.seed is None else options.seed
     mask = None if options.constraint is None else options.constraint.mask()
-    return EngineRequest(inputs.token_ids, items, block_hashes(inputs.token_ids, items), options, seed, mask)
+    return EngineRequest(inputs.token_ids, items, block_hashes(inputs.token_ids, items, key), options, seed, mask)
 
 
-def mm_hash(view: View) -> bytes:
-    """Returns a hash of everything that determines a view's features."""
-    digest = hashlib.blake2b(repr((view.grid, view.downsample_mode)).encode(), digest_size=HASH_BYTES)
+def salt_key(cache_salt: str) -> bytes:
+    """Returns the key of a salt's hashes; b"" without a salt."""
+    return hashlib.blake2b(cache_salt.encode(errors="surrogatepass")).digest() if cache_salt else b""
+
+
+def mm_hash(view: View, key: bytes = b"") -> bytes:
+    """Returns a hash of the salt's key and of everything that determines a view's features."""
+    digest = hashlib.blake2b(repr((view.grid, view.downsample_mode)).encode(), digest_size=HASH_BYTES, key=key)
     digest.update(np.ascontiguousarray(view.pixels))
     digest.update(np.ascontiguousarray(view.table))
     return digest.digest()
 
 
-def block_hashes(token_ids: np.ndarray, items: tuple[MultimodalItem, ...]) -> tuple[bytes, ...]:
-    """Returns a hash for each whole page of a prompt, chained to the hash of the page before."""
-    hashes, block_hash, pending = [], b"", list(items)
+def block_hashes(token_ids: np.ndarray, items: tuple[MultimodalItem, ...], key: bytes = b"") -> tuple[bytes, ...]:
+    """Returns a hash for each whole page of a prompt, chained to the page before, or to the salt's key."""
+    hashes, block_hash, pending = [], key, list(items)
     for start in range(0, len(token_ids) - PAGE + 1, PAGE):
         digest = hashlib.blake2b(block_hash + token_ids[start : start + PAGE].tobytes(), digest_size=HASH_BYTES)
         while pending and pending[0].start < start + PAGE:

@@ -29,10 +29,14 @@ class ThinkingBudget:
       options: generation options of the first request.
       budget: maximum number of reasoning tokens.
       thinking: True if the prompt ends inside `<think>`.
+      cache_salt: of the first request; the second has the same.
     """
 
-    def __init__(self, model: MiniCPMV, inputs: Inputs, options: GenerationOptions, budget: int, thinking: bool):
+    def __init__(
+        self, model: MiniCPMV, inputs: Inputs, options: GenerationOptions, budget: int, thinking: bool, cache_salt: str = ""
+    ):
         self._model, self._inputs, self._options, self._budget = model, inputs, options, budget
+        self._cache_salt = cache_salt
         self._reasoning = ReasoningParser(thinking)
         self._text = model.detokenizer.stream(options.stop)
         self._token_ids: list[int] = []
@@ -73,18 +77,23 @@ class ThinkingBudget:
         return text, delta.tokens
 
     async def _continue(self, handle: RequestHandle) -> AsyncIterator[Delta]:
-        """Closes the reasoning and generates the answer after it."""
+        """Closes the reasoning and generates the answer after it.
+
+        Without room for an answer's first token, in the engine's context or in `max_new_tokens`, it ends with
+        finish_reason "length".
+        """
         closing = self._model.processor.tokenizer(END_OF_REASONING, add_special_tokens=False)["input_ids"]
         inputs = append_tokens(self._inputs, [*self._token_ids, *closing])
         limit = self._options.max_new_tokens
         tokens_left = None if limit is None else limit - len(self._token_ids)
-        full = len(inputs.token_ids) >= self._model.config.text.max_position_embeddings
+        full = len(inputs.token_ids) >= handle.max_model_len
         yield Delta(END_OF_REASONING, (), "length" if full or tokens_left == 0 else None)
         if not full and tokens_left != 0:
             constraint = self._options.constraint
             if constraint is not None:
                 assert isinstance(constraint, GrammarConstraint)
                 constraint = constraint.copy_from_start(thinking=False)
-            handle.submit(inputs, dataclasses.replace(self._options, max_new_tokens=tokens_left, constraint=constraint))
+            options = dataclasses.replace(self._options, max_new_tokens=tokens_left, constraint=constraint)
+            handle.submit(inputs, options, self._cache_salt)
             async for delta in handle.deltas():
                 yield delta

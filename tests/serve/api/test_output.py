@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from serve.engine.engine_client import RequestRejected
 from tests.serve.support import NAME, ask, content_of, events, live, serving
 
 OPENED = "<|im_start|>assistant\n<think>\n"
@@ -120,6 +121,32 @@ def test_reasoning_counts_toward_max_tokens(service, model):
         assert (message["content"], message["reasoning_content"]) == (content, reasoning)
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == max_tokens
+
+
+@pytest.mark.parametrize("get", [whole, streamed])
+@pytest.mark.parametrize("room", range(1, 20))
+def test_thinking_budget_that_ends_near_the_context_ends_the_answer(service, model, monkeypatch, get, room):
+    """The engine's context is smaller than the model's: `room` tokens more than prompt and reasoning."""
+    model.opening = OPENED
+    model.say = lambda text: "go on" if text.endswith("</think>\n\n") else "abcdef"
+    prompt, closing = len("hello" + OPENED), len("\n</think>\n\n")
+    monkeypatch.setattr(type(service.engine), "max_model_len", prompt + 3 + room)
+    monkeypatch.setattr(service.engine, "add_request", rejecting(service.engine))
+    message, reason = get(service, thinking_token_budget=3)
+    assert message["reasoning_content"] == "abc"
+    assert (message["content"] or "", reason) == (("", "length") if room <= closing else ("go on", "stop"))
+
+
+def rejecting(engine):
+    """Returns `add_request` with the check of the real engine: a prompt must leave room for a token."""
+    add_request = engine.add_request
+
+    def checked(handle, inputs, options, cache_salt):
+        if len(inputs.token_ids) >= engine.max_model_len:
+            raise RequestRejected("the prompt is too long")
+        add_request(handle, inputs, options, cache_salt)
+
+    return checked
 
 
 def test_logprobs_cover_every_token(service, model):

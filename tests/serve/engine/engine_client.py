@@ -22,28 +22,28 @@ def run(scenario):
 
 
 @contextlib.contextmanager
-def submitted(engine, inputs, options):
+def submitted(engine, inputs, options, cache_salt=""):
     handle = engine.reserve()
     try:
-        handle.submit(inputs, options)
+        handle.submit(inputs, options, cache_salt)
         yield handle
     finally:
         handle.close()
 
 
-async def generate(engine, inputs, options):
+async def generate(engine, inputs, options, cache_salt=""):
     """Returns tokens with their log probabilities, and the finish reason."""
     tokens, reason = [], None
-    with submitted(engine, inputs, options) as handle:
+    with submitted(engine, inputs, options, cache_salt) as handle:
         async for delta in handle.deltas():
             tokens += delta.tokens
             reason = delta.finish_reason
     return tokens, reason
 
 
-async def generate_ids(engine, inputs, options):
+async def generate_ids(engine, inputs, options, cache_salt=""):
     """Returns token ids and the finish reason."""
-    tokens, reason = await generate(engine, inputs, options)
+    tokens, reason = await generate(engine, inputs, options, cache_salt)
     return [token.id for token in tokens], reason
 
 

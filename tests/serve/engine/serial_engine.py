@@ -23,7 +23,7 @@ class SerialEngine(EngineClient):
     def max_model_len(self):
         return self._model.config.text.max_position_embeddings
 
-    def add_request(self, handle, inputs, options):
+    def add_request(self, handle, inputs, options, cache_salt):
         with self.changed:
             if self.stopping:
                 raise self.stopped_error()

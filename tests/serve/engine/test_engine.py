@@ -5,6 +5,7 @@ recovery from errors.
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import threading
 
 import jax
@@ -459,3 +460,32 @@ def test_metrics_count_requests_tokens_and_steps(demo, engine):
     assert numbers["answer_tokens_total"] > numbers["time_to_first_token_seconds_count"]
     assert numbers["host_seconds_total"] > 0 and numbers["steps_total"] > 0
     assert numbers["compilations_total"] == engine.compilations.count
+
+
+def test_other_cache_salts_share_no_prefix_and_no_image(demo, engine, photos, alone):
+    picture = {"type": "image", "image": photos[0].resize((110, 100))}
+    inputs, options = request(demo, picture, text("salted " * 20), max_slice_nums=1, max_new_tokens=4)
+    assert len(inputs.token_ids) > PAGE
+
+    def cached(salt):
+        """Returns the tokens and the images that a request with the salt takes from the caches."""
+        before = engine.scheduler.cached_tokens, engine.encoder_cache.misses
+        assert run(generate_ids(engine, inputs, options, salt))[0] == right
+        return engine.scheduler.cached_tokens - before[0], len(inputs.views) - (engine.encoder_cache.misses - before[1])
+
+    right = alone(inputs, options)
+    assert cached("a") == (0, 0) == cached("b") == cached("")
+    for salt in ("a", "b", ""):
+        assert cached(salt)[0] >= PAGE
+
+
+def test_hashes_without_a_salt_are_those_of_the_content_alone(demo, photos):
+    inputs, options = request(
+        demo, {"type": "image", "image": photos[0].resize((110, 100))}, text("words " * 30), max_slice_nums=1
+    )
+    unsalted, salted = (prepare_request(inputs, options, demo.config.vision.positions_per_side, salt) for salt in ("", "a"))
+    first, item = inputs.token_ids[:PAGE], unsalted.mm_items[0]
+    digest = hashlib.blake2b(first.tobytes() + item.mm_hash + repr(item.start).encode(), digest_size=16)
+    assert item.start < PAGE and unsalted.block_hashes[0] == digest.digest()
+    assert not set(unsalted.block_hashes) & set(salted.block_hashes)
+    assert unsalted.mm_items[0].mm_hash != salted.mm_items[0].mm_hash
