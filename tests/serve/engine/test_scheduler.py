@@ -173,7 +173,8 @@ class Server:
         self.in_flight = []
         self.now = 0
 
-    def serve(self, chats, max_steps=20_000):
+    def serve(self, chats, max_steps=20_000, resets=()):
+        """Serves chats to their ends; the steps before those in `resets` fail, and all state is lost."""
         pending = sorted(chats, key=lambda chat: chat.arrives_at)
         while pending or self.in_flight or any(chat.outcome is None for chat in chats):
             self.now += 1
@@ -183,6 +184,8 @@ class Server:
             for chat in chats:
                 if chat.request is not None and chat.outcome is None and chat.cancels_at <= self.now:
                     self.finish(chat, "cancelled")
+            if self.now in resets:
+                self.reset(chat for chat in chats if chat.request is not None and chat.outcome is None)
             assert self.scheduler.admit(float(self.now)) == []
             for restore in self.scheduler.restores:
                 self.runner.restore(restore)
@@ -193,6 +196,11 @@ class Server:
             for chat, tokens in [*sampled, *self.in_flight]:
                 self.deliver(chat, tokens)
             self.in_flight = in_flight
+
+    def reset(self, chats):
+        self.scheduler.reset([chat.request for chat in chats])
+        self.in_flight = []
+        self.runner.held.clear()
 
     def sample_held(self):
         """Samples held rows whose grammar masks are ready."""
@@ -271,11 +279,12 @@ def random_chat(draw, pages):
     slots=st.integers(1, 6),
     snapshots=st.sampled_from([0, 1, 3, 8]),
     host=st.sampled_from([0, 6, 100]),
+    resets=st.sets(st.integers(1, 150), max_size=3),
 )
-def test_batched_outputs_equal_single_outputs_and_nothing_leaks(data, pages, slots, snapshots, host):
+def test_batched_outputs_equal_single_outputs_and_nothing_leaks(data, pages, slots, snapshots, host, resets):
     chats = data.draw(st.lists(random_chat(pages), min_size=1, max_size=14))
     server = Server(pages, slots, snapshots, host)
-    server.serve(chats)
+    server.serve(chats, resets=resets)
     check_outputs(chats)
     assert {chat.outcome for chat in chats} <= {"finished", "cancelled"}
     server.check_everything_is_free()
@@ -283,6 +292,21 @@ def test_batched_outputs_equal_single_outputs_and_nothing_leaks(data, pages, slo
 
 def conversation(length, max_total, **fields):
     return Chat([i % VOCABULARY for i in range(length)], max_total, stop=-1, **fields)
+
+
+def test_error_of_on_evict_leaves_the_prefix_cache_consistent():
+    def fail(evicted):
+        raise MemoryError
+
+    pages, slots = PagePool(4), SlotPool(1)
+    cache = PrefixCache(pages, slots, fail)
+    taken = pages.allocate(2)
+    cache.add([b"a", b"b"], taken).pins = 0
+    pages.free(taken)
+    with pytest.raises(MemoryError):
+        cache.evict_until_free(4)
+    assert (pages.num_free, slots.num_free, cache.num_snapshots) == (4, 1, 0)
+    assert cache.find([b"a", b"b"]).num_known_blocks == 0
 
 
 def test_preempted_requests_resume_where_they_were():
