@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Returns True if the server must stop; called ten times a second."""
-        if getattr(self._service.engine, "failed", None) is not None and not self.should_exit:
+        if self._service.engine.failed is not None and not self.should_exit:
             log.critical("the engine has failed, so the server stops with exit status 1")
             self.should_exit, self.status = True, 1
             exit_after(EXIT_S, self.status)
