@@ -37,7 +37,7 @@ def parse_json(text: str, allow_surrogates: bool = False) -> Any:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
-    if not allow_surrogates and _SURROGATE_ESCAPE.search(text):
+    if not allow_surrogates and "\\u" in text and _SURROGATE_ESCAPE.search(text):  # `in` is ten times as fast
         _check_characters(value)
     return value
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
 if sys.platform != "win32":
@@ -28,6 +29,7 @@ if sys.platform != "win32":
 
 T = TypeVar("T")
 
+PIPE_BYTES = 2**15  # a shorter message never waits: a pipe holds 64 KiB, and a process has one call at a time
 NICENESS = 5  # the engine's thread and the event loop come first
 _starting = threading.Lock()  # `multiprocessing` starts one process at a time
 
@@ -192,21 +194,34 @@ class _Worker:
                 self._current = None
                 raise WorkerCrashed("was cancelled")
         reason = f"took longer than {timeout_s:g} seconds"
-        timer = threading.Timer(timeout_s, self.kill, (job, reason))  # also bounds `send` to a stopped process
-        timer.daemon = True
-        timer.start()
+        begun = time.monotonic()
         try:
-            self._connection.send((function, args, cpu_s))
+            self._send(job, bytes(ForkingPickler.dumps((function, args, cpu_s))), timeout_s, reason)
+            if not self._connection.poll(max(begun + timeout_s - time.monotonic(), 0)):
+                self.kill(job, reason)
             succeeded, result = self._connection.recv()
         except (EOFError, OSError):
             raise self._failure(cpu_s) from None
         finally:
-            timer.cancel()
             with self._lock:
                 self._current = None
         if succeeded:
             return result
         raise result
+
+    def _send(self, job: Job, message: bytes, timeout_s: float, reason: str) -> None:
+        """Sends a message. A long one fills the pipe and waits for the process, which may be stopped."""
+        assert self._connection is not None
+        if len(message) < PIPE_BYTES:
+            self._connection.send_bytes(message)
+            return
+        timer = threading.Timer(timeout_s, self.kill, (job, reason))
+        timer.daemon = True
+        timer.start()
+        try:
+            self._connection.send_bytes(message)
+        finally:
+            timer.cancel()
 
     def _failure(self, cpu_s: float) -> WorkerFailed:
         """Returns the error of a call whose process has ended, and forgets the process."""

@@ -14,8 +14,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import llguidance
 import numpy as np
@@ -58,6 +58,7 @@ class GrammarCompiler:
       vocab_size: number of tokens.
       stop_token_ids: tokens that end an answer. llguidance takes the first as its end-of-sequence token.
       workers: the processes of `compile_bounded`, from `start_trial_workers`; None for no trials.
+      run_check: runs a function that holds Python's lock for milliseconds.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class GrammarCompiler:
         vocab_size: int,
         stop_token_ids: tuple[int, ...],
         workers: WorkerPool | None = None,
+        run_check: Callable[..., Awaitable[Any]] = asyncio.to_thread,
     ):
         self._detokenizer, self._tokenize = detokenizer, tokenize
         self._vocab_size, self._stop_token_ids = vocab_size, stop_token_ids
-        self._workers, self._verdicts = workers, _Verdicts()
+        self._workers, self._verdicts, self._run_check = workers, _Verdicts(), run_check
         self._building = threading.Lock()
         self._built: llguidance.LLTokenizer | None = None
 
@@ -99,7 +101,7 @@ class GrammarCompiler:
 
         Takes and raises the same as `compile`; also raises ValueError if the trial exceeds a bound.
         """
-        key = await asyncio.to_thread(_checked_key, spec)
+        key = await self._run_check(_checked_key, spec)
         verdict = self._verdicts.get(key)
         if verdict is None:
             verdict = await self._try(key, spec)

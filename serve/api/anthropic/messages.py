@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from minicpmv46_jax.processing import PromptPlan
 from serve.api.anthropic.messages_request import parse_message
+from serve.api.common.media_limits import check_media
 from serve.api.common.middleware import request_record
 from serve.api.common.request_pipeline import (
     ActiveRequest,
@@ -55,17 +55,19 @@ async def count_tokens(request: Request) -> dict[str, int]:
 
 
 async def _count_tokens(service: Service, body: bytes, memory: RequestMemory) -> int:
-    parsed, plan = await service.run_in_thread(_plan, service, body, size=len(body))
+    parsed = await service.run_check(_check_count, service, body, size=len(body))
     with client_errors(parsed):
+        plan = await service.run_in_thread(plan_prompt, service, parsed.request, size=len(body))
         _, number = await measure_prompt(service, plan, memory, check=lambda number: None)
     return number
 
 
-def _plan(service: Service, body: bytes) -> tuple[ParsedRequest, PromptPlan]:
+def _check_count(service: Service, body: bytes) -> ParsedRequest:
     parsed = parse_message(body, counting=True)
     with client_errors(parsed):
         check_model(service, parsed.request.model)
-        return parsed, plan_prompt(service, parsed.request)
+        check_media(parsed.request.messages, service.media_limits)
+    return parsed
 
 
 class MessageStream(TypedStream):

@@ -10,10 +10,10 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # around each message in th
 MAX_TAIL_TOKENS = 2048  # inspected at the end of a prompt; a continued message may be long
 
 
-def opens_thinking(model: MiniCPMV, inputs: Inputs) -> bool:
+def opens_thinking(model: MiniCPMV, token_ids: np.ndarray) -> bool:
     """Returns whether a prompt ends inside `<think>`. Templates open it, close an empty one, or write
     neither."""
-    text = model.detokenizer.decode(inputs.token_ids[-MAX_TAIL_TOKENS:].tolist(), skip_special_tokens=False)
+    text = model.detokenizer.decode(token_ids[-MAX_TAIL_TOKENS:].tolist(), skip_special_tokens=False)
     turn = text.rpartition(TURN_START)[2]
     return turn.startswith("assistant") and TURN_END not in turn and turn.rfind(OPEN) > turn.rfind(CLOSE)
 

@@ -114,12 +114,14 @@ class OutputOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """A request ready for the engine. `thinking` is True if the prompt ends inside `<think>`."""
+    """A request ready for the engine. `thinking` is True if the prompt ends inside `<think>`; cached prefixes
+    and images are shared only among requests with the same `cache_salt`."""
 
     output: OutputOptions
     inputs: Inputs
     options: GenerationOptions
     thinking: bool = False
+    cache_salt: str = ""
 
 
 class ActiveRequest:
@@ -152,10 +154,10 @@ class ActiveRequest:
         if options.constraint is not None and index:
             assert isinstance(options.constraint, GrammarConstraint)
             options = dataclasses.replace(options, constraint=options.constraint.copy_from_start())
-        handle.submit(prepared.inputs, options)
+        handle.submit(prepared.inputs, options, prepared.cache_salt)
         if budget is None:
             return handle.deltas()
-        limited = ThinkingBudget(self.service.model, prepared.inputs, options, budget, prepared.thinking)
+        limited = ThinkingBudget(self.service.model, prepared.inputs, options, budget, prepared.thinking, prepared.cache_salt)
         return limited.deltas(handle, reserve)
 
     async def deltas(self, index: int = 0) -> AsyncIterator[Delta]:
@@ -259,29 +261,36 @@ async def prepare_chat(
       body: the body.
       memory: counts the request's media.
     """
-    parsed, options, plan = await service.run_in_thread(_plan_chat, service, parse, body, size=len(body))
+    size = len(body)
+    parsed, options = await service.run_check(_check_chat, service, parse, body, size=size)
     del body
     request = parsed.request
     with client_errors(parsed):
+        plan, thinking = await service.run_in_thread(_plan_chat, service, request, size=size)
         inputs = await build_inputs(service, plan, memory, lambda number: _check_room(service, request, number))
-        thinking = await service.run_in_thread(opens_thinking, service.model, inputs)
         options = dataclasses.replace(options, constraint=await _constraint(service, parsed, thinking))
-    return PreparedRequest(OutputOptions.from_chat(request, service.restore_newlines), inputs, options, thinking)
+    output = OutputOptions.from_chat(request, service.restore_newlines)
+    return PreparedRequest(output, inputs, options, thinking, request.cache_salt)
 
 
-def _plan_chat(
+def _check_chat(
     service: Service, parse: Callable[[bytes], ParsedRequest], body: bytes
-) -> tuple[ParsedRequest, GenerationOptions, PromptPlan]:
+) -> tuple[ParsedRequest, GenerationOptions]:
     parsed = parse(body)
     request = parsed.request
     with client_errors(parsed):
         check_model(service, request.model)
         with value_errors_as_400(CHAT_FIELDS):
             check_overrides(request.mm_processor_kwargs, "mm_processor_kwargs")
-        options = make_options(service, request)
-        plan = plan_prompt(service, request)
-        _check_room(service, request, len(plan.token_ids))
-    return parsed, options, plan
+        check_media(request.messages, service.media_limits)
+        return parsed, make_options(service, request)
+
+
+def _plan_chat(service: Service, request: ChatRequest) -> tuple[PromptPlan, bool]:
+    """Returns the prompt, and whether it ends inside `<think>`."""
+    plan = plan_prompt(service, request)
+    _check_room(service, request, len(plan.token_ids))
+    return plan, opens_thinking(service.model, plan.token_ids)
 
 
 @contextmanager
@@ -322,7 +331,6 @@ def check_model(service: Service, name: str) -> None:
 
 def plan_prompt(service: Service, request: ChatRequest) -> PromptPlan:
     """Renders and tokenises a conversation. Raises ApiError for errors of the client."""
-    check_media(request.messages, service.media_limits)
     with value_errors_as_400(CHAT_FIELDS, "messages"):
         try:
             options = {**prompt_kwargs(request), "max_tokens": service.max_model_len}

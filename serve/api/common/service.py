@@ -14,12 +14,15 @@ from serve.multimodal.image_workers import ImageThreads, MediaWorkers
 from serve.multimodal.media_fetcher import MediaFetcher
 from serve.multimodal.media_loader import MediaLoader
 from serve.runtime.budget import Budget, RequestMemory
+from serve.runtime.paced_thread import PacedThread
 from serve.runtime.worker_pool import WorkerPool
 from serve.structured_output.grammar import GrammarCompiler
 
 MAX_BODY_BYTES = 128 * 2**20  # holds 96 MiB of images or video in base64
 MEDIA_LIMITS = {"image": 128, "video": 16}  # per request
 REQUEST_MEMORY_BYTES = 8 * 2**30
+SMALL_BYTES = 2**14  # bodies up to this size are checked in a few milliseconds
+HUGE_BYTES = 2**22  # a photograph in base64 is smaller
 LARGE_BYTES = 2**18  # a body with a photograph, or the text of some 60,000 tokens
 LARGE_PREPARE_THREADS = 4
 PREPARE_THREADS = 8  # the tokenizer releases the GIL
@@ -85,6 +88,7 @@ class Service:
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
         self._large_threads = ThreadPoolExecutor(LARGE_PREPARE_THREADS, thread_name_prefix="prepare-large")
+        self._paced = [PacedThread(f"check-{name}") for name in ("large", "huge")]
         self._sources, self._pixels = Budget(self.memory_bytes // 2), Budget(self.memory_bytes // 2)
         self.preparing: set[asyncio.Future] = set()  # of requests that the engine does not have yet
         self.media = MediaLoader(self.fetcher, self.media_workers, self.run_in_thread)
@@ -109,7 +113,8 @@ class Service:
         """Compiler of structured-output grammars."""
         model = self.model
         stops = model.generation_config.stop_token_ids
-        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocab_size, stops, self.trial_workers)
+        run_check = functools.partial(self.run_check, size=SMALL_BYTES + 1)
+        return GrammarCompiler(model.detokenizer, self.tokenize, self.vocab_size, stops, self.trial_workers, run_check)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns a text's token ids, without special tokens."""
@@ -130,6 +135,20 @@ class Service:
         threads = self._threads if size <= LARGE_BYTES else self._large_threads
         return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
 
+    async def run_check(self, function: Callable[..., T], *args, size: int) -> T:
+        """Runs a function that checks a body and holds Python's lock meanwhile.
+
+        Large bodies are checked one at a time in a share of the time, and huge ones apart from large ones.
+
+        Args:
+          function: the function.
+          *args: its arguments.
+          size: bytes of the body.
+        """
+        if size <= SMALL_BYTES:
+            return await self.run_in_thread(function, *args)
+        return await self._paced[size > HUGE_BYTES].run(function, *args)
+
     def stop(self) -> None:
         """Gives up all requests with status 503, those in preparation too. Called in the event loop."""
         self.engine.stop()
@@ -140,6 +159,8 @@ class Service:
         """Stops the engine and cancels waiting preparations."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._large_threads.shutdown(wait=False, cancel_futures=True)
+        for thread in self._paced:
+            thread.close()
         self.media.close()
         if self.trial_workers is not None:
             self.trial_workers.close()

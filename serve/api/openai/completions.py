@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field
 
 from minicpmv46_jax.generation.detokenize import Detokenizer
 from minicpmv46_jax.generation.generate import Token
+from minicpmv46_jax.generation.options import GenerationOptions
 from minicpmv46_jax.generation.sampling import MAX_LOGPROBS
 from minicpmv46_jax.processing import Inputs, PromptTooLong
 from serve.api.common.errors import ApiError
@@ -73,17 +74,16 @@ async def completions(request: Request) -> Response:
 
 
 async def _prepare(service: Service, body: bytes, memory: RequestMemory) -> PreparedRequest:
-    return await service.run_in_thread(prepare_completion, service, body, size=len(body))
+    request, options = await service.run_check(_check, service, body, size=len(body))
+    ids = await service.run_in_thread(prompt_token_ids, service, request.prompt, size=len(body))
+    check_context(len(ids), request.max_tokens, service.max_model_len, "max_tokens", param="prompt")
+    return PreparedRequest(OutputOptions.from_request(request), Inputs(ids, ()), options, cache_salt=request.cache_salt)
 
 
-def prepare_completion(service: Service, body: bytes) -> PreparedRequest:
-    """Prepares a request for the engine. Raises ApiError for errors of the client."""
+def _check(service: Service, body: bytes) -> tuple[CompletionRequest, GenerationOptions]:
     request = parse_completion(body)
     check_model(service, request.model)
-    options = make_options(service, request)
-    ids = prompt_token_ids(service, request.prompt)
-    check_context(len(ids), request.max_tokens, service.max_model_len, "max_tokens", param="prompt")
-    return PreparedRequest(OutputOptions.from_request(request), Inputs(ids, ()), options)
+    return request, make_options(service, request)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

@@ -9,7 +9,7 @@ from pydantic import Field
 from minicpmv46_jax.processing import PromptTooLong
 from minicpmv46_jax.processing.chat import check_characters
 from serve.api.common.errors import ApiError
-from serve.api.common.media_limits import media_costs
+from serve.api.common.media_limits import check_media, media_costs
 from serve.api.common.request_pipeline import (
     ParsedRequest,
     build_inputs,
@@ -50,34 +50,39 @@ async def tokenize(request: Request) -> dict[str, Any]:
 
 
 async def _tokenize(service: Service, body: bytes, memory: RequestMemory) -> dict[str, Any]:
-    with_strings, chat, tokens = await service.run_in_thread(_parse, service, body, size=len(body))
-    if chat is None:
-        ids, media = tokens, []
+    request, with_strings = await service.run_check(_check, service, body, size=len(body))
+    if isinstance(request, ChatRequest):
+        with client_errors(ParsedRequest(request)):
+            plan = await service.run_in_thread(plan_prompt, service, request, size=len(body))
+            inputs = await build_inputs(service, plan, memory)
+        ids, media = inputs.token_ids.tolist(), media_costs(request.messages, inputs)
     else:
-        inputs = await build_inputs(service, tokens, memory)
-        ids, media = inputs.token_ids.tolist(), media_costs(chat.messages, inputs)
+        ids, media = await service.run_in_thread(_text_ids, service, request, size=len(body)), []
     strings = await service.run_in_thread(_token_texts, service, ids, size=4 * len(ids)) if with_strings else None
     return {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": strings, "media": media}
 
 
-def _parse(service: Service, body: bytes) -> tuple[bool, ChatRequest | None, Any]:
-    """Returns whether token texts are wanted, and a text's (None, token ids) or messages' (fields, plan)."""
+def _check(service: Service, body: bytes) -> tuple[TokenizeRequest | ChatRequest, bool]:
+    """Returns the checked fields of a text or a conversation, and whether the tokens' texts are wanted."""
     raw = json_object(body)
     if "messages" not in raw:
         text = validated(TokenizeRequest, raw)
         check_model(service, text.model or service.name)
-        try:
-            check_characters(text.prompt, service.max_model_len)
-        except PromptTooLong as error:
-            raise ApiError(400, str(error), "prompt", "context_length_exceeded") from None
-        tokenizer = service.model.processor.tokenizer
-        return text.return_token_strs, None, tokenizer(text.prompt, add_special_tokens=text.add_special_tokens)["input_ids"]
+        return text, text.return_token_strs
     with_strings = raw.pop("return_token_strs", False)
     raw.pop("add_special_tokens", None)
     chat = checked({"model": service.name, **raw}, ChatRequest)
-    with client_errors(ParsedRequest(chat)):
-        check_model(service, chat.model)
-        return with_strings, chat, plan_prompt(service, chat)
+    check_model(service, chat.model)
+    check_media(chat.messages, service.media_limits)
+    return chat, with_strings
+
+
+def _text_ids(service: Service, request: TokenizeRequest) -> list[int]:
+    try:
+        check_characters(request.prompt, service.max_model_len)
+    except PromptTooLong as error:
+        raise ApiError(400, str(error), "prompt", "context_length_exceeded") from None
+    return service.model.processor.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"]
 
 
 def _token_texts(service: Service, ids: list[int]) -> list[str]:
@@ -93,7 +98,7 @@ async def detokenize(request: Request) -> dict[str, str]:
 
 
 async def _prepare_detokenize(service: Service, body: bytes, memory: RequestMemory) -> dict[str, str]:
-    return await service.run_in_thread(_detokenize, service, body, size=len(body))
+    return await service.run_check(_detokenize, service, body, size=len(body))
 
 
 def _detokenize(service: Service, body: bytes) -> dict[str, str]:

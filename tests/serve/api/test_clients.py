@@ -178,14 +178,14 @@ def test_tokenize_reports_media_costs(address, demo, photos):
 )
 def test_opens_thinking(demo, options, opened):
     for prefix in ("Hi", "<think>", "<|im_start|>assistant\n<think>\n"):
-        assert opens_thinking(demo, demo.process([{"role": "user", "content": prefix}], **options)) == opened
+        assert opens_thinking(demo, demo.process([{"role": "user", "content": prefix}], **options).token_ids) == opened
 
 
 def test_opens_thinking_of_a_continued_message(demo):
     going = {"add_generation_prompt": False, "continue_final_message": True}
     for prefix, opened in (("<think>\nwell", True), ("Well", False)):
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": prefix}]
-        assert opens_thinking(demo, demo.process(messages, **going)) == opened, prefix
+        assert opens_thinking(demo, demo.process(messages, **going).token_ids) == opened, prefix
 
 
 def test_local_files_under_the_allowed_folder(client, folder, photos):

@@ -9,7 +9,7 @@ from minicpmv46_jax.strict_json import parse_json
 from serve.api.common.errors import MAX_MESSAGE, ApiError
 from serve.api.common.field_names import MAX_ENTRIES, rename
 from serve.api.common.json_encoding import encode_json
-from serve.api.common.schema import MAX_VALUES, parse_chat
+from serve.api.common.schema import MAX_CONTAINERS, MAX_VALUES, parse_chat
 from serve.api.openai.responses import MAX_ECHOED_BYTES
 from serve.api.openai.responses_request import parse_response
 from tests.serve.support import NAME, ask, events
@@ -54,7 +54,8 @@ def message_of(answer, status=400):
         ("[" * 300 + "]" * 300, "nested too deeply: at most 200"),
         ('{"a":' * 300 + "1" + "}" * 300, "nested too deeply: at most 200"),
         ("[" * 100_000, "nested too deeply"),
-        ("[" + "{}," * MAX_VALUES + "{}]", f"at most {MAX_VALUES}"),
+        ("[" + "{}," * MAX_CONTAINERS + "{}]", f"{MAX_CONTAINERS + 2} brackets and braces, and at most {MAX_CONTAINERS}"),
+        ("[" + "0," * MAX_VALUES + "0]", f"at most {MAX_VALUES}"),
     ],
 )
 def test_bodies_that_cannot_be_used_are_400_on_every_route(service, path, literal, words):
