@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -33,6 +33,10 @@ THREADS = 4  # of `ImageThreads`
 
 T = TypeVar("T")
 Grid = tuple[int, int]
+Measured = MediaMeasure | ValueError
+InWorker = Callable[[list[tuple[MediaJob, int]], str], T]
+"""A function of the worker process: jobs with the bytes of their media, and the file that holds them."""
+
 PixelShapes = list[tuple[Grid, list[tuple[Grid, tuple[int, int]]]]]
 """Grid of each image, and grid and pixel shape of each of its slices, in the order of the shared memory."""
 
@@ -50,8 +54,8 @@ def default_workers() -> int:
 class MediaWorkers(Protocol):
     """Measures and slices the images and videos of requests."""
 
-    async def measure(self, job: MediaJob) -> MediaMeasure:
-        """Runs `media_job.measure_media`."""
+    async def measure(self, jobs: Sequence[MediaJob]) -> list[Measured]:
+        """Runs `media_job.measure_media` for each job."""
         ...
 
     async def process(self, job: MediaJob) -> tuple[SlicedImage, ...]:
@@ -69,9 +73,9 @@ class ImageThreads:
     def __init__(self):
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="image")
 
-    async def measure(self, job: MediaJob) -> MediaMeasure:
-        """Runs `media_job.measure_media` in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, measure_media, job)
+    async def measure(self, jobs: Sequence[MediaJob]) -> list[Measured]:
+        """Runs `media_job.measure_media` for each job, in one thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _measure_all, jobs)
 
     async def process(self, job: MediaJob) -> tuple[SlicedImage, ...]:
         """Runs `media_job.process_media` in a thread."""
@@ -104,51 +108,93 @@ class ImageWorkerPool:
         self._max_image_seconds = max_image_seconds
         self.pool = WorkerPool(num_workers, "image-worker", MEMORY_BYTES)
 
-    async def measure(self, job: MediaJob) -> MediaMeasure:
-        """Runs `media_job.measure_media` in a worker process.
+    async def measure(self, jobs: Sequence[MediaJob]) -> list[Measured]:
+        """Runs `media_job.measure_media` for each job in one worker process.
 
-        Raises:
-          ValueError: as that; or the job exceeds a bound, or crashes its process twice.
+        All media pass at once. If one of them ends the process, each is measured alone.
+
+        Returns:
+          For each job its measure, or a ValueError: as `measure_media` raises it, or the job exceeds a bound,
+          or crashes its process twice.
         """
-        measure, _ = await self.pool.run(lambda call: self._run(call, job, _measure_in_worker))
-        return measure
+        return await self.pool.run(lambda call: self._measure(call, jobs))
 
     async def process(self, job: MediaJob) -> tuple[SlicedImage, ...]:
-        """Runs `media_job.process_media` in a worker process. Raises ValueError like `measure`."""
+        """Runs `media_job.process_media` in a worker process. Raises the errors that `measure` returns."""
         shapes, pixels = await self.pool.run(lambda call: self._run(call, job, _process_in_worker))
         return tuple(_unpack_images(shapes, pixels))
+
+    def _measure(self, call: Call, jobs: Sequence[MediaJob]) -> list[Measured]:
+        if len(jobs) > 1:
+            with contextlib.suppress(WorkerFailed, MemoryError):
+                measures, _ = self._run_once(call, jobs, _measure_in_worker)
+                return measures
+        return [self._measure_alone(call, job) for job in jobs]
+
+    def _measure_alone(self, call: Call, job: MediaJob) -> Measured:
+        try:
+            (measured,), _ = self._run(call, job, _measure_in_worker)
+            return measured
+        except ValueError as error:
+            return error
 
     def close(self) -> None:
         """Ends the worker processes."""
         self.pool.close()
 
-    def _run(self, call: Call, job: MediaJob, function: Callable[[MediaJob, str], T]) -> tuple[T, np.ndarray]:
+    def _run(self, call: Call, job: MediaJob, function: InWorker[T]) -> tuple[T, np.ndarray]:
         """Returns a function's result in a worker process, and what it has written to the shared memory."""
         try:
             try:
-                return self._run_once(call, job, function)
+                return self._run_once(call, [job], function)
             except WorkerCrashed as error:
                 log.warning("an image worker process %s; its image is tried once more", error)
-                return self._run_once(call, job, function)
+                return self._run_once(call, [job], function)
         except MemoryError:
             raise ValueError(f"{job.name}: decoding the {job.kind} takes more than {MEMORY_BYTES >> 30} GiB of memory") from None
         except WorkerFailed as error:
             raise ValueError(f"{job.name}: decoding the {job.kind} {error}") from None
 
-    def _run_once(self, call: Call, job: MediaJob, function: Callable[[MediaJob, str], T]) -> tuple[T, np.ndarray]:
-        source, seconds = job.source, self._max_image_seconds
-        cores = 1
-        if job.kind == "video":
-            seconds, cores = min(job.limits.max_seconds, MAX_SECONDS), os.cpu_count() or 1
+    def _run_once(self, call: Call, jobs: Sequence[MediaJob], function: InWorker[T]) -> tuple[T, np.ndarray]:
+        limits = [self._limits(job) for job in jobs]
         with contextlib.ExitStack() as cleanup:
             shared_fd = os.memfd_create("image")
             cleanup.callback(os.close, shared_fd)
-            if not isinstance(source, Path):
-                _write_all(shared_fd, source.encode() if isinstance(source, str) else source)
-                job = dataclasses.replace(job, source=type(source)())
-            path = f"/proc/{os.getpid()}/fd/{shared_fd}"
-            result = call(function, job, path, cpu_s=seconds * cores, timeout_s=seconds + SPARE_S)
+            sent = [(dataclasses.replace(job, source=_emptied(job.source)), _write_source(shared_fd, job.source)) for job in jobs]
+            bounds = {"cpu_s": sum(cpu for cpu, _ in limits), "timeout_s": sum(elapsed for _, elapsed in limits) + SPARE_S}
+            result = call(function, sent, f"/proc/{os.getpid()}/fd/{shared_fd}", **bounds)
             return result, _read_all(shared_fd)  # a copy, because a mapping would hold a descriptor while the image waits
+
+    def _limits(self, job: MediaJob) -> tuple[float | int, float | int]:
+        """Returns the processor time and the elapsed time of a job, in seconds."""
+        if job.kind != "video":
+            return self._max_image_seconds, self._max_image_seconds
+        seconds = min(job.limits.max_seconds, MAX_SECONDS)
+        return seconds * (os.cpu_count() or 1), seconds
+
+
+def _emptied(source: str | bytes | bytearray | Path) -> str | bytes | bytearray | Path:
+    """Returns an empty source of the same type; a path as it is."""
+    return source if isinstance(source, Path) else type(source)()
+
+
+def _write_source(fd: int, source: str | bytes | bytearray | Path) -> int:
+    """Appends a source to the shared memory and returns its length in bytes."""
+    if isinstance(source, Path):
+        return 0
+    data = source.encode() if isinstance(source, str) else source
+    _write_all(fd, data)
+    return len(data)
+
+
+def _measure_all(jobs: Sequence[MediaJob]) -> list[Measured]:
+    measures: list[Measured] = []
+    for job in jobs:
+        try:
+            measures.append(measure_media(job))
+        except ValueError as error:
+            measures.append(error)
+    return measures
 
 
 def _unpack_images(shapes: PixelShapes, pixels: np.ndarray) -> Iterator[SlicedImage]:
@@ -161,17 +207,18 @@ def _unpack_images(shapes: PixelShapes, pixels: np.ndarray) -> Iterator[SlicedIm
         yield SlicedImage(tuple(slices), grid)
 
 
-def _measure_in_worker(job: MediaJob, shared_path: str) -> MediaMeasure:
+def _measure_in_worker(sent: list[tuple[MediaJob, int]], shared_path: str) -> list[Measured]:
     with open(shared_path, "r+b", buffering=0) as file:
-        measure = measure_media(_with_source(job, file.read()))
+        measures = _measure_all([_with_source(job, file.read(length)) for job, length in sent])
         file.truncate(0)
-    return measure
+    return measures
 
 
-def _process_in_worker(job: MediaJob, shared_path: str) -> PixelShapes:
+def _process_in_worker(sent: list[tuple[MediaJob, int]], shared_path: str) -> PixelShapes:
     """Replaces the media in the shared memory by the pixels of its slices, and returns their shapes."""
+    ((job, length),) = sent
     with open(shared_path, "r+b", buffering=0) as file:
-        images = process_media(_with_source(job, file.read()))
+        images = process_media(_with_source(job, file.read(length)))
         file.truncate(0)
         file.seek(0)
         for image_slice in (image_slice for image in images for image_slice in image.slices):

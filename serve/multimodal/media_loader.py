@@ -7,13 +7,14 @@ A request that is cancelled stops its downloads and its jobs.
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from minicpmv46_jax.processing import PromptPlan
 from minicpmv46_jax.processing.chat import PlannedMedia
 from minicpmv46_jax.processing.images import SlicedImage, SliceLayout
-from minicpmv46_jax.processing.media_job import MediaJob, MediaMeasure
+from minicpmv46_jax.processing.media_job import MediaJob
 from minicpmv46_jax.processing.sources import describe, is_data_url, read
 from serve.multimodal.image_workers import MediaWorkers
 from serve.multimodal.media_fetcher import MediaFetcher
@@ -72,8 +73,7 @@ class MediaLoader:
             message = f"{plan.media[0].where}: its media were not fetched within {MAX_FETCH_S:g} seconds in all"
             raise ValueError(message) from None
         jobs = [processor.media_job(item, source) for item, source in zip(plan.media, sources, strict=True)]
-        measures = await _each(lambda i: self._measure(plan.media[i], jobs[i]), range(len(jobs)))
-        return [dataclasses.replace(job, measure=measure) for job, measure in zip(jobs, measures, strict=True)]
+        return await self._measured(plan, jobs)
 
     async def process(self, plan: PromptPlan, jobs: list[MediaJob], memory: RequestMemory) -> list[tuple[SlicedImage, ...]]:
         """Decodes and slices measured media, once there is room for their pixels.
@@ -111,9 +111,17 @@ class MediaLoader:
         finally:
             self._downloads.release(1)
 
-    async def _measure(self, item: PlannedMedia, job: MediaJob) -> MediaMeasure:
-        with _named(item):
-            return await self._workers.measure(job)
+    async def _measured(self, plan: PromptPlan, jobs: list[MediaJob]) -> list[MediaJob]:
+        """Returns the jobs with their measures: images together, videos, which may take seconds, alone."""
+        images = [i for i, job in enumerate(jobs) if job.kind == "image"]
+        groups = [images, *([i] for i, job in enumerate(jobs) if job.kind != "image")]
+        found = await _each(lambda group: self._workers.measure([jobs[i] for i in group]), filter(None, groups))
+        measures = dict(zip(itertools.chain(*groups), itertools.chain(*found), strict=True))
+        for i, item in enumerate(plan.media):
+            if isinstance(error := measures[i], ValueError):
+                with _named(item):
+                    raise error
+        return [dataclasses.replace(job, measure=measures[i]) for i, job in enumerate(jobs)]
 
     async def _process(self, item: PlannedMedia, job: MediaJob) -> tuple[SlicedImage, ...]:
         with _named(item):

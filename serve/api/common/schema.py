@@ -41,7 +41,7 @@ SINGLE_VALUE_FIELDS: dict[str, Any] = {
     "include_stop_str_in_output": False,
 }
 
-# Counted before parsing: an empty object of two bytes becomes 72 in memory and takes a third of a microsecond.
+# Counted before parsing: an empty object of two bytes takes 72 in memory and a third of a microsecond.
 MAX_CONTAINERS = 2**16
 MAX_VALUES = 2**20
 MAX_SUGGESTED = 64  # characters of an unknown field for which a similar one is looked up

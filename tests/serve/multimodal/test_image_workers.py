@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
 import pytest
 
 from minicpmv46_jax.processing import MediaConfig, Processor
-from minicpmv46_jax.processing.media_job import MediaJob, process_media
+from minicpmv46_jax.processing.media_job import MediaJob, measure_media, process_media
 from minicpmv46_jax.processing.video import NO_VIDEO_LIMITS
 from serve.multimodal.image_workers import MAX_WORKERS, ImageWorkerPool, default_workers
 from tests import ROOT
@@ -31,8 +32,11 @@ class Workers:
     def process(self, job):
         return asyncio.run(self.pool.process(job))
 
-    def measure(self, job):
-        return asyncio.run(self.pool.measure(job))
+    def measure(self, *jobs):
+        for measured in (found := asyncio.run(self.pool.measure(jobs))):
+            if isinstance(measured, ValueError):
+                raise measured
+        return found[0] if len(found) == 1 else found
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,36 @@ def test_measures_are_the_sizes_of_the_result(image_workers, processor, source, 
     pixels = [sum(len(one.pixels) for one in image.slices) * patch**2 for image in found]
     assert [layout.num_pixels for layout in measure.layouts] == pixels
     assert [layout.num_views for layout in measure.layouts] == [len(image.slices) for image in found]
+
+
+def test_images_are_measured_together(image_workers, processor):
+    jobs = [media_job(processor, source) for source in (PHOTOS[0], PHOTOS[1].read_bytes(), data_url(PHOTOS[0]))]
+    assert image_workers.measure(*jobs) == [measure_media(job) for job in jobs]
+    bad = media_job(processor, b"no image")
+    found = asyncio.run(image_workers.pool.measure([jobs[0], bad, jobs[2]]))
+    assert found[::2] == [measure_media(jobs[0]), measure_media(jobs[2])]
+    assert isinstance(found[1], ValueError) and "not an image" in str(found[1])
+
+
+def test_images_beside_one_that_crashes_are_measured(monkeypatch, tmp_path, processor):
+    code = """
+        import os
+        from minicpmv46_jax.processing.media_job import measure_media
+        def work(sent, path):
+            if sent[-1][0].name == "bad":
+                os.abort()
+            return [measure_media(job) for job, _ in sent]
+    """
+    (tmp_path / "measurer_that_crashes.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    own, good = Workers(1), media_job(processor, PHOTOS[0])
+    try:
+        work = importlib.import_module("measurer_that_crashes").work
+        monkeypatch.setattr("serve.multimodal.image_workers._measure_in_worker", work)
+        found = asyncio.run(own.pool.measure([good, dataclasses.replace(good, name="bad")]))
+        assert found[0] == measure_media(good) and "SIGABRT" in str(found[1])
+    finally:
+        own.pool.close()
 
 
 def test_errors_are_those_of_this_process(image_workers, processor):
