@@ -93,7 +93,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "after"), [(MemoryError, False), (Panic, True)])
+@pytest.mark.parametrize(("error", "after"), [(MemoryError, False), pytest.param(Panic, True, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("program", "concerned"), PROGRAMS)
 def test_failing_program_fails_only_its_requests(engine, workload, expected, program, concerned, error, after):
     clear_caches(engine)  # else the image need not be encoded
