@@ -147,7 +147,7 @@ def demo_address(demo, demo_engine):
     service = Service(demo, demo_engine, NAME)
     with live(service) as address:
         yield address
-    service.pool.shutdown()
+    service.media.close()
 
 
 @pytest.fixture

@@ -171,16 +171,18 @@ class _Worker:
             del job  # its data may be large, and the next one may be long in coming
 
     def _start_process(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
         with _starting:
             if self._closed:
                 return
-            connection, child = multiprocessing.get_context("spawn").Pipe()
-            self.process = multiprocessing.get_context("spawn").Process(
-                target=_main, args=(child, *self._pool.setup), daemon=True
-            )
-            self.process.start()
+            connection, child = spawn.Pipe()
+            process = spawn.Process(target=_main, args=(child, *self._pool.setup), daemon=True)
+            process.start()
             child.close()  # so that the end of the process ends `recv`
-            self._connection = connection
+        with self._lock:
+            self.process, self._connection = process, connection
+            if self._closed:  # meanwhile
+                process.kill()
 
     def call(self, job: Job, function: Callable[..., T], args: tuple, cpu_s: float, timeout_s: float) -> T:
         """Runs `Call.__call__`."""
@@ -192,7 +194,7 @@ class _Worker:
             self._current, self._reason = job, ""
             if job.cancelled or self._connection is None:
                 self._current = None
-                raise WorkerCrashed("was cancelled")
+                raise WorkerTimeout("was cancelled")
         reason = f"took longer than {timeout_s:g} seconds"
         begun = time.monotonic()
         try:
@@ -252,8 +254,8 @@ class _Worker:
 
     def close(self) -> None:
         """Kills the process."""
-        self._closed = True
         with self._lock:
+            self._closed = True
             if self.process is not None:
                 self._reason = "was cancelled"
                 self.process.kill()

@@ -12,7 +12,7 @@ from serve.api.common.errors import ApiError
 Names = Mapping[str, str]
 """Fields of a chat request (`max_tokens`, `messages[2]`) to the client's fields."""
 
-MAX_ENTRIES = 2**15  # of a list of messages, items, parts or tools: no context holds as many
+MAX_ENTRIES = 2**14  # of a list of messages, items, parts or tools: no context holds as many
 _FIELD = re.compile(r"(?<![\w.])(\w+)(\[\d+\])?(?!\w)")  # max_tokens, messages[2]
 
 

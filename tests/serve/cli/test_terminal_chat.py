@@ -14,9 +14,9 @@ OPENED = "<|im_start|>assistant\n<think>\n"
 def model():
     model = FakeModel()
     model.seen = []
-    model.process = lambda messages, **options: (
+    model.plan = lambda messages, **options: (
         model.seen.append(messages),
-        FakeModel.process(model, [{"content": "hello"}], **options),
+        FakeModel.plan(model, [{"content": "hello"}], **options),
     )[1]
     return model
 
