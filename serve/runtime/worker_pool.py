@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
@@ -186,7 +186,8 @@ class _Worker:
 
     def call(self, job: Job, function: Callable[..., T], args: tuple, cpu_s: float, timeout_s: float) -> T:
         """Runs `Call.__call__`."""
-        if self.process is not None and not self.process.is_alive():
+        # Not `is_alive`: another thread that starts a process may be reaping this one.
+        if self.process is not None and wait([self.process.sentinel], 0):
             self._forget_process()
         if self._connection is None:
             self._start_process()

@@ -16,7 +16,7 @@ class Model(FakeModel):
     """A fake model with the library's `prepare`."""
 
     def prepare(self, messages, options):
-        return self.process(messages), self.options(**options)
+        return self.processor.assemble(self.plan(messages), []), self.options(**options)
 
 
 def offline_fake():
