@@ -186,7 +186,7 @@ def test_failing_scheduler_ends_no_engine(engine, workload, expected, name, call
         (Scheduler, "add", MemoryError),
     ],
 )
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_host_fault_fails_one_request_and_keeps_all_state(engine, workload, expected, resets, owner, name, error, after):
     with failing(owner, name, error, call=3, after=after) as fault:
         found = answers(engine, workload)
