@@ -98,7 +98,7 @@ class RequestMemory:
         """Counts a part of the body or of a download. Raises EngineFull if all requests hold too much."""
         self._uncounted -= size
         new, self._uncounted = max(-self._uncounted, 0), max(self._uncounted, 0)
-        if not self._sources.try_acquire(new):
+        if new and not self._sources.try_acquire(new):
             limit, used = self._sources.limit, self._sources.used
             raise EngineFull(f"bodies and downloads of all requests hold {used} bytes, and {limit} are allowed")
         self._source_bytes += new

@@ -58,8 +58,8 @@ def chain_of_rules(number=3000):
     return chat("x", structured_outputs={"grammar": f'start: r0\n{rules}\nr{number}: "a"'})
 
 
-def slow_video():
-    """Returns a video of three frames that lasts a hundred years by its header."""
+def long_video() -> bytes:
+    """Returns an AVI of three frames that lasts nine years by its header."""
     import av
     import numpy as np
 
@@ -72,7 +72,12 @@ def slow_video():
         container.mux(stream.encode())
     content = bytearray(file.getvalue())
     struct.pack_into("<II", content, content.index(b"strh") + 28, 100_000_000, 1)
-    part = {"type": "video_url", "video_url": {"url": data_url(bytes(content), "video/avi")}}
+    return bytes(content)
+
+
+def slow_video():
+    """Returns a request for all frames of the long video."""
+    part = {"type": "video_url", "video_url": {"url": data_url(long_video(), "video/avi")}}
     return chat([part], mm_processor_kwargs={"max_num_frames": 65536})
 
 

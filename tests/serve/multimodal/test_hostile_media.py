@@ -19,6 +19,7 @@ from minicpmv46_jax.processing.images import MAX_JPEG_SCANS
 from minicpmv46_jax.processing.video import VideoLimits
 from serve.multimodal.image_workers import ImageWorkerPool
 from serve.multimodal.media_fetcher import DownloadLimits, MediaFetcher, NetworkPolicy
+from tests.fuzz.attack import encoded, long_video
 from tests.serve.support import NAME, PATIENCE_S, FakeModel, client, live, serving
 
 LOOPBACK = NetworkPolicy(networks=(ipaddress.ip_network("127.0.0.1/32"),))
@@ -84,12 +85,6 @@ def video_data(content):
     return {"type": "video_url", "video_url": {"url": f"data:video/avi;base64,{base64.b64encode(content).decode()}"}}
 
 
-def encoded(picture, kind="PNG", **options):
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
 def refusal(result, *words):
     status, body, cpu_s = result
     assert status == 400, body
@@ -99,30 +94,16 @@ def refusal(result, *words):
     return body["error"]
 
 
-def slow_video(rate=1, scale=100_000_000):
-    """An AVI of three frames whose header states a rate of `rate / scale` frames a second."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=1)
-        stream.width = stream.height = 16
-        for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8))))
-        container.mux(stream.encode())
-    content = bytearray(file.getvalue())
-    struct.pack_into("<II", content, content.index(b"strh") + 8 + 20, scale, rate)
-    return bytes(content)
-
-
 @pytest.mark.parametrize("most", [1000, 65_536])
 def test_a_video_of_a_hundred_years_is_refused_by_its_header(service, most):
     words = (f"{most} frames would be shown", "1024") if most > 1024 else ("the context holds 8192 tokens",)
-    error = refusal(ask(service, video_data(slow_video()), mm_processor_kwargs={"max_num_frames": most}), *words)
+    error = refusal(ask(service, video_data(long_video()), mm_processor_kwargs={"max_num_frames": most}), *words)
     assert error["param"] in ("messages", "messages[0].content[0]")
 
 
 def test_a_billion_frames_are_no_option(service):
     error = refusal(
-        ask(service, video_data(slow_video()), mm_processor_kwargs={"max_num_frames": 10**9}), "1 to 65536", "1000000000"
+        ask(service, video_data(long_video()), mm_processor_kwargs={"max_num_frames": 10**9}), "1 to 65536", "1000000000"
     )
     assert error["param"] == "mm_processor_kwargs"
 
@@ -133,7 +114,7 @@ def test_a_billion_slices_are_no_option(service):
 
 
 def test_images_beyond_the_context_are_refused_before_they_are_decoded(service, workers, monkeypatch):
-    picture = image_data(encoded(Image.new("1", (9400, 9400))))
+    picture = image_data(encoded(Image.new("1", (9400, 9400)), "PNG"))
 
     async def never(job):
         raise AssertionError("decoded")
@@ -154,7 +135,7 @@ def test_a_jpeg_of_many_scans_is_refused_by_its_header(service):
 
 
 def test_an_icon_whose_png_is_larger_than_its_directory_says(service):
-    png = encoded(Image.new("1", (12_000, 12_000)))
+    png = encoded(Image.new("1", (12_000, 12_000)), "PNG")
     content = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
     refusal(ask(service, image_data(content, "x-icon")), "12000x12000 = 144000000 pixels")
 
@@ -288,7 +269,7 @@ def test_a_stopping_server_gives_up_requests_in_preparation(service):
 
 def test_decoded_images_of_all_requests_are_bounded(service, monkeypatch):
     """Each request waits until the one before has given back its pixels."""
-    picture = image_data(encoded(Image.new("RGB", (500, 500))))
+    picture = image_data(encoded(Image.new("RGB", (500, 500)), "PNG"))
     held, most = service._pixels, []
     held.limit = 2_000_000  # one image and no more
     release = held.release
