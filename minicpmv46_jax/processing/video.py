@@ -43,6 +43,7 @@ from minicpmv46_jax.processing.resize import resize_bicubic
 from minicpmv46_jax.processing.sources import FetchMedia, describe, read
 
 SEAM = 6  # black pixels between the frames of a composite
+MIN_DECODED_PIXELS = 2**20  # the decoder is always allowed twice as many, padding included
 TICK = 0.1  # seconds between the moments from which a long video is sampled
 
 # FFmpeg's names of containers that hold their frames themselves. Audio containers are among them, so that
@@ -382,7 +383,7 @@ def _stream(container: InputContainer, max_pixels: int, name: str) -> VideoStrea
     """Returns the first video stream that is not a cover image.
 
     Its decoder refuses frames of more than twice `max_pixels`, because a frame may be larger than the
-    container says. Coded frames are rounded up to whole blocks.
+    container says. It counts the blocks and edges that it pads a frame with, which are most of a small one.
 
     Raises:
         ValueError: there is no such stream, or no decoder for it.
@@ -391,7 +392,7 @@ def _stream(container: InputContainer, max_pixels: int, name: str) -> VideoStrea
         if not stream.disposition & Disposition.attached_pic:
             if stream.codec_context is None:
                 raise ValueError(f"{name}: no decoder for its video stream")
-            stream.codec_context.options = {"max_pixels": str(2 * max_pixels)}
+            stream.codec_context.options = {"max_pixels": str(2 * max(max_pixels, MIN_DECODED_PIXELS))}
             stream.thread_type = "AUTO"
             return stream
     raise ValueError(f"{name}: it has no video stream")

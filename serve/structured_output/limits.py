@@ -49,15 +49,17 @@ def check_size(spec: GrammarSpec) -> None:
 
 def _check_schemas(schemas: list[Any]) -> None:
     """Stops at the first value beyond a bound, however large the rest is."""
-    size, pending = 0, [(schema, 0) for schema in schemas]
-    while pending:
-        value, depth = pending.pop()
-        children = _children(value)
-        size += 2 * len(children) + (_num_bytes(value) if isinstance(value, str) else 0)
-        if size > MAX_SPEC_BYTES:
-            raise ValueError(f"the schemas have more than {MAX_SPEC_BYTES} bytes, at most that many are allowed")
+    size, level, depth = 0, schemas, 0
+    while level:
         _check("the schema", depth, MAX_SCHEMA_DEPTH, "levels")
-        pending += [(child, depth + 1) for child in children]
+        inner: list[Any] = []
+        for value in level:
+            children = _children(value)
+            size += 2 * len(children) + (_num_bytes(value) if isinstance(value, str) else 0)
+            if size > MAX_SPEC_BYTES:
+                raise ValueError(f"the schemas have more than {MAX_SPEC_BYTES} bytes, at most that many are allowed")
+            inner.extend(children)
+        level, depth = inner, depth + 1
 
 
 def _children(value: Any) -> Sequence[Any]:
