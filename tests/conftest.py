@@ -66,6 +66,7 @@ FAST = (
     "serve/parsers",
     "serve/structured_output/test_grammar.py",
 )
+ENGINES = {"demo_engine", "tight_engine", "demo_address"}  # fixtures that take minutes, once a process
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's event
 
 
@@ -79,6 +80,8 @@ def pytest_collection_modifyitems(config, items):
         fast = [item for item in items if item.path.relative_to(here).as_posix().startswith(FAST)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(fast)])
         items[:] = fast
+    # Each worker begins with a half of the list and takes from the end of the other's: one compiles engines.
+    items.sort(key=lambda item: not (ENGINES & {*item.fixturenames} or item.path.name == "test_readme.py"))
 
 
 @pytest.fixture(autouse=True)

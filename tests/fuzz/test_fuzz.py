@@ -17,7 +17,7 @@ from tests.fuzz import http, media, schemas
 from tests.fuzz.run import Answer, Case, Fuzzer, Report, chunks, parse_answer, send
 from tests.serve.support import NAME, PATIENCE_S
 
-SECONDS = 5.0
+SECONDS = 3.0
 CPU_PATIENCE_S = 120.0  # the vision tower takes seconds an image on a busy CPU
 NUMBERS = {"http": "MINICPMV46_FUZZ_REQUESTS", "media": "MINICPMV46_FUZZ_MEDIA", "schemas": "MINICPMV46_FUZZ_SCHEMAS"}
 MAKERS = {"http": http.make, "media": media.make, "schemas": schemas.make}

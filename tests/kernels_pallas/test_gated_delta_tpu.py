@@ -20,6 +20,8 @@ from tests.tolerances import GATED_DELTA, relative_rms
 
 ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "recurrent_state", "conv_state")
 MODES = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
+# Two dtypes and both moments of copies. The other cases take minutes, and run only in `make test-full`.
+HOW = [*MODES[::2], *(pytest.param(*how, marks=pytest.mark.full) for how in MODES[1::2])]
 LENGTHS = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 190)
 draw = functools.partial(truth.draw, heads=2, K=128, V=128)
 
@@ -29,7 +31,11 @@ def tolerance(dtype):
 
 
 @pytest.mark.parametrize(
-    ("decay", "dtype", "mode"), [(d, *case) for d, case in zip([*truth.DECAYS] * 2, MODES + MODES[2:], strict=True)]
+    ("decay", "dtype", "mode"),
+    [
+        pytest.param(d, *case, marks=() if i in (0, 2) else pytest.mark.full)
+        for i, (d, case) in enumerate(zip([*truth.DECAYS] * 2, MODES + MODES[2:], strict=True))
+    ],
 )
 def test_chunked_matches_recurrence(decay, dtype, mode, rng, tpu):
     lengths = [0, 190, *rng.choice(LENGTHS, 3)]
@@ -75,7 +81,7 @@ def test_empty_and_short_sequences(lengths, rng, tpu):
         assert not lengths[s] or relative_rms(found.out[own], out) < tolerance("float32")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.full)])
 def test_prompt_split_at_chunk_boundary_is_bit_exact(dtype, rng, tpu):
     case = draw(rng, [200], dtype=dtype)
     start, length = case.query_starts, case.query_lens
@@ -95,7 +101,7 @@ def test_prompt_split_at_chunk_boundary_is_bit_exact(dtype, rng, tpu):
     np.testing.assert_array_equal(first.out + second.out, whole.out)  # each output is zero at the other's tokens
 
 
-@pytest.mark.parametrize(("dtype", "mode"), MODES)
+@pytest.mark.parametrize(("dtype", "mode"), HOW)
 @pytest.mark.parametrize(("tokens", "idle"), [(1, [0, 2]), (4, [1, 4]), (1, [0, 1, 2, 3, 4])])
 def test_recurrent_matches_recurrence_and_keeps_requested_tokens(idle, tokens, dtype, mode, rng, tpu):
     decay = rng.choice(list(truth.DECAYS))
@@ -117,7 +123,13 @@ def test_recurrent_matches_recurrence_and_keeps_requested_tokens(idle, tokens, d
     np.testing.assert_array_equal(conv_state[untouched], inputs[7][untouched])
 
 
-@pytest.mark.parametrize(("decay", "dtype", "mode"), [(d, *case) for d, case in zip(truth.DECAYS, MODES, strict=False)])
+@pytest.mark.parametrize(
+    ("decay", "dtype", "mode"),
+    [
+        pytest.param(d, *case, marks=pytest.mark.full if case[1] == "eager" else ())
+        for d, case in zip(truth.DECAYS, MODES, strict=False)
+    ],
+)
 def test_gradients_match_reference(decay, dtype, mode, rng, tpu):
     """Compares with the reference's float32 autodiff.
 

@@ -78,7 +78,20 @@ def oracle(folder):
 CASES = ["text", "thinking", "image", "sliced", "images", "video"]
 
 
-@pytest.mark.parametrize("mode", ["16x", "4x"])
+# Each configuration with one mode; the other two pairs only run in `make test-full`.
+MODES = pytest.mark.parametrize(
+    ("folder", "mode"),
+    [
+        ("demo", "16x"),
+        ("grouped", "4x"),
+        pytest.param("demo", "4x", marks=pytest.mark.full),
+        pytest.param("grouped", "16x", marks=pytest.mark.full),
+    ],
+    indirect=["folder"],
+)
+
+
+@MODES
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case, mode, conversations, ours, oracle):
     messages, options = conversations[case]
@@ -86,7 +99,7 @@ def test_logits(case, mode, conversations, ours, oracle):
     assert relative_rms(ours.logits(inputs), oracle.logits(inputs)) < FLOAT32_FORWARD
 
 
-@pytest.mark.parametrize("mode", ["16x", "4x"])
+@MODES
 def test_every_tap(mode, conversations, ours, oracle):
     messages, options = conversations["sliced"]
     inputs = ours.process(messages, downsample_mode=mode, **options)
@@ -97,7 +110,7 @@ def test_every_tap(mode, conversations, ours, oracle):
         assert relative_rms(found[name], expected[name]) < FLOAT32_FORWARD, name
 
 
-@pytest.mark.parametrize("case", ["text", "images", "video"])
+@pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.full), "images", "video"])
 def test_64_greedy_tokens(case, conversations, ours, oracle):
     messages, options = conversations[case]
     inputs, decoding = ours.prepare(messages, {**options, "max_new_tokens": 64, "temperature": 0.0, "ignore_eos": True})
@@ -106,7 +119,7 @@ def test_64_greedy_tokens(case, conversations, ours, oracle):
     assert_same_greedy(found, expected, logits, FLOAT32_FORWARD)
 
 
-@pytest.mark.parametrize("case", ["text", "image"])
+@pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.full), "image"])
 def test_bfloat16_error_is_at_most_transformers(case, conversations, folder, oracle):
     messages, options = conversations[case]
     ours = MiniCPMV.from_pretrained(folder, dtype="bfloat16")

@@ -112,6 +112,7 @@ def test_cast_for_compute_keeps_float32_vectors_and_masters_are_float32(demo):
     assert {str(x.dtype) for x in jax.tree.leaves(state.trained)} == {"float32"}
 
 
+@pytest.mark.full
 def test_bfloat16_and_unrolled_layers_give_the_same_loss(demo, batches):
     """bfloat16 losses are close to float32's; unrolled layers give the same loss as scanned ones."""
     optimizer = optax.sgd(0.0)
@@ -194,6 +195,7 @@ def test_summed_loss_equals_a_plain_computation(demo, batches):
             assert relative_rms(a, b) < 2e-6, chunk
 
 
+@pytest.mark.full
 def test_docstring_example_of_the_package_runs(demo):
     """The parameters are copied, because the example donates them."""
     params = jax.tree.map(jnp.copy, demo.params)

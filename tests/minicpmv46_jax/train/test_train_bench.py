@@ -44,6 +44,7 @@ def test_batch_flops_count_vision_tower_and_text(released):
     assert bench.batch_flops(released, text) == pytest.approx(3 * bench.text_flops(released.text, 1024))
 
 
+@pytest.mark.full
 def test_main_measures_each_case(demo_folder, tmp_path, capsys):
     plans = ["--text", "layer:2:reference", "--pictures"]
     arguments = ["--model", str(demo_folder), "--groups", "1", "--tokens", "64", "--steps", "1", *plans]

@@ -253,6 +253,7 @@ def test_interrupted_run_keeps_completed_answers(tmp_path):
     assert answers(out)[1] == 3
 
 
+@pytest.mark.full
 def test_killed_run_resumes(tmp_path, demo_folder):
     """Kills the real command after its first answers, and starts it again."""
     count = 12

@@ -46,7 +46,7 @@ with serving(FakeModel()) as service, socket.create_server(("127.0.0.1", 0)) as 
 @pytest.mark.parametrize(
     "kind, times, status, words",
     [
-        ("thread", "20, 22, 25", 0, "did not end within 3 seconds"),  # a thread of a pool, which the interpreter joins
+        ("thread", "1, 2, 3", 0, "did not end within 3 seconds"),  # a thread of a pool, which the interpreter joins
         ("resolver", "1, 2, 3", 0, "did not end within 3 seconds"),
         ("twice", "20, 22, 25", 128 + signal.SIGTERM, ""),
         ("engine", "20, 22, 25", 1, "the engine has failed, so the server stops"),

@@ -42,7 +42,7 @@ def compiler(workers):
 
 
 def bounded(compiler, spec):
-    """Compiles after a trial, and checks the processor time of this process, other tests' objects left out."""
+    """Compiles after a trial, and checks the processor time of this process, without other tests' objects."""
     gc.freeze()
     begun = time.process_time()
     try:
