@@ -384,7 +384,11 @@ class Scheduler(Generic[R]):
             left = budget - reserved - sum(counts.values())
             counts[request] = self._chunk_end(request, left) - request.num_computed_tokens
         counts[first] = self._chunk_end(first, budget - sum(counts.values())) - first.num_computed_tokens
-        chunks = [self._prefill_chunk(request, count) for request, count in counts.items() if count]
+        chunks = []
+        for request, count in counts.items():
+            if count:
+                self.current = request
+                chunks.append(self._prefill_chunk(request, count))
         self.current = None
         return chunks
 
@@ -394,7 +398,6 @@ class Scheduler(Generic[R]):
         return request.num_tokens if end == request.num_tokens else max(int(end) // PAGE * PAGE, request.num_computed_tokens)
 
     def _prefill_chunk(self, request: R, count: int) -> PrefillChunk[R]:
-        self.current = request
         start, request.num_computed_tokens = request.num_computed_tokens, request.num_computed_tokens + count
         hit, request.prefix_hit = request.prefix_hit, request.prefix_hit._replace(node=None)
         source_slot = request.slot if start else -1
