@@ -43,7 +43,7 @@ from minicpmv46_jax.processing.resize import resize_bicubic
 from minicpmv46_jax.processing.sources import FetchMedia, describe, read
 
 SEAM = 6  # black pixels between the frames of a composite
-MIN_DECODED_PIXELS = 2**20  # the decoder is always allowed twice as many, padding included
+MIN_DECODED_PIXELS = 2**20
 TICK = 0.1  # seconds between the moments from which a long video is sampled
 
 # FFmpeg's names of containers that hold their frames themselves. Audio containers are among them, so that
@@ -383,7 +383,8 @@ def _stream(container: InputContainer, max_pixels: int, name: str) -> VideoStrea
     """Returns the first video stream that is not a cover image.
 
     Its decoder refuses frames of more than twice `max_pixels`, because a frame may be larger than the
-    container says. It counts the blocks and edges that it pads a frame with, which are most of a small one.
+    container says. It counts the blocks and edges that it pads a frame with, which are most of a small one:
+    2 * MIN_DECODED_PIXELS are always allowed.
 
     Raises:
         ValueError: there is no such stream, or no decoder for it.

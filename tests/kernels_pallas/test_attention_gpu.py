@@ -19,8 +19,7 @@ from kernels_pallas.paged_attention import PAGE, gpu_decode, gpu_prefill, paged_
 from tests.kernels_pallas.mosaic_interpreted import product
 from tests.kernels_pallas.test_gated_delta_gpu import described_gpu, exported, needs_mosaic
 from tests.tolerances import PACKED_ATTENTION, PAGED_ATTENTION, relative_rms
-
-SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in (2, 3, 4))]
+from tests.variants import in_full
 
 
 def like(*shape, dtype=jnp.bfloat16):
@@ -100,7 +99,7 @@ def test_rows_must_be_a_multiple_of_the_window():
         jax.eval_shape(functools.partial(window_attention, window=4), *arguments)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, 1, *in_full(2, 3, 4)])
 def test_tile_ranges_cover_every_visible_key(seed):
     """Each warpgroup's tiles hold all keys that its rows see.
 
@@ -130,7 +129,7 @@ def test_tile_ranges_cover_every_visible_key(seed):
                     assert (high >= begin + (i + 1) * tile).all()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(5))
 def test_pages_are_split_evenly_and_once(seed):
     rng = np.random.default_rng(seed)
     contexts = rng.integers(0, [1, 200, 3000, 20000, 70000][seed] + 1, 50) * (rng.random(50) < 0.8)

@@ -14,6 +14,7 @@ from kernels_pallas import backends, gated_delta
 from kernels_pallas.backends import Implementation
 from tests.kernels_pallas import gated_delta_truth as truth
 from tests.tolerances import GATED_DELTA, relative_rms
+from tests.variants import in_full
 
 chunked = jax.jit(functools.partial(gated_delta.chunked, backend="reference"))
 recurrent = jax.jit(functools.partial(gated_delta.recurrent, backend="reference"), static_argnames="eps")
@@ -21,7 +22,7 @@ recurrent = jax.jit(functools.partial(gated_delta.recurrent, backend="reference"
 LENGTHS = [0, 1, 2, 3, 63, 64, 65, 128, 150, 200]
 
 
-@pytest.mark.parametrize("decay", [pytest.param(d, marks=pytest.mark.full if d == "usual" else ()) for d in truth.DECAYS])
+@pytest.mark.parametrize("decay", ["slow", "fast", *in_full("usual")])
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.sampled_from(LENGTHS), min_size=3, max_size=3), seed=st.integers(0, 2**31))
 def test_chunked_matches_recurrence(decay, lengths, seed):

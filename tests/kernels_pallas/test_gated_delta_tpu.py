@@ -17,11 +17,13 @@ from kernels_pallas import backends, gated_delta
 from tests.kernels_pallas import gated_delta_truth as truth
 from tests.kernels_pallas.test_gated_delta import expected_step, step_inputs
 from tests.tolerances import GATED_DELTA, relative_rms
+from tests.variants import in_full
 
 ARGUMENTS = ("qkv", "a", "b", "conv", "a_log", "dt_bias", "recurrent_state", "conv_state")
 MODES = [(jnp.float32, "eager"), (jnp.float32, "on_wait"), (jnp.bfloat16, "on_wait"), (jnp.bfloat16, "eager")]
-# Two dtypes and both moments of copies. The other cases take minutes, and run only in `make test-full`.
-HOW = [*MODES[::2], *(pytest.param(*how, marks=pytest.mark.full) for how in MODES[1::2])]
+# The dtypes, and when copies happen. Half of the cases take minutes, and run only in `make test-full`.
+HOW = [*MODES[1::2], *in_full(*MODES[::2])]
+CASES = [(decay, *how) for decay, how in zip([*truth.DECAYS] * 2, MODES + MODES[2:], strict=True)]
 LENGTHS = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 190)
 draw = functools.partial(truth.draw, heads=2, K=128, V=128)
 
@@ -30,13 +32,7 @@ def tolerance(dtype):
     return GATED_DELTA[f"tpu {jnp.dtype(dtype)}"]
 
 
-@pytest.mark.parametrize(
-    ("decay", "dtype", "mode"),
-    [
-        pytest.param(d, *case, marks=() if i in (0, 2) else pytest.mark.full)
-        for i, (d, case) in enumerate(zip([*truth.DECAYS] * 2, MODES + MODES[2:], strict=True))
-    ],
-)
+@pytest.mark.parametrize(("decay", "dtype", "mode"), [CASES[0], CASES[2], *in_full(CASES[1], *CASES[3:])])
 def test_chunked_matches_recurrence(decay, dtype, mode, rng, tpu):
     lengths = [0, 190, *rng.choice(LENGTHS, 3)]
     case = draw(rng, lengths, decay=decay, dtype=dtype)
@@ -81,7 +77,7 @@ def test_empty_and_short_sequences(lengths, rng, tpu):
         assert not lengths[s] or relative_rms(found.out[own], out) < tolerance("float32")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [jnp.float32, *in_full(jnp.bfloat16)])
 def test_prompt_split_at_chunk_boundary_is_bit_exact(dtype, rng, tpu):
     case = draw(rng, [200], dtype=dtype)
     start, length = case.query_starts, case.query_lens
@@ -123,13 +119,7 @@ def test_recurrent_matches_recurrence_and_keeps_requested_tokens(idle, tokens, d
     np.testing.assert_array_equal(conv_state[untouched], inputs[7][untouched])
 
 
-@pytest.mark.parametrize(
-    ("decay", "dtype", "mode"),
-    [
-        pytest.param(d, *case, marks=pytest.mark.full if case[1] == "eager" else ())
-        for d, case in zip(truth.DECAYS, MODES, strict=False)
-    ],
-)
+@pytest.mark.parametrize(("decay", "dtype", "mode"), [*CASES[1:3], *in_full(CASES[0])])
 def test_gradients_match_reference(decay, dtype, mode, rng, tpu):
     """Compares with the reference's float32 autodiff.
 

@@ -14,13 +14,11 @@ import pytest
 
 from kernels_pallas import backends
 from kernels_pallas.packed_attention import packed_attention, window_attention
-from tests.kernels_pallas.test_gated_delta_tpu import described_tpu, exported
+from tests.kernels_pallas.test_gated_delta_tpu import HOW, described_tpu, exported
 from tests.kernels_pallas.test_packed_attention import alone
 from tests.tolerances import PACKED_ATTENTION, relative_rms
+from tests.variants import in_full
 
-# The dtypes, and when copies happen. Half of the cases take a minute, and run only in `make test-full`.
-FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
-HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
 HEADS, WIDTH = 2, 72
 
 
@@ -98,7 +96,7 @@ def test_gradients_agree_with_the_reference(dtype, mode, rng, tpu):
         assert relative_rms(gradient, value) < PACKED_ATTENTION[f"tpu {jnp.dtype(dtype)} gradient"]
 
 
-@pytest.mark.parametrize("window", [4, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("window", [4, *in_full(3)])
 def test_windows(window, rng, tpu):
     """Windows and their gradients; windows of three rows begin off the tiles."""
     q, k, v, bar = (jnp.asarray(x, jnp.float32) for x in rng.standard_normal((4, 300, HEADS, WIDTH)))

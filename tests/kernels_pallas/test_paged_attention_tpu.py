@@ -13,13 +13,10 @@ import pytest
 
 from kernels_pallas import backends
 from kernels_pallas.paged_attention import paged_attention
-from tests.kernels_pallas.test_gated_delta_tpu import described_tpu, exported
+from tests.kernels_pallas.test_gated_delta_tpu import HOW, described_tpu, exported
 from tests.kernels_pallas.test_paged_attention import alone, draw
 from tests.tolerances import PAGED_ATTENTION, relative_rms
 
-# The dtypes, and when copies happen. Half of the cases take a minute, and run only in `make test-full`.
-FULL = [(jnp.float32, "eager"), (jnp.bfloat16, "on_wait")]
-HOW = [(jnp.float32, "on_wait"), (jnp.bfloat16, "eager"), *(pytest.param(*how, marks=pytest.mark.full) for how in FULL)]
 WIDTH, KEY_HEADS = 128, 2
 poisoned = functools.partial(draw, heads=4, key_heads=KEY_HEADS, width=WIDTH, unseen=np.nan)
 

@@ -11,6 +11,7 @@ from minicpmv46_jax import MiniCPMV
 from minicpmv46_jax.processing import Video
 from tests.oracle import Oracle, assert_same_greedy, our_taps, write_checkpoint
 from tests.tolerances import BFLOAT16_RATIO, FLOAT32_FORWARD, relative_rms
+from tests.variants import in_full
 
 
 def user(*parts):
@@ -84,8 +85,7 @@ MODES = pytest.mark.parametrize(
     [
         ("demo", "16x"),
         ("grouped", "4x"),
-        pytest.param("demo", "4x", marks=pytest.mark.full),
-        pytest.param("grouped", "16x", marks=pytest.mark.full),
+        *in_full(("demo", "4x"), ("grouped", "16x")),
     ],
     indirect=["folder"],
 )
@@ -110,7 +110,7 @@ def test_every_tap(mode, conversations, ours, oracle):
         assert relative_rms(found[name], expected[name]) < FLOAT32_FORWARD, name
 
 
-@pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.full), "images", "video"])
+@pytest.mark.parametrize("case", ["images", "video", *in_full("text")])
 def test_64_greedy_tokens(case, conversations, ours, oracle):
     messages, options = conversations[case]
     inputs, decoding = ours.prepare(messages, {**options, "max_new_tokens": 64, "temperature": 0.0, "ignore_eos": True})
@@ -119,7 +119,7 @@ def test_64_greedy_tokens(case, conversations, ours, oracle):
     assert_same_greedy(found, expected, logits, FLOAT32_FORWARD)
 
 
-@pytest.mark.parametrize("case", [pytest.param("text", marks=pytest.mark.full), "image"])
+@pytest.mark.parametrize("case", ["image", *in_full("text")])
 def test_bfloat16_error_is_at_most_transformers(case, conversations, folder, oracle):
     messages, options = conversations[case]
     ours = MiniCPMV.from_pretrained(folder, dtype="bfloat16")

@@ -17,6 +17,7 @@ from minicpmv46_jax.model.batch import PrefillBatch
 from minicpmv46_jax.model.state import empty_state, grow_state
 from minicpmv46_jax.processing import Inputs
 from tests.tolerances import CACHED_FORWARD, relative_rms
+from tests.variants import in_full
 
 
 def prompt(demo, words, pictures=(), **options):
@@ -40,7 +41,7 @@ def test_decode_equals_cache_free_forward(demo, photos):
         assert token.id == row.argmax()
 
 
-@pytest.mark.parametrize("length", [1, 65, 700, *(pytest.param(n, marks=pytest.mark.full) for n in (63, 64, 1025))])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 700, *in_full(1025)])
 def test_prefill_in_blocks_equals_forward(demo, length):
     ids = np.random.default_rng(length).integers(0, 256, length).astype(np.int32)
     inputs = Inputs(ids, ())

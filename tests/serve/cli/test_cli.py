@@ -326,7 +326,7 @@ def test_first_start_answers_correctly_and_stops_cleanly(tmp_path):
     (question,) = read_questions(write(tmp_path / "scene", 1, held_out=True, kinds=("shapes",), first=10**6))
     words, picture = question.messages[0]["content"][-1]["text"], next((tmp_path / "scene").glob("*.png"))
     command = [sys.executable, "-m", "serve", "--cpu", "--port", "0", "--api-key", "k", "--served-model-name", "mine"]
-    command += ["--picture-processes", "1", "--max-running", "2", "--max-model-len", "1024", "--no-prefix-cache"]  # few programs
+    command += ["--picture-processes", "1"]
     caches = tmp_path / "caches"
     with subprocess.Popen(
         command, env=environment(XDG_CACHE_HOME=str(caches)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
